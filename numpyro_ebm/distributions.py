@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base measures of energy-based models, and the site distribution of an energy statement.
+
+A density p(v, h) ∝ exp(-E(v, h)) is a density *with respect to* something. :class:`Lebesgue` and
+:class:`Counting` are that something: their log-density is zero everywhere on the support. A proper
+NumPyro distribution serves as well, and is then tilted by the energy.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import lax
+from numpyro.distributions import constraints
+from numpyro.primitives import _PYRO_STACK
+
+from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnhandledEnergyError
+
+__all__ = ["Counting", "Lebesgue", "Unnormalized"]
+
+
+def _shape(event_shape, owner):
+    event_shape = tuple(event_shape)
+    if not all(isinstance(size, int) and size > 0 for size in event_shape):
+        raise ModelError(
+            f"{owner}: `event_shape` must be a tuple of positive integers, got {event_shape}."
+        )
+    return event_shape
+
+
+def is_enumerating():
+    """Whether NumPyro's funsor handlers are enumerating the model that is running now."""
+    from numpyro.contrib.funsor.enum_messenger import BaseEnumMessenger
+
+    return any(isinstance(handler, BaseEnumMessenger) for handler in _PYRO_STACK)
+
+
+class Lebesgue(dist.ImproperUniform):
+    r"""Lebesgue measure: the flat base measure of a continuous site.
+
+    .. math:: \log b(v) = 0 \quad \text{for } v \in \text{support}
+
+    :param tuple event_shape: shape of one element of the site.
+    :param support: a NumPyro constraint; ``constraints.real`` unless given.
+    :raises ModelError: if the support is discrete, or has more event dimensions than
+        ``event_shape``.
+    :raises ImproperSamplingError: when sampled. Draws of an energy-based model come from MCMC
+        (:func:`~numpyro_ebm.sample`), never from its base measure.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpyro_ebm as ebm
+    >>> ebm.Lebesgue(event_shape=(2,)).log_prob(jnp.ones((3, 2)))
+    Array([0., 0., 0.], dtype=float32)
+    """
+
+    def __init__(
+        self, event_shape=(), support=constraints.real, *, batch_shape=(), validate_args=None
+    ):
+        event_shape = _shape(event_shape, "Lebesgue")
+        if support.is_discrete:
+            raise ModelError(
+                f"Lebesgue: the support {support} is discrete; use `Counting(num_values)`."
+            )
+        if support.event_dim > len(event_shape):
+            raise ModelError(
+                f"Lebesgue: the support {support} needs an `event_shape` of at least "
+                f"{support.event_dim} dimension(s), got {event_shape}."
+            )
+        super().__init__(support, tuple(batch_shape), event_shape, validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        raise ImproperSamplingError(
+            f"Lebesgue(event_shape={self.event_shape}) is an improper base measure and has no "
+            "draws: the energy decides where its site lives. Draw from the model with "
+            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)`, or run "
+            "`MCMC(numpyro_ebm.MALA(fixed(model, params)), ...)`; to evaluate the model at given "
+            "values pass them through `obs=` or `numpyro.handlers.substitute`."
+        )
+
+
+class Counting(dist.Distribution):
+    r"""Counting measure on :math:`\{0, …, K-1\}`: the flat base measure of a discrete site.
+
+    .. math:: \log b(h) = 0 \quad \text{for } h \in \{0, …, K-1\}^{\text{event\_shape}}
+
+    Unlike ``Bernoulli(0.5)`` it adds no constant to log Z, and unlike ``Bernoulli.mask(False)`` it
+    is summed rightly by NumPyro's enumeration.
+
+    :param int num_values: K, the number of values of one coordinate; 2 unless given.
+    :param tuple event_shape: shape of one element of the site.
+    :raises ModelError: if ``num_values`` is not an integer of at least 2.
+
+    .. note:: ``sample`` draws uniformly: it only serves NumPyro's MCMC kernels to initialise a
+       chain. ``Predictive``, which would report such draws, is stopped by the energy statement.
+
+    **Example**
+
+    >>> import numpyro_ebm as ebm
+    >>> ebm.Counting(num_values=2).enumerate_support()
+    Array([0, 1], dtype=int32)
+    """
+
+    arg_constraints = {}
+    pytree_aux_fields = ("num_values",)
+    has_enumerate_support = True
+
+    def __init__(self, num_values=2, event_shape=(), *, batch_shape=(), validate_args=None):
+        if not isinstance(num_values, int) or isinstance(num_values, bool) or num_values < 2:
+            raise ModelError(
+                f"Counting: `num_values` must be an integer of at least 2, got {num_values!r}."
+            )
+        self.num_values = num_values
+        super().__init__(
+            tuple(batch_shape), _shape(event_shape, "Counting"), validate_args=validate_args
+        )
+
+    @constraints.dependent_property
+    def support(self):
+        one = (
+            constraints.boolean
+            if self.num_values == 2
+            else constraints.integer_interval(0, self.num_values - 1)
+        )
+        return constraints.independent(one, len(self.event_shape)) if self.event_shape else one
+
+    def sample(self, key, sample_shape=()):
+        return jax.random.randint(key, self.shape(sample_shape), 0, self.num_values)
+
+    def log_prob(self, value, intermediates=None):
+        batch_shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
+        return jnp.zeros(lax.broadcast_shapes(batch_shape, self.batch_shape))
+
+    def enumerate_support(self, expand=True):
+        if self.event_shape and is_enumerating():
+            raise ModelError(
+                f"Counting(event_shape={self.event_shape}) cannot be enumerated inside NumPyro: "
+                "its parallel enumeration knows scalar sites only. Declare the units in a plate "
+                '(`with numpyro.plate("units", n, dim=-2): ...`), or let numpyro_ebm do it: '
+                "`Enumerated()`, `MALA` and `sample` enumerate event dimensions jointly."
+            )
+        values = jnp.arange(self.num_values).reshape(
+            (-1,) + (1,) * (len(self.batch_shape) + len(self.event_shape))
+        )
+        if expand:
+            values = jnp.broadcast_to(values, (self.num_values, *self.shape()))
+        return values
+
+
+class Unnormalized(dist.Distribution):
+    """Distribution of an energy site: log-density -E, once somebody answers for its normalizer.
+
+    Made by :func:`~numpyro_ebm.energy`; not a distribution to write into a model.
+
+    :param energy: the energy, of the shape of the enclosing plates.
+    :param str site_name: name of the energy, for the error.
+    :param tuple parameters: names of the free parameters the normalizer depends on.
+    :param handled_by: who resolved the normalizer; ``None`` if nobody did.
+    """
+
+    arg_constraints = {}
+    support = constraints.real
+    pytree_data_fields = ("energy",)
+    pytree_aux_fields = ("site_name", "parameters", "handled_by")
+
+    def __init__(self, energy, site_name, parameters=(), handled_by=None, *, validate_args=None):
+        self.energy = energy
+        self.site_name = site_name
+        self.parameters = tuple(parameters)
+        self.handled_by = handled_by
+        # An event of size zero marks a site that carries no value, as in `numpyro.factor`.
+        super().__init__(jnp.shape(energy), (0,), validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        return jnp.empty(sample_shape + self.batch_shape + self.event_shape)
+
+    def log_prob(self, value, intermediates=None):
+        if self.handled_by is None:
+            if self.parameters:
+                missing = "log Z(" + ", ".join(self.parameters) + ")"
+            else:
+                missing = "log Z"
+            raise UnhandledEnergyError(
+                f"The energy '{self.site_name}' is unnormalised: its density needs {missing}, "
+                "which is missing here. Ways out: learn the parameters with an objective, "
+                "`EnergySVI(..., loss=DenoisingScoreMatching(0.05))` or as the `loss` of "
+                "`numpyro.infer.SVI`; or hold them fixed, `fixed(model, params)`, after which "
+                "every NumPyro tool may run on the model's visible and latent sites."
+            )
+        shape = lax.broadcast_shapes(self.batch_shape, jnp.shape(value)[:-1])
+        return jnp.broadcast_to(-self.energy, shape)

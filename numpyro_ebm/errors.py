@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, by name: every error says which site it means and what to write instead."""
+
+__all__ = [
+    "ImproperSamplingError",
+    "ModelError",
+    "NonFiniteLossWarning",
+    "UnhandledEnergyError",
+]
+
+
+class ModelError(ValueError):
+    """A model, a guide or its arguments are not what an energy-based method needs."""
+
+
+class UnhandledEnergyError(RuntimeError):
+    """A density was asked of an energy whose normalizer log Z(θ) nobody has resolved."""
+
+
+class ImproperSamplingError(NotImplementedError):
+    """A draw was asked of a base measure, which would ignore the energy (or has no draws at all).
+
+    It is a :class:`NotImplementedError` because that is what NumPyro's initialisation strategies
+    expect of a distribution that cannot be sampled.
+    """
+
+
+class NonFiniteLossWarning(RuntimeWarning):
+    """Training met a loss or a parameter that is not finite, and stopped.
+
+    :param message: what happened, with the step number.
+    :param result: the :class:`~numpyro.infer.svi.SVIRunResult` up to the last finite state, so that
+        nothing trained is lost where warnings are turned into errors.
+    """
+
+    def __init__(self, message, result=None):
+        super().__init__(message)
+        self.result = result

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handlers that resolve the normalizer of an energy."""
+
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.distributions import Unnormalized
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.primitives import NORMALIZER
+
+__all__ = ["answer_for_normalizer", "fixed", "set_visible"]
+
+
+class answer_for_normalizer(Messenger):
+    """Let the energies of a model evaluate: the caller takes care of (or does not need) log Z.
+
+    :param fn: a model.
+    :param str who: recorded in the energy site as ``handled_by``.
+    """
+
+    def __init__(self, fn=None, who="objective"):
+        self.who = who
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == NORMALIZER:
+            msg["value"] = self.who
+
+
+class set_visible(Messenger):
+    """Give the ``visible`` statements of a guide the values an objective uses.
+
+    :param fn: a guide.
+    :param dict data: values by site name.
+    """
+
+    def __init__(self, fn=None, data=None):
+        self.data = {} if data is None else data
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "visible" and msg["name"] in self.data:
+            msg["value"] = self.data[msg["name"]]
+
+
+class fixed(Messenger):
+    r"""Hold the parameters of an energy-based model fixed.
+
+    With θ fixed, Z(θ) is a constant and :math:`\log \tilde p(v, h; θ)` is the log-density of v and
+    h up to that constant: NumPyro's ``MCMC`` kernels, ``log_density``, ``SVI`` with an ELBO over h,
+    and every other tool are right on v and h. The parameters vanish from the model's trace.
+
+    :param model: a NumPyro model with energy statements.
+    :param dict params: values of its parameters by site name: ``param`` sites and latent sites
+        outside the data plate. Names that the model does not have are ignored, so that the
+        parameters of a guide may be among them.
+    :return: a NumPyro model with the same arguments.
+    :raises ModelError: when run, if the model has a parameter that ``params`` lacks.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpyro
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data=None):
+    ...     precision = numpyro.param("precision", 1.0)
+    ...     with numpyro.plate("data", 1):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> model = ebm.fixed(gaussian, {"precision": 4.0, "not in the model": 0.0})
+    >>> sorted(numpyro.handlers.trace(model).get_trace(jnp.zeros(1)))
+    ['E', 'data', 'v']
+    """
+
+    def __init__(self, fn=None, params=None):
+        if not isinstance(params, dict):
+            raise ModelError(
+                "`fixed(model, params)` takes a dict of parameter values by site name, got "
+                f"{type(params).__name__}."
+            )
+        self.params = params
+        super().__init__(fn)
+
+    def __enter__(self):
+        self._latent, self._energies = [], []
+        return super().__enter__()
+
+    def __exit__(self, exc_type, exc_value, traceback):
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None:
+            self._check_latent()
+
+    def process_message(self, msg):
+        if msg["type"] == NORMALIZER:
+            msg["value"] = "fixed"
+            msg["stop"] = True
+        elif msg["type"] == "param":
+            if msg["name"] not in self.params:
+                self._missing([msg["name"]])
+            # A constant: hidden from outer handlers, which might train or replace it.
+            msg["value"] = self.params[msg["name"]]
+            msg["stop"] = True
+        elif msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.params:
+            msg["value"] = self.params[msg["name"]]
+            msg["stop"] = True
+
+    def postprocess_message(self, msg):
+        if msg["type"] != "sample" or msg["name"] in self.params:
+            return
+        plates = frozenset(frame.name for frame in msg["cond_indep_stack"])
+        if _is_energy(msg["fn"]):
+            self._energies.append(plates)
+        elif not msg["is_observed"]:
+            self._latent.append((msg["name"], plates))
+
+    def _check_latent(self):
+        """Latent sites that do not share a plate with every energy are parameters with priors."""
+        if self._energies:
+            rows = frozenset.intersection(*self._energies)
+            self._missing([name for name, plates in self._latent if not plates & rows])
+
+    def _missing(self, names):
+        if names:
+            raise ModelError(
+                f"`fixed`: no value for the parameter(s) {', '.join(map(repr, names))}. Give them "
+                f"in `params` (it has {sorted(self.params) or 'no names'}); a visible or latent "
+                "site belongs inside the data plate."
+            )
+
+
+def _is_energy(fn):
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Unnormalized)

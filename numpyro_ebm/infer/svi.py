@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""EnergySVI: NumPyro's ``SVI`` for energy-based models and their guides.
+
+A round fits the guide q(h | v; φ) for a few steps of its own loss, then takes one step on the
+energy's parameters θ:
+
+.. math:: φ \leftarrow φ - η_φ ∇_φ \mathcal G(φ; θ) \ (\text{``num\_guide\_steps'' times}), \qquad
+    θ \leftarrow θ - η_θ \widehat{∇_θ \mathcal L}(θ; φ)
+
+all at the visible values the objective uses in this round. :meth:`EnergySVI.run` compiles whole
+chunks of rounds, minibatches included, and shows its progress between chunks.
+"""
+
+import time
+import warnings
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from numpyro.distributions import biject_to
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIRunResult
+from numpyro.infer.util import transform_fn
+from numpyro.util import find_stack_level
+from tqdm import tqdm
+
+from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
+from numpyro_ebm.infer.minibatch import Minibatches
+from numpyro_ebm.joint import Guide, read
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.guide_loss import default_guide_loss, row_guide_loss
+
+__all__ = ["EnergySVI", "EnergySVIState"]
+
+CHUNK = 1024
+"""The most rounds between two looks at the losses; each chunk is one compiled call."""
+
+SECONDS_PER_LOOK = 0.5
+"""About how long a chunk may take, so that the progress bar moves and Ctrl-C is heard."""
+
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
+"""On CPU: compiles several times faster than the default level and runs within a tenth of it."""
+
+
+class EnergySVIState(NamedTuple):
+    """State of :class:`EnergySVI`; a pytree of arrays that can be pickled.
+
+    - **optim_state** - optimiser state of the energy's parameters.
+    - **guide_optim_state** - optimiser state of the guide's parameters; ``None`` without a guide.
+    - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``, and i is kept by the
+      optimiser, so that a resumed run continues where it stopped.
+    """
+
+    optim_state: tuple
+    guide_optim_state: tuple | None
+    rng_key: jax.Array
+
+
+class EnergySVI(SVI):
+    """Learn an energy-based (latent variable) model, and a guide beside it.
+
+    A subclass of :class:`numpyro.infer.SVI` with the same ``init``, ``update``, ``run``,
+    ``evaluate`` and ``get_params``.
+
+    :param model: a NumPyro model with energy statements.
+    :param guide: a NumPyro guide q(h | v) reading v through :func:`~numpyro_ebm.visible`; ``None``
+        where the marginal of ``loss`` does not need one.
+    :param optim: optimiser of the energy's parameters: a NumPyro or an Optax one.
+    :param loss: an objective, such as :class:`~numpyro_ebm.DenoisingScoreMatching`.
+    :param guide_loss: loss of the guide: any NumPyro ELBO, :class:`~numpyro_ebm.RelaxedELBO` or
+        :class:`~numpyro_ebm.PosteriorScore`. If ``None``: ``Trace_ELBO`` for continuous latents,
+        ``RelaxedELBO`` for Bernoulli guides, ``TraceGraph_ELBO`` for other discrete latents.
+    :param guide_optim: optimiser of the guide's parameters; a copy of ``optim`` if ``None``.
+    :param int num_guide_steps: K, the guide steps in each round.
+    :param static_kwargs: static keyword arguments of model and guide.
+    :raises ModelError: if ``loss`` is not an objective of this library or ``num_guide_steps`` is
+        not a positive integer; from ``init`` and ``run``, if model, guide and objective do not go
+        together.
+
+    Reference: Bao et al., *Variational (gradient) estimate of the score function in energy-based
+    latent variable models*, ICML 2021.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import jax, numpyro, optax
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data):
+    ...     positive = numpyro.distributions.constraints.positive
+    ...     precision = numpyro.param("precision", 1.0, constraint=positive)
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> data = 0.5 * jax.random.normal(jax.random.key(0), (1_000,))
+    >>> svi = ebm.EnergySVI(gaussian, None, optax.adam(0.05), ebm.ScoreMatching())
+    >>> fit = svi.run(jax.random.key(1), 500, data, progress_bar=False)
+    >>> bool(abs(fit.params["precision"] * jnp.var(data) - 1) < 0.05)
+    True
+    """
+
+    def __init__(
+        self,
+        model,
+        guide,
+        optim,
+        loss,
+        guide_loss=None,
+        guide_optim=None,
+        num_guide_steps=1,
+        **static_kwargs,
+    ):
+        if not isinstance(loss, Objective):
+            raise ModelError(
+                "EnergySVI: `loss` must be an objective such as `DenoisingScoreMatching(0.05)`, "
+                f"got {loss!r}. A NumPyro ELBO belongs in `guide_loss`."
+            )
+        if not isinstance(num_guide_steps, int) or num_guide_steps < 1:
+            raise ModelError(
+                f"EnergySVI: `num_guide_steps` must be a positive integer, got {num_guide_steps!r}."
+            )
+        super().__init__(model, guide, optim, loss, **static_kwargs)
+        self.guide_loss = guide_loss
+        self.guide_optim = (
+            self.optim if guide_optim is None else SVI(model, guide, guide_optim, loss).optim
+        )
+        self.num_guide_steps = num_guide_steps
+        self._length = 16  # rounds in the next chunk; follows the time they take
+        self._run_chunk = jax.jit(
+            self._chunk, static_argnames=("minibatches",), compiler_options=_compiler_options()
+        )
+
+    # NumPyro's SVI protocol
+
+    def init(self, rng_key, *args, init_params=None, **kwargs):
+        """Initial state.
+
+        :param rng_key: random key of the run.
+        :param args: arguments of model and guide.
+        :param dict init_params: initial values of parameters, instead of their own.
+        :param kwargs: keyword arguments of model and guide.
+        :return: :class:`EnergySVIState`.
+        """
+        kwargs = {**kwargs, **self.static_kwargs}
+        init_params = {} if init_params is None else init_params
+        key_init, rng_key = jax.random.split(rng_key)
+        constraint_of, guide_names = {}, set()
+
+        def initial_values(rng_key):
+            # Traced, not run: only the initial values of parameters are ever computed.
+            key_model, key_guide, key_check = jax.random.split(rng_key, 3)
+            joint = read(self.model, args, kwargs, init_params, rng_key=key_model)
+            if joint.priors:
+                raise ModelError(
+                    f"EnergySVI learns `numpyro.param` sites; {joint.priors} have priors. Declare "
+                    "them with `numpyro.param`, or condition on values for them."
+                )
+            constraint_of.update(joint.constraints)
+            values = dict(joint.parameters)
+            if self.guide is not None:
+                guide = Guide(self.guide, joint, args, kwargs)
+                found = guide.parameters(key_guide, {**values, **init_params})
+                guide_names.update(found.keys() - values.keys())
+                constraint_of.update({name: found[name][1] for name in guide_names})
+                values.update({name: found[name][0] for name in guide_names})
+            problem = self.loss.pose(key_check, values, self.model, self.guide, args, kwargs)
+            self._check_guide_loss(problem, guide_names)
+            # Weak types become plain ones, so that nothing is compiled twice.
+            return {
+                name: jax.tree.map(
+                    lambda x: lax.convert_element_type(x, jnp.result_type(x)),
+                    biject_to(constraint_of[name]).inv(value),
+                )
+                for name, value in values.items()
+            }
+
+        values = jax.jit(initial_values, compiler_options=_compiler_options())(key_init)
+        self.constrain_fn = partial(
+            transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
+        )
+        guide_params = {name: values.pop(name) for name in sorted(guide_names)}
+        return EnergySVIState(
+            self.optim.init(values),
+            self.guide_optim.init(guide_params) if guide_params else None,
+            rng_key,
+        )
+
+    def get_params(self, svi_state):
+        """Values of all `param` sites of model and guide, by name.
+
+        :param EnergySVIState svi_state: a state.
+        """
+        params = dict(self.optim.get_params(svi_state.optim_state))
+        if svi_state.guide_optim_state is not None:
+            params.update(self.guide_optim.get_params(svi_state.guide_optim_state))
+        return self.constrain_fn(params)
+
+    def update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
+        """One round: ``num_guide_steps`` steps of the guide, then one of the energy.
+
+        :param EnergySVIState svi_state: current state.
+        :param args: arguments of model and guide, for instance a minibatch.
+        :param bool forward_mode_differentiation: differentiate the energy's loss forward.
+        :param kwargs: keyword arguments of model and guide.
+        :return: the next state and the loss of the energy, a mean over rows.
+        """
+        kwargs = {**kwargs, **self.static_kwargs}
+        optim_state, guide_optim_state, rng_key = svi_state
+        step_key = jax.random.fold_in(rng_key, optim_state[0])
+        key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
+        params = self.constrain_fn(self.optim.get_params(optim_state))
+        guide_params = {}
+        if guide_optim_state is not None:
+            guide_params = self.constrain_fn(self.guide_optim.get_params(guide_optim_state))
+        problem = self.loss.pose(
+            key_pose, {**params, **guide_params}, self.model, self.guide, args, kwargs
+        )
+        if guide_optim_state is not None:
+            guide_optim_state = self._fit_guide(key_guide, params, guide_optim_state, problem)
+            guide_params = self.constrain_fn(self.guide_optim.get_params(guide_optim_state))
+
+        def loss_fn(unconstrained):
+            params = {**guide_params, **self.constrain_fn(unconstrained)}
+            return self.loss.energy_loss(key_energy, params, problem), None
+
+        (loss, _), optim_state = self.optim.eval_and_update(
+            loss_fn, optim_state, forward_mode_differentiation=forward_mode_differentiation
+        )
+        return EnergySVIState(optim_state, guide_optim_state, rng_key), loss
+
+    def stable_update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
+        """Like :meth:`update`, but keeps the current state where the next one is not finite.
+
+        :param EnergySVIState svi_state: current state.
+        :param args: arguments of model and guide.
+        :param bool forward_mode_differentiation: as in :meth:`update`.
+        :param kwargs: keyword arguments of model and guide.
+        :return: the next state and the loss.
+        """
+        new_state, loss = self.update(
+            svi_state, *args, forward_mode_differentiation=forward_mode_differentiation, **kwargs
+        )
+        finite = self._is_finite(new_state, loss)
+        return _select(finite, new_state, svi_state), jnp.where(finite, loss, jnp.nan)
+
+    def evaluate(self, svi_state, *args, **kwargs):
+        """The objective at the current parameters, with the random numbers of the next round.
+
+        :param EnergySVIState svi_state: current state.
+        :param args: arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :return: scalar loss.
+        """
+        kwargs = {**kwargs, **self.static_kwargs}
+        step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
+        key_pose, key_energy, _ = jax.random.split(step_key, 3)
+        params = self.get_params(svi_state)
+        problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+        return self.loss.energy_loss(key_energy, params, problem)
+
+    def run(
+        self,
+        rng_key,
+        num_steps,
+        *args,
+        batch_size=None,
+        progress_bar=True,
+        stable_update=False,
+        forward_mode_differentiation=False,
+        init_state=None,
+        init_params=None,
+        **kwargs,
+    ):
+        """Run ``num_steps`` rounds.
+
+        ``run(key, n, ...)`` followed by ``run(key, m, ..., init_state=result.state)`` gives the
+        same result, bit for bit, as ``run(key, n + m, ...)``.
+
+        :param rng_key: random key; unused where ``init_state`` is given.
+        :param int num_steps: number of rounds.
+        :param args: arguments of model and guide, with all rows.
+        :param int batch_size: rows in a minibatch. Batches are drawn without replacement, in a new
+            order every epoch, on the device; each array argument whose leading axis has the length
+            of the data plate is cut. ``None``: all rows in every round.
+        :param bool progress_bar: show a progress bar.
+        :param bool stable_update: keep the state and go on where a step is not finite, instead of
+            stopping (as NumPyro's option of this name).
+        :param bool forward_mode_differentiation: as in :meth:`update`.
+        :param EnergySVIState init_state: state to resume from.
+        :param dict init_params: initial values of parameters.
+        :param kwargs: keyword arguments of model and guide.
+        :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``.
+        :raises ModelError: if ``batch_size`` does not fit the data.
+
+        Where a loss or a parameter is not finite the run stops with a
+        :class:`~numpyro_ebm.errors.NonFiniteLossWarning` that names the step, and returns the last
+        finite state; the warning carries the same result as ``.result``.
+        """
+        if num_steps < 1:
+            raise ValueError("num_steps must be a positive integer.")
+        if init_state is None or self.constrain_fn is None:
+            fresh = self.init(rng_key, *args, init_params=init_params, **kwargs)
+            init_state = fresh if init_state is None else init_state
+        state = init_state
+        joint = read(self.model, args, {**kwargs, **self.static_kwargs}, self.get_params(state))
+        minibatches = Minibatches.of(joint, args, kwargs, batch_size)
+        arrays, static = minibatches.split(args, kwargs)
+        chunk = partial(
+            self._run_chunk,
+            minibatches=minibatches._replace(
+                static=static,
+                stable_update=stable_update,
+                forward_mode=forward_mode_differentiation,
+            ),
+        )
+        losses, done, stopped = [], 0, False
+        with tqdm(total=num_steps, disable=not progress_bar) as bar:
+            while done < num_steps and not stopped:
+                length = min(self._length, num_steps - done)
+                start = time.perf_counter()
+                state, chunk_losses, taken = chunk(state, arrays, length)
+                taken = int(taken)
+                seconds = time.perf_counter() - start
+                losses.append(chunk_losses[: min(taken + 1, length)])
+                done += taken
+                stopped = taken < length
+                bar.update(taken)
+                if progress_bar:
+                    bar.set_postfix_str(f"loss: {float(losses[-1].mean()):.4f}", refresh=False)
+                if length == self._length:  # a remainder says nothing about the time of a chunk
+                    self._length = _next_length(length, seconds)
+        losses = jnp.concatenate(losses)
+        result = SVIRunResult(self.get_params(state), state, losses)
+        if stopped:
+            warning = NonFiniteLossWarning(
+                f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
+                f"{float(losses[-1])} or parameters that are not finite. The result holds the "
+                f"last finite state, after {done} steps. Try a smaller learning rate, gradient "
+                "clipping (`optax.chain(optax.clip_by_global_norm(1.0), ...)`), or a bounded "
+                "parameterisation.",
+                result,
+            )
+            warnings.warn(warning, stacklevel=find_stack_level())
+        return result
+
+    # Inside
+
+    def _fit_guide(self, rng_key, params, guide_optim_state, problem):
+        guide_loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
+
+        def step(rng_key, guide_optim_state):
+            def loss_fn(unconstrained):
+                guide_params = self.constrain_fn(unconstrained)
+                return row_guide_loss(
+                    guide_loss, rng_key, params, guide_params, problem, self.guide
+                ), None
+
+            return self.guide_optim.eval_and_update(loss_fn, guide_optim_state)[1]
+
+        if self.num_guide_steps == 1:
+            return step(rng_key, guide_optim_state)
+        keys = jax.random.split(rng_key, self.num_guide_steps)
+        return lax.fori_loop(
+            0, self.num_guide_steps, lambda i, state: step(keys[i], state), guide_optim_state
+        )
+
+    def _chunk(self, state, arrays, length, *, minibatches):
+        """Up to CHUNK rounds in one compiled loop; stops before a state that is not finite."""
+        update = self.stable_update if minibatches.stable_update else self.update
+        first = state.optim_state[0]
+        batch_indices = minibatches.indices(state.rng_key, first, CHUNK)
+
+        def keep_going(carry):
+            i, ok = carry[0], carry[1]
+            return ok & (i < length)
+
+        def one_round(carry):
+            i, _, state, losses = carry
+            args, kwargs = minibatches.batch(arrays, batch_indices, i)
+            new_state, loss = update(
+                state, *args, forward_mode_differentiation=minibatches.forward_mode, **kwargs
+            )
+            losses = losses.at[i].set(loss)
+            if minibatches.stable_update:
+                return i + 1, jnp.array(True), new_state, losses
+            ok = self._is_finite(new_state, loss)
+            return i + ok, ok, _select(ok, new_state, state), losses
+
+        losses = jnp.zeros(CHUNK, jnp.result_type(float))
+        taken, _, state, losses = lax.while_loop(
+            keep_going, one_round, (jnp.array(0), jnp.array(True), state, losses)
+        )
+        return state, losses, taken
+
+    def _is_finite(self, state, loss):
+        leaves = [loss, *jax.tree.leaves(self.optim.get_params(state.optim_state))]
+        if state.guide_optim_state is not None:
+            leaves += jax.tree.leaves(self.guide_optim.get_params(state.guide_optim_state))
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+    def _check_guide_loss(self, problem, guide_params):
+        discrete = [name for name, site in problem.joint.latent.items() if site.is_discrete]
+        if self.guide_loss is None or not guide_params or not discrete:
+            return
+        if not getattr(self.guide_loss, "can_infer_discrete", False):
+            raise ModelError(
+                f"The guide loss {type(self.guide_loss).__name__} drops part of the gradient for "
+                f"the discrete latent site(s) {discrete}. Use RelaxedELBO (Bernoulli guides) or "
+                "numpyro.infer.TraceGraph_ELBO."
+            )
+
+
+def _select(condition, new, old):
+    def leaf(x, y):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x  # the key of a run never changes
+        return jnp.where(condition, x, y)
+
+    return jax.tree.map(leaf, new, old)
+
+
+def _next_length(length, seconds):
+    """Longer chunks while they are quick, shorter ones where a chunk keeps the user waiting."""
+    if seconds < SECONDS_PER_LOOK / 2:
+        return min(4 * length, CHUNK)
+    if seconds > SECONDS_PER_LOOK * 2:
+        return max(1, int(length * SECONDS_PER_LOOK / seconds))
+    return length
+
+
+def _compiler_options():
+    return COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}

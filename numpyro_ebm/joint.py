@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The one door from NumPyro to arrays: rows, sites, supports and the row log-joint.
+
+A model is traced once to find its data plate, its visible and latent sites and its parameters. From
+then on it is a function of arrays,
+
+.. math:: \log \tilde p(v, h; θ) = \sum_{\text{sites of the row}} \log b - \sum_{\text{energies}} E,
+
+one value per row, free of the scale that a subsampled data plate puts on every site. Latent and
+visible sites may be several and of any event shape, and may sit in further plates.
+
+:func:`read` makes a :class:`Joint` of a model; :class:`Guide` does the same for a guide.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import Delta, biject_to, constraints
+from numpyro.handlers import seed, substitute, trace
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm import provenance
+from numpyro_ebm.distributions import Unnormalized
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.handlers import answer_for_normalizer, set_visible
+
+__all__ = ["Guide", "Joint", "RowSite", "read", "read_fixed"]
+
+WHAT_A_ROW_NEEDS = (
+    'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
+    "and the energy, with everything that is not a row in event dimensions or in further plates."
+)
+
+
+class RowSite(NamedTuple):
+    """A sample site inside the data plate.
+
+    - **name** - name of the site.
+    - **fn** - its distribution, the base measure, as traced.
+    - **value** - the observed value; a placeholder of the right shape for a latent site.
+    - **dims** - names of the dimensions of ``value``: plates, then ``<name>_dim_<i>``.
+    """
+
+    name: str
+    fn: object
+    value: object
+    dims: tuple
+
+    @property
+    def event_dim(self):
+        return self.fn.event_dim
+
+    @property
+    def is_discrete(self):
+        return bool(self.fn.support.is_discrete)
+
+    @property
+    def is_real(self):
+        support = self.fn.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        return support is constraints.real
+
+    @property
+    def transform(self):
+        return biject_to(self.fn.support)
+
+
+class Joint:
+    """A NumPyro model read as arrays. Made by :func:`read`.
+
+    - **plate, num_rows, dim** - the data plate: its name, the rows at hand, its dimension.
+    - **visible, latent** - dicts of :class:`RowSite`.
+    - **observed** - sites that :func:`read_fixed` set aside, because they are observed.
+    - **parameters** - values of the `param` sites, and of latent sites outside the data plate, by
+      name (their values in this trace).
+    - **constraints** - constraints of the `param` sites by name.
+    - **priors** - names of the parameters that are sample sites.
+    - **energies** - names of the energy sites.
+    """
+
+    def __init__(self, model, args, kwargs, model_trace, frame):
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.plate, self.dim, self.num_rows = frame
+        size, subsample_size = model_trace[self.plate]["args"]
+        self._scale = size / (subsample_size or size)
+        self.total_rows = size
+        self.plates = {k: s["value"] for k, s in model_trace.items() if s["type"] == "plate"}
+        self.visible, self.latent, self.observed, self.parameters = {}, {}, {}, {}
+        self.constraints, self.priors, self.energies = {}, [], []
+        self.is_fixed = True  # whether the model itself answers for its normalizer
+        self.arguments = {}  # which argument is the value of which visible site; see `provenance`
+        for name, site in model_trace.items():
+            if site["type"] == "param":
+                self.parameters[name] = site["value"]
+                self.constraints[name] = site["kwargs"].get("constraint", constraints.real)
+            elif site["type"] == "mutable":
+                raise ModelError(
+                    f"The mutable site '{name}' (state of a network, such as batch normalisation) "
+                    "couples the rows of a batch; use a network without mutable state."
+                )
+            elif site["type"] != "sample":
+                continue
+            elif _is_energy(site):
+                self.energies.append(name)
+                self.is_fixed = self.is_fixed and _unwrap(site["fn"]).handled_by == "fixed"
+            elif not _in_plate(site, self.plate):
+                if not site["is_observed"]:
+                    self.priors.append(name)
+                    self.parameters[name] = site["value"]
+            elif site["fn"].event_shape != (0,):  # not a `numpyro.factor`
+                kind = self.visible if site["is_observed"] else self.latent
+                value = site["value"]
+                if kind is self.visible:
+                    value = _checked_value(site)
+                kind[name] = RowSite(name, site["fn"], value, _dims(site))
+
+    def log_density(self, params, values):
+        """Row log-joint log p̃ at given parameters and site values.
+
+        :param dict params: parameter values by name.
+        :param dict values: values of visible and latent sites by name; observed sites that are not
+            named keep their observed value.
+        :return: array of shape (rows,).
+        """
+        model_trace = trace(self.substituted({**params, **values})).get_trace(
+            *self.args, **self.kwargs
+        )
+        return sum(self.site_log_densities(model_trace).values())
+
+    def substituted(self, data):
+        """The model at given parameters and site values, its energies allowed to evaluate."""
+        return answer_for_normalizer(substitute(self.model, data={**self.plates, **data}))
+
+    def site_log_densities(self, model_trace):
+        """Log-density per row, of shape (rows,), of every site of the data plate in a trace."""
+        return {
+            name: self.sum_to_rows(self.scaled_log_prob(site))
+            for name, site in model_trace.items()
+            if self.owns(site)
+        }
+
+    def owns(self, site):
+        """Whether a site of a trace is a sample site inside the data plate."""
+        return site["type"] == "sample" and _in_plate(site, self.plate)
+
+    def scaled_log_prob(self, site):
+        """Log-density of a traced site, without the N/B of a subsampled data plate."""
+        log_prob = site["fn"].log_prob(site["value"])
+        # What is left is the user's own `handlers.scale`.
+        scale = 1.0 if site["scale"] is None else site["scale"] / self._scale
+        return log_prob if _is_one(scale) else scale * log_prob
+
+    def sum_to_rows(self, log_prob):
+        """Sum over all plates but the data plate."""
+        row_axis = jnp.ndim(log_prob) + self.dim
+        return jnp.sum(log_prob, [a for a in range(jnp.ndim(log_prob)) if a != row_axis])
+
+    @property
+    def sites(self):
+        """All visible and latent sites."""
+        return {**self.visible, **self.latent}
+
+    def row_axis(self, name, unconstrained):
+        """Axis of the rows in an unconstrained value of a visible or latent site."""
+        site = self.sites[name]
+        event_dim = site.transform.domain.event_dim
+        extra = site.event_dim - site.transform.codomain.event_dim
+        return jnp.ndim(unconstrained) + self.dim - event_dim - extra
+
+    def to_rows(self, unconstrained):
+        """Move the rows of unconstrained values to the leading axis."""
+        return {k: jnp.moveaxis(x, self.row_axis(k, x), 0) for k, x in unconstrained.items()}
+
+    def from_rows(self, rows):
+        """Undo :meth:`to_rows`."""
+        return {k: jnp.moveaxis(x, 0, self.row_axis(k, x)) for k, x in rows.items()}
+
+    def rows_like(self, per_row, name, unconstrained):
+        """Reshape an array of shape (rows,) to broadcast against an unconstrained visible value."""
+        axis = self.row_axis(name, unconstrained)
+        return jnp.reshape(per_row, (-1,) + (1,) * (jnp.ndim(unconstrained) - axis - 1))
+
+    def row_dot(self, x, y):
+        """Inner products per row of two dicts of unconstrained visible values, of shape (rows,)."""
+        total = jnp.zeros(self.num_rows)
+        for name in x:
+            product = jnp.broadcast_to(x[name] * y[name], jnp.shape(x[name]))
+            axis = self.row_axis(name, product)
+            others = [a for a in range(jnp.ndim(product)) if a != axis]
+            total = total + jnp.sum(product, others)
+        return total
+
+    # Unconstrained coordinates of the visible sites: v = T(u).
+
+    @property
+    def visible_values(self):
+        """Observed values of the visible sites."""
+        return {name: site.value for name, site in self.visible.items()}
+
+    def unconstrain_visible(self):
+        """Observed visible values in unconstrained coordinates, u = T⁻¹(v)."""
+        return {
+            name: site.value if site.is_real else site.transform.inv(site.value)
+            for name, site in self.visible.items()
+        }
+
+    def constrain(self, unconstrained):
+        """Map unconstrained coordinates to site values.
+
+        :param dict unconstrained: unconstrained values by site name.
+        :return: dict of values on the sites' supports, and log |dT/du| of shape (rows,).
+        """
+        values, log_det = {}, 0.0
+        for name, u in unconstrained.items():
+            site = self.sites[name]
+            if site.is_real:
+                values[name] = u
+                continue
+            transform = site.transform
+            values[name] = transform(u)
+            jacobian = transform.log_abs_det_jacobian(u, values[name])
+            extra = jnp.ndim(jacobian) - (jnp.ndim(values[name]) - site.event_dim)
+            jacobian = jnp.sum(jacobian, tuple(range(-extra, 0))) if extra else jacobian
+            log_det = log_det + self.sum_to_rows(jacobian)
+        return values, log_det
+
+    def unconstrained_log_density(self, params, unconstrained, values):
+        """Row log-density of ``unconstrained`` sites, log-Jacobian included, given ``values``."""
+        constrained, log_det = self.constrain(unconstrained)
+        return self.log_density(params, {**constrained, **values}) + log_det
+
+
+class Guide:
+    """A NumPyro guide q(h | v) read as arrays, beside the joint of its model.
+
+    :param guide: the guide.
+    :param Joint joint: the model it belongs to.
+    :param tuple args: arguments of the guide.
+    :param dict kwargs: keyword arguments of the guide.
+    """
+
+    def __init__(self, guide, joint, args, kwargs):
+        self._guide, self._joint, self._args, self._kwargs = guide, joint, args, kwargs
+
+    def trace(self, rng_key, params, visible, latent=None):
+        """Run the guide at visible values; ``latent`` overrides its draws."""
+        data = {**self._joint.plates, **params, **({} if latent is None else latent)}
+        guide = seed(set_visible(substitute(self._guide, data=data), visible), rng_key)
+        return trace(guide).get_trace(*self._args, **self._kwargs)
+
+    def parameters(self, rng_key, params=None):
+        """Initial values and constraints of the guide's `param` sites by name."""
+        guide_trace = self.trace(rng_key, {} if params is None else params, {})
+        self.check(guide_trace)
+        return {
+            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
+            for name, site in guide_trace.items()
+            if site["type"] == "param"
+        }
+
+    def check(self, guide_trace):
+        """Every latent site of the model must be drawn by the guide, inside the data plate."""
+        missing = [name for name in self._joint.latent if name not in guide_trace]
+        if missing:
+            raise ModelError(
+                f"The guide does not draw the latent site(s) {', '.join(map(repr, missing))} of "
+                "the model. A guide is a NumPyro function q(h | v) that samples each of them "
+                "under the same name and in the same plates."
+            )
+        for name, site in guide_trace.items():
+            if site["type"] == "mutable":
+                raise ModelError(f"The guide has the mutable site '{name}'; it must be stateless.")
+
+    def draw(self, rng_key, params, visible, num_particles):
+        """Draw particles h ~ q(h | v), held constant under differentiation.
+
+        :return: dict of latent values, particles leading, and log q(h | v), of shape
+            (num_particles, rows).
+        """
+
+        def one(rng_key):
+            guide_trace = self.trace(rng_key, params, visible)
+            return self._latent_values(guide_trace), self._log_density(guide_trace)
+
+        draws = jax.vmap(one)(jax.random.split(rng_key, num_particles))
+        return jax.lax.stop_gradient(draws)
+
+    def log_density(self, params, visible, latent):
+        """log q(h | v) per row, of shape (rows,), at given latent values."""
+        return self._log_density(self.trace(jax.random.key(0), params, visible, latent))
+
+    def _latent_values(self, guide_trace):
+        self.check(guide_trace)
+        return {name: guide_trace[name]["value"] for name in self._joint.latent}
+
+    def _log_density(self, guide_trace):
+        joint, total = self._joint, jnp.zeros(self._joint.num_rows)
+        for site in guide_trace.values():
+            if site["type"] != "sample" or site["is_observed"]:
+                continue
+            if not _in_plate(site, joint.plate):
+                # A site over all rows at once has no density per row.
+                return jnp.full(joint.num_rows, jnp.nan)
+            log_prob = site["fn"].log_prob(site["value"])
+            total = total + joint.sum_to_rows(log_prob)
+        return total
+
+
+def read(model, args=(), kwargs=None, params=None, *, rng_key=None):
+    """Read a NumPyro model with energy statements.
+
+    :param model: the model.
+    :param tuple args: its arguments.
+    :param dict kwargs: its keyword arguments.
+    :param dict params: parameter values by name; missing ones take their initial values.
+    :param rng_key: key for initial values and subsampled plates.
+    :return: a :class:`Joint`.
+    :raises ModelError: if there is no data plate or more than one, no energy, or an energy that
+        does not depend on the visible sites; the message names the site and what to write instead.
+    """
+    kwargs = {} if kwargs is None else kwargs
+    joint = _traced(model, args, kwargs, {} if params is None else params, rng_key)
+    provenance.check_model(joint, model, args, kwargs)
+    return joint
+
+
+def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
+    """Read a model with fixed parameters as the density of its unobserved sites.
+
+    In the joint that is returned the *visible* sites are the unobserved continuous ones, and the
+    *latent* sites the unobserved discrete ones; observed sites keep their values.
+
+    :param model: a model whose normalizer is resolved, ``fixed(model, params)``.
+    :param tuple args: its arguments.
+    :param dict kwargs: its keyword arguments.
+    :param rng_key: key for the placeholders of unobserved sites.
+    :return: a :class:`Joint`.
+    :raises ModelError: if the model has free parameters, or nothing to sample.
+    """
+    joint = _traced(model, args, {} if kwargs is None else kwargs, {}, rng_key)
+    if joint.parameters or not joint.is_fixed:
+        free = ", ".join(map(repr, joint.parameters)) or "none, but nobody said so"
+        raise ModelError(
+            f"The normalizer of the energies {joint.energies} is not resolved (free parameters: "
+            f"{free}). Hold the parameters fixed: `numpyro_ebm.fixed(model, params)`."
+        )
+    if not joint.latent:
+        raise ModelError("The model has no unobserved site inside its data plate to sample.")
+    sites, joint.observed = joint.latent, joint.visible
+    joint.visible = {name: site for name, site in sites.items() if not site.is_discrete}
+    joint.latent = {name: site for name, site in sites.items() if site.is_discrete}
+    return joint
+
+
+def _traced(model, args, kwargs, params, rng_key):
+    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    prepared = substitute(substitute(seed(model, rng_key), data=params), substitute_fn=_placeholder)
+    model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
+    return Joint(model, args, kwargs, model_trace, _data_plate(model_trace))
+
+
+def _data_plate(model_trace):
+    """The plate that all visible sites and all energies share."""
+    samples = [s for s in model_trace.values() if s["type"] == "sample"]
+    energies = [s for s in samples if _is_energy(s)]
+    observed = [s for s in samples if s["is_observed"] and s["fn"].event_shape != (0,)]
+    if not energies:
+        raise ModelError(
+            "The model has no energy statement. Add `numpyro_ebm.energy(name, value)` inside its "
+            "data plate; `numpyro.factor` hides that the model is unnormalised."
+        )
+    for site in observed + energies:
+        if not site["cond_indep_stack"]:
+            what = "The energy" if _is_energy(site) else "The visible site"
+            raise ModelError(f"{what} '{site['name']}' is outside any plate. {WHAT_A_ROW_NEEDS}")
+    shared = None
+    for site in energies + observed:
+        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+        shared = frames if shared is None else {k: f for k, f in shared.items() if k in frames}
+    if len(shared) != 1:
+        plates = {f.name for s in observed + energies for f in s["cond_indep_stack"]}
+        found = (
+            f"all sites share the plates {sorted(shared)}"
+            if shared
+            else f"they sit in {sorted(plates)} and share none"
+        )
+        raise ModelError(
+            "Cannot tell the data plate: it is the one plate that all visible sites and all "
+            f"energies share, but {found}. {WHAT_A_ROW_NEEDS} Data sets of different lengths are "
+            "separate models."
+        )
+    (frame,) = shared.values()
+    return frame
+
+
+def _placeholder(site):
+    """A value on the support for a site that has none, so that a model can be traced."""
+    if site["type"] != "sample" or site["value"] is not None or isinstance(site["fn"], Delta):
+        return None
+    fn = site["fn"]
+    if fn.support.is_discrete:
+        return jnp.full(fn.shape(), lowest_value(fn.support), dtype=jnp.result_type(int))
+    transform = biject_to(fn.support)
+    return transform(jnp.zeros(transform.inverse_shape(fn.shape())))
+
+
+def lowest_value(support):
+    """The smallest value of a discrete support."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return int(getattr(support, "lower_bound", 0))
+
+
+def _checked_value(site):
+    value, name = site["value"], site["name"]
+    if not_jax_tracer(value) and np.isnan(np.asarray(value)).any():
+        raise ModelError(
+            f"The data of the visible site '{name}' contain NaN. Drop those rows, or impute them "
+            "before training: nothing is masked in silence."
+        )
+    if not site["fn"].support.is_discrete:
+        value = jnp.asarray(value, dtype=jnp.result_type(value, float))
+    expected = site["fn"].shape()
+    if jnp.shape(value) != expected:
+        raise ModelError(
+            f"The data of the visible site '{name}' have shape {jnp.shape(value)}, but its plates "
+            f"and event shape ask for {expected}."
+        )
+    return value
+
+
+def _dims(site):
+    """Names of the dimensions of a site's value."""
+    num_batch = len(site["fn"].batch_shape)
+    plates = {num_batch + frame.dim: frame.name for frame in site["cond_indep_stack"]}
+    free = iter(range(len(site["fn"].shape())))
+    return tuple(
+        plates[i] if i in plates else f"{site['name']}_dim_{next(free)}"
+        for i in range(len(site["fn"].shape()))
+    )
+
+
+def _in_plate(site, plate):
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def _unwrap(fn):
+    """The distribution inside masks, expansions and event dimensions."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _is_energy(site):
+    return isinstance(_unwrap(site["fn"]), Unnormalized)
+
+
+def _is_one(scale):
+    return not_jax_tracer(scale) and bool(np.all(np.asarray(scale) == 1.0))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Sum discrete latent sites out exactly.
+
+.. math:: \log\tilde p(v; θ) = \log \sum_h \tilde p(v, h; θ)
+
+Scalar latent sites, in the data plate or in further plates, are summed by NumPyro's funsor backend:
+the sum over a plate of hidden units factorises, so that 100 units cost 100 sums of two terms and
+not one of 2^100. Sites with event dimensions are enumerated jointly, state by state.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from numpyro_ebm.distributions import Counting
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.joint import lowest_value
+from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+
+__all__ = ["Enumerated", "event_states", "state_log_densities"]
+
+
+class Enumerated(Marginal):
+    """The exact marginal of a model whose latent sites are all discrete.
+
+    :param int max_states: the most joint states of latent sites with event dimensions, per row.
+    :raises ModelError: when used on continuous latents, or on more states than ``max_states``.
+
+    **Example**
+
+    >>> import numpyro_ebm as ebm
+    >>> ebm.Enumerated()
+    Enumerated(max_states=65536)
+    """
+
+    def __init__(self, *, max_states=65_536):
+        self.max_states = max_states
+
+    def check(self, joint, guide, order):
+        if not joint.latent:
+            raise ModelError("Enumerated is for discrete latent sites; use `Exact()` here.")
+        states = 1
+        for name, site in joint.latent.items():
+            if not site.is_discrete:
+                raise ModelError(
+                    f"Enumerated() cannot sum out the continuous latent site '{name}'; use "
+                    "`VaGES()` with a guide."
+                )
+            if not site.fn.has_enumerate_support:
+                raise ModelError(f"The latent site '{name}' has infinitely many values.")
+            if site.fn.event_shape:
+                if len(np.shape(site.value)) - site.event_dim > -joint.dim:
+                    raise ModelError(
+                        f"The latent site '{name}' has event dimensions inside a further plate; "
+                        "make them plates as well (they factorise), or all event dimensions."
+                    )
+                states *= _num_values(site.fn) ** math.prod(site.fn.event_shape)
+        if states > self.max_states:
+            raise ModelError(
+                f"The latent sites {sorted(joint.latent)} have {states} joint states per row, more "
+                f"than max_states={self.max_states}. If the energy is a sum over units, declare "
+                "them in a plate, "
+                '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
+                "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
+            )
+
+    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
+        self.check(joint, guide, order)
+
+        def log_density(params, unconstrained):
+            values, log_det = joint.constrain(unconstrained)
+            return self.log_density(joint, params, values) + log_det
+
+        return Estimate(log_density, score_of(log_density, params))
+
+    def log_density(self, joint, params, values):
+        """log p̃ of every row at given values of the other sites, of shape (rows,)."""
+        states = event_states(joint)
+        if not states:
+            return _sum_scalar_sites(joint, params, values)
+        return logsumexp(state_log_densities(joint, params, values, states), axis=0)
+
+
+def event_states(joint):
+    """All joint states of the latent sites with event dimensions, states leading."""
+    sites = {name: site for name, site in joint.latent.items() if site.fn.event_shape}
+    if not sites:
+        return {}
+    sizes = {name: math.prod(site.fn.event_shape) for name, site in sites.items()}
+    lowest, counts = [], []
+    for name, site in sites.items():
+        lowest += [lowest_value(site.fn.support)] * sizes[name]
+        counts += [_num_values(site.fn)] * sizes[name]
+    grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
+    columns = np.split(grid, np.cumsum(list(sizes.values()))[:-1], axis=1)
+    return {
+        name: jnp.asarray(columns[i].reshape(-1, *site.fn.event_shape))
+        for i, (name, site) in enumerate(sites.items())
+    }
+
+
+def state_log_densities(joint, params, values, states):
+    """log p̃ of every row at each of the ``states``, scalar latents summed out: (states, rows)."""
+
+    def at_state(state):
+        latent = {
+            name: jnp.broadcast_to(x, jnp.shape(joint.latent[name].value))
+            for name, x in state.items()
+        }
+        return _sum_scalar_sites(joint, params, {**values, **latent})
+
+    return jax.vmap(at_state)(states)
+
+
+def _num_values(fn):
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if isinstance(fn, Counting):
+        return fn.num_values
+    return fn.enumerate_support(expand=False).shape[0]
+
+
+def _sum_scalar_sites(joint, params, values):
+    """Sum scalar discrete sites out of the row log-joint by funsor's sum-product, per row."""
+    scalar = [name for name, site in joint.latent.items() if not site.fn.event_shape]
+    if not scalar:
+        return joint.log_density(params, values)
+    import funsor
+    from numpyro.contrib.funsor import config_enumerate, enum, plate_to_enum_plate
+    from numpyro.contrib.funsor.enum_messenger import trace as packed_trace
+
+    num_plate_dims = max(
+        [-joint.dim] + [np.ndim(s.value) - s.event_dim for s in joint.latent.values()]
+    )
+    model = enum(config_enumerate(joint.substituted({**params, **values})), -num_plate_dims - 1)
+    with plate_to_enum_plate():
+        model_trace = packed_trace(model).get_trace(*joint.args, **joint.kwargs)
+    factors, plates = [], frozenset()
+    for site in filter(joint.owns, model_trace.values()):
+        dim_to_name = site["infer"]["dim_to_name"]
+        factors.append(
+            funsor.to_funsor(joint.scaled_log_prob(site), funsor.Real, dim_to_name=dim_to_name)
+        )
+        plates |= {frame.name for frame in site["cond_indep_stack"]}
+    result = funsor.sum_product.sum_product(
+        funsor.ops.logaddexp,
+        funsor.ops.add,
+        factors,
+        eliminate=frozenset(scalar) | (plates - {joint.plate}),
+        plates=plates,
+    )
+    rows = result.align((joint.plate,)) if result.inputs else result
+    return jnp.broadcast_to(rows.data, (joint.num_rows,))

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all objectives share: NumPyro's loss protocol, over rows and their marginals."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import jax
+from jax.lax import stop_gradient
+
+from numpyro_ebm import provenance
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.joint import Guide, Joint, read
+from numpyro_ebm.marginal.base import Marginal, choose
+from numpyro_ebm.objectives.guide_loss import default_guide_loss, row_guide_loss
+
+__all__ = ["Objective", "Problem", "half_square"]
+
+
+class Problem(NamedTuple):
+    """One round of learning: a batch, the point at which the model is evaluated, and what for.
+
+    - **joint** - the model, read at the batch.
+    - **guide** - the guide, or ``None``.
+    - **marginal** - the way the latent sites are integrated out.
+    - **unconstrained** - the visible values the objective uses (noised, for denoising ones), by
+      site name.
+    - **noise** - what the objective needs to remember of how it made them.
+    - **row_weights** - weights of the rows in the guide's loss, of shape (rows,), or ``None``.
+    """
+
+    joint: Joint
+    guide: Guide | None
+    marginal: Marginal
+    unconstrained: dict
+    noise: object = None
+    row_weights: object = None
+
+
+class Objective(ABC):
+    """Base class of the objectives; each is a loss in NumPyro's sense.
+
+    ``objective.loss(rng_key, params, model, guide, *args, **kwargs)`` returns an estimate of the
+    objective, a mean over rows; its gradient in the model's parameters is the estimator of the
+    objective's gradient, and its gradient in the guide's parameters that of the guide's own loss,
+    whose value is not part of the loss. So an objective serves as the ``loss`` of
+    :class:`numpyro.infer.SVI` as well as of :class:`~numpyro_ebm.EnergySVI`.
+
+    :param marginal: how latent sites are integrated out; chosen by the model if ``None``: ``Exact``
+        without latents, ``Enumerated`` where all of them are discrete and enumerable.
+    """
+
+    can_infer_discrete = True  # read by NumPyro's SVI
+    order = 2  # derivatives of log p̃ that the gradient takes
+
+    def __init__(self, marginal=None):
+        if marginal is not None and not isinstance(marginal, Marginal):
+            raise ModelError(
+                f"{type(self).__name__}: `marginal` must be a marginal such as `VaGES()` or "
+                f"`Enumerated()`, got {marginal!r}."
+            )
+        self.marginal = marginal
+
+    def perturb(self, rng_key, joint):
+        """Where the model is evaluated: ``(unconstrained, noise, row_weights)`` of a `Problem`."""
+        return joint.unconstrain_visible(), None, None
+
+    @abstractmethod
+    def energy_loss(self, rng_key, params, problem):
+        """Value and gradient (in the model's parameters) of the objective, a mean over rows."""
+
+    def pose(self, rng_key, params, model, guide, args, kwargs):
+        """Read the model and the guide, check that this objective serves, and place the batch.
+
+        :return: a :class:`Problem`.
+        :raises ModelError: if the model, the guide and the objective do not go together.
+        """
+        key_read, key_perturb = jax.random.split(rng_key)
+        joint = read(model, args, kwargs, params, rng_key=key_read)
+        self.check_sites(joint)
+        reader = None if guide is None else Guide(guide, joint, args, kwargs)
+        marginal = choose(joint) if self.marginal is None else self.marginal
+        marginal.check(joint, reader, self.order)
+        if reader is not None:
+            reader.check(reader.trace(key_read, params, joint.visible_values))
+            provenance.check_guide(
+                joint,
+                guide,
+                params,
+                args,
+                kwargs,
+                may_ignore_visible=not marginal.needs_guide
+                or getattr(marginal, "importance_weighted", False),
+            )
+        return Problem(joint, reader, marginal, *self.perturb(key_perturb, joint))
+
+    def check_sites(self, joint):
+        """Raise unless the objective is defined for the visible sites of the model."""
+        name = type(self).__name__
+        if not joint.visible:
+            raise ModelError(
+                f"{name}: the model has no observed site, so there is nothing to learn from. Pass "
+                "the data, and give it as `obs=` to the visible sites."
+            )
+        for site in joint.visible.values():
+            if site.is_discrete:
+                raise ModelError(
+                    f"{name} takes derivatives in the visible values, and the visible site "
+                    f"'{site.name}' is discrete. Use PseudoLikelihood, RatioMatching, NCE, "
+                    "EnergyDiscrepancy or ContrastiveDivergence."
+                )
+
+    def estimate(self, rng_key, params, problem):
+        """The marginal of the problem, bound at its visible values."""
+        return problem.marginal.bind(
+            rng_key, problem.joint, problem.guide, params, problem.unconstrained, order=self.order
+        )
+
+    def loss(self, rng_key, param_map, model, guide=None, *args, **kwargs):
+        """The objective and, through its gradient, its estimator.
+
+        :param rng_key: random key.
+        :param dict param_map: values of the model's and the guide's parameters by site name.
+        :param model: a NumPyro model with energy statements.
+        :param guide: a NumPyro guide q(h | v); ``None`` where no latent site needs one.
+        :param args: arguments of model and guide.
+        :param kwargs: keyword arguments of model and guide.
+        :return: scalar loss in the units of the objective, a mean over rows.
+        :raises ModelError: if the model, the guide and the objective do not go together.
+        """
+        key_pose, key_energy, key_guide = jax.random.split(rng_key, 3)
+        problem = self.pose(key_pose, param_map, model, guide, args, kwargs)
+        _check_parameters(problem.joint, param_map)
+        own = {k: v for k, v in param_map.items() if k in problem.joint.parameters}
+        other = {k: v for k, v in param_map.items() if k not in problem.joint.parameters}
+        loss = self.energy_loss(key_energy, {**own, **stop_gradient(other)}, problem)
+        if other and problem.joint.latent:
+            guide_loss = default_guide_loss(problem)
+            extra = row_guide_loss(guide_loss, key_guide, stop_gradient(own), other, problem, guide)
+            loss = loss + (extra - stop_gradient(extra))
+        return loss
+
+    def __repr__(self):
+        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({options})"
+
+
+def half_square(params, estimate, problem, offset=0.0, scale=1.0):
+    r"""Unbiased value and gradient of :math:`\tfrac12 \|c\,s(u; θ) + o\|^2` for every row.
+
+    With :math:`z = ⊥[c\,s_A + o]` from the independent score :math:`s_A`, the value is
+    :math:`\tfrac12 z·(c\,s_B + o)` and the gradient :math:`c\,z·∂_θ s_B`: one forward derivative of
+    ``log_density`` along z, and one reverse pass through it.
+
+    :param params: parameters to differentiate in.
+    :param Estimate estimate: the marginal.
+    :param Problem problem: the point u.
+    :param offset: o, a dict like u, or 0.
+    :param scale: c, a dict of arrays that broadcast against u, or a number.
+    :return: array of shape (rows,).
+    """
+    unconstrained = problem.unconstrained
+    score = estimate.score(unconstrained)
+    like = lambda x: x if isinstance(x, dict) else dict.fromkeys(unconstrained, x)  # noqa: E731
+    offset, scale = like(offset), like(scale)
+    z = {name: scale[name] * score[name] + offset[name] for name in unconstrained}
+    direction = {name: scale[name] * z[name] for name in z}
+    _, along = jax.jvp(
+        lambda u: estimate.log_density(params, u), (unconstrained,), (stop_gradient(direction),)
+    )
+    inner = along + stop_gradient(problem.joint.row_dot(z, offset))
+    return inner - 0.5 * stop_gradient(inner)
+
+
+def _check_parameters(joint, param_map):
+    missing = [name for name in joint.parameters if name not in param_map]
+    priors = [name for name in missing if name in joint.priors]
+    if priors:
+        raise ModelError(
+            f"The parameter(s) {', '.join(map(repr, priors))} have a prior and no value: an "
+            "objective is a loss at given parameter values. Give their values among the "
+            "parameters, or declare them with `numpyro.param`."
+        )
+    if missing:
+        raise ModelError(f"No value for the parameter(s) {', '.join(map(repr, missing))}.")

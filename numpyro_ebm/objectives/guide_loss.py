@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Losses that fit a guide q(h | v) to the posterior p(h | v; θ) of an energy-based model.
+
+They see θ as a constant, so log Z(θ) does not matter: any NumPyro ELBO serves as it is. Two more:
+:class:`RelaxedELBO`, a low-variance pathwise gradient for Bernoulli latents, and
+:class:`PosteriorScore`, a Fisher divergence for continuous ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.lax import stop_gradient
+from numpyro.handlers import substitute
+from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.handlers import set_visible
+
+__all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
+
+
+class RelaxedELBO:
+    r"""Evidence lower bound with relaxed Bernoulli latents, for fitting a guide.
+
+    .. math:: \mathcal L(φ) = E\big[\log q(\tilde h | v; ⊥φ) - \log\tilde p(v, \tilde h; θ)\big],
+        \qquad \tilde h = σ\big((\text{logits}_φ + \text{logistic noise}) / τ\big)
+
+    with log q the Bernoulli log-probability, linear in the relaxed value. The gradient is pathwise
+    only (φ inside log q is held constant): its mean and its variance vanish together where q is a
+    Bernoulli posterior, whatever τ. Relaxed values serve the guide alone; the estimators of the
+    energy's gradient use hard draws. The value is an estimate of the negative ELBO up to log Z, not
+    a bound.
+
+    :param float temperature: τ of the relaxation.
+    :raises ModelError: when used with a latent site that the guide does not draw from a Bernoulli
+        (possibly with ``to_event``).
+
+    Reference: pathwise gradient of a relaxed Bernoulli, Maddison, Mnih, Teh, *The concrete
+    distribution*, ICLR 2017; constant φ in log q, Roeder, Wu, Duvenaud, *Sticking the landing*,
+    NeurIPS 2017.
+
+    **Example**
+
+    >>> import numpyro_ebm as ebm
+    >>> ebm.RelaxedELBO(temperature=0.5)
+    RelaxedELBO(temperature=0.5)
+    """
+
+    can_infer_discrete = True
+
+    def __init__(self, temperature=0.1):
+        if not temperature > 0:
+            raise ModelError(f"RelaxedELBO: `temperature` must be positive, got {temperature}.")
+        self.temperature = temperature
+
+    def rows(self, rng_key, params, guide_params, problem):
+        """The loss of every row, of shape (rows,)."""
+        joint, guide = problem.joint, problem.guide
+        visible, _ = joint.constrain(problem.unconstrained)
+        with _relax_bernoulli(self.temperature):
+            guide_trace = guide.trace(rng_key, guide_params, visible)
+        latent, log_q = {}, 0.0
+        for name in joint.latent:
+            site = guide_trace[name]
+            if name not in site["infer"].get("relaxed", ()):
+                raise ModelError(
+                    f"RelaxedELBO: the guide draws '{name}' from {_base(site['fn'])}, not from a "
+                    "Bernoulli. Pass `guide_loss=numpyro.infer.TraceGraph_ELBO()` to EnergySVI."
+                )
+            h = site["value"]
+            latent[name] = h
+            logits = stop_gradient(_base(site["fn"]).logits)
+            log_prob = h * logits - jax.nn.softplus(logits)
+            log_prob = jnp.broadcast_to(log_prob, jnp.shape(h))
+            event_dim = site["fn"].event_dim
+            log_prob = jnp.sum(log_prob, tuple(range(-event_dim, 0)))
+            log_q = log_q + joint.sum_to_rows(log_prob)
+        return log_q - joint.log_density(params, {**visible, **latent})
+
+    def __repr__(self):
+        return f"RelaxedELBO(temperature={self.temperature})"
+
+
+class PosteriorScore:
+    r"""Fisher divergence between the guide and the posterior, for continuous latents.
+
+    .. math:: \mathcal L(φ) = \tfrac12 E_{q(h | v; φ)} \|∇_h \log q(h | v; φ) -
+        ∇_h \log\tilde p(v, h; θ)\|^2
+
+    Only the gradient of the log-density is needed, as for score matching. The guide has to be
+    reparameterised.
+
+    :raises ModelError: when used with discrete latents, or with a guide whose draws are not
+        differentiable.
+
+    Reference: Bao et al., *Bi-level score matching for learning energy-based latent variable
+    models*, NeurIPS 2020.
+
+    **Example**
+
+    >>> import numpyro_ebm as ebm
+    >>> ebm.PosteriorScore()
+    PosteriorScore()
+    """
+
+    can_infer_discrete = False
+
+    def rows(self, rng_key, params, guide_params, problem):
+        """The loss of every row, of shape (rows,)."""
+        joint, guide = problem.joint, problem.guide
+        visible, _ = joint.constrain(problem.unconstrained)
+        guide_trace = guide.trace(rng_key, guide_params, visible)
+        for name in joint.latent:
+            if not guide_trace[name]["fn"].has_rsample:
+                raise ModelError(
+                    f"PosteriorScore: the guide's draws of '{name}' are not differentiable in its "
+                    "parameters. Use a reparameterised distribution, or another guide loss."
+                )
+        latent = {name: guide_trace[name]["value"] for name in joint.latent}
+
+        def log_ratio(latent):
+            log_q = guide.log_density(guide_params, visible, latent)
+            return jnp.sum(log_q - joint.log_density(params, {**visible, **latent}))
+
+        total = jnp.zeros(joint.num_rows)
+        for name, gradient in jax.grad(log_ratio)(latent).items():
+            event_dim = joint.latent[name].event_dim
+            square = jnp.sum(gradient**2, tuple(range(-event_dim, 0)))
+            total = total + 0.5 * joint.sum_to_rows(square)
+        return total
+
+    def __repr__(self):
+        return "PosteriorScore()"
+
+
+def default_guide_loss(problem):
+    """The guide loss for the latent sites at hand.
+
+    ``Trace_ELBO`` for continuous latents, ``RelaxedELBO`` for Bernoulli ones, and NumPyro's
+    score-function estimator ``TraceGraph_ELBO`` for other discrete latents, where ``Trace_ELBO``
+    would drop part of the gradient.
+    """
+    joint, guide = problem.joint, problem.guide
+    if not any(site.is_discrete for site in joint.latent.values()):
+        return Trace_ELBO()
+    guide_trace = guide.trace(jax.random.key(0), {}, joint.visible_values)
+    if all(isinstance(_base(guide_trace[name]["fn"]), _BERNOULLI) for name in joint.latent):
+        return RelaxedELBO()
+    return TraceGraph_ELBO()
+
+
+def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
+    """A guide loss at the visible values of a problem, as a mean over rows.
+
+    :param guide_loss: a NumPyro ELBO, or an object with a ``rows`` method.
+    :param rng_key: random key.
+    :param dict params: the model's parameters, constants here.
+    :param dict guide_params: the guide's parameters.
+    :param Problem problem: the batch, as the objective uses it.
+    :param guide: the guide itself.
+    """
+    joint, weights = problem.joint, problem.row_weights
+    if hasattr(guide_loss, "rows"):
+        rows = guide_loss.rows(rng_key, params, guide_params, problem)
+        return jnp.mean(rows if weights is None else weights * rows)
+    visible, _ = joint.constrain(stop_gradient(problem.unconstrained))
+    scale = 1.0 / joint.total_rows if weights is None else weights / joint.total_rows
+
+    def handled(fn):
+        return _scale_rows(fn, joint, scale)
+
+    model = handled(joint.substituted({**params, **visible}))
+    guide = handled(set_visible(substitute(guide, data=joint.plates), visible))
+    return guide_loss.loss(rng_key, guide_params, model, guide, *joint.args, **joint.kwargs)
+
+
+_BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
+
+
+def _base(fn):
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+class _relax_bernoulli(Messenger):
+    """Draw relaxed values at the Bernoulli sites of a guide."""
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+        super().__init__()
+
+    def process_message(self, msg):
+        if msg["type"] != "sample" or msg["value"] is not None:
+            return
+        fn = _base(msg["fn"])
+        if isinstance(fn, _BERNOULLI):
+            msg["infer"] = {**msg["infer"], "relaxed": (msg["name"],)}
+            shape = msg["fn"].shape()
+            noise = jax.random.logistic(msg["kwargs"]["rng_key"], shape)
+            msg["value"] = jax.nn.sigmoid((fn.logits + noise) / self.temperature)
+
+
+class _scale_rows(Messenger):
+    """Scale the log-densities of the sites in the data plate, row by row."""
+
+    def __init__(self, fn, joint, scale):
+        self.joint, self.row_scale = joint, scale
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] != "sample":
+            return
+        if not any(frame.name == self.joint.plate for frame in msg["cond_indep_stack"]):
+            return
+        scale = self.row_scale
+        if jnp.ndim(scale):
+            scale = jnp.reshape(scale, (-1,) + (1,) * (-self.joint.dim - 1))
+        msg["scale"] = scale if msg["scale"] is None else scale * msg["scale"]

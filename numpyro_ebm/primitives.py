@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two statements that numpyro-ebm adds to NumPyro's language: ``energy`` and ``visible``."""
+
+import jax.numpy as jnp
+import numpyro
+from numpyro.handlers import trace
+from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
+
+from numpyro_ebm.distributions import Unnormalized, is_enumerating
+from numpyro_ebm.errors import ImproperSamplingError, ModelError
+
+__all__ = ["energy", "visible"]
+
+NORMALIZER = "energy_normalizer"
+"""Message type by which an energy asks the handlers around it who answers for log Z."""
+
+
+def energy(name, value):
+    r"""State that the model's density is multiplied by exp(-value).
+
+    .. math:: p(v, h; \theta) = \frac{1}{Z(\theta)}\, b(v)\, b(h)\, e^{-E(v, h; \theta)}
+
+    with b the base measures of the sites. Several energies add up. It is an effect that must be
+    handled: the log-density of its site raises :class:`~numpyro_ebm.errors.UnhandledEnergyError`
+    until an objective or :func:`~numpyro_ebm.fixed` answers for the normalizer Z(θ).
+
+    :param str name: name of the site.
+    :param value: the energy in nats, one value per element of the enclosing plates: its shape must
+        be the plates' shape, so that a forgotten axis cannot be broadcast in silence.
+    :raises ModelError: if the shape is not the shape of the enclosing plates.
+    :raises ImproperSamplingError: under ``Predictive``, if sites of the energy's plate would be
+        drawn from their base measure, which ignores the energy.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpyro
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data=None):
+    ...     precision = numpyro.param("precision", 1.0)
+    ...     with numpyro.plate("data", 1 if data is None else len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> numpyro.infer.util.log_density(
+    ...     ebm.fixed(gaussian, {"precision": 2.0}), (jnp.ones(3),), {}, {}
+    ... )[0]
+    Array(-3., dtype=float32)
+    """
+    if not _PYRO_STACK:
+        return
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        value = value.astype(jnp.result_type(float))
+    parameters = _free_parameters()
+    handled_by = apply_stack(
+        {"type": NORMALIZER, "fn": lambda: None, "args": (), "kwargs": {}, "value": None}
+    )["value"]
+    fn = Unnormalized(value, name, parameters, handled_by)
+    with _ShapeOfPlates(jnp.shape(value)):
+        numpyro.sample(name, fn, obs=fn.sample(None), infer={"is_auxiliary": True})
+    if numpyro.get_mask() is False:
+        _forbid_forward_draws(name)
+
+
+def visible(name, value):
+    """Read a visible value in a guide, as the objective sees it.
+
+    In an ordinary run it is ``value``. While an objective trains, it is the value at which the
+    objective evaluates the model: noised for denoising objectives, perturbed or sampled for others.
+    A guide q(h | v) has to read v through this statement, otherwise it would be fitted to the
+    posterior at the wrong point.
+
+    :param str name: name of the visible site in the model.
+    :param value: the value to use when no objective overrides it, usually the data argument.
+    :return: the visible value, of the shape of ``value``.
+
+    **Example**
+
+    >>> import numpyro_ebm as ebm
+    >>> ebm.visible("v", 1.5)
+    1.5
+    """
+    if not _PYRO_STACK:
+        return value
+    message = {
+        "type": "visible",
+        "name": name,
+        "fn": lambda value: value,
+        "args": (value,),
+        "kwargs": {},
+        "value": None,
+        "scale": None,
+        "cond_indep_stack": [],
+    }
+    return apply_stack(message)["value"]
+
+
+class _ShapeOfPlates(Messenger):
+    """Compare the shape of one energy with the plates around it, before they broadcast it."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def postprocess_message(self, msg):
+        # The innermost handler post-processes last, when all plates have announced themselves.
+        if msg["type"] != "sample" or is_enumerating():
+            return
+        frames = msg["cond_indep_stack"]
+        expected = [1] * max((-frame.dim for frame in frames), default=0)
+        for frame in frames:
+            expected[frame.dim] = frame.size
+        if self.shape != tuple(expected):
+            plates = ", ".join(f"'{f.name}' (dim {f.dim}, size {f.size})" for f in frames)
+            raise ModelError(
+                f"The energy '{msg['name']}' has shape {self.shape}, but its plates "
+                f"({plates or 'none'}) ask for {tuple(expected)}: one energy for each element. "
+                "Sum over event dimensions only, as in `jnp.sum(..., -1)`; a scalar would be "
+                "counted once for every element of the plate."
+            )
+
+
+def _recorded_sites():
+    for handler in _PYRO_STACK:
+        if isinstance(handler, trace):
+            return list(handler.trace.values())
+    return []
+
+
+def _free_parameters():
+    """Names of the parameters recorded so far: `param` sites, and latent sites outside plates."""
+    return tuple(
+        site["name"]
+        for site in _recorded_sites()
+        if site["type"] == "param"
+        or (site["type"] == "sample" and not site["is_observed"] and not site["cond_indep_stack"])
+    )
+
+
+def _forbid_forward_draws(name):
+    # A site that was given a random key had no value when `seed` saw it: it was drawn forward.
+    drawn = [
+        site["name"]
+        for site in _recorded_sites()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and site["cond_indep_stack"]
+        and site["kwargs"].get("rng_key") is not None
+    ]
+    if drawn:
+        raise ImproperSamplingError(
+            f"`Predictive` would draw {', '.join(map(repr, drawn))} from the base measure and "
+            f"ignore the energy '{name}'. Draw from the model with "
+            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)` or by MCMC, and give "
+            "those draws to `Predictive(model, posterior_samples)`."
+        )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an energy sees the visible value that an objective sets, or the raw argument.
+
+An objective evaluates the model at visible values of its own (noised, moved, sampled) by overriding
+the visible sites. A model that computes its energy from the *argument* instead of the value that
+``numpyro.sample(..., obs=...)`` returned never notices, and learns nothing, or the wrong thing.
+Here the dependence of every energy, and of every draw of a guide, on arguments and visible sites is
+traced through the computation itself, without running it.
+"""
+
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import seed, substitute, trace
+from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.handlers import answer_for_normalizer, set_visible
+
+__all__ = ["check_guide", "check_model"]
+
+
+class _keep_observations(Messenger):
+    """Remember what a model itself gave as `obs`, before an outer handler overrides it."""
+
+    def __init__(self, fn, names):
+        self.names, self.observed = names, {}
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["name"] in self.names and msg["is_observed"]:
+            self.observed[msg["name"]] = msg["value"]
+
+
+def _labelled_arguments(args, kwargs):
+    """Split arguments into array leaves, labelled, and a function that puts them back."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") and x.ndim > 0 for x in leaves]
+    arrays = {f"arg:{i}": x for i, x in enumerate(leaves) if is_array[i]}
+
+    def rebuild(arrays):
+        return jax.tree.unflatten(
+            tree, [arrays[f"arg:{i}"] if is_array[i] else x for i, x in enumerate(leaves)]
+        )
+
+    return arrays, rebuild
+
+
+def check_model(joint, model, args, kwargs):
+    """Raise unless every visible site reaches the density, and no energy bypasses it.
+
+    :raises ModelError: naming the energy, the visible site and what to write instead.
+    """
+    if not joint.visible:
+        return
+    arrays, rebuild = _labelled_arguments(args, kwargs)
+    visible = {f"visible:{name}": site.value for name, site in joint.visible.items()}
+    latent = {name: site.value for name, site in joint.latent.items()}
+
+    def run(**labelled):
+        model_args, model_kwargs = rebuild(labelled)
+        values = {name: labelled[f"visible:{name}"] for name in joint.visible}
+        data = {**joint.plates, **joint.parameters, **latent, **values}
+        keep = _keep_observations(model, joint.visible)
+        prepared = answer_for_normalizer(substitute(keep, data=data))
+        model_trace = trace(prepared).get_trace(*model_args, **model_kwargs)
+        shapes.update({name: jnp.shape(value) for name, value in keep.observed.items()})
+        observed = {name: jnp.asarray(value) for name, value in keep.observed.items()}
+        return joint.site_log_densities(model_trace), observed
+
+    shapes = {}
+    terms, observed = eval_provenance(run, **arrays, **visible)
+    for name in joint.visible:
+        own = "visible:" + name
+        if not any(own in labels for labels in terms.values()):
+            raise ModelError(
+                f"No energy depends on the visible site '{name}'. {_write_this(name)} "
+                f"(The energies are {joint.energies}.)"
+            )
+        # An argument that is the visible value, and holds nothing else: no energy may read it.
+        whole = {
+            label
+            for label in observed.get(name, ())
+            if observed[name] == {label} and arrays[label].shape == shapes[name]
+        }
+        joint.arguments.update(dict.fromkeys(whole, name))
+        for term in terms:
+            if term != name and whole & terms[term]:
+                raise ModelError(
+                    f"The energy '{term}' reads the data of the visible site '{name}' from the "
+                    "model's argument, so it would not see the noise or the samples of an "
+                    f"objective. {_write_this(name)}"
+                )
+
+
+def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False):
+    """Raise unless the guide's draws depend on the visible sites, through ``visible`` statements.
+
+    :param bool may_ignore_visible: accept a guide that does not look at v (importance weights
+        correct it).
+    :raises ModelError: naming the site and what to write instead.
+    """
+    arrays, rebuild = _labelled_arguments(args, kwargs)
+    visible = {f"visible:{name}": site.value for name, site in joint.visible.items()}
+
+    def run(**labelled):
+        guide_args, guide_kwargs = rebuild(labelled)
+        values = {name: labelled[f"visible:{name}"] for name in joint.visible}
+        data = {**joint.plates, **params}
+        prepared = seed(set_visible(substitute(guide, data=data), values), jax.random.key(0))
+        guide_trace = trace(prepared).get_trace(*guide_args, **guide_kwargs)
+        return {
+            name: (site["value"], site["fn"].log_prob(site["value"]))
+            for name, site in guide_trace.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+
+    labels = jax.tree.leaves(
+        eval_provenance(run, **arrays, **visible), is_leaf=lambda x: isinstance(x, frozenset)
+    )
+    seen = frozenset().union(*labels)
+    for label, name in joint.arguments.items():
+        if label in seen:
+            raise ModelError(
+                f"The guide reads the data of the visible site '{name}' from its argument, so it "
+                "would be fitted to the posterior at other values than the objective's. Write "
+                f'`v = numpyro_ebm.visible("{name}", data)` in the guide and use `v`.'
+            )
+    if not may_ignore_visible and not any(label.startswith("visible:") for label in seen):
+        names = ", ".join(f'`numpyro_ebm.visible("{name}", ...)`' for name in joint.visible)
+        raise ModelError(
+            f"The guide ignores the visible sites: q(h | v) must depend on v, read through {names}."
+            " (`VaGES(importance_weighted=True)` accepts a guide that does not.)"
+        )
+
+
+def _write_this(name):
+    return (
+        f'Write `v = numpyro.sample("{name}", ..., obs=data)` and compute the energy from the '
+        "returned `v`, not from `data`."
+    )

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Unadjusted Langevin algorithm (ULA), in BlackJAX's shape.
+
+.. math:: x' = x + ε\,∇\log π(x) + \sqrt{2ε}\,ξ, \qquad ξ \sim N(0, I)
+
+The Euler discretisation of the Langevin diffusion, BlackJAX's own integrator without a
+Metropolis-Hastings test. Its stationary law differs from π by O(ε): for N(0, 1) its variance is
+1/(1 - ε/2). Use it where the test is too dear or not wanted (short refinements of particles), and
+MALA (``blackjax.mala``), which removes the bias, otherwise.
+
+Reference: Roberts, Tweedie, *Exponential convergence of Langevin distributions and their discrete
+approximations*, 1996.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.base import build_sampling_algorithm
+from blackjax.mcmc.diffusions import overdamped_langevin
+
+__all__ = ["ULAInfo", "ULAState", "as_top_level_api", "build_kernel", "init"]
+
+
+class ULAState(NamedTuple):
+    """State of one chain.
+
+    - **position** - a pytree of arrays.
+    - **logdensity** - log π at the position.
+    - **logdensity_grad** - its gradient.
+    """
+
+    position: object
+    logdensity: jax.Array
+    logdensity_grad: object
+
+
+class ULAInfo(NamedTuple):
+    """Information on one step.
+
+    - **is_divergent** - whether the new log-density is not finite.
+    """
+
+    is_divergent: jax.Array
+
+
+def init(position, logdensity_fn):
+    """State of a chain at a position."""
+    return ULAState(position, *jax.value_and_grad(logdensity_fn)(position))
+
+
+def build_kernel():
+    """Build the kernel ``(rng_key, state, logdensity_fn, step_size) -> (state, info)``."""
+
+    def kernel(rng_key, state, logdensity_fn, step_size):
+        one_step = overdamped_langevin(jax.value_and_grad(logdensity_fn))
+        new_state = ULAState(*one_step(rng_key, state, step_size))
+        return new_state, ULAInfo(~jnp.isfinite(new_state.logdensity))
+
+    return kernel
+
+
+def as_top_level_api(logdensity_fn, step_size):
+    """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``.
+
+    :param logdensity_fn: log π of one position, up to a constant.
+    :param step_size: ε, in squared units of the position.
+
+    **Example**
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.langevin import as_top_level_api
+    >>> ula = as_top_level_api(lambda x: -0.5 * jnp.sum(x**2), step_size=0.1)
+    >>> state, info = ula.step(jax.random.key(0), ula.init(jnp.zeros(2)))
+    >>> bool(info.is_divergent)
+    False
+    """
+    return build_sampling_algorithm(build_kernel(), init, logdensity_fn, kernel_args=(step_size,))

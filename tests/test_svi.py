@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EnergySVI: rounds, minibatches, resumption, loud stops, and agreement with NumPyro's own SVI."""
+
+import pickle
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+
+import numpyro_ebm as ebm
+from numpyro_ebm.infer.minibatch import Minibatches
+from numpyro_ebm.infer.shuffle import shuffled
+from numpyro_ebm.joint import read
+from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
+
+DATA = ebm.datasets.checkerboard(jax.random.key(7), 1_000)
+
+
+def gaussian(data):
+    precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * v**2)
+
+
+def vages_dsm(**options):
+    return ebm.EnergySVI(
+        grbm,
+        grbm_guide,
+        optax.adam(1e-2),
+        ebm.DenoisingScoreMatching(0.05, marginal=ebm.VaGES()),
+        **{"num_guide_steps": 2, **options},
+    )
+
+
+def assert_same(left, right):
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def long_run():
+    svi = vages_dsm()
+    return svi, svi.run(jax.random.key(0), 70, DATA, batch_size=300, progress_bar=False)
+
+
+def test_resuming_equals_one_long_run_bit_for_bit(long_run):
+    svi, whole = long_run
+    first = svi.run(jax.random.key(0), 31, DATA, batch_size=300, progress_bar=False)
+    # A new object and a pickled state, as after a restart.
+    state = pickle.loads(pickle.dumps(first.state))
+    again = vages_dsm()
+    second = again.run(
+        jax.random.key(99), 39, DATA, batch_size=300, init_state=state, progress_bar=False
+    )
+    assert_same(whole.state, second.state)
+    np.testing.assert_array_equal(whole.losses, jnp.concatenate([first.losses, second.losses]))
+
+
+def test_run_equals_a_loop_of_updates(long_run):
+    svi, whole = long_run
+    state = svi.init(jax.random.key(0), DATA)
+    joint = read(grbm, (DATA,), {}, svi.get_params(state))
+    minibatches = Minibatches.of(joint, (DATA,), {}, 300)
+    rows = minibatches.indices(state.rng_key, 0, 70)
+    update = jax.jit(svi.update)
+    losses = []
+    for i in range(20):
+        state, loss = update(state, DATA[rows[i]])
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, whole.losses[:20], rtol=2e-4)
+
+
+def test_a_run_is_a_function_of_its_key(long_run):
+    svi, whole = long_run
+    other = svi.run(jax.random.key(1), 70, DATA, batch_size=300, progress_bar=False)
+    assert not np.allclose(other.losses, whole.losses)
+
+
+def test_result_is_numpyros():
+    svi = ebm.EnergySVI(gaussian, None, numpyro.optim.Adam(0.05), ebm.ScoreMatching())
+    data = 2.0 * jax.random.normal(jax.random.key(0), (500,))
+    params, state, losses = svi.run(jax.random.key(1), 300, data, progress_bar=False)
+    assert losses.shape == (300,)
+    np.testing.assert_allclose(params["precision"], 1 / jnp.mean(data**2), rtol=2e-2)
+    expected = 0.5 * params["precision"] ** 2 * jnp.mean(data**2) - params["precision"]
+    np.testing.assert_allclose(svi.evaluate(state, data), expected, rtol=1e-5)
+    np.testing.assert_allclose(svi.get_params(state)["precision"], params["precision"])
+
+
+@pytest.mark.parametrize("batch_size", [None, 250])
+def test_agrees_with_numpyros_svi_on_the_deterministic_objective(batch_size):
+    data = jax.random.normal(jax.random.key(0), (250,))
+    ours = ebm.EnergySVI(gaussian, None, optax.sgd(0.1), ebm.ScoreMatching())
+    theirs = SVI(gaussian, lambda data: None, optax.sgd(0.1), ebm.ScoreMatching())
+    fit = ours.run(jax.random.key(0), 50, data, batch_size=batch_size, progress_bar=False)
+    reference = theirs.run(jax.random.key(0), 50, data, progress_bar=False)
+    np.testing.assert_allclose(fit.losses, reference.losses, rtol=1e-5)
+    np.testing.assert_allclose(fit.params["precision"], reference.params["precision"], rtol=1e-5)
+
+
+def test_one_round_agrees_with_numpyros_svi_in_the_mean():
+    """One guide step a round from the same state: the same expected step in all parameters."""
+    objective = ebm.DenoisingScoreMatching(0.2, marginal=ebm.VaGES(4))
+    ours = ebm.EnergySVI(grbm, grbm_guide, optax.sgd(1.0), objective)
+    theirs = SVI(grbm, grbm_guide, optax.sgd(1.0), objective)
+    init = {
+        "W": jnp.full((2, 4), 0.5),
+        "b": jnp.zeros(2),
+        "c": jnp.zeros(4),
+        "scale": jnp.ones(2),
+        "A": jnp.full((2, 4), 0.5),
+        "d": jnp.zeros(4),
+    }
+    data = DATA[:200]
+    state = ours.init(jax.random.key(0), data, init_params=init)
+    reference = theirs.init(jax.random.key(0), data, init_params=init)
+
+    def step(key):
+        mine, _ = ours.update(state._replace(rng_key=key), data)
+        other, _ = theirs.update(reference._replace(rng_key=key), data)
+        return ours.get_params(mine), theirs.get_params(other)
+
+    mine, other = jax.jit(jax.vmap(step))(jax.random.split(jax.random.key(1), 4_000))
+    for name in ("A", "d"):  # identical losses of the guide, different random numbers
+        difference = mine[name].mean(0) - other[name].mean(0)
+        error = jnp.sqrt((mine[name].var(0) + other[name].var(0)) / 4_000)
+        assert jnp.all(jnp.abs(difference) < 4.5 * error + 1e-6), name
+
+
+def test_a_guide_step_is_taken_before_the_energy_and_by_its_own_optimiser(long_run):
+    svi = vages_dsm(num_guide_steps=3, guide_optim=optax.sgd(0.0))
+    state = svi.init(jax.random.key(0), DATA)
+    new, _ = jax.jit(svi.update)(state, DATA)
+    before, after = svi.get_params(state), svi.get_params(new)
+    np.testing.assert_array_equal(before["A"], after["A"])
+    assert not np.allclose(before["W"], after["W"])
+    assert int(new.guide_optim_state[0]) == 3 and int(new.optim_state[0]) == 1
+
+
+def test_the_guide_follows_the_posterior():
+    """With the energy held still, the default guide loss finds the exact posterior A = W, d = c."""
+    init = {
+        "W": jnp.array([[1.0, -2.0, 0.5, 1.5], [0.5, 1.0, -1.0, 0.0]]),
+        "c": jnp.array([0.5, -0.5, 0.0, 1.0]),
+    }
+    svi = vages_dsm(guide_optim=optax.adam(optax.exponential_decay(0.05, 500, 0.3)))
+    svi.optim = SVI(grbm, grbm_guide, optax.sgd(0.0), Trace_ELBO()).optim
+    fit = svi.run(jax.random.key(0), 1_500, DATA, init_params=init, progress_bar=False)
+    np.testing.assert_allclose(fit.params["A"], init["W"], atol=0.1)
+    np.testing.assert_allclose(fit.params["d"], init["c"], atol=0.1)
+
+
+@pytest.mark.parametrize("num_rows, batch_size", [(10, 3), (300, 100), (1_000, 64), (1_000, 999)])
+def test_minibatches_shuffle_without_replacement(num_rows, batch_size):
+    data = jnp.arange(num_rows, dtype=float)
+    joint = read(gaussian, (data,), {}, {})
+    minibatches = Minibatches.of(joint, (data,), {}, batch_size)
+    key = jax.random.key(3)
+    per_epoch = num_rows // batch_size
+    rows = np.asarray(minibatches.indices(key, 0, 4 * per_epoch)).reshape(4, -1)
+    for epoch in rows:
+        assert len(set(epoch.tolist())) == per_epoch * batch_size
+        assert epoch.min() >= 0 and epoch.max() < num_rows
+    assert not np.array_equal(rows[0], rows[1])
+    # Any later start sees the same batches.
+    later = minibatches.indices(key, per_epoch + 1, 2)
+    whole = minibatches.indices(key, 0, per_epoch + 3)
+    np.testing.assert_array_equal(later, whole[per_epoch + 1 :])
+
+
+def test_shuffles_are_uniform():
+    """Rows at one position, and distances of two positions, over many epochs: chi-square tests."""
+    num_rows, epochs = 300, 6_000
+    order = shuffled(
+        jax.random.key(0),
+        jnp.arange(epochs),
+        jnp.broadcast_to(jnp.array([0, 1, 150]), (epochs, 3)),
+        num_rows,
+        num_epochs=epochs,
+    )
+    order = np.asarray(order)
+    for values, cells in (
+        (order[:, 0], num_rows),
+        (order[:, 2], num_rows),
+        ((order[:, 1] - order[:, 0]) % num_rows - 1, num_rows - 1),
+        ((order[:, 2] - order[:, 0]) % num_rows - 1, num_rows - 1),
+    ):
+        expected = epochs / cells
+        statistic = np.sum((np.bincount(values, minlength=cells) - expected) ** 2 / expected)
+        assert abs(statistic - (cells - 1)) < 4.5 * np.sqrt(2 * (cells - 1))
+
+
+def test_only_arguments_with_the_rows_are_cut():
+    def conditional(data, covariates, weights):
+        slope = numpyro.param("slope", jnp.zeros(3))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (v - covariates @ (slope * weights)) ** 2)
+
+    x = jax.random.normal(jax.random.key(0), (200, 3))
+    truth = jnp.array([1.0, -2.0, 0.5])
+    y = x @ truth + 0.01 * jax.random.normal(jax.random.key(1), (200,))
+    svi = ebm.EnergySVI(conditional, None, optax.adam(0.05), ebm.ScoreMatching())
+    fit = svi.run(
+        jax.random.key(2), 600, y, x, weights=jnp.ones(3), batch_size=50, progress_bar=False
+    )
+    np.testing.assert_allclose(fit.params["slope"], truth, atol=0.05)
+
+
+def test_rows_of_numpys_and_static_arguments_pass_through():
+    def scaled(data, power):
+        precision = numpyro.param("precision", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * v**2 if power == "two" else v**4)
+
+    svi = ebm.EnergySVI(scaled, None, optax.adam(0.1), ebm.ScoreMatching())
+    data = np.random.default_rng(0).normal(size=100)
+    fit = svi.run(jax.random.key(0), 200, data, "two", batch_size=50, progress_bar=False)
+    np.testing.assert_allclose(fit.params["precision"], 1 / np.mean(data**2), rtol=0.1)
+
+
+def test_a_subsampling_plate_of_the_model_trains_too():
+    def subsampled(data):
+        precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
+        with numpyro.plate("data", len(data), subsample_size=50):
+            batch = numpyro.subsample(data, event_dim=0)
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=batch)
+            ebm.energy("E", 0.5 * precision * v**2)
+
+    data = jax.random.normal(jax.random.key(0), (500,))
+    svi = ebm.EnergySVI(subsampled, None, optax.adam(0.02), ebm.ScoreMatching())
+    fit = svi.run(jax.random.key(1), 500, data, progress_bar=False)
+    np.testing.assert_allclose(fit.params["precision"], 1 / jnp.mean(data**2), rtol=0.15)
+    with pytest.raises(ebm.ModelError, match="subsample_size"):
+        svi.run(jax.random.key(1), 5, data, batch_size=10, progress_bar=False)
+
+
+# Networks
+
+
+def test_networks_of_equinox_train():
+    eqx = pytest.importorskip("equinox")
+    from numpyro.contrib.module import eqx_module
+
+    def deep(data):
+        net = eqx_module("net", eqx.nn.MLP(2, "scalar", 8, 1, key=jax.random.key(0)))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+            ebm.energy("E", jax.vmap(net)(v) + 0.5 * jnp.sum(v**2, -1))
+
+    svi = ebm.EnergySVI(deep, None, optax.adam(1e-2), ebm.DenoisingScoreMatching(0.3))
+    fit = svi.run(jax.random.key(0), 300, DATA, batch_size=100, progress_bar=False)
+    assert fit.losses[-50:].mean() < fit.losses[:50].mean()
+    log_density = ebm.fixed(deep, fit.params)
+    trace = numpyro.handlers.trace(log_density).get_trace(DATA[:5])
+    assert trace["E"]["fn"].log_prob(trace["E"]["value"]).shape == (5,)
+
+
+# Loud stops and bad input
+
+
+def explosive(data):
+    """An energy whose loss stops being finite once its parameter has grown."""
+    slope = numpyro.param("slope", 1.0)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * jnp.where(slope > 3.0, jnp.nan, 1.0) * v**2 - slope * v)
+
+
+@pytest.mark.parametrize("batch_size", [None, 20])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_trained(batch_size):
+    svi = ebm.EnergySVI(explosive, None, optax.sgd(0.01), ebm.ScoreMatching())
+    data = 10.0 + jnp.zeros(40)
+    run = lambda: svi.run(  # noqa: E731
+        jax.random.key(0), 500, data, batch_size=batch_size, progress_bar=False
+    )
+    with pytest.warns(ebm.NonFiniteLossWarning, match=r"step (\d+) of 500.*last finite state"):
+        fit = run()
+    assert np.isfinite(fit.params["slope"]) and fit.params["slope"] > 1.0
+    done = int(fit.state.optim_state[0])
+    assert 10 < done < 100 and len(fit.losses) == done + 1
+    assert np.all(np.isfinite(fit.losses[:-1])) and not np.isfinite(fit.losses[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ebm.NonFiniteLossWarning) as caught:
+            run()
+    assert_same(caught.value.result.state, fit.state)
+    # The last finite state can be used again.
+    with pytest.warns(ebm.NonFiniteLossWarning, match="step 1 of 3"):
+        svi.run(
+            jax.random.key(0),
+            3,
+            data,
+            batch_size=batch_size,
+            init_state=fit.state,
+            progress_bar=False,
+        )
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    def kinked(data):
+        slope = numpyro.param("slope", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2 + jnp.sqrt(slope - 1.0) * v)
+
+    svi = ebm.EnergySVI(kinked, None, optax.sgd(0.1), ebm.ScoreMatching())
+    with pytest.warns(ebm.NonFiniteLossWarning, match="step 1 of 10"):
+        fit = svi.run(jax.random.key(0), 10, jnp.ones(4), progress_bar=False)
+    assert fit.params["slope"] == 1.0 and np.isfinite(fit.losses[0])
+
+
+def test_stable_update_keeps_the_state_and_goes_on():
+    svi = ebm.EnergySVI(explosive, None, optax.sgd(0.01), ebm.ScoreMatching())
+    fit = svi.run(
+        jax.random.key(0), 100, 10.0 + jnp.zeros(40), stable_update=True, progress_bar=False
+    )
+    assert len(fit.losses) == 100 and np.isnan(fit.losses[-1])
+    assert np.isfinite(fit.params["slope"])
+
+
+def guide_of_categorical(data):
+    logits = numpyro.param("logits", jnp.zeros(3))
+    with numpyro.plate("data", len(data)):
+        v = ebm.visible("v", data)
+        numpyro.sample("h", dist.Categorical(logits=logits * v[:, None]))
+
+
+def three_states(data):
+    slope = numpyro.param("slope", 0.5)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Counting(num_values=3))
+        ebm.energy("E", 0.5 * (v - slope * h) ** 2)
+
+
+def test_other_discrete_latents_default_to_the_score_function():
+    objective = ebm.DenoisingScoreMatching(0.1, marginal=ebm.VaGES())
+    data = jnp.linspace(-1, 2, 50)
+    svi = ebm.EnergySVI(three_states, guide_of_categorical, optax.adam(1e-2), objective)
+    assert svi.run(jax.random.key(0), 20, data, progress_bar=False).losses.shape == (20,)
+    for guide_loss in (ebm.RelaxedELBO(), Trace_ELBO(), ebm.PosteriorScore()):
+        svi = ebm.EnergySVI(
+            three_states, guide_of_categorical, optax.adam(1e-2), objective, guide_loss=guide_loss
+        )
+        with pytest.raises(ebm.ModelError, match="TraceGraph_ELBO"):
+            svi.run(jax.random.key(0), 2, data, progress_bar=False)
+    svi = ebm.EnergySVI(
+        three_states,
+        guide_of_categorical,
+        optax.adam(1e-2),
+        objective,
+        guide_loss=TraceGraph_ELBO(),
+    )
+    svi.run(jax.random.key(0), 2, data, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: vages_dsm(num_guide_steps=0), "num_guide_steps"),
+        (lambda: ebm.EnergySVI(gaussian, None, optax.sgd(1.0), Trace_ELBO()), "guide_loss"),
+        (
+            lambda: ebm.EnergySVI(
+                grbm, None, optax.sgd(1.0), ebm.ScoreMatching(marginal=ebm.VaGES(3))
+            ).init(jax.random.key(0), DATA),
+            "needs a guide",
+        ),
+        (
+            lambda: vages_dsm().run(jax.random.key(0), 3, DATA, batch_size=0, progress_bar=False),
+            "batch_size",
+        ),
+        (
+            lambda: vages_dsm().run(
+                jax.random.key(0), 3, DATA, batch_size=1_001, progress_bar=False
+            ),
+            "1000 rows",
+        ),
+        (
+            lambda: vages_dsm().run(
+                jax.random.key(0), 3, DATA.at[3, 1].set(jnp.nan), progress_bar=False
+            ),
+            "NaN",
+        ),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ebm.ModelError, match=message):
+        make()
+
+
+def test_parameters_with_priors_are_refused():
+    def bayesian(data):
+        precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * v**2)
+
+    svi = ebm.EnergySVI(bayesian, None, optax.sgd(0.1), ebm.ScoreMatching())
+    with pytest.raises(ebm.ModelError, match="precision.*priors"):
+        svi.run(jax.random.key(0), 2, jnp.ones(3), progress_bar=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_checkerboard_reaches_the_optimum(seed):
+    """The paper's settings: exact test log-likelihood at least 0.315 after 100,000 steps."""
+    train = ebm.datasets.checkerboard(jax.random.key(10 + seed), 50_000)
+    test = ebm.datasets.checkerboard(jax.random.key(20 + seed), 10_000)
+    adam = optax.adam(1e-3, b1=0.9, b2=0.95)
+    svi = ebm.EnergySVI(
+        grbm,
+        grbm_guide,
+        adam,
+        ebm.DenoisingScoreMatching(0.05, marginal=ebm.VaGES(num_particles=2)),
+        guide_optim=adam,
+        num_guide_steps=5,
+    )
+    fit = svi.run(jax.random.key(seed), 100_000, train, batch_size=100, progress_bar=False)
+    assert grbm_log_likelihood(fit.params, test).mean() >= 0.315
