@@ -27,6 +27,13 @@ def _shape(event_shape, owner):
     return event_shape
 
 
+def is_real(support):
+    """Whether a support is all real numbers, vectors or arrays."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
 def is_enumerating():
     """Whether NumPyro's funsor handlers are enumerating the model that is running now."""
     from numpyro.contrib.funsor.enum_messenger import BaseEnumMessenger
@@ -37,7 +44,7 @@ def is_enumerating():
 class Lebesgue(dist.ImproperUniform):
     r"""Lebesgue measure: the flat base measure of a continuous site.
 
-    .. math:: \log b(v) = 0 \quad \text{for } v \in \text{support}
+    .. math:: \log b(v) = 0 \quad \text{for } v \in \text{support}, \qquad -∞ \text{ elsewhere}
 
     :param tuple event_shape: shape of one element of the site.
     :param support: a NumPyro constraint; ``constraints.real`` unless given.
@@ -68,6 +75,13 @@ class Lebesgue(dist.ImproperUniform):
                 f"{support.event_dim} dimension(s), got {event_shape}."
             )
         super().__init__(support, tuple(batch_shape), event_shape, validate_args=validate_args)
+
+    def log_prob(self, value, intermediates=None):
+        batch_shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
+        flat = jnp.zeros(lax.broadcast_shapes(batch_shape, self.batch_shape))
+        if is_real(self.support):
+            return flat  # the whole space: NumPyro's check would turn NaN into -inf
+        return jnp.where(self.support(value), flat, -jnp.inf)
 
     def sample(self, key, sample_shape=()):
         raise ImproperSamplingError(

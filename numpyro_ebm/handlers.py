@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handlers that resolve the normalizer of an energy."""
 
-from numpyro.primitives import Messenger
+from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
@@ -102,6 +102,8 @@ class fixed(Messenger):
         elif msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
             msg["stop"] = True
+        elif msg["type"] == "sample" and not msg["is_observed"] and not _in_any_plate(msg):
+            self._missing([msg["name"]])
 
     def postprocess_message(self, msg):
         if msg["type"] != "sample" or msg["name"] in self.params:
@@ -125,6 +127,11 @@ class fixed(Messenger):
                 f"in `params` (it has {sorted(self.params) or 'no names'}); a visible or latent "
                 "site belongs inside the data plate."
             )
+
+
+def _in_any_plate(msg):
+    # Plates around the whole call have not announced themselves yet.
+    return msg["cond_indep_stack"] or any(isinstance(h, plate) for h in _PYRO_STACK)
 
 
 def _is_energy(fn):

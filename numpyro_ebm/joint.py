@@ -22,7 +22,7 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm import provenance
-from numpyro_ebm.distributions import Unnormalized
+from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer, set_visible
 
@@ -58,10 +58,12 @@ class RowSite(NamedTuple):
 
     @property
     def is_real(self):
-        support = self.fn.support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        return support is constraints.real
+        return is_real(self.fn.support)
+
+    @property
+    def is_flat(self):
+        """Whether the base measure is constant, so that only energies can shape the site."""
+        return isinstance(_unwrap(self.fn), Lebesgue | Counting)
 
     @property
     def transform(self):
@@ -277,35 +279,32 @@ class Guide:
     def draw(self, rng_key, params, visible, num_particles):
         """Draw particles h ~ q(h | v), held constant under differentiation.
 
-        :return: dict of latent values, particles leading, and log q(h | v), of shape
-            (num_particles, rows).
+        :return: dict of latent values, particles leading.
         """
 
         def one(rng_key):
             guide_trace = self.trace(rng_key, params, visible)
-            return self._latent_values(guide_trace), self._log_density(guide_trace)
+            self.check(guide_trace)
+            return {name: guide_trace[name]["value"] for name in self._joint.latent}
 
-        draws = jax.vmap(one)(jax.random.split(rng_key, num_particles))
-        return jax.lax.stop_gradient(draws)
+        return jax.lax.stop_gradient(jax.vmap(one)(jax.random.split(rng_key, num_particles)))
 
     def log_density(self, params, visible, latent):
-        """log q(h | v) per row, of shape (rows,), at given latent values."""
-        return self._log_density(self.trace(jax.random.key(0), params, visible, latent))
+        """log q(h | v) per row, of shape (rows,), at given latent values.
 
-    def _latent_values(self, guide_trace):
-        self.check(guide_trace)
-        return {name: guide_trace[name]["value"] for name in self._joint.latent}
-
-    def _log_density(self, guide_trace):
+        :raises ModelError: if a site of the guide lies outside the data plate, for then q has no
+            density per row.
+        """
         joint, total = self._joint, jnp.zeros(self._joint.num_rows)
-        for site in guide_trace.values():
+        for site in self.trace(jax.random.key(0), params, visible, latent).values():
             if site["type"] != "sample" or site["is_observed"]:
                 continue
-            if not _in_plate(site, joint.plate):
-                # A site over all rows at once has no density per row.
-                return jnp.full(joint.num_rows, jnp.nan)
-            log_prob = site["fn"].log_prob(site["value"])
-            total = total + joint.sum_to_rows(log_prob)
+            if not joint.owns(site):
+                raise ModelError(
+                    f"The guide draws '{site['name']}' outside the data plate '{joint.plate}', so "
+                    "that q(h | v) has no density per row, which is needed here."
+                )
+            total = total + joint.sum_to_rows(site["fn"].log_prob(site["value"]))
         return total
 
 

@@ -53,7 +53,7 @@ def energy(name, value):
         value = value.astype(jnp.result_type(float))
     parameters = _free_parameters()
     handled_by = apply_stack(
-        {"type": NORMALIZER, "fn": lambda: None, "args": (), "kwargs": {}, "value": None}
+        {"type": NORMALIZER, "fn": _under_inspection, "args": (), "kwargs": {}, "value": None}
     )["value"]
     fn = Unnormalized(value, name, parameters, handled_by)
     with _ShapeOfPlates(jnp.shape(value)):
@@ -120,11 +120,18 @@ class _ShapeOfPlates(Messenger):
             )
 
 
+def _under_inspection():
+    """`render_model` evaluates densities to see what they depend on, never for their value."""
+    inspected = any(type(h).__module__ == "numpyro.infer.inspect" for h in _PYRO_STACK)
+    return "inspection" if inspected else None
+
+
 def _recorded_sites():
+    sites = {}
     for handler in _PYRO_STACK:
         if isinstance(handler, trace):
-            return list(handler.trace.values())
-    return []
+            sites.update(handler.trace)
+    return list(sites.values())
 
 
 def _free_parameters():

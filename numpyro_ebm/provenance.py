@@ -70,9 +70,10 @@ def check_model(joint, model, args, kwargs):
 
     shapes = {}
     terms, observed = eval_provenance(run, **arrays, **visible)
-    for name in joint.visible:
+    for name, site in joint.visible.items():
         own = "visible:" + name
-        if not any(own in labels for labels in terms.values()):
+        shaping = [labels for term, labels in terms.items() if term != name or not site.is_flat]
+        if not any(own in labels for labels in shaping):
             raise ModelError(
                 f"No energy depends on the visible site '{name}'. {_write_this(name)} "
                 f"(The energies are {joint.energies}.)"

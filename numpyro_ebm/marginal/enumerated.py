@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
+from numpyro.handlers import infer_config, trace
+from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.distributions import Counting
 from numpyro_ebm.errors import ModelError
@@ -52,7 +54,7 @@ class Enumerated(Marginal):
             if not site.fn.has_enumerate_support:
                 raise ModelError(f"The latent site '{name}' has infinitely many values.")
             if site.fn.event_shape:
-                if len(np.shape(site.value)) - site.event_dim > -joint.dim:
+                if np.size(site.value) != joint.num_rows * math.prod(site.fn.event_shape):
                     raise ModelError(
                         f"The latent site '{name}' has event dimensions inside a further plate; "
                         "make them plates as well (they factorise), or all event dimensions."
@@ -66,6 +68,8 @@ class Enumerated(Marginal):
                 '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
                 "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
             )
+
+        _check_plates(joint)
 
     def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
         self.check(joint, guide, order)
@@ -82,6 +86,33 @@ class Enumerated(Marginal):
         if not states:
             return _sum_scalar_sites(joint, params, values)
         return logsumexp(state_log_densities(joint, params, values, states), axis=0)
+
+
+def _check_plates(joint):
+    """A site of a further plate factorises only over that plate: nothing outside may read it."""
+    latent = {name: site.value for name, site in joint.latent.items()}
+    if all(np.ndim(site.value) - site.event_dim <= 1 for site in joint.latent.values()):
+        return
+    plates = {}
+
+    def run(**latent):
+        values = {**joint.parameters, **joint.visible_values, **latent}
+        model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
+        for site in filter(joint.owns, model_trace.values()):
+            plates[site["name"]] = {frame.name for frame in site["cond_indep_stack"]}
+        return joint.site_log_densities(model_trace)
+
+    for term, labels in eval_provenance(run, **latent).items():
+        for name in sorted(labels):
+            outside = plates[name] - plates[term]
+            if outside:
+                raise ModelError(
+                    f"Enumerated(): '{term}' reads the latent site '{name}' outside its plate(s) "
+                    f"{sorted(outside)}, so that the sum over '{name}' does not factorise. Put the "
+                    "term inside the plate, one value for each unit; or, where it couples the "
+                    "units, give them event dimensions instead of a plate, "
+                    "`Counting(event_shape=...)`, which are enumerated jointly."
+                )
 
 
 def event_states(joint):
@@ -129,21 +160,27 @@ def _sum_scalar_sites(joint, params, values):
     if not scalar:
         return joint.log_density(params, values)
     import funsor
-    from numpyro.contrib.funsor import config_enumerate, enum, plate_to_enum_plate
+    from numpyro.contrib.funsor import enum, plate_to_enum_plate
     from numpyro.contrib.funsor.enum_messenger import trace as packed_trace
 
     num_plate_dims = max(
         [-joint.dim] + [np.ndim(s.value) - s.event_dim for s in joint.latent.values()]
     )
-    model = enum(config_enumerate(joint.substituted({**params, **values})), -num_plate_dims - 1)
+
+    def configure(site):
+        # All other sites have values, whatever their own `infer` says.
+        return {"enumerate": "parallel" if site["name"] in scalar else None}
+
+    model = infer_config(joint.substituted({**params, **values}), configure)
+    model = enum(model, -num_plate_dims - 1)
     with plate_to_enum_plate():
         model_trace = packed_trace(model).get_trace(*joint.args, **joint.kwargs)
     factors, plates = [], frozenset()
     for site in filter(joint.owns, model_trace.values()):
-        dim_to_name = site["infer"]["dim_to_name"]
-        factors.append(
-            funsor.to_funsor(joint.scaled_log_prob(site), funsor.Real, dim_to_name=dim_to_name)
-        )
+        log_prob, dim_to_name = joint.scaled_log_prob(site), site["infer"]["dim_to_name"]
+        if not dim_to_name:  # a plate of size one has no name in funsor
+            log_prob = jnp.squeeze(log_prob)
+        factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))
         plates |= {frame.name for frame in site["cond_indep_stack"]}
     result = funsor.sum_product.sum_product(
         funsor.ops.logaddexp,

@@ -87,24 +87,26 @@ class VaGES(Marginal):
         key_draw, key_refine = jax.random.split(rng_key)
         visible, _ = joint.constrain(stop_gradient(unconstrained))
         # Two independent sets in one run of the guide: for the value, and for the derivative.
-        latent, log_q = guide.draw(key_draw, params, visible, 2 * self.num_particles)
+        latent = guide.draw(key_draw, params, visible, 2 * self.num_particles)
         if self.refine is not None:
             latent = self.refine(key_refine, joint, stop_gradient(params), visible, latent)
         halves = [
             jax.tree.map(lambda x, i=i: x[i * self.num_particles :][: self.num_particles], latent)
             for i in range(2)
         ]
-        log_q = log_q.reshape(2, self.num_particles, -1)
+
+        def log_weights(half, log_joint):
+            if not self.importance_weighted:
+                return None
+            log_q = jax.vmap(lambda h: guide.log_density(params, visible, h))(halves[half])
+            return stop_gradient(log_joint - log_q)
 
         def surrogate(half, order):
             def log_density(params, unconstrained):
                 log_joint = jax.vmap(
                     lambda h: joint.unconstrained_log_density(params, unconstrained, h)
                 )(halves[half])
-                log_weights = None
-                if self.importance_weighted:
-                    log_weights = stop_gradient(log_joint) - log_q[half]
-                return cumulant_surrogate(log_joint, order, log_weights)
+                return cumulant_surrogate(log_joint, order, log_weights(half, log_joint))
 
             return log_density
 

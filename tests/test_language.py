@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language: energies that must be handled, base measures, `fixed`, and what a model may say."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from conftest import assert_mean
+from numpyro import handlers
+from numpyro.contrib.funsor import config_enumerate, enum
+from numpyro.contrib.funsor import log_density as enum_log_density
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from numpyro.infer.inspect import get_model_relations
+from numpyro.infer.util import log_density
+
+import numpyro_ebm as ebm
+from numpyro_ebm import provenance
+from numpyro_ebm.joint import Guide, read
+
+X = jnp.array([0.5, -1.0, 2.0])
+
+
+def gaussian(data=None, *, num_rows=3):
+    theta = numpyro.param("theta", 2.0)
+    with numpyro.plate("data", num_rows if data is None else len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * theta * v**2)
+
+
+def bayesian(data):
+    theta = numpyro.sample("theta", dist.Gamma(2.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * theta * v**2)
+
+
+# Base measures
+
+
+@pytest.mark.parametrize(
+    "fn, value, batch_shape",
+    [
+        (ebm.Lebesgue(), jnp.ones(4), (4,)),
+        (ebm.Lebesgue((2, 3)), jnp.ones((4, 2, 3)), (4,)),
+        (ebm.Lebesgue((3,), dist.constraints.simplex), jnp.full((4, 3), 1 / 3), (4,)),
+        (ebm.Lebesgue((2,), dist.constraints.positive).expand([4]), jnp.ones((4, 2)), (4,)),
+        (ebm.Counting(), jnp.ones(4, int), (4,)),
+        (ebm.Counting(3, (2,)), jnp.ones((4, 2), int), (4,)),
+    ],
+)
+def test_base_measures_are_flat_on_their_support(fn, value, batch_shape):
+    np.testing.assert_array_equal(fn.log_prob(value), np.zeros(batch_shape))
+    assert bool(jnp.all(fn.support(value)))
+    leaves, tree = jax.tree.flatten(fn)
+    again = jax.tree.unflatten(tree, leaves)
+    np.testing.assert_array_equal(again.log_prob(value), np.zeros(batch_shape))
+
+
+def test_counting_enumerates_its_values():
+    np.testing.assert_array_equal(ebm.Counting(3).enumerate_support(), [0, 1, 2])
+    assert ebm.Counting(3).expand([4]).enumerate_support(expand=True).shape == (3, 4)
+    draws = ebm.Counting(3, (2,)).sample(jax.random.key(0), (1000,))
+    assert draws.shape == (1000, 2) and set(np.unique(draws)) == {0, 1, 2}
+    assert not ebm.Counting(3).support(3)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ebm.Counting(1), "num_values"),
+        (lambda: ebm.Counting(2.0), "num_values"),
+        (lambda: ebm.Counting(2, (0,)), "event_shape"),
+        (lambda: ebm.Lebesgue((), dist.constraints.boolean), "Counting"),
+        (lambda: ebm.Lebesgue((), dist.constraints.simplex), "event_shape"),
+        (lambda: ebm.Lebesgue((-1,)), "event_shape"),
+    ],
+)
+def test_bad_base_measures(make, message):
+    with pytest.raises(ebm.ModelError, match=message):
+        make()
+
+
+def test_lebesgue_has_no_draws():
+    with pytest.raises(ebm.ImproperSamplingError, match=r"numpyro_ebm.sample.*fixed"):
+        ebm.Lebesgue((2,)).sample(jax.random.key(0))
+
+
+# An energy must be handled
+
+
+NAMED = r"'E' is unnormalised.*log Z\(theta\).*EnergySVI.*fixed\(model, params\)"
+
+
+def test_nuts_over_an_unknown_parameter_refuses():
+    mcmc = MCMC(NUTS(bayesian), num_warmup=5, num_samples=5, progress_bar=False)
+    with pytest.raises(ebm.UnhandledEnergyError, match=NAMED):
+        mcmc.run(jax.random.key(0), X)
+
+
+def test_an_elbo_over_an_unknown_parameter_refuses():
+    svi = SVI(gaussian, lambda data: None, numpyro.optim.Adam(0.1), Trace_ELBO())
+    with pytest.raises(ebm.UnhandledEnergyError, match=NAMED):
+        svi.run(jax.random.key(0), 2, X, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: m,
+        lambda m: handlers.mask(m, mask=jnp.array([True, False, True])),
+        lambda m: handlers.scale(m, scale=2.0),
+        lambda m: handlers.seed(m, 0),
+    ],
+)
+def test_every_density_refuses_through_every_wrapper(wrap):
+    with pytest.raises(ebm.UnhandledEnergyError, match=NAMED):
+        log_density(wrap(gaussian), (X,), {}, {"theta": 2.0})
+
+
+def test_the_error_names_scoped_parameters():
+    with pytest.raises(ebm.UnhandledEnergyError, match=r"log Z\(inner/theta\)"):
+        log_density(handlers.scope(gaussian, prefix="inner"), (X,), {}, {})
+
+
+def test_funsors_density_refuses_too():
+    def latent(data):
+        w = numpyro.param("w", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Counting(2))
+            ebm.energy("E", 0.5 * v**2 - w * h * v)
+
+    def density(model):
+        model = enum(config_enumerate(handlers.seed(model, 0)), -2)
+        return enum_log_density(model, (X,), {}, {})[0]
+
+    with pytest.raises(ebm.UnhandledEnergyError, match=r"log Z\(w\)"):
+        density(latent)
+    expected = jnp.sum(jnp.logaddexp(0, 1.5 * X) - 0.5 * X**2)
+    np.testing.assert_allclose(density(ebm.fixed(latent, {"w": 1.5})), expected, rtol=1e-6)
+
+
+def test_a_masked_energy_does_not_count():
+    masked = handlers.mask(ebm.fixed(gaussian, {"theta": 2.0}), mask=jnp.array([True, False, True]))
+    np.testing.assert_allclose(log_density(masked, (X,), {}, {})[0], -(0.25 + 4.0), rtol=1e-6)
+    assert log_density(handlers.mask(gaussian, mask=False), (X,), {}, {})[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "value, plates",
+    [
+        (lambda v: 0.5 * jnp.sum(v**2), "data"),
+        (lambda v: jnp.zeros((5, 3)), "data"),
+        (lambda v: jnp.zeros((3, 1)), "data"),
+        (lambda v: v, "data and units"),
+        (lambda v: v, ""),
+    ],
+)
+def test_an_energy_of_the_wrong_shape_raises(value, plates):
+    def model(data):
+        if plates == "":
+            ebm.energy("E", data)
+            return
+        with numpyro.plate("data", 3):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            if "units" in plates:
+                with numpyro.plate("units", 2, dim=-2):
+                    ebm.energy("E", value(v))
+            else:
+                ebm.energy("E", value(v))
+
+    with pytest.raises(ebm.ModelError, match="energy 'E' has shape.*ask for"):
+        handlers.trace(model).get_trace(X)
+
+
+def test_a_scalar_energy_is_refused_in_a_plate_of_one_as_well():
+    with pytest.raises(ebm.ModelError, match=r"shape \(\)"), numpyro.plate("data", 1):
+        ebm.energy("E", jnp.array(1.0))
+
+
+# Holding parameters fixed
+
+
+def test_fixed_makes_numpyros_tools_right():
+    model = ebm.fixed(gaussian, {"theta": 4.0, "not in the model": 1.0})
+    expected = jnp.sum(-2.0 * X**2)
+    np.testing.assert_allclose(log_density(model, (X,), {}, {})[0], expected, rtol=1e-6)
+    mcmc = MCMC(NUTS(model), num_warmup=200, num_samples=1000, progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["v"])
+    assert_mean(draws, 0.0)
+    assert_mean(draws**2, 0.25)
+
+
+def test_fixed_parameters_are_no_parameters_any_more():
+    model = ebm.fixed(gaussian, {"theta": 4.0})
+    assert "theta" not in handlers.trace(model).get_trace(X)
+    # An outer substitute, such as that of SVI, cannot replace them.
+    np.testing.assert_allclose(
+        log_density(model, (X,), {}, {"theta": 100.0})[0], jnp.sum(-2.0 * X**2), rtol=1e-6
+    )
+    state = SVI(
+        ebm.fixed(gaussian, {"theta": 4.0}),
+        lambda data: None,
+        numpyro.optim.Adam(1.0),
+        Trace_ELBO(),
+    ).run(jax.random.key(0), 2, X, progress_bar=False)
+    assert state.params == {}
+
+
+def test_fixed_covers_priors_scopes_and_pickles():
+    model = ebm.fixed(bayesian, {"theta": 2.0})
+    np.testing.assert_allclose(log_density(model, (X,), {}, {})[0], jnp.sum(-(X**2)), rtol=1e-6)
+    scoped = ebm.fixed(handlers.scope(gaussian, prefix="a"), {"a/theta": 2.0})
+    np.testing.assert_allclose(log_density(scoped, (X,), {}, {})[0], jnp.sum(-(X**2)), rtol=1e-6)
+    outer = handlers.scope(ebm.fixed(gaussian, {"theta": 2.0}), prefix="a")
+    np.testing.assert_allclose(log_density(outer, (X,), {}, {})[0], jnp.sum(-(X**2)), rtol=1e-6)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_allclose(log_density(again, (X,), {}, {})[0], jnp.sum(-(X**2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", [gaussian, bayesian])
+def test_fixed_names_a_missing_parameter(model):
+    with pytest.raises(ebm.ModelError, match="no value for the parameter.*'theta'"):
+        log_density(ebm.fixed(model, {"other": 1.0}), (X,), {}, {})
+    with pytest.raises(ebm.ModelError, match="dict"):
+        ebm.fixed(model, [1.0])
+
+
+def test_fixed_finds_priors_in_a_plate_of_their_own():
+    def hidden_prior(data):
+        with numpyro.plate("units", 4):
+            w = numpyro.sample("w", dist.Normal(0, 1))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2 * jnp.sum(w**2))
+
+    with pytest.raises(ebm.ModelError, match="'w'"):
+        handlers.trace(handlers.seed(ebm.fixed(hidden_prior, {}), 0)).get_trace(X)
+
+
+# Predictive and the handlers
+
+
+def spins(data=None):
+    w = numpyro.param("w", 1.0)
+    with numpyro.plate("data", 2 if data is None else len(data)):
+        x = numpyro.sample("x", ebm.Counting(2), obs=data)
+        ebm.energy("E", -w * x)
+
+
+def tilted(data=None):
+    with numpyro.plate("data", 2 if data is None else len(data)):
+        v = numpyro.sample("v", dist.Normal(0.0, 1.0), obs=data)
+        ebm.energy("E", v**4)
+
+
+@pytest.mark.parametrize("model, name", [(gaussian, "Lebesgue"), (spins, "'x'"), (tilted, "'v'")])
+def test_predictive_does_not_draw_from_base_measures(model, name):
+    for m in (model, ebm.fixed(model, {"theta": 1.0, "w": 1.0})):
+        with pytest.raises(ebm.ImproperSamplingError, match=name):
+            Predictive(m, num_samples=2)(jax.random.key(0))
+
+
+def test_predictive_passes_draws_through():
+    def with_square(data=None):
+        with numpyro.plate("data", 3 if data is None else len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            numpyro.deterministic("square", v**2)
+            ebm.energy("E", 0.5 * v**2)
+
+    draws = jnp.arange(6.0).reshape(2, 3)
+    out = Predictive(ebm.fixed(with_square, {}), {"v": draws})(jax.random.key(0))
+    np.testing.assert_allclose(out["square"], draws**2)
+
+
+def test_models_can_be_drawn_and_handled():
+    relations = get_model_relations(gaussian, (X,), {})
+    assert relations["sample_param"]["E"] == ["theta"] and "v" in relations["observed"]
+
+
+def test_models_render():
+    pytest.importorskip("graphviz")
+    assert "theta" in numpyro.render_model(gaussian, (X,), render_params=True).source
+
+
+def test_handlers_compose():
+    model = handlers.substitute(gaussian, {"theta": 3.0, "v": 2 * X})
+    trace = handlers.trace(handlers.seed(model, 0)).get_trace(X)
+    np.testing.assert_array_equal(trace["v"]["value"], 2 * X)
+    np.testing.assert_allclose(trace["E"]["fn"].energy, 1.5 * 4 * X**2)
+    trace = handlers.trace(handlers.condition(gaussian, {"v": X})).get_trace()
+    assert trace["v"]["is_observed"]
+    joint = read(handlers.scope(gaussian, prefix="a"), (X,), {}, {})
+    assert list(joint.visible) == ["a/v"] and joint.energies == ["a/E"]
+    assert ebm.energy("alone", 1.0) is None and ebm.visible("v", 3) == 3
+
+
+# Reading a model: rows, sites, parameters
+
+
+def test_rows_are_free_of_the_subsampling_scale_but_keep_the_users():
+    def subsampled(data):
+        with numpyro.plate("data", 10 * len(data), subsample_size=len(data)):
+            v = numpyro.sample("v", dist.Normal(0.0, 1.0), obs=data)
+            ebm.energy("E", 0.5 * v**2)
+
+    expected = dist.Normal(0, 1).log_prob(X) - 0.5 * X**2
+    joint = read(subsampled, (X,))
+    np.testing.assert_allclose(joint.log_density({}, {}), expected, rtol=1e-6)
+    assert joint.num_rows == 3 and joint.total_rows == 30
+    scaled = read(handlers.scale(subsampled, scale=0.5), (X,))
+    np.testing.assert_allclose(scaled.log_density({}, {}), 0.5 * expected, rtol=1e-6)
+
+
+def test_sites_of_every_shape_are_read():
+    def model(images, labels, covariates):
+        w = numpyro.param("w", jnp.ones(2))
+        prior = numpyro.sample("prior", dist.Normal(0, 1))
+        with numpyro.plate("data", len(images), dim=-1):
+            a = numpyro.sample("a", ebm.Lebesgue((2, 2)), obs=images)
+            y = numpyro.sample("y", ebm.Counting(3), obs=labels)
+            z = numpyro.sample("z", ebm.Lebesgue((), dist.constraints.positive))
+            ebm.energy("E", jnp.sum(a, (-1, -2)) * y * prior + z * (covariates @ w))
+            with numpyro.plate("units", 4, dim=-2):
+                u = numpyro.sample("u", ebm.Lebesgue())
+                ebm.energy("E_u", 0.5 * u**2 * z)
+
+    images, labels = jnp.ones((3, 2, 2)), jnp.array([0, 1, 2])
+    covariates = jnp.arange(6.0).reshape(3, 2)
+    joint = read(model, (images, labels, covariates))
+    assert set(joint.visible) == {"a", "y"} and set(joint.latent) == {"z", "u"}
+    assert set(joint.parameters) == {"w", "prior"} and joint.priors == ["prior"]
+    assert joint.latent["u"].dims == ("units", "data")
+    assert joint.visible["a"].dims == ("data", "a_dim_0", "a_dim_1")
+    values = {"z": jnp.array([1.0, 2.0, 3.0]), "u": jnp.ones((4, 3))}
+    rows = joint.log_density({"w": jnp.ones(2), "prior": 2.0}, values)
+    expected = -(4 * labels * 2.0 + values["z"] * covariates.sum(1) + 2 * values["z"])
+    np.testing.assert_allclose(rows, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "support, base",
+    [
+        (dist.constraints.positive, dist.LogNormal(0.3, 0.8)),
+        (dist.constraints.unit_interval, dist.Beta(2.0, 3.0)),
+    ],
+)
+def test_the_log_jacobian_of_other_supports(support, base):
+    """In unconstrained coordinates the density is NumPyro's own transformed one."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((), support), obs=data)
+            ebm.energy("E", -base.log_prob(v))
+
+    v = jnp.array([0.2, 0.5, 0.9])
+    joint = read(model, (v,))
+    u = joint.unconstrain_visible()
+    np.testing.assert_allclose(joint.constrain(u)[0]["v"], v, rtol=1e-5)
+    transform = dist.biject_to(support)
+    reference = dist.TransformedDistribution(base, transform.inv).log_prob(u["v"])
+    np.testing.assert_allclose(joint.unconstrained_log_density({}, u, {}), reference, rtol=1e-4)
+
+
+def test_networks_are_parameters():
+    nnx = pytest.importorskip("flax.nnx")
+    eqx = pytest.importorskip("equinox")
+    linen = pytest.importorskip("flax.linen")
+    from numpyro.contrib.module import eqx_module, flax_module, nnx_module
+
+    nets = {
+        "nnx": lambda: nnx_module("net", nnx.Linear(2, 1, rngs=nnx.Rngs(0))),
+        "linen": lambda: flax_module("net", linen.Dense(1), input_shape=(2,)),
+        "eqx": lambda: jax.vmap(eqx_module("net", eqx.nn.Linear(2, 1, key=jax.random.key(0)))),
+    }
+    for make in nets.values():
+
+        def model(data, make=make):
+            net = make()
+            with numpyro.plate("data", len(data)):
+                v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+                ebm.energy("E", net(v)[:, 0])
+
+        joint = read(model, (jnp.ones((3, 2)),))
+        assert list(joint.parameters) == ["net$params"]
+        gradient = jax.grad(lambda p, j=joint: j.log_density(p, {}).sum())(joint.parameters)
+        assert all(np.any(x != 0) for x in jax.tree.leaves(gradient))
+
+
+def test_a_slice_of_a_joint_array_is_not_mistaken_for_the_data():
+    def model(both):
+        with numpyro.plate("data", len(both)):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=both[:, :2])
+            ebm.energy("E", 0.5 * jnp.sum(v**2, -1) * both[:, 2])
+
+    assert read(model, (jnp.ones((4, 3)),)).num_rows == 4
+
+
+def test_covariates_of_the_shape_of_the_data_are_fine():
+    def model(data, x):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+            h = numpyro.sample("h", ebm.Counting(2))
+            ebm.energy("E", jnp.sum(v * x, -1) * h)
+
+    def guide(data, x):
+        with numpyro.plate("data", len(data)):
+            v = ebm.visible("v", data)
+            numpyro.sample("h", dist.Bernoulli(logits=jnp.sum(v * x, -1)))
+
+    args = (jnp.ones((4, 2)), 2 * jnp.ones((4, 2)))
+    provenance.check_guide(read(model, args), guide, {}, args, {})
+
+
+# Models that cannot be read, each with what to write instead
+
+
+def outside(data):
+    v = numpyro.sample("v", ebm.Lebesgue((3,)), obs=data)
+    ebm.energy("E", jnp.sum(v**2))
+
+
+def disjoint(data):
+    with numpyro.plate("one", 3):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", v**2)
+    with numpyro.plate("two", 3):
+        w = numpyro.sample("w", ebm.Lebesgue(), obs=data)
+        ebm.energy("F", w**2)
+
+
+def nested(data):
+    with numpyro.plate("one", 3, dim=-1), numpyro.plate("two", 2, dim=-2):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=jnp.stack([data, data]))
+        ebm.energy("E", v**2)
+
+
+def no_energy(data):
+    with numpyro.plate("data", 3):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        numpyro.factor("E", -(v**2))
+
+
+def energy_outside(data):
+    with numpyro.plate("data", 3):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ebm.energy("E", jnp.sum(v**2))
+
+
+def reads_argument(data):
+    with numpyro.plate("data", 3):
+        numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", data**2)
+
+
+def tilts_argument(data):
+    with numpyro.plate("data", 3):
+        numpyro.sample("v", dist.Normal(0, 1), obs=data)
+        ebm.energy("E", data**2)
+
+
+def half_argument(data):
+    with numpyro.plate("data", 3):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=jnp.asarray(data))
+        ebm.energy("E", v**2 * data)
+
+
+def ignores_visible(data):
+    with numpyro.plate("data", 3):
+        numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", jnp.zeros(3))
+
+
+def wrong_rows(data):
+    with numpyro.plate("data", 3):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data[:1])
+        ebm.energy("E", v**2 + jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (outside, "'v' is outside any plate.*numpyro.plate"),
+        (disjoint, "data plate.*'one', 'two'.*share none"),
+        (nested, "data plate.*share the plates.*'one', 'two'"),
+        (no_energy, "no energy statement.*numpyro.factor"),
+        (energy_outside, "'E' is outside any plate"),
+        (reads_argument, "'E' reads the data of the visible site 'v'|No energy depends.*'v'"),
+        (tilts_argument, "'E' reads the data.*'v' from the model's argument"),
+        (half_argument, "'E' reads the data.*returned `v`"),
+        (ignores_visible, "No energy depends on the visible site 'v'"),
+        (wrong_rows, r"'v' have shape \(1,\)"),
+    ],
+)
+def test_models_that_cannot_be_read(model, message):
+    with pytest.raises(ebm.ModelError, match=message):
+        read(model, (X,))
+
+
+def test_nan_in_the_data():
+    with pytest.raises(ebm.ModelError, match="'v' contain NaN"):
+        read(gaussian, (X.at[0].set(jnp.nan),))
+
+
+def latent_model(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Counting(2))
+        ebm.energy("E", v * h)
+
+
+def guide_of(logits):
+    def guide(data):
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.Bernoulli(logits=logits(data)))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    "logits, message",
+    [
+        (lambda data: data, 'reads the data.*numpyro_ebm.visible."v", data'),
+        (lambda data: data + ebm.visible("v", data), "reads the data"),
+        (lambda data: jnp.zeros(len(data)), "ignores the visible sites.*importance_weighted"),
+    ],
+)
+def test_guides_must_see_the_visible_value(logits, message):
+    joint = read(latent_model, (X,))
+    with pytest.raises(ebm.ModelError, match=message):
+        provenance.check_guide(joint, guide_of(logits), {}, (X,), {})
+
+
+def test_a_blind_guide_is_allowed_under_importance_weights():
+    loss = ebm.DenoisingScoreMatching(0.1, ebm.VaGES(4, importance_weighted=True))
+    blind = guide_of(lambda data: jnp.zeros(len(data)))
+    assert np.isfinite(loss.loss(jax.random.key(0), {}, latent_model, blind, X))
+
+
+def test_a_guide_must_draw_every_latent():
+    joint = read(latent_model, (X,))
+    guide = Guide(lambda data: ebm.visible("v", data), joint, (X,), {})
+    with pytest.raises(ebm.ModelError, match="does not draw the latent site.*'h'"):
+        guide.check(guide.trace(jax.random.key(0), {}, joint.visible_values))
+
+
+def test_numpyros_enumeration_of_event_units_says_what_to_write():
+    def units(data=None):
+        with numpyro.plate("data", 1):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Counting(2, (3,)), infer={"enumerate": "parallel"})
+            ebm.energy("E", 0.5 * v**2 - v * jnp.sum(h, -1))
+
+    mcmc = MCMC(NUTS(ebm.fixed(units, {})), num_warmup=2, num_samples=2, progress_bar=False)
+    with pytest.raises(ebm.ModelError, match="Declare the units in a plate"):
+        mcmc.run(jax.random.key(0))
