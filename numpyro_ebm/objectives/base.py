@@ -133,7 +133,7 @@ class Objective(ABC):
         own = {k: v for k, v in param_map.items() if k in problem.joint.parameters}
         other = {k: v for k, v in param_map.items() if k not in problem.joint.parameters}
         loss = self.energy_loss(key_energy, {**own, **stop_gradient(other)}, problem)
-        if other and problem.joint.latent:
+        if other and guide is not None and problem.joint.latent:
             guide_loss = default_guide_loss(problem)
             extra = row_guide_loss(guide_loss, key_guide, stop_gradient(own), other, problem, guide)
             loss = loss + (extra - stop_gradient(extra))

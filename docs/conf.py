@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sphinx configuration. The build needs no network: there is no intersphinx."""
+
+import os
+from importlib.metadata import version as installed_version
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+project = "numpyro-ebm"
+author = "The numpyro-ebm developers"
+project_copyright = author
+release = installed_version("numpyro-ebm")
+version = ".".join(release.split(".")[:2])
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+# Markdown
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+# API reference
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 88
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+
+# HTML
+html_theme = "furo"
+html_title = f"{project} {release}"
+copybutton_exclude = ".linenos, .gp, .go"  # copy the input of a doctest, not its prompt and output

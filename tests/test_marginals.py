@@ -1,0 +1,731 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the marginals, over every member of the family, in double precision.
+
+The exact ones equal closed forms and brute force; VaGES is unbiased where its guide is the
+posterior, biased like √KL where it is not, and importance weights take most of that bias away.
+"""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import oracles
+import pytest
+from jax.nn import logsumexp, sigmoid
+from numpyro.distributions import constraints
+from oracles import assert_unbiased, draws, flat, jit, z_scores
+
+import numpyro_ebm as ebm
+from numpyro_ebm import marginal as marginals
+from numpyro_ebm.joint import Guide, read
+from numpyro_ebm.marginal.vages import cumulant_surrogate
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def bound(marginal, system, rng_key, params, *, order=2, data=None):
+    """A marginal at the data of a system: the estimate, and the point in rows."""
+    data = jnp.asarray(system.data if data is None else data)
+    joint = read(system.model, (data,), {}, params)
+    guide = None if system.guide is None else Guide(system.guide, joint, (data,), {})
+    point = joint.unconstrain_visible()
+    return marginal.bind(rng_key, joint, guide, params, point, order=order), point
+
+
+def derivatives(log_density, params, u):
+    """Value, score, Hessian and their gradients in the parameters, row by row, of a row function.
+
+    :param log_density: (params, (rows, D)) -> (rows,)
+    """
+
+    def of_rows(params):
+        score = jax.grad(lambda u: jnp.sum(log_density(params, u)))
+        hessian = jax.jacfwd(score)(u)  # (rows, D, rows, D), rows do not mix
+        return {
+            "value": log_density(params, u),
+            "score": score(u),
+            "hessian": jnp.einsum("ndne->nde", hessian.reshape(*u.shape, *u.shape)),
+        }
+
+    return of_rows(params), jax.jacfwd(of_rows)(params)
+
+
+def columns(x):
+    return x if jnp.ndim(x) == 2 else x[:, None]
+
+
+# The closed forms themselves
+
+
+SYSTEMS = {
+    "gaussian": oracles.gaussian_system,
+    "grbm": oracles.grbm_system,
+    "linear Gaussian": oracles.linear_system,
+    "gamma": oracles.gamma_system,
+    "log-normal": oracles.log_normal_system,
+    "beta": oracles.beta_system,
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_oracles_agree_with_their_own_derivatives(name):
+    system = SYSTEMS[name]()
+    points = jnp.asarray(system.unconstrain(system.data))
+
+    @jit
+    def both(u):
+        score = jax.grad(system.log_density, 1)(system.params, u)
+        hessian = jax.hessian(system.log_density, 1)(system.params, u)
+        trace = jnp.trace(jnp.reshape(hessian, (np.size(u), np.size(u))))
+        own = system.score(system.params, u), system.trace(system.params, u)
+        return (score, trace), own
+
+    for u in points:
+        (score, trace), own = both(u)
+        np.testing.assert_allclose(own[0], score, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(own[1], trace, rtol=1e-10)
+
+
+# Exact and Enumerated: closed forms and brute force
+
+
+def brute(log_joint, *sites):
+    """log Σ_h p̃(v, h) over all values of ``sites``, each (number of values, shape)."""
+    grids = [
+        [np.reshape(x, shape) for x in itertools.product(range(num), repeat=int(np.prod(shape)))]
+        for num, shape in sites
+    ]
+    states = [jnp.asarray(np.stack(x)) for x in zip(*itertools.product(*grids), strict=True)]
+
+    def log_density(params, rows):
+        return logsumexp(jax.vmap(lambda *h: log_joint(params, rows, *h))(*states), 0)
+
+    return log_density
+
+
+W = np.array([[1.0, -0.7], [0.4, 0.9]])
+
+
+def bowl(v):
+    return 0.5 * jnp.sum(v**2, -1)
+
+
+def transposed(data):
+    """The data plate to the left of the hidden one."""
+    w = numpyro.param("w", jnp.zeros((2, 2)))
+    with numpyro.plate("data", len(data), dim=-2):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data[:, None])
+        ebm.energy("bowl", bowl(v))
+        with numpyro.plate("hidden", 2, dim=-1):
+            h = numpyro.sample("h", ebm.Counting())
+            ebm.energy("E", -h * jnp.sum(v * w.T, -1))
+
+
+def three_values(data):
+    w = numpyro.param("w", jnp.zeros((2, 2)))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+        h = numpyro.sample("h", ebm.Counting(num_values=3, event_shape=(2,)))
+        ebm.energy("E", bowl(v) - jnp.sum((v @ w) * h, -1) + 0.3 * h[..., 0] * h[..., 1])
+
+
+def two_sites_mixed(data):
+    """A site with event dimensions, a scalar one, and one in a plate; all of them coupled."""
+    w = numpyro.param("w", jnp.zeros((2, 2)))
+    with numpyro.plate("data", len(data), dim=-1):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+        s = numpyro.sample("s", ebm.Counting(event_shape=(2,)))
+        z = numpyro.sample("z", ebm.Counting(num_values=3))
+        ebm.energy("E", bowl(v) - jnp.sum((v @ w) * s, -1) - 0.4 * z * (s[..., 0] - v[..., 1]))
+        with numpyro.plate("hidden", 3, dim=-2):
+            h = numpyro.sample("h", ebm.Counting())
+            field = (v @ w)[..., 0] + 0.5 * z - jnp.array([[0.2], [0.9], [-0.6]])
+            ebm.energy("E_h", -h * field)
+
+
+def proper(data):
+    """Normalised base measures: a chain of Categoricals, and Bernoullis in a plate and an event."""
+    w = numpyro.param("w", jnp.zeros((2, 2)))
+    first = numpyro.param("first", jnp.ones(3) / 3, constraint=constraints.simplex)
+    step = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])
+    with numpyro.plate("data", len(data), dim=-1):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+        z = numpyro.sample("z", dist.Categorical(first))
+        y = numpyro.sample("y", dist.Categorical(step[z]))
+        s = numpyro.sample("s", dist.Bernoulli(jnp.array([0.3, 0.6])).to_event(1))
+        ebm.energy("E", bowl(v) - jnp.sum((v @ w) * s, -1) - v[..., 0] * y)
+        with numpyro.plate("hidden", 2, dim=-2):
+            h = numpyro.sample("h", dist.Bernoulli(sigmoid(0.5 * z - 0.2)))
+            ebm.energy("E_h", -h * v[..., 1])
+
+
+def proper_log_joint(p, v, z, y, s, h):
+    step = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])
+    on = 1 / (1 + jnp.exp(0.2 - 0.5 * z))
+    units = jnp.sum(jnp.log(jnp.where(s, jnp.array([0.3, 0.6]), jnp.array([0.7, 0.4]))))
+    units = units + jnp.sum(jnp.log(jnp.where(h, on, 1 - on)))
+    prior = jnp.log(p["first"][z]) + jnp.log(step[z, y]) + units
+    return prior - bowl(v) + (v @ p["w"]) @ s + v[:, 0] * y + jnp.sum(h) * v[:, 1]
+
+
+def grbm_log_joint(p, v, h):
+    field = (v @ p["W"] + p["c"]) @ h
+    return field - 0.5 * jnp.sum(((v - p["b"]) / p["scale"]) ** 2, -1)
+
+
+def mixed_log_joint(p, v, s, z, h):
+    field = (v @ p["w"])[:, :1] + 0.5 * z - jnp.array([0.2, 0.9, -0.6])
+    energy = bowl(v) - (v @ p["w"]) @ s - 0.4 * z * (s[0] - v[:, 1]) - field @ h
+    return -energy
+
+
+def three_log_joint(p, v, h):
+    return (v @ p["w"]) @ h - bowl(v) - 0.3 * h[0] * h[1]
+
+
+ENUMERATED = {
+    "event dimensions": (oracles.grbm, oracles.GRBM, grbm_log_joint, (2, (3,))),
+    "hidden plate": (oracles.grbm_plated, oracles.GRBM, grbm_log_joint, (2, (3,))),
+    "data plate on the left": (
+        transposed,
+        {"w": W},
+        lambda p, v, h: (v @ p["w"]) @ h - bowl(v),
+        (2, (2,)),
+    ),
+    "three values": (three_values, {"w": W}, three_log_joint, (3, (2,))),
+    "two sites and a plate": (
+        two_sites_mixed,
+        {"w": W},
+        mixed_log_joint,
+        (2, (2,)),
+        (3, ()),
+        (2, (3,)),
+    ),
+    "proper latents": (
+        proper,
+        {"w": W, "first": np.array([0.5, 0.3, 0.2])},
+        proper_log_joint,
+        (3, ()),
+        (3, ()),
+        (2, (2,)),
+        (2, (2,)),
+    ),
+    "lateral couplings": (
+        oracles.lateral,
+        oracles.LATERAL,
+        lambda p, v, h: grbm_log_joint(p, v, h) + h @ p["U"] @ h,
+        (2, (4,)),
+    ),
+}
+
+DATA = np.random.default_rng(3).normal(size=(3, 2))
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_enumerated_equals_brute_force(name):
+    model, params, log_joint, *sites = ENUMERATED[name]
+    expected = jit(partial(derivatives, brute(log_joint, *sites)))(params, jnp.asarray(DATA))
+
+    @jit
+    def library(params, data):
+        joint = read(model, (data,), {}, params)
+        point = joint.unconstrain_visible()
+        estimate = ebm.Enumerated().bind(jax.random.key(0), joint, None, params, point, order=3)
+        shape = point["v"].shape
+        log_density = lambda p, u: estimate.log_density(p, {"v": u.reshape(shape)})  # noqa: E731
+        score = estimate.score(point)["v"].reshape(data.shape)
+        return derivatives(log_density, params, data), score
+
+    result, score = library(params, jnp.asarray(DATA))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), result, expected)
+    np.testing.assert_allclose(score, expected[0]["score"], rtol=1e-9, atol=1e-11)
+
+
+def test_enumerated_sums_a_hundred_units_of_a_plate():
+    rng = np.random.default_rng(0)
+    params = {
+        "W": rng.normal(size=(2, 100)),
+        "b": np.zeros(2),
+        "c": rng.normal(size=100),
+        "scale": np.ones(2),
+    }
+    model = partial(oracles.grbm_plated, num_hidden=100)
+    system = oracles.grbm_system(params=params, model=model)
+    estimate, point = bound(ebm.Enumerated(), system, None, params)
+    value = jit(lambda: (estimate.log_density(params, point), estimate.score(point)["v"]))()
+    over_rows = partial(jax.vmap, in_axes=(None, 0))
+    np.testing.assert_allclose(
+        value[0], over_rows(oracles.grbm_log_density)(params, point["v"]), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        value[1], over_rows(oracles.grbm_score)(params, point["v"]), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", ["gaussian", "gamma", "log-normal", "beta"])
+def test_exact_equals_the_closed_form(name):
+    system = SYSTEMS[name]()
+    points = jnp.asarray(system.unconstrain(system.data))
+
+    @jit
+    def library(params, data):
+        estimate, point = bound(ebm.Exact(), system, None, params, data=data)
+        log_density = lambda p, u: estimate.log_density(p, {"v": u.reshape(data.shape)})  # noqa: E731
+        return derivatives(log_density, params, columns(point["v"])), estimate.score(point)["v"]
+
+    result, score = library(system.params, jnp.asarray(system.data))
+    rows = jax.vmap(lambda p, u: system.log_density(p, u.reshape(points.shape[1:])), (None, 0))
+    expected = jit(partial(derivatives, rows))(system.params, columns(points))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), result, expected)
+    np.testing.assert_allclose(columns(score), expected[0]["score"], rtol=1e-9)
+
+
+def lateral_in_a_plate(data):
+    """The energy couples the units of a plate from outside of it: no product of sums."""
+    with numpyro.plate("data", len(data), dim=-1):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+        with numpyro.plate("hidden", 2, dim=-2):
+            h = numpyro.sample("h", ebm.Counting())
+        ebm.energy("E", bowl(v) - jnp.sum(h * (v @ W).T, -2))
+
+
+def continuous(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Lebesgue())
+        ebm.energy("E", 0.5 * v**2 + 0.5 * (h - v) ** 2)
+
+
+def event_in_a_plate(data):
+    with numpyro.plate("data", len(data), dim=-2):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        with numpyro.plate("hidden", 2, dim=-1):
+            h = numpyro.sample("h", ebm.Counting(event_shape=(2,)))
+            ebm.energy("E", 0.5 * v**2 - jnp.sum(h, -1) * v)
+
+
+@pytest.mark.parametrize(
+    ("marginal", "model", "data", "message"),
+    [
+        (ebm.Enumerated(max_states=7), oracles.grbm, DATA, r"8 joint states.*max_states=7"),
+        (ebm.Enumerated(), continuous, DATA[:, 0], r"continuous latent site 'h'.*VaGES"),
+        (ebm.Enumerated(), oracles.gaussian, DATA, "use `Exact\\(\\)`"),
+        (
+            ebm.Enumerated(),
+            event_in_a_plate,
+            DATA[:, :1],
+            "event dimensions inside a further plate",
+        ),
+        (ebm.Enumerated(), lateral_in_a_plate, DATA, r"'E' reads.*'h' outside.*'hidden'"),
+        (ebm.Exact(), oracles.grbm, DATA, r"without latent sites.*'h'"),
+        (ebm.VaGES(), oracles.gaussian, DATA, "use `Exact\\(\\)`"),
+        (ebm.VaGES(), oracles.grbm, DATA, "VaGES needs a guide"),
+    ],
+)
+def test_a_marginal_that_cannot_serve_says_what_to_use(marginal, model, data, message):
+    joint = read(model, (jnp.asarray(data),))
+    with pytest.raises(ebm.ModelError, match=message):
+        marginal.check(joint, None, 2)
+
+
+def test_vages_needs_two_particles_and_three_for_third_derivatives():
+    for wrong in (1, 0, 2.5):
+        with pytest.raises(ebm.ModelError, match="at least 2.*covariance of one particle"):
+            ebm.VaGES(wrong)
+    with pytest.raises(ebm.ModelError, match="exclude each other"):
+        ebm.VaGES(2, importance_weighted=True, refine=ebm.LangevinRefinement())
+    system = oracles.grbm_system()
+    joint = read(system.model, (jnp.asarray(system.data),))
+    guide = Guide(system.guide, joint, (system.data,), {})
+    with pytest.raises(ebm.ModelError, match=r"order 3.*num_particles=2.*VaGES\(num_particles=3\)"):
+        ebm.VaGES(2).check(joint, guide, 3)
+
+
+# VaGES with the exact posterior
+
+
+def plated_system():
+    return oracles.grbm_system(model=oracles.grbm_plated, hidden_plate=True)
+
+
+# One factory for each marginal, with the system on which it has to be exact or unbiased.
+REGISTRY = {
+    "Exact": (ebm.Exact, oracles.gaussian_system, 3),
+    "Enumerated": (ebm.Enumerated, oracles.grbm_system, 3),
+    "VaGES, 2 particles": (partial(ebm.VaGES, 2), oracles.grbm_system, 2),
+    "VaGES, 3 particles": (partial(ebm.VaGES, 3), oracles.grbm_system, 3),
+    "VaGES, 4 particles": (partial(ebm.VaGES, 4), oracles.grbm_system, 3),
+    "VaGES, hidden plate": (partial(ebm.VaGES, 2), plated_system, 2),
+    "VaGES, continuous": (partial(ebm.VaGES, 3), oracles.linear_system, 3),
+    "VaGES, weighted": (
+        partial(ebm.VaGES, 4, importance_weighted=True),
+        oracles.grbm_system,
+        3,
+    ),
+    "VaGES, weighted, continuous": (
+        partial(ebm.VaGES, 3, importance_weighted=True),
+        oracles.linear_system,
+        3,
+    ),
+    "VaGES, refined": (
+        partial(ebm.VaGES, 3, refine=ebm.LangevinRefinement(3, 0.1, adjusted=True)),
+        oracles.linear_system,
+        3,
+    ),
+}
+
+
+def test_every_marginal_is_in_the_registry():
+    exported = {
+        x
+        for module in (ebm, marginals)
+        for x in vars(module).values()
+        if isinstance(x, type) and issubclass(x, marginals.Marginal) and x is not marginals.Marginal
+    }
+    assert {type(make()) for make, _, _ in REGISTRY.values()} == exported
+
+
+def estimates(marginal, system, order):
+    """What a marginal says of the score, its gradient, and the same of the Hessian trace."""
+    params = jax.tree.map(jnp.asarray, system.params)
+
+    def one(rng_key):
+        estimate, point = bound(marginal, system, rng_key, params, order=order)
+        (u,) = point.values()
+
+        def score(params):
+            return jax.grad(lambda u: jnp.sum(estimate.log_density(params, {"v": u})))(u)
+
+        def trace(params):
+            def along(e):
+                gradient = jax.grad(lambda u: jnp.sum(estimate.log_density(params, {"v": u})))
+                return jnp.sum(jax.jvp(gradient, (u,), (jnp.broadcast_to(e, u.shape),))[1] * e, -1)
+
+            return jnp.sum(jax.vmap(along)(jnp.eye(u.shape[-1])), 0)
+
+        out = estimate.score(point)["v"], score(params), jax.jacrev(score)(params)
+        return (*out, trace(params), jax.jacrev(trace)(params)) if order == 3 else out
+
+    def exact():
+        points = jnp.asarray(system.unconstrain(system.data))
+        score = lambda p: jax.vmap(partial(system.score, p))(points)  # noqa: E731
+        trace = lambda p: jax.vmap(partial(system.trace, p))(points)  # noqa: E731
+        out = score(params), score(params), jax.jacrev(score)(params)
+        return (*out, trace(params), jax.jacrev(trace)(params)) if order == 3 else out
+
+    return one, np.asarray(jit(lambda: flat(exact()))())
+
+
+def check_registry(name, num_draws):
+    make, system, order = REGISTRY[name]
+    marginal = make()
+    one, expected = estimates(
+        marginal, system(num_rows=2) if "plate" not in name else system(), order
+    )
+    if not marginal.needs_guide:
+        result = draws(one, jax.random.key(0), 2)[1]
+        np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-12)
+        return
+    samples = draws(one, jax.random.key(1), num_draws)
+    assert np.all(np.isfinite(samples))
+    assert_unbiased(samples, expected, name)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_derivatives_are_those_of_the_exact_marginal(name):
+    check_registry(name, 8_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in REGISTRY if "VaGES" in name])
+def test_derivatives_are_those_of_the_exact_marginal_to_three_digits(name):
+    check_registry(name, 200_000)
+
+
+# The guide is not the posterior: bias of the order of √KL
+
+
+SQRT_KL = {
+    "W": np.random.default_rng(5).normal(size=(2, 4)),
+    "b": np.array([0.1, -0.2]),
+    "c": np.array([0.3, -0.4, 0.2, 0.0]),
+    "scale": np.array([0.9, 1.2]),
+}
+
+
+class Given:
+    """A refinement that replaces the particles by given ones, in both roles and all rows."""
+
+    def __init__(self, particles):
+        self.particles = particles  # (L, hidden)
+
+    def __call__(self, rng_key, joint, params, visible, latent):
+        h = jnp.concatenate([self.particles, self.particles]).astype(latent["h"].dtype)
+        return {"h": jnp.broadcast_to(h[:, None], latent["h"].shape)}
+
+
+def vages_of_all_pairs(system, params):
+    """The library's VaES and VaGES of L = 2, for every pair of states, rows third."""
+    states = jnp.asarray(oracles.binary_states(4))
+    pairs = jnp.asarray(list(itertools.product(range(16), repeat=2)))
+
+    def of(pair):
+        marginal = ebm.VaGES(2, refine=Given(states[pair]))
+        estimate, point = bound(marginal, system, jax.random.key(0), params)
+
+        def score(params):
+            return jax.grad(lambda u: jnp.sum(estimate.log_density(params, {"v": u})))(point["v"])
+
+        jacobian = jax.jacfwd(score)(params)
+        rows = len(point["v"])
+        return estimate.score(point)["v"], jnp.concatenate(
+            [jacobian[k].reshape(rows, 2, -1) for k in sorted(params)], -1
+        )
+
+    out = jit(lambda: jax.lax.map(of, pairs))()
+    return [np.asarray(x).reshape(16, 16, *x.shape[1:]) for x in out]
+
+
+def test_bias_grows_like_the_square_root_of_the_divergence():
+    """Expectations over pairs of particles are exact sums over the library's estimates."""
+    rng = np.random.default_rng(1)
+    params = {name: jnp.asarray(x) for name, x in SQRT_KL.items()}
+    data = rng.normal(size=(100, 2)) * 1.5
+    system = oracles.grbm_system(params=params)._replace(
+        data=data,
+        model=partial(ebm.models.grbm, num_hidden=4),
+        guide=oracles.grbm_guide(params=SQRT_KL),
+    )
+    vaes, vages = vages_of_all_pairs(system, params)
+    over_rows = jax.vmap(partial(oracles.grbm_score, params))
+    exact_score = over_rows(jnp.asarray(data))
+    jacobian = jax.vmap(jax.jacfwd(oracles.grbm_score), (None, 0))(params, jnp.asarray(data))
+    exact_gradient = np.concatenate(
+        [np.reshape(jacobian[k], (len(data), 2, -1)) for k in sorted(params)], -1
+    )
+
+    states = oracles.binary_states(4)
+    logits = data @ SQRT_KL["W"] + SQRT_KL["c"]
+
+    def probabilities(logits):
+        on = 1 / (1 + np.exp(-logits))[:, None]
+        return np.prod(np.where(states, on, 1 - on), -1)  # (rows, states)
+
+    p = probabilities(logits)
+    # Single-state functions f = ∇_v log p̃, g = ∇_θ log p̃ and ∇_θ f, for the bound.
+    f, mixed = vaes[np.arange(16), np.arange(16)], vages[np.arange(16), np.arange(16)]
+    g = state_gradients(params, data, states)
+    f_centred = f - np.einsum("ns,snd->nd", p, f)
+    g_centred = g - np.einsum("ns,snk->nk", p, g)
+    product = f_centred[..., :, None] * g_centred[..., None, :]
+    span = lambda x: np.ptp(x, axis=0)  # noqa: E731
+
+    divergence, bias_vaes, bias_vages = [], [], []
+    for delta in np.geomspace(0.01, 0.3, 7):
+        q = probabilities(logits + delta * rng.normal(size=logits.shape))
+        tv = 0.5 * np.sum(np.abs(q - p), -1)[:, None]
+        divergence.append(np.mean(np.sum(q * np.log(q / p), -1)))
+        score = np.einsum("na,nb,abnd->nd", q, q, vaes) - exact_score
+        gradient = np.einsum("na,nb,abndk->ndk", q, q, vages) - exact_gradient
+        assert np.all(np.abs(score) <= span(f) * tv + 1e-12)
+        tv = tv[:, None]
+        covariance = span(product) * tv + span(f)[..., :, None] * span(g)[..., None, :] * tv**2
+        assert np.all(np.abs(gradient) <= span(mixed) * tv + covariance + 1e-12)
+        bias_vaes.append(np.mean(np.linalg.norm(score, axis=-1)))
+        bias_vages.append(np.mean(np.linalg.norm(gradient, axis=(1, 2))))
+    for name, bias in (("VaES", bias_vaes), ("VaGES", bias_vages)):
+        slope = np.polyfit(np.log(divergence), np.log(bias), 1)[0]
+        print(f"{name}: slope {slope:.4f}, bias {bias[0]:.1e} at KL {divergence[0]:.1e}")
+        assert abs(slope - 0.5) < 0.05
+    # Not a bias of the sums themselves: at the posterior it is nil.
+    np.testing.assert_allclose(np.einsum("na,nb,abnd->nd", p, p, vaes), exact_score, atol=1e-12)
+    np.testing.assert_allclose(
+        np.einsum("na,nb,abndk->ndk", p, p, vages), exact_gradient, atol=1e-11
+    )
+
+
+def state_gradients(params, data, states):
+    """∇_θ log p̃(v, h) of every state and row: (states, rows, parameters in sorted order)."""
+
+    def log_joint(params, v, h):
+        return grbm_log_joint(params, v[None], h)[0]
+
+    over = jax.vmap(jax.vmap(jax.grad(log_joint), (None, 0, None)), (None, None, 0))
+    gradient = jit(over)(params, jnp.asarray(data), jnp.asarray(states, float))
+    return np.concatenate(
+        [np.reshape(gradient[k], (*gradient[k].shape[:2], -1)) for k in sorted(params)], -1
+    )
+
+
+def test_one_particle_set_in_both_roles_would_be_biased():
+    """½‖s + o‖² with one set for the value and the derivative, against the library's two."""
+    system = oracles.grbm_system(num_rows=2)
+    params = jax.tree.map(jnp.asarray, system.params)
+    data = jnp.asarray(system.data)
+    noise = jnp.asarray(np.random.default_rng(2).normal(size=data.shape))
+    sigma = 0.5
+    levels = jnp.full(len(data), sigma)
+    oracle = oracles.denoising(system, levels, noise)
+    expected = flat(jit(jax.value_and_grad(oracle))(params))
+    point = data + sigma * noise
+
+    def shared(rng_key):
+        logits = point @ params["W"] + params["c"]
+        h = 1.0 * jax.random.bernoulli(rng_key, jax.nn.sigmoid(logits), (2, *logits.shape))
+
+        def loss(params):
+            def log_density(u):
+                log_joint = jax.vmap(lambda h: jnp.sum((u @ params["W"] + params["c"]) * h, -1))(h)
+                bowl = 0.5 * jnp.sum(((u - params["b"]) / params["scale"]) ** 2, -1)
+                return jnp.sum(cumulant_surrogate(log_joint - bowl, 2))
+
+            return 0.5 * jnp.mean(jnp.sum((jax.grad(log_density)(point) + noise / sigma) ** 2, -1))
+
+        return jax.value_and_grad(loss)(params)
+
+    objective = ebm.DenoisingScoreMatching(sigma, ebm.VaGES(2), variance_reduction=False)
+
+    def library(rng_key):
+        problem = objective.pose(jax.random.key(0), params, system.model, system.guide, (data,), {})
+        problem = problem._replace(unconstrained={"v": point}, noise={"v": noise})
+        return jax.value_and_grad(lambda p: objective.energy_loss(rng_key, p, problem))(params)
+
+    samples = draws(library, jax.random.key(1), 20_000)
+    assert_unbiased(samples, expected, "two sets")
+    z = np.abs(z_scores(draws(shared, jax.random.key(1), 20_000), expected))
+    print(f"one set: max |z| = {z.max():.1f}")
+    assert z[0] > 10, "the value"
+    assert np.sum(z[1:] > 4) >= 4, "the gradient"
+
+
+@pytest.mark.parametrize("importance_weighted", [False, True])
+def test_particles_are_hard(importance_weighted):
+    """A term that vanishes on {0, 1} only leaves value and gradient as they are, bit for bit."""
+    system = oracles.grbm_system()
+    data = jnp.asarray(system.data)
+    objective = ebm.DenoisingScoreMatching(
+        0.3, ebm.VaGES(2, importance_weighted=importance_weighted)
+    )
+
+    def with_well(depth):
+        def model(data):
+            c = numpyro.param("c", jnp.zeros(3))
+            W = numpyro.param("W", jnp.zeros((2, 3)))
+            with numpyro.plate("data", len(data)):
+                v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+                h = numpyro.sample("h", ebm.Counting(event_shape=(3,)))
+                well = depth * jnp.sum((1 + jnp.sum(v**2, -1, keepdims=True)) * h * (1 - h), -1)
+                ebm.energy("E", bowl(v) - jnp.sum((c + v @ W) * h, -1) + well)
+
+        return model
+
+    @jit
+    def of(depth, rng_key):
+        params = {"c": jnp.asarray(system.params["c"]), "W": jnp.asarray(system.params["W"])}
+        loss = lambda p: objective.loss(rng_key, p, with_well(depth), system.guide, data)  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    for seed in range(3):
+        result, expected = of(1e3, jax.random.key(seed)), of(0.0, jax.random.key(seed))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), result, expected)
+
+
+# A guide that cannot be the posterior
+
+
+def lateral_bias(num_draws, settings):
+    """Bias of the DSM gradient with the best mean-field guide, for each marginal."""
+    rng = np.random.default_rng(4)
+    sigma = 0.3
+    clean, noise = rng.normal(size=(2, 6, 2))
+    system = oracles.lateral_system(clean)
+    point = clean + sigma * noise
+    logits = np.stack([oracles.mean_field(oracles.LATERAL, v) for v in point])
+    guide = oracles.table_guide(logits)
+    params = jax.tree.map(jnp.asarray, oracles.LATERAL)
+    oracle = oracles.denoising(system, jnp.full(6, sigma), jnp.asarray(noise))
+    exact = np.asarray(flat(jit(jax.grad(oracle))(params)))
+    norms = {}
+    for name, marginal in settings.items():
+        objective = ebm.DenoisingScoreMatching(sigma, marginal, variance_reduction=False)
+
+        def gradient(rng_key, objective=objective):
+            data = jnp.asarray(clean)
+            problem = objective.pose(jax.random.key(0), params, system.model, guide, (data,), {})
+            problem = problem._replace(
+                unconstrained={"v": jnp.asarray(point)}, noise={"v": jnp.asarray(noise)}
+            )
+            return jax.grad(lambda p: objective.energy_loss(rng_key, p, problem))(params)
+
+        samples = draws(gradient, jax.random.key(6), num_draws)
+        bias = samples.mean(0) - exact
+        variance = np.sum(samples.var(0, ddof=1)) / num_draws
+        norms[name] = np.sqrt(max(np.sum(bias**2) - variance, 0.0))
+    return norms, np.linalg.norm(exact)
+
+
+def test_importance_weights_take_most_of_the_bias_of_a_mean_field_guide():
+    weighted = ebm.VaGES(20, importance_weighted=True)
+    norms, size = lateral_bias(6_000, {"plain": ebm.VaGES(20), "weighted": weighted})
+    removed = 1 - norms["weighted"] / norms["plain"]
+    print(f"gradient {size:.3f}, bias {norms}, removed {removed:.1%}")
+    assert norms["plain"] > 0.08 * size
+    assert removed > 0.8
+
+
+@pytest.mark.slow
+def test_more_particles_take_more_of_the_bias_away():
+    weighted = {f"L={n}": ebm.VaGES(n, importance_weighted=True) for n in (5, 10, 20)}
+    norms, size = lateral_bias(40_000, {"plain": ebm.VaGES(2), **weighted})
+    removed = {name: 1 - norm / norms["plain"] for name, norm in norms.items()}
+    print(f"gradient {size:.3f}, bias {norms}, removed {removed}")
+    assert removed["L=5"] > 0.5
+    assert removed["L=10"] > 0.7
+    assert removed["L=20"] > 0.8
+
+
+# Refinement
+
+
+def test_langevin_steps_move_a_wrong_guide_to_the_posterior():
+    system = oracles.linear_system(num_rows=2)._replace(guide=oracles.linear_guide(shift=1.0))
+    wrong, expected = estimates(ebm.VaGES(2), system, 2)
+    z = z_scores(draws(wrong, jax.random.key(0), 2_000), expected)
+    assert np.max(np.abs(z)) > 20
+    refine = ebm.LangevinRefinement(num_steps=60, step_size=0.15, adjusted=True)
+    moved, _ = estimates(ebm.VaGES(2, refine=refine), system, 2)
+    assert_unbiased(draws(moved, jax.random.key(1), 4_000), expected, "refined")
+
+
+def test_langevin_refinement_refuses_discrete_latents():
+    system = oracles.grbm_system()
+    with pytest.raises(ebm.ModelError, match="'h' is discrete.*continuous"):
+        bound(
+            ebm.VaGES(2, refine=ebm.LangevinRefinement()), system, jax.random.key(0), system.params
+        )
+
+
+def test_a_guide_over_all_latents_but_the_visible_plate_works_for_lateral_plates():
+    """What `Enumerated` refuses, units of a plate coupled from outside it, VaGES serves."""
+    posterior = np.array([0.3, -0.1]) @ W
+
+    def guide(data):
+        with numpyro.plate("data", len(data), dim=-1):
+            v = ebm.visible("v", data)
+            with numpyro.plate("hidden", 2, dim=-2):
+                numpyro.sample("h", dist.Bernoulli(logits=(v @ W).T))
+
+    data = jnp.asarray(np.array([[0.3, -0.1]]))
+    joint = read(lateral_in_a_plate, (data,))
+    reader = Guide(guide, joint, (data,), {})
+
+    def score(rng_key):
+        estimate = ebm.VaGES(2).bind(rng_key, joint, reader, {}, joint.unconstrain_visible())
+        return estimate.score(joint.unconstrain_visible())
+
+    expected = W @ sigmoid(posterior) - data[0]
+    assert_unbiased(draws(score, jax.random.key(0), 2_000), expected, "lateral plate")
