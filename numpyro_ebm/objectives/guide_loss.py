@@ -165,14 +165,19 @@ def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
         rows = guide_loss.rows(rng_key, params, guide_params, problem)
         return jnp.mean(rows if weights is None else weights * rows)
     visible, _ = joint.constrain(stop_gradient(problem.unconstrained))
-    scale = 1.0 / joint.total_rows if weights is None else weights / joint.total_rows
+    if weights is not None and isinstance(guide_loss, TraceGraph_ELBO):
+        # Its score-function term is a product of two scaled log-densities of a row. For the same
+        # reason the mean over rows is taken below, and not by a scale of 1/rows.
+        weights = jnp.sqrt(weights)
+    scale = joint.num_rows / joint.total_rows * (1.0 if weights is None else weights)
 
     def handled(fn):
         return _scale_rows(fn, joint, scale)
 
     model = handled(joint.substituted({**params, **visible}))
     guide = handled(set_visible(substitute(guide, data=joint.plates), visible))
-    return guide_loss.loss(rng_key, guide_params, model, guide, *joint.args, **joint.kwargs)
+    total = guide_loss.loss(rng_key, guide_params, model, guide, *joint.args, **joint.kwargs)
+    return total / joint.num_rows
 
 
 _BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
