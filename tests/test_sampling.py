@@ -464,6 +464,8 @@ def test_arviz_shows_what_was_observed(grbm):
     kernel = Gibbs([(NUTS(fixed), ["v"]), (DiscreteGibbs(fixed), ["h"])])
     mcmc, _ = run(kernel, num_samples=20, num_warmup=20)
     assert ebm.to_arviz(mcmc)["sample_stats"]["energy"].shape == (1, 20)
+    with pytest.raises(ebm.ModelError, match="arguments of its run.*unknown"):
+        ebm.to_arviz(mcmc, unknown=1)
     with pytest.raises(ebm.ModelError, match="has not been run"):
         ebm.to_arviz(MCMC(ebm.MALA(fixed), num_warmup=1, num_samples=1))
     with pytest.raises(ebm.ModelError, match="model of the draws"):

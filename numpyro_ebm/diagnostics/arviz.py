@@ -41,7 +41,8 @@ def to_arviz(posterior, model=None, *args, **kwargs):
         - *observed_data*: visible sites that were observed in the run, if any.
 
         There is no *log_likelihood*: without log Z an energy is not one.
-    :raises ModelError: if draws come without their model, or the run has not been run.
+    :raises ModelError: if draws come without their model, the run has not been run, or arguments
+        are given beside a run.
 
     **Example**
 
@@ -59,6 +60,11 @@ def to_arviz(posterior, model=None, *args, **kwargs):
     if isinstance(posterior, MCMC):
         if posterior.last_state is None:
             raise ModelError("to_arviz: this MCMC has not been run.")
+        if args or kwargs:
+            raise ModelError(
+                "to_arviz: an MCMC brings the arguments of its run; give none beside it, got "
+                f"{[*args, *kwargs]}."
+            )
         model = posterior.sampler.model if model is None else model
         args, kwargs = posterior._args, posterior._kwargs
         draws = posterior.get_samples(group_by_chain=True)
