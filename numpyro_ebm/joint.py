@@ -9,7 +9,8 @@ then on it is a function of arrays,
 one value per row, free of the scale that a subsampled data plate puts on every site. Latent and
 visible sites may be several and of any event shape, and may sit in further plates.
 
-:func:`read` makes a :class:`Joint` of a model; :class:`Guide` does the same for a guide.
+:func:`read` makes a :class:`Joint` of a model, :func:`read_fixed` one of a model with fixed
+parameters; :class:`~numpyro_ebm.guide.Guide` does the same for a guide.
 """
 
 from typing import NamedTuple
@@ -24,9 +25,9 @@ from numpyro.util import not_jax_tracer
 from numpyro_ebm import provenance
 from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import answer_for_normalizer, set_visible
+from numpyro_ebm.handlers import answer_for_normalizer
 
-__all__ = ["Guide", "Joint", "RowSite", "read", "read_fixed"]
+__all__ = ["Joint", "RowSite", "read", "read_fixed"]
 
 WHAT_A_ROW_NEEDS = (
     'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
@@ -233,79 +234,6 @@ class Joint:
         """Row log-density of ``unconstrained`` sites, log-Jacobian included, given ``values``."""
         constrained, log_det = self.constrain(unconstrained)
         return self.log_density(params, {**constrained, **values}) + log_det
-
-
-class Guide:
-    """A NumPyro guide q(h | v) read as arrays, beside the joint of its model.
-
-    :param guide: the guide.
-    :param Joint joint: the model it belongs to.
-    :param tuple args: arguments of the guide.
-    :param dict kwargs: keyword arguments of the guide.
-    """
-
-    def __init__(self, guide, joint, args, kwargs):
-        self._guide, self._joint, self._args, self._kwargs = guide, joint, args, kwargs
-
-    def trace(self, rng_key, params, visible, latent=None):
-        """Run the guide at visible values; ``latent`` overrides its draws."""
-        data = {**self._joint.plates, **params, **({} if latent is None else latent)}
-        guide = seed(set_visible(substitute(self._guide, data=data), visible), rng_key)
-        return trace(guide).get_trace(*self._args, **self._kwargs)
-
-    def parameters(self, rng_key, params=None):
-        """Initial values and constraints of the guide's `param` sites by name."""
-        guide_trace = self.trace(rng_key, {} if params is None else params, {})
-        self.check(guide_trace)
-        return {
-            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
-            for name, site in guide_trace.items()
-            if site["type"] == "param"
-        }
-
-    def check(self, guide_trace):
-        """Every latent site of the model must be drawn by the guide, inside the data plate."""
-        missing = [name for name in self._joint.latent if name not in guide_trace]
-        if missing:
-            raise ModelError(
-                f"The guide does not draw the latent site(s) {', '.join(map(repr, missing))} of "
-                "the model. A guide is a NumPyro function q(h | v) that samples each of them "
-                "under the same name and in the same plates."
-            )
-        for name, site in guide_trace.items():
-            if site["type"] == "mutable":
-                raise ModelError(f"The guide has the mutable site '{name}'; it must be stateless.")
-
-    def draw(self, rng_key, params, visible, num_particles):
-        """Draw particles h ~ q(h | v), held constant under differentiation.
-
-        :return: dict of latent values, particles leading.
-        """
-
-        def one(rng_key):
-            guide_trace = self.trace(rng_key, params, visible)
-            self.check(guide_trace)
-            return {name: guide_trace[name]["value"] for name in self._joint.latent}
-
-        return jax.lax.stop_gradient(jax.vmap(one)(jax.random.split(rng_key, num_particles)))
-
-    def log_density(self, params, visible, latent):
-        """log q(h | v) per row, of shape (rows,), at given latent values.
-
-        :raises ModelError: if a site of the guide lies outside the data plate, for then q has no
-            density per row.
-        """
-        joint, total = self._joint, jnp.zeros(self._joint.num_rows)
-        for site in self.trace(jax.random.key(0), params, visible, latent).values():
-            if site["type"] != "sample" or site["is_observed"]:
-                continue
-            if not joint.owns(site):
-                raise ModelError(
-                    f"The guide draws '{site['name']}' outside the data plate '{joint.plate}', so "
-                    "that q(h | v) has no density per row, which is needed here."
-                )
-            total = total + joint.sum_to_rows(site["fn"].log_prob(site["value"]))
-        return total
 
 
 def read(model, args=(), kwargs=None, params=None, *, rng_key=None):

@@ -19,7 +19,8 @@ from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
 from numpyro_ebm import provenance
-from numpyro_ebm.joint import Guide, read
+from numpyro_ebm.guide import Guide
+from numpyro_ebm.joint import read
 
 X = jnp.array([0.5, -1.0, 2.0])
 

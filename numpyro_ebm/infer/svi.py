@@ -27,8 +27,9 @@ from numpyro.util import find_stack_level
 from tqdm import tqdm
 
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
+from numpyro_ebm.guide import Guide
 from numpyro_ebm.infer.minibatch import Minibatches
-from numpyro_ebm.joint import Guide, read
+from numpyro_ebm.joint import read
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.objectives.guide_loss import default_guide_loss, row_guide_loss
 

@@ -9,7 +9,8 @@ from jax.lax import stop_gradient
 
 from numpyro_ebm import provenance
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import Guide, Joint, read
+from numpyro_ebm.guide import Guide
+from numpyro_ebm.joint import Joint, read
 from numpyro_ebm.marginal.base import Marginal, choose
 from numpyro_ebm.objectives.guide_loss import default_guide_loss, row_guide_loss
 
