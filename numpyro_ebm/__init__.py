@@ -13,19 +13,38 @@ from numpyro_ebm import datasets, models
 from numpyro_ebm.diagnostics import to_arviz
 from numpyro_ebm.distributions import Counting, Lebesgue
 from numpyro_ebm.errors import (
+    FarNoiseWarning,
     ImproperSamplingError,
     ModelError,
     NonFiniteLossWarning,
+    QuadratureWarning,
     UnhandledEnergyError,
 )
+from numpyro_ebm.guide_loss import PosteriorScore, RelaxedELBO
 from numpyro_ebm.handlers import fixed
-from numpyro_ebm.infer import MALA, ULA, EnergySVI, sample
-from numpyro_ebm.marginal import Enumerated, Exact, LangevinRefinement, VaGES
+from numpyro_ebm.infer import MALA, ULA, BlockGibbs, EnergySVI, fisher_divergence, sample
+from numpyro_ebm.marginal import (
+    Enumerated,
+    Exact,
+    ImportanceBound,
+    LangevinRefinement,
+    Unrolled,
+    VaGES,
+)
 from numpyro_ebm.objectives import (
+    NCE,
+    ConditionalNCE,
+    ContrastiveDivergence,
     DenoisingScoreMatching,
+    EnergyDiscrepancy,
+    FisherDivergence,
+    FlowContrastive,
+    KernelSteinDiscrepancy,
+    MaximumLikelihood,
     MultiscaleDenoisingScoreMatching,
-    PosteriorScore,
-    RelaxedELBO,
+    PseudoLikelihood,
+    RankingNCE,
+    RatioMatching,
     ScoreMatching,
     SlicedScoreMatching,
 )
@@ -35,26 +54,43 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MALA",
+    "NCE",
     "ULA",
+    "BlockGibbs",
+    "ConditionalNCE",
+    "ContrastiveDivergence",
     "Counting",
     "DenoisingScoreMatching",
+    "EnergyDiscrepancy",
     "EnergySVI",
     "Enumerated",
     "Exact",
+    "FarNoiseWarning",
+    "FisherDivergence",
+    "FlowContrastive",
+    "ImportanceBound",
     "ImproperSamplingError",
+    "KernelSteinDiscrepancy",
     "LangevinRefinement",
     "Lebesgue",
+    "MaximumLikelihood",
     "ModelError",
     "MultiscaleDenoisingScoreMatching",
     "NonFiniteLossWarning",
     "PosteriorScore",
+    "PseudoLikelihood",
+    "QuadratureWarning",
+    "RankingNCE",
+    "RatioMatching",
     "RelaxedELBO",
     "ScoreMatching",
     "SlicedScoreMatching",
     "UnhandledEnergyError",
+    "Unrolled",
     "VaGES",
     "datasets",
     "energy",
+    "fisher_divergence",
     "fixed",
     "models",
     "sample",

@@ -2,9 +2,11 @@
 """What can go wrong, by name: every error says which site it means and what to write instead."""
 
 __all__ = [
+    "FarNoiseWarning",
     "ImproperSamplingError",
     "ModelError",
     "NonFiniteLossWarning",
+    "QuadratureWarning",
     "UnhandledEnergyError",
 ]
 
@@ -36,3 +38,11 @@ class NonFiniteLossWarning(RuntimeWarning):
     def __init__(self, message, result=None):
         super().__init__(message)
         self.result = result
+
+
+class FarNoiseWarning(RuntimeWarning):
+    """Noise contrast ended where noise and data hardly overlap: its result is not to be trusted."""
+
+
+class QuadratureWarning(RuntimeWarning):
+    """A quadrature of exp(-E) is not accurate: too few nodes, or mass out of its reach."""

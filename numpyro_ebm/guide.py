@@ -24,6 +24,11 @@ class Guide:
     def __init__(self, guide, joint, args, kwargs):
         self._guide, self._joint, self._args, self._kwargs = guide, joint, args, kwargs
 
+    @property
+    def function(self):
+        """The guide itself, a NumPyro function."""
+        return self._guide
+
     def trace(self, rng_key, params, visible, latent=None):
         """Run the guide at visible values; ``latent`` overrides its draws."""
         data = {**self._joint.plates, **params, **({} if latent is None else latent)}

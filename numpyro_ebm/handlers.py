@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handlers that resolve the normalizer of an energy."""
 
+import numpyro
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 
 from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.primitives import NORMALIZER
 
-__all__ = ["answer_for_normalizer", "fixed", "set_visible"]
+__all__ = ["answer_for_normalizer", "fixed", "release", "set_visible"]
 
 
 class answer_for_normalizer(Messenger):
@@ -40,6 +41,28 @@ class set_visible(Messenger):
     def process_message(self, msg):
         if msg["type"] == "visible" and msg["name"] in self.data:
             msg["value"] = self.data[msg["name"]]
+
+
+class release(Messenger):
+    """Take the observations of some sites away, so that they are sampled.
+
+    NumPyro's ``uncondition`` for named sites: an energy is an observed site and has to stay one.
+
+    :param fn: a model.
+    :param names: names of sites.
+    """
+
+    def __init__(self, fn=None, names=()):
+        self.names = frozenset(names)
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["name"] in self.names and msg["is_observed"]:
+            msg["is_observed"] = False
+            msg["infer"] = {**msg["infer"], "was_observed": True}
+            msg["value"] = None
+            if msg["kwargs"]["rng_key"] is None:
+                msg["kwargs"]["rng_key"] = numpyro.prng_key()
 
 
 class fixed(Messenger):

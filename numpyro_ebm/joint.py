@@ -27,7 +27,7 @@ from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer
 
-__all__ = ["Joint", "RowSite", "read", "read_fixed"]
+__all__ = ["Joint", "RowSite", "lowest_value", "read", "read_fixed"]
 
 WHAT_A_ROW_NEEDS = (
     'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
@@ -67,8 +67,14 @@ class RowSite(NamedTuple):
         return isinstance(_unwrap(self.fn), Lebesgue | Counting)
 
     @property
+    def is_unconstrained(self):
+        """Whether the site's own coordinates are used: it is discrete, or real already."""
+        return self.is_discrete or self.is_real
+
+    @property
     def transform(self):
-        return biject_to(self.fn.support)
+        """T in v = T(u); the identity for a discrete site, which has no other coordinates."""
+        return biject_to(constraints.real if self.is_discrete else self.fn.support)
 
 
 class Joint:
@@ -82,6 +88,8 @@ class Joint:
     - **constraints** - constraints of the `param` sites by name.
     - **priors** - names of the parameters that are sample sites.
     - **energies** - names of the energy sites.
+    - **covariates** - arguments, other than the visible values, that give every row an energy (and
+      so a normalizer) of its own.
     """
 
     def __init__(self, model, args, kwargs, model_trace, frame):
@@ -95,6 +103,8 @@ class Joint:
         self.constraints, self.priors, self.energies = {}, [], []
         self.is_fixed = True  # whether the model itself answers for its normalizer
         self.arguments = {}  # which argument is the value of which visible site; see `provenance`
+        self.released = set()  # sites whose observation was taken away; see `handlers.release`
+        self.covariates = []  # arguments with a value for every row that energies read
         for name, site in model_trace.items():
             if site["type"] == "param":
                 self.parameters[name] = site["value"]
@@ -115,6 +125,8 @@ class Joint:
                     self.parameters[name] = site["value"]
             elif site["fn"].event_shape != (0,):  # not a `numpyro.factor`
                 kind = self.visible if site["is_observed"] else self.latent
+                if site["infer"].get("was_observed"):
+                    self.released.add(name)
                 value = site["value"]
                 if kind is self.visible:
                     value = _checked_value(site)
@@ -181,6 +193,22 @@ class Joint:
         """Undo :meth:`to_rows`."""
         return {k: jnp.moveaxis(x, 0, self.row_axis(k, x)) for k, x in rows.items()}
 
+    def flatten(self, unconstrained):
+        """All coordinates of a row in one vector, (rows, dimension), sites in their order."""
+        rows = self.to_rows(unconstrained)
+        return jnp.concatenate([x.reshape(self.num_rows, -1) for x in rows.values()], -1)
+
+    def unflatten(self, flat):
+        """Undo :meth:`flatten` for the visible sites."""
+        like = jax.eval_shape(lambda: self.to_rows(self.unconstrain_visible()))
+        sizes = [np.size(x) // self.num_rows for x in like.values()]
+        parts = jnp.split(flat, np.cumsum(sizes)[:-1], axis=-1)
+        rows = {
+            name: part.reshape(x.shape).astype(x.dtype)
+            for part, (name, x) in zip(parts, like.items(), strict=True)
+        }
+        return self.from_rows(rows)
+
     def rows_like(self, per_row, name, unconstrained):
         """Reshape an array of shape (rows,) to broadcast against an unconstrained visible value."""
         axis = self.row_axis(name, unconstrained)
@@ -206,7 +234,7 @@ class Joint:
     def unconstrain_visible(self):
         """Observed visible values in unconstrained coordinates, u = T⁻¹(v)."""
         return {
-            name: site.value if site.is_real else site.transform.inv(site.value)
+            name: site.value if site.is_unconstrained else site.transform.inv(site.value)
             for name, site in self.visible.items()
         }
 
@@ -219,7 +247,7 @@ class Joint:
         values, log_det = {}, 0.0
         for name, u in unconstrained.items():
             site = self.sites[name]
-            if site.is_real:
+            if site.is_unconstrained:
                 values[name] = u
                 continue
             transform = site.transform

@@ -69,6 +69,9 @@ def check_model(joint, model, args, kwargs):
         return joint.site_log_densities(model_trace), observed
 
     shapes = {}
+    per_row = {
+        label for label, x in arrays.items() if x.shape[0] in (joint.num_rows, joint.total_rows)
+    }
     terms, observed = eval_provenance(run, **arrays, **visible)
     for name, site in joint.visible.items():
         own = "visible:" + name
@@ -85,6 +88,7 @@ def check_model(joint, model, args, kwargs):
             if observed[name] == {label} and arrays[label].shape == shapes[name]
         }
         joint.arguments.update(dict.fromkeys(whole, name))
+        per_row -= whole
         for term in terms:
             if term != name and whole & terms[term]:
                 raise ModelError(
@@ -92,6 +96,7 @@ def check_model(joint, model, args, kwargs):
                     "model's argument, so it would not see the noise or the samples of an "
                     f"objective. {_write_this(name)}"
                 )
+    joint.covariates = sorted(per_row & frozenset().union(*terms.values()))
 
 
 def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False):

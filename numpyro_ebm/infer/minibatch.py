@@ -73,6 +73,13 @@ class Minibatches(NamedTuple):
             )
         return cls(num_rows, batch_size, tree, kinds)
 
+    def resized(self, batch_size):
+        """The same arguments in batches of another size; all rows where there are not as many."""
+        if self.batch_size == self.num_rows or batch_size < self.num_rows:
+            return self._replace(batch_size=min(batch_size, self.num_rows))
+        kinds = tuple("array" if kind == "rows" else kind for kind in self.kinds)
+        return self._replace(batch_size=self.num_rows, kinds=kinds)
+
     def split(self, args, kwargs):
         """The array leaves of the arguments, and the static ones."""
         leaves = list(zip(self.kinds, jax.tree.leaves((args, kwargs)), strict=True))

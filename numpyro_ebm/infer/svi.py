@@ -7,8 +7,10 @@ energy's parameters θ:
 .. math:: φ \leftarrow φ - η_φ ∇_φ \mathcal G(φ; θ) \ (\text{``num\_guide\_steps'' times}), \qquad
     θ \leftarrow θ - η_θ \widehat{∇_θ \mathcal L}(θ; φ)
 
-all at the visible values the objective uses in this round. :meth:`EnergySVI.run` compiles whole
-chunks of rounds, minibatches included, and shows its progress between chunks.
+all at the visible values the objective uses in this round. Networks that the objective brings (a
+flow, a critic) take their own steps in between, and what it keeps (persistent chains) is part of
+the state. :meth:`EnergySVI.run` compiles whole chunks of rounds, minibatches included, and shows
+its progress between chunks.
 """
 
 import time
@@ -28,10 +30,10 @@ from tqdm import tqdm
 
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
 from numpyro_ebm.guide import Guide
+from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
 from numpyro_ebm.infer.minibatch import Minibatches
 from numpyro_ebm.joint import read
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.objectives.guide_loss import default_guide_loss, row_guide_loss
 
 __all__ = ["EnergySVI", "EnergySVIState"]
 
@@ -40,6 +42,12 @@ CHUNK = 1024
 
 SECONDS_PER_LOOK = 0.5
 """About how long a chunk may take, so that the progress bar moves and Ctrl-C is heard."""
+
+REVIEW_ROWS = 2_048
+"""Rows of the data that an objective looks at when a run ends."""
+
+STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
+"""Folded into the run's key for what happens outside the rounds."""
 
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 """On CPU: compiles several times faster than the default level and runs within a tenth of it."""
@@ -52,11 +60,15 @@ class EnergySVIState(NamedTuple):
     - **guide_optim_state** - optimiser state of the guide's parameters; ``None`` without a guide.
     - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``, and i is kept by the
       optimiser, so that a resumed run continues where it stopped.
+    - **player_optim_states** - optimiser states of the objective's own networks, in their order.
+    - **objective_state** - what the objective keeps from round to round, such as persistent chains.
     """
 
     optim_state: tuple
     guide_optim_state: tuple | None
     rng_key: jax.Array
+    player_optim_states: tuple = ()
+    objective_state: object = None
 
 
 class EnergySVI(SVI):
@@ -127,6 +139,10 @@ class EnergySVI(SVI):
             self.optim if guide_optim is None else SVI(model, guide, guide_optim, loss).optim
         )
         self.num_guide_steps = num_guide_steps
+        self.player_optims = tuple(
+            self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
+            for p in loss.players
+        )
         self._length = 16  # rounds in the next chunk; follows the time they take
         self._run_chunk = jax.jit(
             self._chunk, static_argnames=("minibatches",), compiler_options=_compiler_options()
@@ -143,49 +159,8 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: :class:`EnergySVIState`.
         """
-        kwargs = {**kwargs, **self.static_kwargs}
-        init_params = {} if init_params is None else init_params
-        key_init, rng_key = jax.random.split(rng_key)
-        constraint_of, guide_names = {}, set()
-
-        def initial_values(rng_key):
-            # Traced, not run: only the initial values of parameters are ever computed.
-            key_model, key_guide, key_check = jax.random.split(rng_key, 3)
-            joint = read(self.model, args, kwargs, init_params, rng_key=key_model)
-            if joint.priors:
-                raise ModelError(
-                    f"EnergySVI learns `numpyro.param` sites; {joint.priors} have priors. Declare "
-                    "them with `numpyro.param`, or condition on values for them."
-                )
-            constraint_of.update(joint.constraints)
-            values = dict(joint.parameters)
-            if self.guide is not None:
-                guide = Guide(self.guide, joint, args, kwargs)
-                found = guide.parameters(key_guide, {**values, **init_params})
-                guide_names.update(found.keys() - values.keys())
-                constraint_of.update({name: found[name][1] for name in guide_names})
-                values.update({name: found[name][0] for name in guide_names})
-            problem = self.loss.pose(key_check, values, self.model, self.guide, args, kwargs)
-            self._check_guide_loss(problem, guide_names)
-            # Weak types become plain ones, so that nothing is compiled twice.
-            return {
-                name: jax.tree.map(
-                    lambda x: lax.convert_element_type(x, jnp.result_type(x)),
-                    biject_to(constraint_of[name]).inv(value),
-                )
-                for name, value in values.items()
-            }
-
-        values = jax.jit(initial_values, compiler_options=_compiler_options())(key_init)
-        self.constrain_fn = partial(
-            transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
-        )
-        guide_params = {name: values.pop(name) for name in sorted(guide_names)}
-        return EnergySVIState(
-            self.optim.init(values),
-            self.guide_optim.init(guide_params) if guide_params else None,
-            rng_key,
-        )
+        state = self._init(rng_key, init_params, args, kwargs)
+        return self._with_objective_state(state, args, kwargs)
 
     def get_params(self, svi_state):
         """Values of all `param` sites of model and guide, by name.
@@ -195,6 +170,8 @@ class EnergySVI(SVI):
         params = dict(self.optim.get_params(svi_state.optim_state))
         if svi_state.guide_optim_state is not None:
             params.update(self.guide_optim.get_params(svi_state.guide_optim_state))
+        for optim, state in self._player_states(svi_state):
+            params.update(optim.get_params(state))
         return self.constrain_fn(params)
 
     def update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
@@ -207,28 +184,37 @@ class EnergySVI(SVI):
         :return: the next state and the loss of the energy, a mean over rows.
         """
         kwargs = {**kwargs, **self.static_kwargs}
-        optim_state, guide_optim_state, rng_key = svi_state
+        optim_state, guide_optim_state, rng_key, _, _ = svi_state
         step_key = jax.random.fold_in(rng_key, optim_state[0])
         key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
-        params = self.constrain_fn(self.optim.get_params(optim_state))
-        guide_params = {}
+        params = self.get_params(svi_state)
+        problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
         if guide_optim_state is not None:
-            guide_params = self.constrain_fn(self.guide_optim.get_params(guide_optim_state))
-        problem = self.loss.pose(
-            key_pose, {**params, **guide_params}, self.model, self.guide, args, kwargs
+            own = self.constrain_fn(self.optim.get_params(optim_state))
+            guide_optim_state = self._fit_guide(key_guide, own, guide_optim_state, problem)
+            params.update(self.constrain_fn(self.guide_optim.get_params(guide_optim_state)))
+        player_optim_states = []
+        for i, (optim, state) in enumerate(self._player_states(svi_state)):
+            key_player = jax.random.fold_in(key_guide, i)
+            state = self._train_player(key_player, i, params, optim, state, problem)
+            params.update(self.constrain_fn(optim.get_params(state)))
+            player_optim_states.append(state)
+        key_advance = jax.random.fold_in(key_energy, 1)
+        problem, objective_state = self.loss.advance(
+            key_advance, lax.stop_gradient(params), problem, svi_state.objective_state
         )
-        if guide_optim_state is not None:
-            guide_optim_state = self._fit_guide(key_guide, params, guide_optim_state, problem)
-            guide_params = self.constrain_fn(self.guide_optim.get_params(guide_optim_state))
 
         def loss_fn(unconstrained):
-            params = {**guide_params, **self.constrain_fn(unconstrained)}
-            return self.loss.energy_loss(key_energy, params, problem), None
+            energy = {**params, **self.constrain_fn(unconstrained)}
+            return self.loss.energy_loss(key_energy, energy, problem), None
 
         (loss, _), optim_state = self.optim.eval_and_update(
             loss_fn, optim_state, forward_mode_differentiation=forward_mode_differentiation
         )
-        return EnergySVIState(optim_state, guide_optim_state, rng_key), loss
+        state = EnergySVIState(
+            optim_state, guide_optim_state, rng_key, tuple(player_optim_states), objective_state
+        )
+        return state, loss
 
     def stable_update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
         """Like :meth:`update`, but keeps the current state where the next one is not finite.
@@ -258,6 +244,8 @@ class EnergySVI(SVI):
         key_pose, key_energy, _ = jax.random.split(step_key, 3)
         params = self.get_params(svi_state)
         problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+        key_advance = jax.random.fold_in(key_energy, 1)
+        problem, _ = self.loss.advance(key_advance, params, problem, svi_state.objective_state)
         return self.loss.energy_loss(key_energy, params, problem)
 
     def run(
@@ -300,21 +288,20 @@ class EnergySVI(SVI):
         """
         if num_steps < 1:
             raise ValueError("num_steps must be a positive integer.")
+        fresh = None
         if init_state is None or self.constrain_fn is None:
-            fresh = self.init(rng_key, *args, init_params=init_params, **kwargs)
-            init_state = fresh if init_state is None else init_state
-        state = init_state
+            fresh = self._init(rng_key, init_params, args, kwargs)
+        state = fresh if init_state is None else init_state
         joint = read(self.model, args, {**kwargs, **self.static_kwargs}, self.get_params(state))
         minibatches = Minibatches.of(joint, args, kwargs, batch_size)
         arrays, static = minibatches.split(args, kwargs)
-        chunk = partial(
-            self._run_chunk,
-            minibatches=minibatches._replace(
-                static=static,
-                stable_update=stable_update,
-                forward_mode=forward_mode_differentiation,
-            ),
+        minibatches = minibatches._replace(
+            static=static, stable_update=stable_update, forward_mode=forward_mode_differentiation
         )
+        if state is fresh:
+            first = minibatches.indices(state.rng_key, state.optim_state[0], 1)
+            state = self._with_objective_state(state, *minibatches.batch(arrays, first, 0))
+        chunk = partial(self._run_chunk, minibatches=minibatches)
         losses, done, stopped = [], 0, False
         with tqdm(total=num_steps, disable=not progress_bar) as bar:
             while done < num_steps and not stopped:
@@ -343,9 +330,120 @@ class EnergySVI(SVI):
                 result,
             )
             warnings.warn(warning, stacklevel=find_stack_level())
+        else:
+            self._review(result, minibatches, arrays)
         return result
 
     # Inside
+
+    def _init(self, rng_key, init_params, args, kwargs):
+        """The state of :meth:`init`, but for what the objective keeps."""
+        kwargs = {**kwargs, **self.static_kwargs}
+        init_params = {} if init_params is None else init_params
+        key_init, rng_key = jax.random.split(rng_key)
+        constraint_of, guide_names, names_of_players = {}, set(), []
+
+        def add(values, found, owner):
+            """Add parameters of the guide or the objective to the values; return their names."""
+            names = [name for name in found if name not in values]
+            if owner is not None and len(names) < len(found):
+                raise ModelError(
+                    f"The {owner} has parameters named {sorted(found.keys() - set(names))}, as the "
+                    "model or the guide does; rename them."
+                )
+            constraint_of.update({name: found[name][1] for name in names})
+            values.update({name: init_params.get(name, found[name][0]) for name in names})
+            return names
+
+        def initial_values(rng_key):
+            # Traced, not run: only the initial values of parameters are ever computed.
+            key_model, key_guide, key_check = jax.random.split(rng_key, 3)
+            joint = read(self.model, args, kwargs, init_params, rng_key=key_model)
+            if joint.priors:
+                raise ModelError(
+                    f"EnergySVI learns `numpyro.param` sites; {joint.priors} have priors. Declare "
+                    "them with `numpyro.param`, or condition on values for them."
+                )
+            constraint_of.update(joint.constraints)
+            values = dict(joint.parameters)
+            if self.guide is not None:
+                guide = Guide(self.guide, joint, args, kwargs)
+                found = guide.parameters(key_guide, {**values, **init_params})
+                guide_names.update(add(values, found, None))
+            problem = self.loss.pose(key_check, values, self.model, self.guide, args, kwargs)
+            self._check_guide_loss(problem, guide_names)
+            names_of_players.clear()
+            for i, player in enumerate(self.loss.players):
+                found = player.parameters(jax.random.fold_in(key_guide, i), problem)
+                names_of_players.append(add(values, found, player.name))
+            own = self.loss.own_parameters(jax.random.fold_in(key_model, 1), values, problem)
+            add(values, own, None)
+            # Weak types become plain ones, so that nothing is compiled twice.
+            return {
+                name: jax.tree.map(
+                    lambda x: lax.convert_element_type(x, jnp.result_type(x)),
+                    biject_to(constraint_of[name]).inv(value),
+                )
+                for name, value in values.items()
+            }
+
+        values = jax.jit(initial_values, compiler_options=_compiler_options())(key_init)
+        self.constrain_fn = partial(
+            transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
+        )
+        guide_params = {name: values.pop(name) for name in sorted(guide_names)}
+        of_players = [{name: values.pop(name) for name in names} for names in names_of_players]
+        return EnergySVIState(
+            self.optim.init(values),
+            self.guide_optim.init(guide_params) if guide_params else None,
+            rng_key,
+            tuple(
+                optim.init(params)
+                for optim, params in zip(self.player_optims, of_players, strict=True)
+            ),
+        )
+
+    def _with_objective_state(self, state, args, kwargs):
+        """The state with what the objective keeps, at the batch in hand."""
+        if not self.loss.has_state:
+            return state
+        kwargs = {**kwargs, **self.static_kwargs}
+
+        def first(state):
+            params = self.get_params(state)
+            key_pose, key_state = jax.random.split(jax.random.fold_in(state.rng_key, STATE_STREAM))
+            problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+            return self.loss.init_state(key_state, params, problem)
+
+        kept = jax.jit(first, compiler_options=_compiler_options())(state)
+        return state._replace(objective_state=kept)
+
+    def _player_states(self, state):
+        return list(zip(self.player_optims, state.player_optim_states, strict=True))
+
+    def _train_player(self, rng_key, index, params, optim, optim_state, problem):
+        player = self.loss.players[index]
+
+        def step(i, optim_state):
+            def loss_fn(unconstrained):
+                own = self.constrain_fn(unconstrained)
+                key = jax.random.fold_in(rng_key, i)
+                return player.loss(key, lax.stop_gradient(params), own, problem), None
+
+            return optim.eval_and_update(loss_fn, optim_state)[1]
+
+        if player.num_steps == 1:
+            return step(0, optim_state)
+        return lax.fori_loop(0, player.num_steps, step, optim_state)
+
+    def _review(self, result, minibatches, arrays):
+        """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
+        minibatches = minibatches.resized(max(REVIEW_ROWS, minibatches.batch_size))
+        indices = minibatches.indices(result.state.rng_key, 0, 1)
+        args, kwargs = minibatches.batch(arrays, indices, 0)
+        key = jax.random.fold_in(result.state.rng_key, REVIEW_STREAM)
+        kwargs = {**kwargs, **self.static_kwargs}
+        self.loss.review(key, result.params, self.model, self.guide, args, kwargs)
 
     def _fit_guide(self, rng_key, params, guide_optim_state, problem):
         guide_loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
@@ -398,6 +496,10 @@ class EnergySVI(SVI):
         leaves = [loss, *jax.tree.leaves(self.optim.get_params(state.optim_state))]
         if state.guide_optim_state is not None:
             leaves += jax.tree.leaves(self.guide_optim.get_params(state.guide_optim_state))
+        for optim, optim_state in self._player_states(state):
+            leaves += jax.tree.leaves(optim.get_params(optim_state))
+        kept = jax.tree.leaves(state.objective_state)
+        leaves += [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
         return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
     def _check_guide_loss(self, problem, guide_params):

@@ -20,8 +20,8 @@ class Estimate(NamedTuple):
     include log |dT/du|.
 
     - **log_density** - ``(params, u) -> (rows,)``. Its derivatives in u and θ are unbiased (or
-      exact) up to the order the objective asked for; its value is exact only for marginals with
-      ``has_value``.
+      exact) up to the order the objective asked for; its value is what the
+      marginal's ``value`` says.
     - **score** - ``u -> dict``: ∇_u log p̃, constant under differentiation and, for a Monte Carlo
       marginal, from particles independent of those of ``log_density``. A product of the two is
       therefore unbiased.
@@ -35,11 +35,15 @@ class Marginal(ABC):
     """Base class of the ways to integrate h out of p̃(v, h; θ).
 
     - **needs_guide** - whether it draws from a guide q(h | v).
-    - **has_value** - whether the value of ``log_density`` is log p̃(v), not only its derivatives.
+    - **value** - what the value of ``log_density`` is: ``"exact"``, log p̃(v); ``"bound"``, a lower
+      bound of it in the mean; or ``None``, nothing: only its derivatives mean something.
+    - **corrects_guide** - whether importance weights make up for any guide, so that one which
+      does not look at v may serve.
     """
 
     needs_guide = False
-    has_value = True
+    value = "exact"
+    corrects_guide = False
 
     @abstractmethod
     def check(self, joint, guide, order):

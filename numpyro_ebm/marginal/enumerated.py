@@ -22,7 +22,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.joint import lowest_value
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
 
-__all__ = ["Enumerated", "event_states", "state_log_densities"]
+__all__ = ["Enumerated", "event_states", "num_values_of", "state_log_densities"]
 
 
 class Enumerated(Marginal):
@@ -59,7 +59,7 @@ class Enumerated(Marginal):
                         f"The latent site '{name}' has event dimensions inside a further plate; "
                         "make them plates as well (they factorise), or all event dimensions."
                     )
-                states *= _num_values(site.fn) ** math.prod(site.fn.event_shape)
+                states *= num_values_of(site.fn) ** math.prod(site.fn.event_shape)
         if states > self.max_states:
             raise ModelError(
                 f"The latent sites {sorted(joint.latent)} have {states} joint states per row, more "
@@ -124,7 +124,7 @@ def event_states(joint):
     lowest, counts = [], []
     for name, site in sites.items():
         lowest += [lowest_value(site.fn.support)] * sizes[name]
-        counts += [_num_values(site.fn)] * sizes[name]
+        counts += [num_values_of(site.fn)] * sizes[name]
     grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
     columns = np.split(grid, np.cumsum(list(sizes.values()))[:-1], axis=1)
     return {
@@ -146,7 +146,8 @@ def state_log_densities(joint, params, values, states):
     return jax.vmap(at_state)(states)
 
 
-def _num_values(fn):
+def num_values_of(fn):
+    """Number of values of one coordinate of a finite discrete distribution."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     if isinstance(fn, Counting):

@@ -50,7 +50,7 @@ class VaGES(Marginal):
     """
 
     needs_guide = True
-    has_value = False
+    value = None
 
     def __init__(self, num_particles=2, importance_weighted=False, refine=None):
         if not isinstance(num_particles, int) or num_particles < 2:
@@ -66,6 +66,10 @@ class VaGES(Marginal):
         self.num_particles = num_particles
         self.importance_weighted = importance_weighted
         self.refine = refine
+
+    @property
+    def corrects_guide(self):
+        return self.importance_weighted
 
     def check(self, joint, guide, order):
         if not joint.latent:

@@ -1,21 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: losses over rows that learn the parameters of an energy."""
 
-from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.objectives.base import Objective, Player, Problem
+from numpyro_ebm.objectives.contrastive_divergence import ContrastiveDivergence
 from numpyro_ebm.objectives.denoising import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
 )
-from numpyro_ebm.objectives.guide_loss import PosteriorScore, RelaxedELBO
+from numpyro_ebm.objectives.discrete import PseudoLikelihood, RatioMatching
+from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
+from numpyro_ebm.objectives.fisher import FisherDivergence, mlp_critic
+from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
+from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
+from numpyro_ebm.objectives.noise_contrast import NCE, ConditionalNCE, RankingNCE
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
+from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
 
 __all__ = [
+    "NCE",
+    "ConditionalNCE",
+    "ContrastiveDivergence",
     "DenoisingScoreMatching",
+    "EnergyDiscrepancy",
+    "FisherDivergence",
+    "FlowContrastive",
+    "KernelSteinDiscrepancy",
+    "MaximumLikelihood",
     "MultiscaleDenoisingScoreMatching",
     "Objective",
-    "PosteriorScore",
+    "Player",
     "Problem",
-    "RelaxedELBO",
+    "PseudoLikelihood",
+    "RankingNCE",
+    "RatioMatching",
     "ScoreMatching",
     "SlicedScoreMatching",
+    "mlp_critic",
 ]

@@ -2,19 +2,21 @@
 """What all objectives share: NumPyro's loss protocol, over rows and their marginals."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from numpyro_ebm import provenance
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guide import Guide
+from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
 from numpyro_ebm.joint import Joint, read
 from numpyro_ebm.marginal.base import Marginal, choose
-from numpyro_ebm.objectives.guide_loss import default_guide_loss, row_guide_loss
 
-__all__ = ["Objective", "Problem", "half_square"]
+__all__ = ["Objective", "Player", "Problem", "half_square"]
 
 
 class Problem(NamedTuple):
@@ -37,14 +39,33 @@ class Problem(NamedTuple):
     row_weights: object = None
 
 
+class Player(NamedTuple):
+    """A network that an objective brings, trained beside the energy on a loss of its own.
+
+    - **name** - what it is called in messages.
+    - **parameters** - ``(rng_key, problem) -> {name: (value, constraint)}``: its parameters.
+    - **loss** - ``(rng_key, params, player_params, problem) -> scalar``, to be minimised in
+      ``player_params``; ``params`` holds all other parameters.
+    - **optim** - its optimiser; a copy of the energy's if ``None``.
+    - **num_steps** - its steps in each round, before the energy's.
+    """
+
+    name: str
+    parameters: Callable
+    loss: Callable
+    optim: object = None
+    num_steps: int = 1
+
+
 class Objective(ABC):
     """Base class of the objectives; each is a loss in NumPyro's sense.
 
     ``objective.loss(rng_key, params, model, guide, *args, **kwargs)`` returns an estimate of the
     objective, a mean over rows; its gradient in the model's parameters is the estimator of the
-    objective's gradient, and its gradient in the guide's parameters that of the guide's own loss,
-    whose value is not part of the loss. So an objective serves as the ``loss`` of
-    :class:`numpyro.infer.SVI` as well as of :class:`~numpyro_ebm.EnergySVI`.
+    objective's gradient, and its gradient in the parameters of the guide, and of the objective's
+    own players, that of their own losses, whose values are not part of the loss. So an objective
+    serves as the ``loss`` of :class:`numpyro.infer.SVI` as well as of
+    :class:`~numpyro_ebm.EnergySVI`.
 
     :param marginal: how latent sites are integrated out; chosen by the model if ``None``: ``Exact``
         without latents, ``Enumerated`` where all of them are discrete and enumerable.
@@ -52,6 +73,9 @@ class Objective(ABC):
 
     can_infer_discrete = True  # read by NumPyro's SVI
     order = 2  # derivatives of log p̃ that the gradient takes
+    needs = "derivatives"  # of the marginal: its "derivatives", a "bound", or its "value"
+    has_state = False  # whether something is kept from round to round, which `SVI` cannot
+    players = ()  # networks with losses of their own, each a `Player`
 
     def __init__(self, marginal=None):
         if marginal is not None and not isinstance(marginal, Marginal):
@@ -67,7 +91,23 @@ class Objective(ABC):
 
     @abstractmethod
     def energy_loss(self, rng_key, params, problem):
-        """Value and gradient (in the model's parameters) of the objective, a mean over rows."""
+        """Value and gradient (in the energy's parameters) of the objective, a mean over rows."""
+
+    def own_parameters(self, rng_key, params, problem):
+        """Parameters of the objective that its own loss trains, ``{name: (value, constraint)}``."""
+        return {}
+
+    def init_state(self, rng_key, params, problem):
+        """What the objective keeps from round to round, at the start; a pytree or ``None``."""
+        return None
+
+    def advance(self, rng_key, params, problem, state):
+        """What happens before the energy's step: ``(problem, state)`` of this round."""
+        return problem, state
+
+    def review(self, rng_key, params, model, guide, args, kwargs):
+        """Warn, at the end of a run, of what its result shows to be wrong."""
+        return None
 
     def pose(self, rng_key, params, model, guide, args, kwargs):
         """Read the model and the guide, check that this objective serves, and place the batch.
@@ -80,8 +120,9 @@ class Objective(ABC):
         self.check_sites(joint)
         reader = None if guide is None else Guide(guide, joint, args, kwargs)
         marginal = choose(joint) if self.marginal is None else self.marginal
+        self.check_marginal(marginal)
         marginal.check(joint, reader, self.order)
-        if reader is not None:
+        if reader is not None and joint.latent:
             reader.check(reader.trace(key_read, params, joint.visible_values))
             provenance.check_guide(
                 joint,
@@ -89,10 +130,26 @@ class Objective(ABC):
                 params,
                 args,
                 kwargs,
-                may_ignore_visible=not marginal.needs_guide
-                or getattr(marginal, "importance_weighted", False),
+                may_ignore_visible=not marginal.needs_guide or marginal.corrects_guide,
             )
         return Problem(joint, reader, marginal, *self.perturb(key_perturb, joint))
+
+    def check_marginal(self, marginal):
+        """Raise unless the marginal offers what this objective needs of it."""
+        name = type(self).__name__
+        if self.needs == "value" and marginal.value != "exact":
+            raise ModelError(
+                f"{name} compares values of log p̃(v), and {type(marginal).__name__} has none that "
+                "are exact. Use `Exact()` for a model without latent sites or `Enumerated()` for "
+                "discrete ones; for other latents use NCE with `ImportanceBound()`, or "
+                "DenoisingScoreMatching or ContrastiveDivergence with `VaGES()`."
+            )
+        if self.needs == "bound" and marginal.value is None:
+            raise ModelError(
+                f"{name} needs values of log p̃(v) or a bound on them, and "
+                f"{type(marginal).__name__} estimates derivatives only. Use `Exact()`, "
+                "`Enumerated()` or `ImportanceBound()`."
+            )
 
     def check_sites(self, joint):
         """Raise unless the objective is defined for the visible sites of the model."""
@@ -120,28 +177,65 @@ class Objective(ABC):
         """The objective and, through its gradient, its estimator.
 
         :param rng_key: random key.
-        :param dict param_map: values of the model's and the guide's parameters by site name.
+        :param dict param_map: values of the parameters of the model, the guide, and the objective's
+            own if it has any, by site name.
         :param model: a NumPyro model with energy statements.
         :param guide: a NumPyro guide q(h | v); ``None`` where no latent site needs one.
         :param args: arguments of model and guide.
         :param kwargs: keyword arguments of model and guide.
         :return: scalar loss in the units of the objective, a mean over rows.
-        :raises ModelError: if the model, the guide and the objective do not go together.
+        :raises ModelError: if the model, the guide and the objective do not go together, or the
+            objective has parameters or a state that the caller does not bring.
         """
+        if self.has_state:
+            raise ModelError(
+                f"{self!r} keeps a state from round to round, for which a loss of parameters alone "
+                "(as `numpyro.infer.SVI` wants) has no place. Train with `numpyro_ebm.EnergySVI`."
+            )
         key_pose, key_energy, key_guide = jax.random.split(rng_key, 3)
         problem = self.pose(key_pose, param_map, model, guide, args, kwargs)
         _check_parameters(problem.joint, param_map)
-        own = {k: v for k, v in param_map.items() if k in problem.joint.parameters}
-        other = {k: v for k, v in param_map.items() if k not in problem.joint.parameters}
-        loss = self.energy_loss(key_energy, {**own, **stop_gradient(other)}, problem)
+        own, of_players = self._check_own_parameters(problem, param_map)
+        energy = {k: v for k, v in param_map.items() if k in {*problem.joint.parameters, *own}}
+        other = {k: v for k, v in param_map.items() if k not in energy}
+        constants = {**stop_gradient(param_map)}
+        problem, _ = self.advance(jax.random.fold_in(key_energy, 1), constants, problem, None)
+        loss = self.energy_loss(key_energy, {**constants, **energy}, problem)
+        for i, (player, names) in enumerate(zip(self.players, of_players, strict=True)):
+            player_params = {name: other.pop(name) for name in names}
+            key_player = jax.random.fold_in(key_guide, i)
+            extra = player.loss(key_player, constants, player_params, problem)
+            loss = loss + (extra - stop_gradient(extra))
         if other and guide is not None and problem.joint.latent:
             guide_loss = default_guide_loss(problem)
-            extra = row_guide_loss(guide_loss, key_guide, stop_gradient(own), other, problem, guide)
+            fixed = {k: v for k, v in constants.items() if k in problem.joint.parameters}
+            extra = row_guide_loss(guide_loss, key_guide, fixed, other, problem, guide)
             loss = loss + (extra - stop_gradient(extra))
         return loss
 
+    def _check_own_parameters(self, problem, param_map):
+        """Names of the objective's own parameters, and of those of each player."""
+        key = jax.random.key(0)
+        shapes = jax.eval_shape(
+            lambda: jax.tree.map(
+                jnp.asarray,
+                {k: v[0] for k, v in self.own_parameters(key, param_map, problem).items()},
+            )
+        )
+        of_players = [list(player.parameters(key, problem)) for player in self.players]
+        missing = [name for name in [*shapes, *sum(of_players, [])] if name not in param_map]
+        if missing:
+            raise ModelError(
+                f"{type(self).__name__} has the parameter(s) {', '.join(map(repr, missing))} of "
+                "its own, and they have no value: `numpyro.infer.SVI` knows the parameters of "
+                "model and guide only. Train with `numpyro_ebm.EnergySVI`, or give their values "
+                "among the parameters."
+            )
+        return list(shapes), of_players
+
     def __repr__(self):
-        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        hidden = ("_", "players", "order")
+        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith(hidden))
         return f"{type(self).__name__}({options})"
 
 

@@ -33,6 +33,9 @@ class RelaxedELBO:
     a bound.
 
     :param float temperature: τ of the relaxation.
+    :param bool path_derivative: whether φ inside log q is held constant, as above. Without, the
+        gradient has a second term of mean zero, but can itself be differentiated, as
+        :class:`~numpyro_ebm.Unrolled` does.
     :raises ModelError: when used with a latent site that the guide does not draw from a Bernoulli
         (possibly with ``to_event``).
 
@@ -49,10 +52,11 @@ class RelaxedELBO:
 
     can_infer_discrete = True
 
-    def __init__(self, temperature=0.1):
+    def __init__(self, temperature=0.1, *, path_derivative=True):
         if not temperature > 0:
             raise ModelError(f"RelaxedELBO: `temperature` must be positive, got {temperature}.")
         self.temperature = temperature
+        self.path_derivative = path_derivative
 
     def rows(self, rng_key, params, guide_params, problem):
         """The loss of every row, of shape (rows,)."""
@@ -70,7 +74,8 @@ class RelaxedELBO:
                 )
             h = site["value"]
             latent[name] = h
-            logits = stop_gradient(_base(site["fn"]).logits)
+            logits = _base(site["fn"]).logits
+            logits = stop_gradient(logits) if self.path_derivative else logits
             log_prob = h * logits - jax.nn.softplus(logits)
             log_prob = jnp.broadcast_to(log_prob, jnp.shape(h))
             event_dim = site["fn"].event_dim
@@ -79,7 +84,8 @@ class RelaxedELBO:
         return log_q - joint.log_density(params, {**visible, **latent})
 
     def __repr__(self):
-        return f"RelaxedELBO(temperature={self.temperature})"
+        held = "" if self.path_derivative else ", path_derivative=False"
+        return f"RelaxedELBO(temperature={self.temperature}{held})"
 
 
 class PosteriorScore:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learn a GRBM on the checkerboard by every objective, and log its exact test log-likelihood.
+
+The settings are those of the VaGES paper's comparison: two visible and four hidden units, Adam with
+learning rate 1e-3 and betas (0.9, 0.95), batches of 100, 50,000 rows; the likelihood is exact, a
+sum of 16 terms. Results are merged into one JSON file, and drawn from there.
+
+    python benchmarks/reproduction.py run --methods DSM CD-1 --num-steps 100000 --seeds 0 1 2
+    python benchmarks/reproduction.py draw
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=3000000",
+)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import numpyro  # noqa: E402
+import numpyro.distributions as dist  # noqa: E402
+import optax  # noqa: E402
+
+import numpyro_ebm as ebm  # noqa: E402
+from numpyro_ebm.infer.block_gibbs import BlockGibbs  # noqa: E402
+from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood  # noqa: E402
+
+BATCH_SIZE, NUM_LOOKS = 100, 50
+RESULTS = Path(__file__).parent / "reproduction.json"
+NOISE = dist.Normal(0, 1).expand([2]).to_event(1)
+PAPER = {"kernel": "rbf", "bandwidth": 0.1, "pairs": "halves"}
+RBF = {"kernel": "rbf", "bandwidth": 0.1}
+
+
+def uniform_guide(data=None):
+    """The proposal of IS-KSD: fair coins, whatever v is."""
+    with numpyro.plate("data", len(data)):
+        numpyro.sample("h", dist.Bernoulli(0.5).expand([4]).to_event(1))
+
+
+def flow():
+    """A Gaussian with full covariance: the simplest flow that can follow the data."""
+    loc = numpyro.param("flow_loc", jnp.zeros(2))
+    scale = numpyro.param("flow_scale", jnp.eye(2), constraint=dist.constraints.lower_cholesky)
+    return dist.MultivariateNormal(loc, scale_tril=scale)
+
+
+KSD, DSM = ebm.KernelSteinDiscrepancy, partial(ebm.DenoisingScoreMatching, 0.05)
+MDSM = partial(
+    ebm.MultiscaleDenoisingScoreMatching, 0.05, min_noise_scale=0.05, max_noise_scale=0.5
+)
+
+
+# Name -> (objective, guide).
+METHODS = {
+    "ML": (lambda: ebm.MaximumLikelihood(num_nodes=48), None),
+    "CD-1": (lambda: ebm.ContrastiveDivergence(BlockGibbs), None),
+    "PCD-1": (lambda: ebm.ContrastiveDivergence(BlockGibbs, persistent=True), None),
+    "SM": (ebm.ScoreMatching, None),
+    "SSM": (ebm.SlicedScoreMatching, None),
+    "DSM": (DSM, None),
+    "MDSM": (MDSM, None),
+    "VaGES-DSM": (lambda: DSM(ebm.VaGES(2)), grbm_guide),
+    "VaGES-MDSM": (lambda: MDSM(ebm.VaGES(2)), grbm_guide),
+    "VaGES-SSM": (lambda: ebm.SlicedScoreMatching(1, ebm.VaGES(3)), grbm_guide),
+    "BiDSM, N=5": (lambda: DSM(ebm.Unrolled(5)), grbm_guide),
+    "BiDSM, N=0": (lambda: DSM(ebm.Unrolled(0)), grbm_guide),
+    "BiSSM, N=5": (lambda: ebm.SlicedScoreMatching(1, ebm.Unrolled(5)), grbm_guide),
+    "NCE": (lambda: ebm.NCE(NOISE), None),
+    "VNCE": (lambda: ebm.NCE(NOISE, marginal=ebm.ImportanceBound(5)), grbm_guide),
+    "RankingNCE": (lambda: ebm.RankingNCE(NOISE), None),
+    "ConditionalNCE": (lambda: ebm.ConditionalNCE(0.3), None),
+    "FCE": (lambda: ebm.FlowContrastive(flow, likelihood_weight=0.1), None),
+    "Fisher": (lambda: ebm.FisherDivergence(num_critic_steps=3), None),
+    "KSD": (lambda: KSD(**PAPER), None),
+    "KSD, all pairs": (lambda: KSD(**RBF), None),
+    "KSD, all pairs, median": (KSD, None),
+    "KSD, all pairs, IMQ": (lambda: KSD(kernel="imq", bandwidth=0.1), None),
+    "VaGES-KSD, all pairs, L=2": (lambda: KSD(ebm.VaGES(2), **RBF), grbm_guide),
+}
+for num in (2, 5, 10):
+    METHODS[f"VaGES-KSD, L={num}"] = (
+        lambda num=num: KSD(ebm.VaGES(num), **PAPER),
+        grbm_guide,
+    )
+    METHODS[f"IS-KSD, L={num}"] = (
+        lambda num=num: KSD(ebm.ImportanceBound(num), **PAPER),
+        uniform_guide,
+    )
+
+
+def learn(name, seed, num_steps, learning_rate):
+    """Steps, exact test log-likelihoods and seconds (with and without compilation) of one run."""
+    make, guide = METHODS[name]
+    train = ebm.datasets.checkerboard(jax.random.key(100 + seed), 50_000)
+    test = ebm.datasets.checkerboard(jax.random.key(200 + seed), 10_000)
+    adam = optax.adam(learning_rate, b1=0.9, b2=0.95)
+    num_guide_steps = 5 if guide is grbm_guide else 1
+    svi = ebm.EnergySVI(
+        grbm, guide, adam, make(), guide_optim=adam, num_guide_steps=num_guide_steps
+    )
+    evaluate = jax.jit(lambda params: jnp.mean(grbm_log_likelihood(params, test)))
+    steps, values, state = [], [], None
+    begin = time.perf_counter()
+    for look in range(NUM_LOOKS):
+        fit = svi.run(
+            jax.random.key(seed),
+            num_steps // NUM_LOOKS,
+            train,
+            batch_size=BATCH_SIZE,
+            init_state=state,
+            progress_bar=False,
+        )
+        state = fit.state
+        steps.append((look + 1) * (num_steps // NUM_LOOKS))
+        values.append(float(evaluate({k: fit.params[k] for k in ("W", "b", "c", "scale")})))
+        if look == 0:
+            after_first = time.perf_counter()
+    end = time.perf_counter()
+    per_second = (steps[-1] - steps[0]) / (end - after_first)
+    return {
+        "steps": steps,
+        "log_likelihood": values,
+        "seconds": end - begin,
+        "steps_per_second": per_second,
+    }
+
+
+def run(methods, seeds, num_steps, learning_rate, results=RESULTS):
+    found = json.loads(results.read_text()) if results.exists() else {}
+    for name in methods:
+        for seed in seeds:
+            one = learn(name, seed, num_steps, learning_rate)
+            label = name if learning_rate == 1e-3 else f"{name}, lr {learning_rate:g}"
+            found = json.loads(results.read_text()) if results.exists() else {}
+            found.setdefault(label, {})[str(seed)] = one
+            results.write_text(json.dumps(found))
+            print(
+                f"{label:<28} seed {seed}: {one['log_likelihood'][-1]:.4f} at {num_steps:,} steps "
+                f"(best {max(one['log_likelihood']):.4f}), {one['seconds']:.0f} s, "
+                f"{one['steps_per_second']:,.0f} steps/s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    learner = commands.add_parser("run")
+    learner.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME")
+    learner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    learner.add_argument("--num-steps", type=int, default=100_000)
+    learner.add_argument("--learning-rate", type=float, default=1e-3)
+    learner.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    run(
+        arguments.methods,
+        arguments.seeds,
+        arguments.num_steps,
+        arguments.learning_rate,
+        arguments.results,
+    )

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door from a noise distribution over the visible sites to arrays: draws, and their density.
+
+A noise may be written as a NumPyro distribution over the one visible site, a dict of distributions
+by site name, a stack of transforms of a standard Normal, a flow of another library with ``sample``
+and ``log_prob`` (flowjax), or a NumPyro function: one that returns a distribution (or a dict of
+them), or one that samples the visible sites inside the data plate, as a guide does. A function is
+called with the model's arguments, or without any if it takes none.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+from numpyro.handlers import block, seed, substitute, trace
+
+from numpyro_ebm.distributions import is_real
+from numpyro_ebm.errors import ModelError
+
+__all__ = ["Noise"]
+
+WAYS = (
+    "a NumPyro distribution over the visible site, a dict of distributions by site name, or a "
+    "NumPyro function that returns one of them or samples the visible sites in the data plate"
+)
+
+
+class Noise:
+    """A distribution over the visible values of a model, beside its joint.
+
+    :param noise: as the user wrote it.
+    :param Joint joint: the model it stands beside.
+    :param str name: prefix of the parameters of a noise that is not a NumPyro function.
+    :param bool trainable: whether the arrays inside a distribution, a stack of transforms or a flow
+        are parameters to train.
+    :raises ModelError: if it is none of the forms above, or does not fit the visible sites.
+    """
+
+    def __init__(self, noise, joint, name="noise", *, trainable=False):
+        self.joint, self.name = joint, name
+        self._function, self._leaves, self._tree, self._constraints = None, (), None, ()
+        if isinstance(noise, Transform | list | tuple):
+            noise = _stack(noise, joint)
+        elif isinstance(noise, Callable) and not isinstance(noise, dist.Distribution):
+            self._function = _bound(noise, joint)
+        elif not isinstance(noise, dict | dist.Distribution) and not _is_flow(noise):
+            raise ModelError(f"The noise must be {WAYS}; got {noise!r}.")
+        if self._function is None:
+            leaves, self._tree = jax.tree.flatten(noise)
+            self._is_array = [_is_float_array(x) for x in leaves]
+            self._fixed = leaves
+            if trainable:
+                constrained = _leaf_constraints(noise)
+                self._constraints = [
+                    constrained.get(id(x), constraints.real)
+                    for x, keep in zip(leaves, self._is_array, strict=True)
+                    if keep
+                ]
+
+    def parameters(self, rng_key):
+        """Initial values and constraints of the parameters by name."""
+        if self._function is None:
+            leaves = [x for x, keep in zip(self._fixed, self._is_array, strict=True) if keep]
+            pairs = zip(leaves[: len(self._constraints)], self._constraints, strict=True)
+            return {f"{self.name}.{i}": (jnp.asarray(x), c) for i, (x, c) in enumerate(pairs)}
+        with block():
+            noise_trace = trace(seed(self._function, rng_key)).get_trace()
+        return {
+            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
+            for name, site in noise_trace.items()
+            if site["type"] == "param"
+        }
+
+    def distribution(self, params):
+        """The noise itself at given parameters: a distribution, a dict of them, or a flow."""
+        if self._function is None:
+            own = iter([params[f"{self.name}.{i}"] for i in range(len(self._constraints))])
+            trained = [
+                next(own) if keep and self._constraints else x
+                for x, keep in zip(self._fixed, self._is_array, strict=True)
+            ]
+            return jax.tree.unflatten(self._tree, trained)
+        with block():
+            return seed(substitute(self._function, data=params), jax.random.key(0))()
+
+    def draw(self, rng_key, params, num):
+        """Unconstrained draws of the visible sites, ``num`` leading, differentiable if they are."""
+        sites = self.joint.visible
+        found = self._checked(params)
+        if found is None:  # the noise samples the sites itself
+            run = substitute(self._function, data={**self.joint.plates, **params})
+
+            def one(key):
+                with block():
+                    noise_trace = trace(seed(run, key)).get_trace()
+                return {name: noise_trace[name]["value"] for name in sites}
+
+            values = jax.vmap(one)(jax.random.split(rng_key, num))
+        else:
+            keys = jax.random.split(rng_key, len(sites))
+            values = {}
+            for key, (name, site) in zip(keys, sites.items(), strict=True):
+                shape = (num, *site.fn.batch_shape)
+                if isinstance(found[name], dist.Distribution):
+                    values[name] = found[name].sample(key, shape)
+                else:
+                    values[name] = found[name].sample(key, shape)
+        for name, site in sites.items():
+            expected = (num, *jnp.shape(site.value))
+            if jnp.shape(values[name]) != expected:
+                raise ModelError(
+                    f"The noise draws '{name}' with shape {jnp.shape(values[name])[1:]}, and the "
+                    f"visible site has shape {expected[1:]}."
+                )
+        return {
+            name: x if sites[name].is_unconstrained else sites[name].transform.inv(x)
+            for name, x in values.items()
+        }
+
+    def log_density(self, params, unconstrained):
+        """Log-density per row of unconstrained visible values, log-Jacobian included: (rows,)."""
+        joint = self.joint
+        values, log_det = joint.constrain(unconstrained)
+        found = self._checked(params)
+        total = log_det + jnp.zeros(joint.num_rows)
+        if found is None:
+            data = {**joint.plates, **params, **values}
+            with block():
+                run = seed(substitute(self._function, data=data), jax.random.key(0))
+                noise_trace = trace(run).get_trace()
+            for name in joint.visible:
+                total = total + joint.sum_to_rows(joint.scaled_log_prob(noise_trace[name]))
+            return total
+        for name, site in joint.visible.items():
+            log_prob = found[name].log_prob(values[name])
+            log_prob = jnp.broadcast_to(log_prob, site.fn.batch_shape)
+            total = total + joint.sum_to_rows(log_prob)
+        return total
+
+    def _checked(self, params):
+        """Distributions by site name; ``None`` where the noise samples the sites itself."""
+        sites = self.joint.visible
+        found = self.distribution(params)
+        if found is None:
+            with block():
+                run = seed(substitute(self._function, data=params), jax.random.key(0))
+                noise_trace = trace(run).get_trace()
+            for name in sites:
+                if name not in noise_trace or noise_trace[name]["type"] != "sample":
+                    raise ModelError(
+                        f"The noise neither returns a distribution nor samples the visible site "
+                        f"'{name}'. It must be {WAYS}."
+                    )
+                if not self.joint.owns(noise_trace[name]):
+                    raise ModelError(
+                        f"The noise samples '{name}' outside the data plate '{self.joint.plate}'; "
+                        "put it inside a plate of that name."
+                    )
+                self._check_site(name, noise_trace[name]["fn"])
+            return None
+        if not isinstance(found, dict):
+            if len(sites) > 1:
+                raise ModelError(
+                    f"The model has the visible sites {sorted(sites)}: give the noise as a dict of "
+                    "distributions by site name."
+                )
+            found = {name: found for name in sites}
+        for name in sites:
+            if name not in found:
+                raise ModelError(f"The noise has no distribution for the visible site '{name}'.")
+            self._check_site(name, found[name])
+        return found
+
+    def _check_site(self, name, fn):
+        site = self.joint.visible[name]
+        if not isinstance(fn, dist.Distribution):
+            if not _is_flow(fn):
+                raise ModelError(f"The noise of the visible site '{name}' must be {WAYS}.")
+            if not site.is_real or tuple(fn.shape) != tuple(site.fn.event_shape):
+                raise ModelError(
+                    f"The flow has shape {tuple(fn.shape)} and lives on the reals; the visible "
+                    f"site '{name}' has event shape {tuple(site.fn.event_shape)} and the support "
+                    f"{site.fn.support}."
+                )
+            return
+        if tuple(fn.event_shape) != tuple(site.fn.event_shape):
+            raise ModelError(
+                f"The noise of the visible site '{name}' has event shape {tuple(fn.event_shape)}, "
+                f"and the site {tuple(site.fn.event_shape)}. Give one row of it, for instance "
+                f"`dist.Normal(0, 1).expand({list(site.fn.event_shape)}).to_event("
+                f"{len(site.fn.event_shape)})`."
+            )
+        same_kind = (
+            bool(fn.support.is_discrete) == site.is_discrete and is_real(fn.support) == site.is_real
+        )
+        if not same_kind:
+            raise ModelError(
+                f"The noise of the visible site '{name}' has the support {fn.support}, and the "
+                f"site {site.fn.support}: noise has to live where the data do, and everywhere."
+            )
+
+
+def _bound(function, joint):
+    """The function with the model's arguments, or with none if it takes none."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*joint.args, **joint.kwargs)
+    except TypeError:
+        try:
+            signature.bind()
+        except TypeError:
+            raise ModelError(
+                f"The noise function {function!r} can be called neither with the model's "
+                "arguments nor with none."
+            ) from None
+        return function
+    except ValueError:
+        pass
+    return lambda: function(*joint.args, **joint.kwargs)
+
+
+def _is_flow(x):
+    """A distribution of another library, such as flowjax: a pytree with a density and draws."""
+    return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
+
+
+def _stack(transforms, joint):
+    """A standard Normal through a stack of transforms, for the one real visible site."""
+    transforms = [transforms] if isinstance(transforms, Transform) else list(transforms)
+    if len(joint.visible) != 1 or not all(isinstance(t, Transform) for t in transforms):
+        raise ModelError(f"The noise must be {WAYS}; a list has to hold NumPyro transforms.")
+    (site,) = joint.visible.values()
+    shape = site.fn.event_shape
+    base = dist.Normal(jnp.zeros(shape), jnp.ones(shape)).to_event(len(shape))
+    # The base is the reference that the transforms move; its arrays are not parameters.
+    return dist.TransformedDistribution(base, transforms)
+
+
+def _leaf_constraints(noise):
+    """Constraints of the arrays that are parameters of NumPyro distributions, by identity."""
+    found = {}
+
+    def visit(x):
+        if isinstance(x, dict):
+            for value in x.values():
+                visit(value)
+        elif isinstance(x, dist.Distribution):
+            for field, constraint in x.arg_constraints.items():
+                value = x.__dict__.get(field)
+                if _is_float_array(value) and not constraint.is_discrete:
+                    found[id(value)] = constraint
+            if hasattr(x, "base_dist"):
+                visit(x.base_dist)
+
+    visit(noise)
+    return found
+
+
+def _is_float_array(x):
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An estimate of log Z, with its error."""
+
+from typing import NamedTuple
+
+import jax
+
+__all__ = ["LogNormalizer"]
+
+
+class LogNormalizer(NamedTuple):
+    """An estimate of log Z(θ).
+
+    - **value** - the estimate, in nats, for one row.
+    - **mcse** - its standard error; 0 where it is exact.
+    - **ess** - effective sample size behind it; infinite where it is exact.
+    - **method** - how it was found.
+
+    **Example**
+
+    >>> from numpyro_ebm.normalizer import LogNormalizer
+    >>> LogNormalizer(value=0.919, mcse=0.01, ess=9_800.0, method="NCE").method
+    'NCE'
+    """
+
+    value: jax.Array
+    mcse: jax.Array
+    ess: jax.Array
+    method: str

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Contrastive divergence: the likelihood's gradient, the model's part from a short Markov chain.
+
+.. math:: ∂_θ \mathcal L(θ) = E_{\text{data}}\,∂_θ E - E_{v^- \sim K^k}\,∂_θ E
+
+where E is the (free) energy and :math:`v^-` comes out of k steps of a kernel K that leaves
+p(v, h; θ) invariant: started at the data (CD-k), or where it stopped in the last round (persistent
+contrastive divergence, PCD-k, also stochastic maximum likelihood). As k grows both tend to the
+gradient of the log-likelihood. CD-k is biased for short chains; PCD follows the model only if θ
+moves slowly against its chains, and oscillates if it does not.
+
+Use it where the model mixes well: latents and visibles may be of any kind, given a kernel for them.
+
+Reference: Hinton, *Training products of experts by minimizing contrastive divergence*, 2002;
+Tieleman, *Training restricted Boltzmann machines using approximations to the likelihood gradient*,
+ICML 2008; resetting a share of the chains, Du, Mordatch, NeurIPS 2019.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.lax import stop_gradient
+from numpyro.diagnostics import split_gelman_rubin
+from numpyro.handlers import substitute
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.handlers import fixed, release
+from numpyro_ebm.marginal import Enumerated, Exact
+from numpyro_ebm.objectives.base import Objective
+
+__all__ = ["Chains", "ContrastiveDivergence"]
+
+HISTORY = 64
+"""Rounds of the persistent chains that are remembered for R-hat."""
+
+
+class Chains(NamedTuple):
+    """Persistent chains, one a row of the batch.
+
+    - **position** - unconstrained values of the sites that the kernel moves, by name.
+    - **history** - their visible coordinates and, last, the energy, over the last rounds:
+      (rounds, rows, coordinates + 1); a ring.
+    - **count** - rounds so far.
+    """
+
+    position: dict
+    history: jax.Array
+    count: jax.Array
+
+
+class ContrastiveDivergence(Objective):
+    r"""Contrastive divergence (CD-k) and persistent contrastive divergence (PCD-k).
+
+    .. math:: \mathcal L(θ) = E_{\text{data}} E(v; θ) - E_{v^-} E(v^-; θ)
+
+    with :math:`v^-` held constant. The value is the difference of the mean (free) energies in nats,
+    which is near zero at the end; it is no likelihood.
+
+    :param kernel: what moves the negative phase: a function of a model that returns a NumPyro
+        ``MCMCKernel``, such as :class:`~numpyro_ebm.BlockGibbs` or
+        ``functools.partial(ebm.MALA, step_size=0.01)``. There is no warm-up, so that a Langevin
+        kernel needs its step size.
+    :param int num_steps: k, kernel steps in each round.
+    :param marginal: how latent sites are integrated out in the energy. Where the kernel draws the
+        latents and the marginal is not exact, the negative phase takes the kernel's own.
+    :param bool persistent: whether the chains go on from round to round. They are then part of the
+        training state, one for each row of the batch, and are saved and resumed with it.
+    :param float reset_probability: share of the persistent chains that restarts at the data in each
+        round.
+    :raises ModelError: if an argument is out of range; when used, if the kernel does not fit the
+        supports or has no step size, or persistent chains meet covariates or another batch size.
+
+    Reference: Hinton 2002; Tieleman 2008.
+
+    **Example**
+
+    >>> import jax, numpyro, optax
+    >>> from functools import partial
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data):
+    ...     positive = numpyro.distributions.constraints.positive
+    ...     precision = numpyro.param("precision", 1.0, constraint=positive)
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> data = 0.5 * jax.random.normal(jax.random.key(0), (5_000,))
+    >>> objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=0.2), num_steps=5)
+    >>> svi = ebm.EnergySVI(gaussian, None, optax.adam(0.03), objective)
+    >>> fit = svi.run(jax.random.key(1), 1_000, data, batch_size=500, progress_bar=False)
+    >>> bool(abs(fit.params["precision"] - 4.0) < 0.4)
+    True
+    """
+
+    order = 1
+
+    def __init__(
+        self, kernel, num_steps=1, marginal=None, *, persistent=False, reset_probability=0.0
+    ):
+        if isinstance(kernel, MCMCKernel) or not callable(kernel):
+            raise ModelError(
+                "ContrastiveDivergence: `kernel` must be a function from a model to a kernel, such "
+                f"as `BlockGibbs` or `functools.partial(MALA, step_size=0.01)`, got {kernel!r}."
+            )
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ModelError(
+                f"ContrastiveDivergence: `num_steps` must be a positive integer: {num_steps!r}."
+            )
+        if not 0 <= reset_probability <= 1:
+            raise ModelError(
+                "ContrastiveDivergence: `reset_probability` must be between 0 and 1, got "
+                f"{reset_probability}."
+            )
+        if reset_probability and not persistent:
+            raise ModelError(
+                "ContrastiveDivergence: without `persistent=True` all chains start at the data, "
+                "and `reset_probability` means nothing."
+            )
+        self.kernel = kernel
+        self.num_steps = num_steps
+        self.persistent = persistent
+        self.reset_probability = reset_probability
+        super().__init__(marginal)
+
+    @property
+    def has_state(self):
+        return self.persistent
+
+    def check_sites(self, joint):
+        if not joint.visible:
+            raise ModelError(
+                "ContrastiveDivergence: the model has no observed site, so there is nothing to "
+                "learn from. Pass the data, and give it as `obs=` to the visible sites."
+            )
+        if self.persistent and joint.covariates:
+            raise ModelError(
+                "ContrastiveDivergence: the energy reads an argument that differs from row to row, "
+                "and a persistent chain would meet other rows' values of it in the next round. Use "
+                "`persistent=False`."
+            )
+
+    # The negative phase
+
+    def init_state(self, rng_key, params, problem):
+        key_start, key_move = jax.random.split(rng_key)
+        start = self._at_data(key_start, params, problem)
+        position = self._move(key_move, params, problem, start)
+        coordinates = problem.joint.flatten(problem.unconstrained).shape[1]
+        history = jnp.zeros((HISTORY, problem.joint.num_rows, coordinates + 1))
+        return Chains(position, history, jnp.array(0))
+
+    def advance(self, rng_key, params, problem, state):
+        key_start, key_reset, key_move = jax.random.split(rng_key, 3)
+        joint = problem.joint
+        if not self.persistent:
+            start = self._at_data(key_start, params, problem)
+            return problem._replace(noise=self._move(key_move, params, problem, start)), None
+        rows = state.history.shape[1]
+        if rows != joint.num_rows:
+            raise ModelError(
+                f"ContrastiveDivergence: the state holds {rows} persistent chains, one for each "
+                f"row of the batch they began with, and this batch has {joint.num_rows} rows. "
+                "Keep `batch_size`, or start anew."
+            )
+        position = state.position
+        if self.reset_probability:
+            fresh = self._at_data(key_start, params, problem)
+            reset = jax.random.bernoulli(key_reset, self.reset_probability, (joint.num_rows,))
+            # A latent site that the data say nothing about goes on from where it is.
+            position = {
+                name: _choose_rows(joint, name, reset, fresh[name], x) if name in fresh else x
+                for name, x in position.items()
+            }
+        position = self._move(key_move, params, problem, position)
+        problem = problem._replace(noise=position)
+        energies = -self._log_density(key_start, params, problem, position)
+        visible = joint.flatten({name: position[name] for name in joint.visible})
+        latest = jnp.concatenate([visible, energies[:, None]], -1).astype(state.history.dtype)
+        history = state.history.at[state.count % HISTORY].set(latest)
+        return problem, Chains(stop_gradient(position), history, state.count + 1)
+
+    def _at_data(self, rng_key, params, problem):
+        """Where chains start: the visible values, and draws of the guide if there is one."""
+        joint = problem.joint
+        start = dict(problem.unconstrained)
+        if problem.guide is not None and joint.latent:
+            draws = problem.guide.draw(rng_key, params, joint.visible_values, 1)
+            for name, x in draws.items():
+                site = joint.latent[name]
+                start[name] = x[0] if site.is_discrete else site.transform.inv(x[0])
+        return start
+
+    def _move(self, rng_key, params, problem, start):
+        """k kernel steps from given positions, at fixed parameters."""
+        joint = problem.joint
+        own = {name: stop_gradient(params[name]) for name in joint.parameters}
+        free = release(substitute(joint.model, data=joint.plates), joint.visible)
+        kernel = self.kernel(fixed(free, own))
+        if not isinstance(kernel, MCMCKernel):
+            raise ModelError(
+                f"ContrastiveDivergence: `kernel(model)` returned {kernel!r}, not a NumPyro "
+                "`MCMCKernel`."
+            )
+        args, kwargs = joint.args, joint.kwargs
+        key_init, rng_key = jax.random.split(rng_key)
+        state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)
+
+        def step(_, state):
+            return kernel.sample(state, args, kwargs)
+
+        state = lax.fori_loop(0, self.num_steps, step, state)
+        return stop_gradient(dict(getattr(state, kernel.sample_field)))
+
+    def _log_density(self, rng_key, params, problem, position):
+        """log p̃ of the negative phase, (rows,), with the right first derivative in θ."""
+        joint = problem.joint
+        visible = {name: position[name] for name in joint.visible}
+        latent = {name: position[name] for name in joint.latent if name in position}
+        exact = isinstance(problem.marginal, Exact | Enumerated)
+        if exact or len(latent) < len(joint.latent):
+            problem = problem._replace(unconstrained=visible)
+            return self.estimate(rng_key, params, problem).log_density(params, visible)
+        latent = {
+            name: x if joint.latent[name].is_discrete else joint.latent[name].transform(x)
+            for name, x in latent.items()
+        }
+        return joint.unconstrained_log_density(params, visible, latent)
+
+    def energy_loss(self, rng_key, params, problem):
+        key_positive, key_negative = jax.random.split(rng_key)
+        estimate = self.estimate(key_positive, params, problem)
+        positive = estimate.log_density(params, problem.unconstrained)
+        negative = self._log_density(key_negative, params, problem, problem.noise)
+        return jnp.mean(negative - positive)
+
+    def chain_diagnostics(self, state):
+        """R-hat of the persistent chains over the last rounds of training.
+
+        The parameters move while the chains do, so that this says whether the chains still agree
+        with each other, not whether they have converged.
+
+        :param state: the state of :class:`~numpyro_ebm.EnergySVI`, ``fit.state``.
+        :return: dict with split R-hat of the ``energy`` (scalar) and of the ``visible`` coordinates
+            of a row, (coordinates,).
+        :raises ModelError: if there are no persistent chains, or fewer than four rounds of them.
+        """
+        chains = getattr(state, "objective_state", None)
+        if not isinstance(chains, Chains):
+            raise ModelError("chain_diagnostics: this state holds no persistent chains.")
+        count = int(chains.count)
+        if count < 4:
+            raise ModelError(f"chain_diagnostics: needs at least four rounds, there were {count}.")
+        order = np.arange(max(0, count - HISTORY), count) % HISTORY
+        history = np.moveaxis(np.asarray(chains.history)[order], 0, 1)  # chains, draws, ...
+        r_hat = split_gelman_rubin(history)
+        return {"visible": r_hat[:-1], "energy": r_hat[-1]}
+
+
+def _choose_rows(joint, name, choose, fresh, old):
+    choose = jnp.reshape(choose, (-1,) + (1,) * (jnp.ndim(old) - joint.row_axis(name, old) - 1))
+    return jnp.where(choose, fresh, old)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Energy discrepancy: the energy of the data against the energy of what the data might have been.
+
+.. math:: \operatorname{ED}(θ) = E_{p(x)}[U(x; θ)] - E_{p(x)} E_{q(y \mid x)}[U_q(y; θ)],
+    \qquad U_q(y; θ) = -\log \int q(y \mid x')\, e^{-U(x'; θ)}\, dx'
+
+with :math:`U = -\log\tilde p` and a kernel q that perturbs the data. It takes neither derivatives
+in x nor a sampler, and serves continuous, discrete and mixed sites alike: the choice for energies
+with expensive or no derivatives, and for modes that score matching cannot weigh.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.discrete import finite_values, shifted
+
+__all__ = ["EnergyDiscrepancy"]
+
+PERTURBATIONS = ("uniform", "cyclical", "ordinal")
+
+
+class EnergyDiscrepancy(Objective):
+    r"""Energy discrepancy (ED), with M perturbations of every row.
+
+    .. math:: \mathcal L(θ) = E \log\Big( \frac wM
+        + \frac 1M \sum_{j=1}^M \frac{\tilde p(x^j; θ)}{\tilde p(x; θ)} \Big),
+        \qquad y \sim q(\cdot \mid x),\ x^j \sim q(\cdot \mid y)
+
+    where q is symmetric. On continuous sites it is Gaussian, in unconstrained coordinates, and all
+    :math:`x^j = x + tξ + tξ^j` share ξ. On discrete sites every coordinate moves independently with
+    a small probability.
+
+    *Limits.* As :math:`t → 0`, ED/t² tends to the loss of score matching, which is blind to the
+    weights of far modes. As t grows, ED tends to the negative log-likelihood up to a constant, and
+    its Monte Carlo error grows, quickly so in many dimensions. On discrete sites ED *is* the
+    negative log-likelihood where the perturbation is uniform over all K values, at
+    :math:`ε = (K - 1) / K`.
+
+    *Bias.* The loss and its gradient are unbiased for :math:`\mathcal L`, which itself tends to ED
+    as M grows, with a bias of order 1/M that is negative at w = 0. At w = 1 the loss is that of
+    telling x from its M perturbations, the ranking form of conditional noise-contrastive
+    estimation: it is minimised by the law of the data for *every* M, only its value is biased. At
+    other w the minimiser is biased by O(1/M), and at w = 0 a flexible energy has no minimum: with
+    the couplings of a 4 × 4 Ising model, M = 16 and 2,000 draws, the error at w = 1 is at most 1.1
+    times that of maximum likelihood, at w = 0 twice to twenty times.
+
+    :param float noise_scale: t, the standard deviation of the Gaussian perturbation, in
+        unconstrained coordinates. Not used on discrete sites.
+    :param int num_samples: M, perturbations of each row.
+    :param float w: weight of the row itself, which stabilises the logarithm; 1 unless there is a
+        reason.
+    :param float flip_probability: ε, the probability that a coordinate of a discrete site is
+        perturbed. Not used on continuous sites.
+    :param str perturbation: where it then goes: ``"uniform"``, to any other value; ``"cyclical"``,
+        one place up or down, round and round; ``"ordinal"``, one place up or down, but never
+        beyond the ends (so that a bit flips with probability ε/2).
+    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
+    :raises ModelError: if ``noise_scale`` is not positive, ``num_samples`` is not a positive
+        integer, ``w`` is negative, ``flip_probability`` is not inside (0, 1) or ``perturbation`` is
+        unknown; when used, if a discrete visible site has infinitely many values, or the marginal
+        has no exact value.
+
+    Reference: Schröder et al., *Energy discrepancies: a score-independent loss for energy-based
+    models*, NeurIPS 2023; for discrete and mixed data, Schröder et al., *Energy-based modelling for
+    discrete and mixed data via heat equations on structured spaces*, NeurIPS 2024.
+
+    **Example**
+
+    >>> import jax, numpyro
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data):
+    ...     precision = numpyro.param("precision", 1.0)
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> objective = ebm.EnergyDiscrepancy(noise_scale=1.0, num_samples=16)
+    >>> data = 0.5 * jax.random.normal(jax.random.key(0), (2_000,))
+    >>> loss = lambda t: objective.loss(jax.random.key(1), {"precision": t}, gaussian, None, data)
+    >>> bool(abs(jax.grad(loss)(4.0)) < 0.02)
+    True
+    """
+
+    needs = "value"
+    order = 1
+
+    def __init__(
+        self,
+        noise_scale=1.0,
+        num_samples=16,
+        w=1.0,
+        *,
+        flip_probability=0.1,
+        perturbation="uniform",
+        marginal=None,
+    ):
+        if not 0 < noise_scale < math.inf:
+            raise ModelError(
+                f"EnergyDiscrepancy: `noise_scale` must be positive, got {noise_scale!r}."
+            )
+        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+            raise ModelError(
+                f"EnergyDiscrepancy: `num_samples` must be a positive integer, got {num_samples!r}."
+            )
+        if not 0 <= w < math.inf:
+            raise ModelError(f"EnergyDiscrepancy: `w` must be zero or positive, got {w!r}.")
+        if not 0 < flip_probability < 1:
+            raise ModelError(
+                "EnergyDiscrepancy: `flip_probability` must lie between 0 and 1, got "
+                f"{flip_probability!r}."
+            )
+        if perturbation not in PERTURBATIONS:
+            raise ModelError(
+                "EnergyDiscrepancy: `perturbation` must be one of "
+                f"{', '.join(map(repr, PERTURBATIONS))}, got {perturbation!r}."
+            )
+        self.noise_scale = noise_scale
+        self.num_samples = num_samples
+        self.w = w
+        self.flip_probability = flip_probability
+        self.perturbation = perturbation
+        super().__init__(marginal)
+
+    def check_sites(self, joint):
+        if not joint.visible:
+            super().check_sites(joint)
+        for site in joint.visible.values():
+            if site.is_discrete:
+                finite_values(site, type(self).__name__)
+
+    def energy_loss(self, rng_key, params, problem):
+        key_marginal, key_y, key_samples = jax.random.split(rng_key, 3)
+        joint, point = problem.joint, problem.unconstrained
+        estimate = self.estimate(key_marginal, params, problem)
+        here = estimate.log_density(params, point)
+        y = self._draw(key_y, joint, point)
+
+        def log_ratio(key):
+            return estimate.log_density(params, self._draw(key, joint, y)) - here
+
+        log_ratios = jax.vmap(log_ratio)(jax.random.split(key_samples, self.num_samples))
+        if self.w > 0:
+            own = jnp.full_like(log_ratios[:1], math.log(self.w))
+            log_ratios = jnp.concatenate([own, log_ratios])
+        return jnp.mean(jax.nn.logsumexp(log_ratios, axis=0)) - math.log(self.num_samples)
+
+    def _draw(self, rng_key, joint, point):
+        """One draw from the symmetric kernel q(· | point), the sites independently."""
+        keys = jax.random.split(rng_key, len(point))
+        return {
+            name: self._perturbed(key, joint.visible[name], jnp.asarray(x))
+            for key, (name, x) in zip(keys, point.items(), strict=True)
+        }
+
+    def _perturbed(self, rng_key, site, x):
+        if not site.is_discrete:
+            return x + self.noise_scale * jax.random.normal(rng_key, x.shape, x.dtype)
+        lowest, num_values = finite_values(site, type(self).__name__)
+        key_move, key_where = jax.random.split(rng_key)
+        moves = jax.random.bernoulli(key_move, self.flip_probability, x.shape)
+        if self.perturbation == "uniform":
+            shift = jax.random.randint(key_where, x.shape, 1, num_values)
+            return jnp.where(moves, shifted(x, shift, lowest, num_values), x)
+        up = jax.random.bernoulli(key_where, 0.5, x.shape)
+        other = shifted(x, jnp.where(up, 1, -1), lowest, num_values)
+        if self.perturbation == "ordinal":  # staying at the ends keeps the kernel symmetric
+            end = jnp.where(up, lowest + num_values - 1, lowest)
+            moves = moves & (x != end)
+        return jnp.where(moves, other, x)

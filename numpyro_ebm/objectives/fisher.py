@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Fisher divergence between data and model, by a Stein critic.
+
+.. math:: D_F = \tfrac12 E_{\text{data}} \|s(v; θ) - s_{\text{data}}(v)\|^2
+    = \max_f\, E_{\text{data}}\big[s(v; θ)·f(v) + \operatorname{tr} ∇_v f(v) - \tfrac12 \|f(v)\|^2
+    \big]
+
+The critic f is a network of its own, and its optimum is :math:`s - s_{\text{data}}`; the trace is
+taken along random signs (Hutchinson). On rows that the critic has not seen the right-hand side is,
+in the mean, a lower bound of the divergence, whatever f is. With ``VaGES`` the score of a model
+with latents is VaES.
+
+A plain critic has to learn the model's score, which may be rugged, besides the data's. By default f
+is :math:`a\,s(v; θ) + g(v)` with a learned number a: at a = 1 only the data's score is left to the
+network g, and the trace of the model's score is computed instead of learned.
+
+Reference: Hu et al., *Stein neural sampler*, 2018; Grathwohl et al., *Learning the Stein
+discrepancy*, ICML 2020; with latents, Bao et al., ICML 2021.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from numpyro.distributions import constraints
+from numpyro.handlers import block, seed, substitute, trace
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.objectives.base import Objective, Player, half_square
+from numpyro_ebm.objectives.score_matching import second_derivative
+
+__all__ = ["FisherDivergence", "mlp_critic"]
+
+SCORE_WEIGHT = "critic_score_weight"
+"""Name of the parameter a."""
+
+
+def mlp_critic(v):
+    """The default critic: three layers as in the VaGES paper, and a diagonal linear part.
+
+    Its output starts at zero: the divergence is approached from below, and of a model that is right
+    nothing has to be unlearned.
+
+    :param v: visible coordinates, (rows, D).
+    :return: g(v), (rows, D).
+    """
+    dimension = v.shape[-1]
+    width = max(dimension, 64)
+    x = v
+    for i, (inputs, outputs) in enumerate([(dimension, width), (width, width)]):
+        bound = inputs**-0.5
+        weights = numpyro.param(
+            f"critic_weights_{i}",
+            lambda key, shape=(inputs, outputs), bound=bound: jax.random.uniform(
+                key, shape, minval=-bound, maxval=bound
+            ),
+        )
+        x = jax.nn.elu(x @ weights + numpyro.param(f"critic_bias_{i}", jnp.zeros(outputs)))
+    x = x @ numpyro.param("critic_weights_2", jnp.zeros((width, dimension)))
+    slope = numpyro.param("critic_slope", jnp.zeros(dimension))
+    return x + slope * v + numpyro.param("critic_bias_2", jnp.zeros(dimension))
+
+
+class FisherDivergence(Objective):
+    r"""Fisher divergence between data and model by a Stein critic, to measure or to minimise.
+
+    .. math:: \mathcal L(θ) = \max_f E\big[s·f + e^\top (∂f/∂v)\,e - \tfrac12 \|f\|^2\big]
+
+    :class:`~numpyro_ebm.EnergySVI` trains the critic on its own steps, upwards, and the energy
+    downwards. To measure the divergence of a fixed model use
+    :func:`~numpyro_ebm.fisher_divergence`, which chooses the critic by validation and reports a
+    standard error.
+
+    :param critic: a NumPyro function from visible coordinates (rows, D) (unconstrained, all sites
+        side by side) to the same shape, with its parameters declared by ``numpyro.param`` or
+        ``flax_module``; :func:`mlp_critic` if ``None``.
+    :param marginal: how latent sites are integrated out; ``VaGES`` needs three particles where a
+        residual critic trains an energy, else two.
+    :param bool residual: whether f is :math:`a\,s + \text{critic}`, or the critic alone as in the
+        paper.
+    :param critic_optim: optimiser of the critic; a copy of the energy's if ``None``.
+    :param int num_critic_steps: its steps in each round.
+    :raises ModelError: if the critic is not a function or ``num_critic_steps`` not a positive
+        integer; when used, if a visible site is discrete or the critic returns another shape.
+
+    Reference: Grathwohl et al., ICML 2020; Bao et al., ICML 2021.
+
+    **Example**
+
+    >>> import numpyro_ebm as ebm
+    >>> ebm.FisherDivergence(num_critic_steps=5).order
+    3
+    """
+
+    def __init__(
+        self,
+        critic=None,
+        marginal=None,
+        *,
+        residual=True,
+        critic_optim=None,
+        num_critic_steps=1,
+    ):
+        if critic is not None and not callable(critic):
+            raise ModelError(
+                "FisherDivergence: `critic` must be a NumPyro function from (rows, D) to the same "
+                f"shape, got {critic!r}."
+            )
+        if not isinstance(num_critic_steps, int) or num_critic_steps < 1:
+            raise ModelError(
+                "FisherDivergence: `num_critic_steps` must be a positive integer, got "
+                f"{num_critic_steps!r}."
+            )
+        self.critic = mlp_critic if critic is None else critic
+        self.residual = residual
+        # Third derivatives are those of the trace in the energy's parameters.
+        self.order = 3 if residual else 2
+        self.players = (
+            Player(
+                "critic",
+                self._critic_parameters,
+                self._critic_loss,
+                critic_optim,
+                num_critic_steps,
+            ),
+        )
+        super().__init__(marginal)
+
+    def _critic_parameters(self, rng_key, problem):
+        v = problem.joint.flatten(problem.unconstrained)
+        with block():
+            critic_trace = trace(seed(self.critic, rng_key)).get_trace(v)
+        found = {
+            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
+            for name, site in critic_trace.items()
+            if site["type"] == "param"
+        }
+        if self.residual:
+            found[SCORE_WEIGHT] = (jnp.zeros(()), constraints.real)
+        return found
+
+    def energy_loss(self, rng_key, params, problem):
+        return jnp.mean(self.rows(rng_key, params, problem))
+
+    def _critic_loss(self, rng_key, params, own, problem):
+        return -jnp.mean(self.rows(rng_key, {**params, **own}, problem))
+
+    def rows(self, rng_key, params, problem):
+        """The bracket of the equation for every row, (rows,), along one random direction."""
+        key_marginal, key_signs = jax.random.split(rng_key)
+        joint, point = problem.joint, problem.unconstrained
+        estimate = self.estimate(key_marginal, params, problem)
+        flat = joint.flatten(point)
+        signs = jax.random.rademacher(key_signs, flat.shape, flat.dtype)
+
+        def network(v):
+            with block():
+                run = seed(substitute(self.critic, data=params), jax.random.key(0))
+                g = run(v)
+            if jnp.shape(g) != jnp.shape(v):
+                raise ModelError(
+                    f"FisherDivergence: the critic maps {jnp.shape(v)} to {jnp.shape(g)}; it must "
+                    "return the shape of its argument."
+                )
+            return g
+
+        g, along = jax.jvp(network, (flat,), (signs,))
+        total = jnp.sum(along * signs, -1) - 0.5 * jnp.sum(g**2, -1)
+        weight = params[SCORE_WEIGHT] if self.residual else 0.0
+        direction = joint.unflatten(g)
+        _, agreement = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (direction,))
+        total = total + (1.0 - weight) * agreement
+        if self.residual:
+            square = 2.0 * half_square(params, estimate, problem)
+            trace_of_score = second_derivative(params, estimate, problem, joint.unflatten(signs))
+            total = total + (weight - 0.5 * weight**2) * square + weight * trace_of_score
+        return total

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Block Gibbs sampling of Gaussian and finite discrete blocks, in BlackJAX's shape.
+
+.. math:: x_B' \sim π(x_B \mid x_{-B}) \quad \text{for every block } B \text{ in turn}
+
+Every block is drawn exactly, so that nothing is rejected and nothing has to be tuned. What makes a
+block easy is read off its log-density by :mod:`numpyro_ebm.polynomial`: a polynomial of degree two
+in real coordinates is a Gaussian, one of degree one in binary coordinates makes them independent;
+all other discrete coordinates are drawn one by one. Use it for restricted Boltzmann machines, for
+Ising and Potts models of moderate size, and wherever else conditionals are this simple; use MALA
+for real sites whose conditionals are not Gaussian.
+
+Reference: Geman, Geman, *Stochastic relaxation, Gibbs distributions, and the Bayesian restoration
+of images*, 1984; blocks of restricted Boltzmann machines: Hinton, *Training products of experts by
+minimizing contrastive divergence*, 2002.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.polynomial import structure
+
+__all__ = [
+    "Block",
+    "BlockGibbsInfo",
+    "BlockGibbsState",
+    "as_top_level_api",
+    "build_kernel",
+    "draw_block",
+    "init",
+    "plan_block",
+]
+
+
+class Block(NamedTuple):
+    """A block of coordinates and how to draw it. Made by :func:`plan_block`.
+
+    - **names** - tuple of the sites it draws.
+    - **kind** - ``"gaussian"``, ``"bernoulli"`` (all coordinates at once) or ``"sequential"``
+      (coordinate by coordinate).
+    - **values** - the values of one coordinate of each discrete site, by name.
+    - **is_diagonal** - whether a Gaussian's coordinates are independent.
+    """
+
+    names: tuple
+    kind: str
+    values: dict
+    is_diagonal: bool = False
+
+
+class BlockGibbsState(NamedTuple):
+    """State of all chains, one a row.
+
+    - **position** - dict of arrays of shape (rows, ...).
+    - **logdensity** - log π of every row, of shape (rows,).
+    """
+
+    position: dict
+    logdensity: jax.Array
+
+
+class BlockGibbsInfo(NamedTuple):
+    """Information on one sweep.
+
+    - **is_divergent** - rows whose new log-density is not finite, of shape (rows,): the conditional
+      of a Gaussian block has no finite integral there, or the density itself is broken.
+    """
+
+    is_divergent: jax.Array
+
+
+def plan_block(logdensity_fn, position, names, values):
+    r"""Find out how to draw some sites from their joint conditional. It holds at all positions.
+
+    .. math:: π(x_B \mid x_{-B}) \text{ is Gaussian if } \deg_{x_B} \log π = 2, \quad
+        \text{a product of Bernoullis if } \deg_{x_B} \log π ≤ 1
+
+    :param logdensity_fn: maps a dict of arrays of shape (rows, ...) to log π of shape (rows,), row
+        by row.
+    :param dict position: any position, for its shapes.
+    :param names: the sites of the block.
+    :param dict values: the possible values of one coordinate, of shape (K,), of the discrete sites.
+    :return: a :class:`Block`.
+    :raises ModelError: if real sites are not Gaussian given the rest, or real and discrete sites
+        are to be drawn together.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.block_gibbs import plan_block
+    >>> log_density = lambda x: jnp.sum(x["h"] * x["v"] - 0.5 * x["v"] ** 2, -1)
+    >>> position = {"v": jnp.zeros((3, 2)), "h": jnp.zeros((3, 2), int)}
+    >>> plan_block(log_density, position, ["v"], {"h": [0, 1]}).kind
+    'gaussian'
+    >>> plan_block(log_density, position, ["h"], {"h": [0, 1]}).kind
+    'bernoulli'
+    """
+    names = tuple(names)
+    discrete = {name: np.asarray(values[name]) for name in names if name in values}
+    if discrete and len(discrete) < len(names):
+        real = sorted(set(names) - set(discrete))
+        raise ModelError(
+            f"A block of Gibbs sampling cannot draw the real sites {real} and the discrete sites "
+            f"{sorted(discrete)} together; put them in blocks of their own."
+        )
+    flat, unflatten = _flatten(position, names)
+
+    def log_density(x):
+        return logdensity_fn({**position, **unflatten(x)})
+
+    float_type = jnp.result_type(flat.dtype, float) if discrete else flat.dtype
+    shape = jax.ShapeDtypeStruct(flat.shape, float_type)
+    if discrete:
+        kind = "sequential"
+        if all(len(x) == 2 for x in discrete.values()):
+            try:
+                found = structure(log_density, shape)
+            except TypeError:  # it insists on integers, to index with them for example
+                return Block(names, kind, discrete)
+            if found.degree <= 1 and found.true_gradient:
+                kind = "bernoulli"
+        return Block(names, kind, discrete)
+    found = structure(log_density, shape)
+    if found.degree != 2 or not found.true_gradient:
+        if found.degree < 2:
+            why = "does not bend in them, so that nothing holds them"
+        elif found.degree == 2:
+            why = "has derivatives of its own (`jax.custom_jvp` or `jax.custom_vjp`)"
+        else:
+            bound = "no polynomial" if found.degree == np.inf else f"of degree {found.degree}"
+            why = f"is {bound} in them, as far as can be told"
+        raise ModelError(
+            f"BlockGibbs: {sorted(names)} are not jointly Gaussian given the other sites: the "
+            f"log-density {why}. {advice(names, set(position) - set(names))}"
+        )
+    return Block(names, "gaussian", {}, found.separable)
+
+
+def advice(names, others):
+    """What to write for real sites that block Gibbs sampling cannot draw."""
+    names, others = sorted(names), sorted(others)
+    if not others:
+        return f"Move {names} by another kernel, `MALA(model)`."
+    return (
+        "Move them by a kernel of their own: `numpyro.infer.Gibbs([(MALA(model), "
+        f"{names}), (BlockGibbs(model), {others})])`."
+    )
+
+
+def draw_block(rng_key, position, logdensity_fn, block):
+    """Draw one block given the rest.
+
+    :param rng_key: random key.
+    :param dict position: arrays of shape (rows, ...) by name.
+    :param logdensity_fn: as in :func:`plan_block`.
+    :param Block block: what to draw.
+    :return: dict of the new values of the block's sites.
+
+    **Example**
+
+    >>> import jax, jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.block_gibbs import Block, draw_block
+    >>> log_density = lambda x: -0.5 * jnp.sum(x["v"] ** 2, -1)
+    >>> position = {"v": jnp.zeros((3, 2))}
+    >>> block = Block(("v",), "gaussian", {}, is_diagonal=True)
+    >>> draw_block(jax.random.key(0), position, log_density, block)["v"].shape
+    (3, 2)
+    """
+    if block.kind == "sequential":
+        return _draw_sequential(rng_key, position, logdensity_fn, block)
+    flat, unflatten = _flatten(position, block.names)
+
+    # Rows are independent: the gradient of their sum has the gradient of every row.
+    def total(x):
+        return jnp.sum(logdensity_fn({**position, **unflatten(x)}))
+
+    if block.kind == "gaussian":
+        return unflatten(_draw_gaussian(rng_key, flat, jax.grad(total), block))
+    sizes = {name: np.prod(position[name].shape[1:], dtype=int) for name in block.names}
+    low, high = (
+        np.concatenate([np.full(sizes[name], block.values[name][i]) for name in block.names])
+        for i in (0, 1)
+    )
+    start = jnp.broadcast_to(low, flat.shape).astype(jnp.result_type(flat.dtype, float))
+    log_odds = (high - low) * jax.grad(total)(start)
+    bits = jax.random.bernoulli(rng_key, jax.nn.sigmoid(log_odds))
+    return unflatten(jnp.where(bits, high, low).astype(flat.dtype))
+
+
+def init(position, logdensity_fn):
+    """State of the chains at a position."""
+    return BlockGibbsState(position, logdensity_fn(position))
+
+
+def build_kernel():
+    """Build the kernel ``(rng_key, state, logdensity_fn, blocks) -> (state, info)``."""
+
+    def kernel(rng_key, state, logdensity_fn, blocks):
+        position = state.position
+        for key, block in zip(jax.random.split(rng_key, len(blocks)), blocks, strict=True):
+            position = {**position, **draw_block(key, position, logdensity_fn, block)}
+        new_state = init(position, logdensity_fn)
+        return new_state, BlockGibbsInfo(~jnp.isfinite(new_state.logdensity))
+
+    return kernel
+
+
+def as_top_level_api(logdensity_fn, blocks) -> SamplingAlgorithm:
+    """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``; one step is one sweep.
+
+    :param logdensity_fn: maps a dict of arrays of shape (rows, ...) to log π of shape (rows,).
+    :param blocks: sequence of :class:`Block`, visited in order.
+
+    **Example**
+
+    >>> import jax, jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.block_gibbs import as_top_level_api, plan_block
+    >>> log_density = lambda x: jnp.sum(x["h"] * x["v"] - 0.5 * x["v"] ** 2, -1)
+    >>> position = {"v": jnp.zeros((3, 2)), "h": jnp.zeros((3, 2), int)}
+    >>> blocks = [plan_block(log_density, position, [name], {"h": [0, 1]}) for name in "vh"]
+    >>> gibbs = as_top_level_api(log_density, blocks)
+    >>> state, info = gibbs.step(jax.random.key(0), gibbs.init(position))
+    >>> bool(info.is_divergent.any())
+    False
+    """
+    return build_sampling_algorithm(build_kernel(), init, logdensity_fn, kernel_args=(blocks,))
+
+
+def _flatten(position, names):
+    """The named sites as one array of shape (rows, coordinates), and the way back."""
+    parts = {name: jnp.reshape(position[name], (len(position[name]), -1)) for name in names}
+    ends = np.cumsum([0, *(x.shape[1] for x in parts.values())])
+
+    def unflatten(flat):
+        pieces = (lax.slice_in_dim(flat, *ends[i : i + 2], axis=1) for i in range(len(names)))
+        return {
+            name: jnp.reshape(x, position[name].shape)
+            for name, x in zip(names, pieces, strict=True)
+        }
+
+    return jnp.concatenate(list(parts.values()), axis=1), unflatten
+
+
+def _draw_gaussian(rng_key, flat, gradient, block):
+    """log π = const + g·x - x·P x / 2, with g the gradient at zero and -P its Jacobian."""
+    g, times_hessian = jax.linearize(gradient, jnp.zeros_like(flat))
+    noise = jax.random.normal(rng_key, flat.shape, flat.dtype)
+    if block.is_diagonal:
+        precision = -times_hessian(jnp.ones_like(flat))
+        return g / precision + noise / jnp.sqrt(precision)
+    size = flat.shape[1]
+    axes = jnp.broadcast_to(jnp.eye(size, dtype=flat.dtype)[:, None], (size, *flat.shape))
+    precision = -jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1)
+    # P = L Lᵀ: x = L⁻ᵀ (L⁻¹ g + ξ) has mean P⁻¹ g and covariance P⁻¹.
+    lower = jnp.linalg.cholesky(precision)
+    whitened = solve_triangular(lower, g[..., None], lower=True) + noise[..., None]
+    return solve_triangular(lower, whitened, lower=True, trans=1)[..., 0]
+
+
+def _draw_sequential(rng_key, position, logdensity_fn, block):
+    for name in block.names:
+        flat, unflatten = _flatten(position, (name,))
+        rows, size = flat.shape
+        values = jnp.asarray(block.values[name], flat.dtype)[:, None, None]
+
+        def draw_coordinate(flat, at, position=position, unflatten=unflatten, values=values):
+            key, coordinate = at
+            candidates = jnp.where(jnp.arange(flat.shape[1]) == coordinate, values, flat)
+            logits = jax.vmap(lambda x: logdensity_fn({**position, **unflatten(x)}))(candidates)
+            chosen = jax.random.categorical(key, logits, axis=0)  # (rows,)
+            return candidates[chosen, jnp.arange(len(flat))], None
+
+        rng_key, key_site = jax.random.split(rng_key)
+        keys = jax.random.split(key_site, size)
+        flat, _ = lax.scan(draw_coordinate, flat, (keys, jnp.arange(size)))
+        position = {**position, **unflatten(flat)}
+    return {name: position[name] for name in block.names}
