@@ -29,7 +29,6 @@ import numpyro.distributions as dist  # noqa: E402
 import optax  # noqa: E402
 
 import numpyro_ebm as ebm  # noqa: E402
-from numpyro_ebm.infer.block_gibbs import BlockGibbs  # noqa: E402
 from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood  # noqa: E402
 
 BATCH_SIZE, NUM_LOOKS = 100, 50
@@ -53,31 +52,41 @@ def flow():
 
 
 KSD, DSM = ebm.KernelSteinDiscrepancy, partial(ebm.DenoisingScoreMatching, 0.05)
-MDSM = partial(
-    ebm.MultiscaleDenoisingScoreMatching, 0.05, min_noise_scale=0.05, max_noise_scale=0.5
-)
+
+
+def multiscale(low, high):
+    return partial(
+        ebm.MultiscaleDenoisingScoreMatching, 0.05, min_noise_scale=low, max_noise_scale=high
+    )
 
 
 # Name -> (objective, guide).
 METHODS = {
     "ML": (lambda: ebm.MaximumLikelihood(num_nodes=48), None),
-    "CD-1": (lambda: ebm.ContrastiveDivergence(BlockGibbs), None),
-    "PCD-1": (lambda: ebm.ContrastiveDivergence(BlockGibbs, persistent=True), None),
+    "CD-1": (lambda: ebm.ContrastiveDivergence(ebm.BlockGibbs), None),
+    "PCD-1": (lambda: ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True), None),
     "SM": (ebm.ScoreMatching, None),
     "SSM": (ebm.SlicedScoreMatching, None),
     "DSM": (DSM, None),
-    "MDSM": (MDSM, None),
+    "MDSM, levels .04 to .06": (multiscale(0.04, 0.06), None),
+    "MDSM, levels .03 to .07": (multiscale(0.03, 0.07), None),
+    "MDSM, levels .05 to 1": (multiscale(0.05, 1.0), None),
     "VaGES-DSM": (lambda: DSM(ebm.VaGES(2)), grbm_guide),
-    "VaGES-MDSM": (lambda: MDSM(ebm.VaGES(2)), grbm_guide),
+    "VaGES-MDSM, levels .04 to .06": (lambda: multiscale(0.04, 0.06)(ebm.VaGES(2)), grbm_guide),
     "VaGES-SSM": (lambda: ebm.SlicedScoreMatching(1, ebm.VaGES(3)), grbm_guide),
     "BiDSM, N=5": (lambda: DSM(ebm.Unrolled(5)), grbm_guide),
     "BiDSM, N=0": (lambda: DSM(ebm.Unrolled(0)), grbm_guide),
     "BiSSM, N=5": (lambda: ebm.SlicedScoreMatching(1, ebm.Unrolled(5)), grbm_guide),
-    "NCE": (lambda: ebm.NCE(NOISE), None),
-    "VNCE": (lambda: ebm.NCE(NOISE, marginal=ebm.ImportanceBound(5)), grbm_guide),
+    "NCE": (lambda: ebm.NCE(NOISE, init_log_normalizer=0.0), None),
+    "NCE, log Z started by the noise": (lambda: ebm.NCE(NOISE), None),
+    "VNCE": (
+        lambda: ebm.NCE(NOISE, 1, ebm.ImportanceBound(5), init_log_normalizer=0.0),
+        grbm_guide,
+    ),
     "RankingNCE": (lambda: ebm.RankingNCE(NOISE), None),
     "ConditionalNCE": (lambda: ebm.ConditionalNCE(0.3), None),
     "FCE": (lambda: ebm.FlowContrastive(flow, likelihood_weight=0.1), None),
+    "ED": (lambda: ebm.EnergyDiscrepancy(0.3), None),
     "Fisher": (lambda: ebm.FisherDivergence(num_critic_steps=3), None),
     "KSD": (lambda: KSD(**PAPER), None),
     "KSD, all pairs": (lambda: KSD(**RBF), None),

@@ -13,10 +13,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.handlers import block, seed, substitute, trace
+from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.distributions import is_real
 from numpyro_ebm.errors import ModelError
@@ -42,7 +44,7 @@ class Noise:
 
     def __init__(self, noise, joint, name="noise", *, trainable=False):
         self.joint, self.name = joint, name
-        self._function, self._leaves, self._tree, self._constraints = None, (), None, ()
+        self._function, self._leaves, self._tree, self._trained = None, (), None, {}
         if isinstance(noise, Transform | list | tuple):
             noise = _stack(noise, joint)
         elif isinstance(noise, Callable) and not isinstance(noise, dist.Distribution):
@@ -50,23 +52,20 @@ class Noise:
         elif not isinstance(noise, dict | dist.Distribution) and not _is_flow(noise):
             raise ModelError(f"The noise must be {WAYS}; got {noise!r}.")
         if self._function is None:
-            leaves, self._tree = jax.tree.flatten(noise)
-            self._is_array = [_is_float_array(x) for x in leaves]
-            self._fixed = leaves
+            self._leaves, self._tree = jax.tree.flatten(noise)
             if trainable:
-                constrained = _leaf_constraints(noise)
-                self._constraints = [
-                    constrained.get(id(x), constraints.real)
-                    for x, keep in zip(leaves, self._is_array, strict=True)
-                    if keep
-                ]
+                # Copies, because one array may stand at two places with different constraints.
+                self._leaves = [jnp.array(x) if _is_float_array(x) else x for x in self._leaves]
+                named = _named_leaves(jax.tree.unflatten(self._tree, self._leaves), name)
+                for i, x in enumerate(self._leaves):
+                    if _is_float_array(x):
+                        path, constraint = named[id(x)]
+                        self._trained[path] = i, constraint
 
     def parameters(self, rng_key):
         """Initial values and constraints of the parameters by name."""
         if self._function is None:
-            leaves = [x for x, keep in zip(self._fixed, self._is_array, strict=True) if keep]
-            pairs = zip(leaves[: len(self._constraints)], self._constraints, strict=True)
-            return {f"{self.name}.{i}": (jnp.asarray(x), c) for i, (x, c) in enumerate(pairs)}
+            return {name: (self._leaves[i], c) for name, (i, c) in self._trained.items()}
         with block():
             noise_trace = trace(seed(self._function, rng_key)).get_trace()
         return {
@@ -78,12 +77,10 @@ class Noise:
     def distribution(self, params):
         """The noise itself at given parameters: a distribution, a dict of them, or a flow."""
         if self._function is None:
-            own = iter([params[f"{self.name}.{i}"] for i in range(len(self._constraints))])
-            trained = [
-                next(own) if keep and self._constraints else x
-                for x, keep in zip(self._fixed, self._is_array, strict=True)
-            ]
-            return jax.tree.unflatten(self._tree, trained)
+            leaves = list(self._leaves)
+            for name, (i, _) in self._trained.items():
+                leaves[i] = params.get(name, leaves[i])
+            return jax.tree.unflatten(self._tree, leaves)
         with block():
             return seed(substitute(self._function, data=params), jax.random.key(0))()
 
@@ -128,10 +125,7 @@ class Noise:
         found = self._checked(params)
         total = log_det + jnp.zeros(joint.num_rows)
         if found is None:
-            data = {**joint.plates, **params, **values}
-            with block():
-                run = seed(substitute(self._function, data=data), jax.random.key(0))
-                noise_trace = trace(run).get_trace()
+            noise_trace = self._trace({**params, **values})
             for name in joint.visible:
                 total = total + joint.sum_to_rows(joint.scaled_log_prob(noise_trace[name]))
             return total
@@ -141,14 +135,26 @@ class Noise:
             total = total + joint.sum_to_rows(log_prob)
         return total
 
+    def site_distributions(self, params):
+        """Distributions by site name at given parameters, whatever form the noise has."""
+        found = self._checked(params)
+        if found is None:
+            noise_trace = self._trace(params)
+            found = {name: noise_trace[name]["fn"] for name in self.joint.visible}
+        return found
+
+    def _trace(self, data):
+        """Run a noise that samples the sites itself."""
+        with block():
+            run = substitute(self._function, data={**self.joint.plates, **data})
+            return trace(seed(run, jax.random.key(0))).get_trace()
+
     def _checked(self, params):
         """Distributions by site name; ``None`` where the noise samples the sites itself."""
         sites = self.joint.visible
         found = self.distribution(params)
         if found is None:
-            with block():
-                run = seed(substitute(self._function, data=params), jax.random.key(0))
-                noise_trace = trace(run).get_trace()
+            noise_trace = self._trace(params)
             for name in sites:
                 if name not in noise_trace or noise_trace[name]["type"] != "sample":
                     raise ModelError(
@@ -195,7 +201,9 @@ class Noise:
                 f"{len(site.fn.event_shape)})`."
             )
         same_kind = (
-            bool(fn.support.is_discrete) == site.is_discrete and is_real(fn.support) == site.is_real
+            bool(fn.support.is_discrete) == site.is_discrete
+            and is_real(fn.support) == site.is_real
+            and _same_bounds(fn.support, site.fn.support)
         )
         if not same_kind:
             raise ModelError(
@@ -223,6 +231,23 @@ def _bound(function, joint):
     return lambda: function(*joint.args, **joint.kwargs)
 
 
+def _same_bounds(support, other):
+    """Whether two supports have the same bounds, as far as they are known."""
+    bounds = [*_bounds(support), *_bounds(other)]
+    if not all(not_jax_tracer(x) for x in bounds):
+        return True
+    low, high, other_low, other_high = bounds
+    return np.allclose(low, other_low) and np.allclose(high, other_high)
+
+
+def _bounds(support):
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.boolean)):
+        return 0, 1
+    return getattr(support, "lower_bound", -np.inf), getattr(support, "upper_bound", np.inf)
+
+
 def _is_flow(x):
     """A distribution of another library, such as flowjax: a pytree with a density and draws."""
     return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
@@ -235,28 +260,37 @@ def _stack(transforms, joint):
         raise ModelError(f"The noise must be {WAYS}; a list has to hold NumPyro transforms.")
     (site,) = joint.visible.values()
     shape = site.fn.event_shape
-    base = dist.Normal(jnp.zeros(shape), jnp.ones(shape)).to_event(len(shape))
-    # The base is the reference that the transforms move; its arrays are not parameters.
+    # The base is the reference that the transforms move: numbers, which are not parameters.
+    base = dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape))
     return dist.TransformedDistribution(base, transforms)
 
 
-def _leaf_constraints(noise):
-    """Constraints of the arrays that are parameters of NumPyro distributions, by identity."""
+def _named_leaves(noise, name):
+    """Name and constraint of every array by its identity.
+
+    The names are attributes, ``flow.base_dist.scale``, and not places in the tree, because NumPyro
+    flattens its distributions in an order that is another one in every process.
+    """
     found = {}
 
-    def visit(x):
+    def visit(x, path, constraint=constraints.real):
         if isinstance(x, dict):
-            for value in x.values():
-                visit(value)
+            for key, value in x.items():
+                visit(value, f"{path}.{key}")
+        elif isinstance(x, list | tuple):
+            for i, value in enumerate(x):
+                visit(value, f"{path}.{i}")
         elif isinstance(x, dist.Distribution):
-            for field, constraint in x.arg_constraints.items():
-                value = x.__dict__.get(field)
-                if _is_float_array(value) and not constraint.is_discrete:
-                    found[id(value)] = constraint
-            if hasattr(x, "base_dist"):
-                visit(x.base_dist)
+            for field in x.gather_pytree_data_fields():
+                known = x.arg_constraints.get(field, constraints.real)
+                visit(x.__dict__.get(field), f"{path}.{field}", known)
+        elif _is_float_array(x):
+            found[id(x)] = path, constraint
+        else:
+            for i, value in enumerate(jax.tree.leaves(x)):
+                found[id(value)] = f"{path}.{i}", constraints.real
 
-    visit(noise)
+    visit(noise, name)
     return found
 
 

@@ -148,7 +148,8 @@ class Unrolled(Marginal):
         loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
         if isinstance(loss, RelaxedELBO):
             return RelaxedELBO(loss.temperature, path_derivative=False)
-        if isinstance(loss, TraceGraph_ELBO):
+        discrete = any(site.is_discrete for site in problem.joint.latent.values())
+        if isinstance(loss, TraceGraph_ELBO) or (discrete and not hasattr(loss, "rows")):
             raise ModelError(
                 f"Unrolled differentiates through steps of the guide, and the guide's draws of "
                 f"{sorted(problem.joint.latent)} cannot be differentiated. Use a Bernoulli or a "

@@ -29,7 +29,6 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import fixed, release
-from numpyro_ebm.marginal import Enumerated, Exact
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["Chains", "ContrastiveDivergence"]
@@ -58,7 +57,8 @@ class ContrastiveDivergence(Objective):
     .. math:: \mathcal L(θ) = E_{\text{data}} E(v; θ) - E_{v^-} E(v^-; θ)
 
     with :math:`v^-` held constant. The value is the difference of the mean (free) energies in nats,
-    which is near zero at the end; it is no likelihood.
+    which is near zero at the end; it is no likelihood. Where the marginal is not exact, bounds of
+    the guide stand for the free energies in the value.
 
     :param kernel: what moves the negative phase: a function of a model that returns a NumPyro
         ``MCMCKernel``, such as :class:`~numpyro_ebm.BlockGibbs` or
@@ -176,9 +176,11 @@ class ContrastiveDivergence(Objective):
             }
         position = self._move(key_move, params, problem, position)
         problem = problem._replace(noise=position)
-        energies = -self._log_density(key_start, params, problem, position)
-        visible = joint.flatten({name: position[name] for name in joint.visible})
-        latest = jnp.concatenate([visible, energies[:, None]], -1).astype(state.history.dtype)
+        visible = {name: position[name] for name in joint.visible}
+        energies = -self._free_log_density(key_start, params, problem, visible)
+        latest = jnp.concatenate([joint.flatten(visible), energies[:, None]], -1).astype(
+            state.history.dtype
+        )
         history = state.history.at[state.count % HISTORY].set(latest)
         return problem, Chains(stop_gradient(position), history, state.count + 1)
 
@@ -219,8 +221,7 @@ class ContrastiveDivergence(Objective):
         joint = problem.joint
         visible = {name: position[name] for name in joint.visible}
         latent = {name: position[name] for name in joint.latent if name in position}
-        exact = isinstance(problem.marginal, Exact | Enumerated)
-        if exact or len(latent) < len(joint.latent):
+        if problem.marginal.value == "exact" or len(latent) < len(joint.latent):
             problem = problem._replace(unconstrained=visible)
             return self.estimate(rng_key, params, problem).log_density(params, visible)
         latent = {
@@ -234,7 +235,25 @@ class ContrastiveDivergence(Objective):
         estimate = self.estimate(key_positive, params, problem)
         positive = estimate.log_density(params, problem.unconstrained)
         negative = self._log_density(key_negative, params, problem, problem.noise)
-        return jnp.mean(negative - positive)
+        loss = jnp.mean(negative - positive)
+        if problem.marginal.value == "exact":
+            return loss
+        # Both phases have the right derivative and values of their own, not to be compared.
+        visible = {name: problem.noise[name] for name in problem.joint.visible}
+        negative = self._free_log_density(key_negative, params, problem, visible)
+        positive = self._free_log_density(key_positive, params, problem, problem.unconstrained)
+        return loss + stop_gradient(jnp.mean(negative - positive) - loss)
+
+    def _free_log_density(self, rng_key, params, problem, unconstrained):
+        """log p̃(v), or a bound on it that is exact if the guide is: (rows,), for its value."""
+        joint, guide = problem.joint, problem.guide
+        if problem.marginal.value is not None:
+            problem = problem._replace(unconstrained=unconstrained)
+            return self.estimate(rng_key, params, problem).log_density(params, unconstrained)
+        visible, _ = joint.constrain(unconstrained)
+        latent = {name: x[0] for name, x in guide.draw(rng_key, params, visible, 1).items()}
+        log_joint = joint.unconstrained_log_density(params, unconstrained, latent)
+        return log_joint - guide.log_density(params, visible, latent)
 
     def chain_diagnostics(self, state):
         """R-hat of the persistent chains over the last rounds of training.

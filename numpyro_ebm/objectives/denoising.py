@@ -65,6 +65,11 @@ class DenoisingScoreMatching(Objective):
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
 
+    @property
+    def offset_variance(self):
+        """Variance of a coordinate of ε/σ."""
+        return 1.0 / self.noise_scale**2
+
     def perturb(self, rng_key, joint):
         clean = joint.unconstrain_visible()
         noise = _noise_like(rng_key, clean)
@@ -76,18 +81,8 @@ class DenoisingScoreMatching(Objective):
         offset = {name: noise / self.noise_scale for name, noise in problem.noise.items()}
         rows = half_square(params, estimate, problem, offset)
         if self.variance_reduction:
-            rows = rows - self._control_variate(rng_key, params, problem, offset)
+            rows = rows - _control_variate(self, rng_key, params, problem, offset, 1.0)
         return jnp.mean(rows)
-
-    def _control_variate(self, rng_key, params, problem, offset):
-        """What the loss owes to the noise at first order, (ε/σ)·s(v) + (‖ε‖² - D)/(2σ²)."""
-        clean = problem.joint.unconstrain_visible()
-        # The key of the noised point: the same random numbers draw (nearly) the same particles.
-        estimate = self.estimate(rng_key, params, problem._replace(unconstrained=clean))
-        _, along = jax.jvp(lambda u: estimate.log_density(params, u), (clean,), (offset,))
-        dimension = sum(jnp.size(x) for x in clean.values()) / problem.joint.num_rows
-        square = problem.joint.row_dot(offset, offset) - dimension / self.noise_scale**2
-        return along + 0.5 * square
 
 
 class MultiscaleDenoisingScoreMatching(Objective):
@@ -103,6 +98,8 @@ class MultiscaleDenoisingScoreMatching(Objective):
     :param float min_noise_scale: lowest level of σ.
     :param float max_noise_scale: highest level of σ.
     :param str spacing: ``"linear"`` or ``"geometric"`` levels.
+    :param bool variance_reduction: whether to take off the control variate of
+        :class:`DenoisingScoreMatching`, of mean zero at every level.
     :param marginal: how latent sites are integrated out; with ``VaGES`` this is VaGES-MDSM.
     :raises ModelError: if the scales are not positive and ordered, or the spacing is unknown.
 
@@ -127,6 +124,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         min_noise_scale=0.05,
         max_noise_scale=1.2,
         spacing="linear",
+        variance_reduction=True,
     ):
         if not noise_scale > 0:
             raise ModelError(
@@ -146,7 +144,13 @@ class MultiscaleDenoisingScoreMatching(Objective):
         self.min_noise_scale = min_noise_scale
         self.max_noise_scale = max_noise_scale
         self.spacing = spacing
+        self.variance_reduction = variance_reduction
         super().__init__(marginal)
+
+    @property
+    def offset_variance(self):
+        """Variance of a coordinate of ε/σ₀²."""
+        return 1.0 / self.noise_scale**4
 
     def levels(self, rng_key, num_rows):
         """Noise levels of the rows, one uniform draw in each of ``num_rows`` strata, shuffled."""
@@ -171,7 +175,23 @@ class MultiscaleDenoisingScoreMatching(Objective):
         levels, noise = problem.noise
         offset = {name: e / self.noise_scale**2 for name, e in noise.items()}
         scale = {k: problem.joint.rows_like(1.0 / levels, k, e) for k, e in noise.items()}
-        return jnp.mean(half_square(params, estimate, problem, offset, scale))
+        rows = half_square(params, estimate, problem, offset, scale)
+        if self.variance_reduction:
+            rows = rows - _control_variate(self, rng_key, params, problem, offset, scale)
+        return jnp.mean(rows)
+
+
+def _control_variate(objective, rng_key, params, problem, offset, scale):
+    """What ½‖c·s(ṽ) + o‖² owes to the noise at first order, c·s(v)·o + (‖o‖² - E‖o‖²)/2."""
+    joint, clean = problem.joint, problem.joint.unconstrain_visible()
+    # The key of the noised point: the same random numbers draw (nearly) the same particles.
+    estimate = objective.estimate(rng_key, params, problem._replace(unconstrained=clean))
+    scale = scale if isinstance(scale, dict) else dict.fromkeys(offset, scale)
+    direction = {name: scale[name] * offset[name] for name in offset}
+    _, along = jax.jvp(lambda u: estimate.log_density(params, u), (clean,), (direction,))
+    dimension = sum(jnp.size(x) for x in clean.values()) / joint.num_rows
+    expected = dimension * objective.offset_variance
+    return along + 0.5 * (joint.row_dot(offset, offset) - expected)
 
 
 def _noise_like(rng_key, sites):

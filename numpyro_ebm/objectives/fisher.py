@@ -139,13 +139,14 @@ class FisherDivergence(Objective):
         return found
 
     def energy_loss(self, rng_key, params, problem):
-        return jnp.mean(self.rows(rng_key, params, problem))
+        linear, square = self.terms(rng_key, params, problem)
+        return jnp.mean(linear - 0.5 * square)
 
     def _critic_loss(self, rng_key, params, own, problem):
-        return -jnp.mean(self.rows(rng_key, {**params, **own}, problem))
+        return -self.energy_loss(rng_key, {**params, **own}, problem)
 
-    def rows(self, rng_key, params, problem):
-        """The bracket of the equation for every row, (rows,), along one random direction."""
+    def terms(self, rng_key, params, problem):
+        """s·f + eᵀ(∂f/∂v)e and ‖f‖² for every row, (rows,) each, along one random direction e."""
         key_marginal, key_signs = jax.random.split(rng_key)
         joint, point = problem.joint, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)
@@ -164,13 +165,14 @@ class FisherDivergence(Objective):
             return g
 
         g, along = jax.jvp(network, (flat,), (signs,))
-        total = jnp.sum(along * signs, -1) - 0.5 * jnp.sum(g**2, -1)
-        weight = params[SCORE_WEIGHT] if self.residual else 0.0
+        linear, square = jnp.sum(along * signs, -1), jnp.sum(g**2, -1)
         direction = joint.unflatten(g)
         _, agreement = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (direction,))
-        total = total + (1.0 - weight) * agreement
+        linear = linear + agreement
         if self.residual:
-            square = 2.0 * half_square(params, estimate, problem)
+            weight = params[SCORE_WEIGHT]
+            score_square = 2.0 * half_square(params, estimate, problem)
             trace_of_score = second_derivative(params, estimate, problem, joint.unflatten(signs))
-            total = total + (weight - 0.5 * weight**2) * square + weight * trace_of_score
-        return total
+            linear = linear + weight * (score_square + trace_of_score)
+            square = square + weight**2 * score_square + 2.0 * weight * agreement
+        return linear, square

@@ -37,6 +37,7 @@ class FlowContrastive(NCE):
     :param int noise_ratio: ν, draws of the flow for each row.
     :param marginal: how latent sites are integrated out: ``Exact``, ``Enumerated`` or
         ``ImportanceBound``.
+    :param float init_log_normalizer: as for :class:`NCE`.
     :param flow_optim: optimiser of the flow; a copy of the energy's if ``None``.
     :param int num_flow_steps: its steps in each round.
     :param float likelihood_weight: weight of the flow's own negative log-likelihood in its loss.
@@ -78,6 +79,7 @@ class FlowContrastive(NCE):
         noise_ratio=1,
         marginal=None,
         *,
+        init_log_normalizer=None,
         flow_optim=None,
         num_flow_steps=1,
         likelihood_weight=0.0,
@@ -90,7 +92,7 @@ class FlowContrastive(NCE):
             raise ModelError(
                 f"FlowContrastive: `likelihood_weight` must not be negative: {likelihood_weight}."
             )
-        super().__init__(flow, noise_ratio, marginal)
+        super().__init__(flow, noise_ratio, marginal, init_log_normalizer=init_log_normalizer)
         self.likelihood_weight = likelihood_weight
         self.players = (
             Player("flow", self._flow_parameters, self._flow_loss, flow_optim, num_flow_steps),
@@ -107,8 +109,8 @@ class FlowContrastive(NCE):
                 "FlowContrastive: the flow has no parameters to train. Declare them with "
                 "`numpyro.param` in a function that returns the distribution, or use NCE."
             )
-        drawn = flow.distribution({name: value for name, (value, _) in found.items()})
-        for site, fn in (drawn if isinstance(drawn, dict) else {"v": drawn}).items():
+        values = {name: value for name, (value, _) in found.items()}
+        for site, fn in flow.site_distributions(values).items():
             if isinstance(fn, dist.Distribution) and not fn.has_rsample:
                 raise ModelError(
                     f"FlowContrastive: the flow's draws ('{site}', {type(fn).__name__}) are not "

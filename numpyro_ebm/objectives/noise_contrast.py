@@ -103,7 +103,7 @@ class NCE(_NoiseContrast):
 
     The objective's own parameter ``log_normalizer``, among the results of
     :class:`~numpyro_ebm.EnergySVI`, is an estimate of log Z(θ); :meth:`log_normalizer` adds its
-    standard error. It starts at the importance-sampling estimate of log Z by the noise.
+    standard error.
 
     With ``ImportanceBound`` the data term is an upper bound of the loss's (a lower bound on log p̃
     enters a decreasing function), and the noise term the importance-sampled one of VNCE, consistent
@@ -115,6 +115,9 @@ class NCE(_NoiseContrast):
     :param int noise_ratio: ν, noise draws for each row.
     :param marginal: how latent sites are integrated out: ``Exact``, ``Enumerated`` or
         ``ImportanceBound``.
+    :param float init_log_normalizer: where log Z starts; the importance-sampling estimate by the
+        noise if ``None``. The checkerboard of the VaGES paper starts at 0, far above the noise, and
+        leaves the first plateau sooner for it.
     :param noise_optim: optimiser of a noise with parameters; a copy of the energy's if ``None``.
     :param int num_noise_steps: its steps in each round.
     :raises ModelError: if ``noise_ratio`` is not a positive integer; when used, if the noise does
@@ -149,8 +152,18 @@ class NCE(_NoiseContrast):
 
     needs = "bound"
 
-    def __init__(self, noise, noise_ratio=1, marginal=None, *, noise_optim=None, num_noise_steps=1):
+    def __init__(
+        self,
+        noise,
+        noise_ratio=1,
+        marginal=None,
+        *,
+        noise_optim=None,
+        num_noise_steps=1,
+        init_log_normalizer=None,
+    ):
         super().__init__(noise, noise_ratio, marginal)
+        self.init_log_normalizer = init_log_normalizer
         if callable(noise):
             self.players = (
                 Player(
@@ -188,6 +201,10 @@ class NCE(_NoiseContrast):
     def own_parameters(self, rng_key, params, problem):
         if LOG_NORMALIZER in params:
             return {LOG_NORMALIZER: (params[LOG_NORMALIZER], constraints.real)}
+        if self.init_log_normalizer is not None:
+            return {
+                LOG_NORMALIZER: (jnp.asarray(self.init_log_normalizer, float), constraints.real)
+            }
         _, at_noise = self.contrast(rng_key, params, problem)
         start = logsumexp(at_noise) - math.log(at_noise.size)
         return {LOG_NORMALIZER: (start, constraints.real)}
@@ -210,7 +227,8 @@ class NCE(_NoiseContrast):
 
     def review(self, rng_key, params, model, guide, args, kwargs):
         problem = self.pose(rng_key, params, model, guide, args, kwargs)
-        self._warn_if_far(self.overlap(rng_key, params, problem))
+        overlap = jax.jit(lambda key, params: self.overlap(key, params, problem))
+        self._warn_if_far(overlap(rng_key, params))
 
     def _warn_if_far(self, overlap):
         if not_jax_tracer(overlap) and not overlap > LOW_OVERLAP:
@@ -320,6 +338,15 @@ class RankingNCE(_NoiseContrast):
     def __init__(self, noise, noise_ratio=10, marginal=None):
         super().__init__(noise, noise_ratio, marginal)
 
+    def check_sites(self, joint):
+        super().check_sites(joint)
+        names = sorted(self.read_noise(joint).parameters(jax.random.key(0)))
+        if names:
+            raise ModelError(
+                f"RankingNCE: the noise has the parameter(s) {', '.join(map(repr, names))}, and "
+                "RankingNCE trains no noise. Give it fixed, or use NCE."
+            )
+
     def energy_loss(self, rng_key, params, problem):
         at_data, at_noise = self.contrast(rng_key, params, problem)
         everyone = jnp.concatenate([at_data[None], at_noise])
@@ -332,7 +359,7 @@ class ConditionalNCE(Objective):
     .. math:: \mathcal L(θ) = E \log\big(1 + \tilde p(y; θ)/\tilde p(v; θ)\big), \qquad
         y = v + σε,\ ε \sim N(0, I)
 
-    The kernel cancels and so does log Z, covariates or not. As σ falls the gradient tends to σ²
+    The kernel cancels and so does log Z, covariates or not. As σ falls the gradient tends to σ²/4
     times that of score matching; a σ of the order of the data's own scale tells most.
 
     :param float noise_scale: σ, in the units of v (of its unconstrained coordinates on other

@@ -53,7 +53,7 @@ class KernelSteinDiscrepancy(Objective):
     :param str kernel: ``"rbf"``, :math:`\exp(-\|v - v'\|^2 / 2ℓ^2)`, or ``"imq"``,
         :math:`(1 + \|v - v'\|^2/ℓ^2)^{-1/2}`.
     :param bandwidth: ℓ, in the units of v, or ``"median"``: the median distance between the rows of
-        the batch.
+        the batch, over the pairs that are taken.
     :param str pairs: ``"all"`` for the n(n-1) pairs of the U-statistic; ``"halves"`` for the n/2
         pairs (v_i, v_{i+n/2}), as the authors of VaGES-KSD take (with bandwidth 0.1).
     :raises ModelError: if an option is unknown or ``bandwidth`` is not positive; when used, if a
@@ -127,7 +127,7 @@ class KernelSteinDiscrepancy(Objective):
         """1/ℓ²."""
         if self.bandwidth != "median":
             return 1.0 / self.bandwidth**2
-        return 1.0 / jnp.median(stop_gradient(square_distances))
+        return 1.0 / jnp.median(jnp.sqrt(stop_gradient(square_distances))) ** 2
 
     def _all_pairs(self, points, scores):
         """Weights z_j of s_j, with Σ_j z_j·s_j + rest = KSD and 2 Σ_j z_j·∂s_j its gradient."""

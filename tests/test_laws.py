@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws over every objective of the library, whatever its kind.
+
+What an objective estimates is held against its formula elsewhere (the registry of test_objectives
+for those made of scores; a file of its own for each other kind). Here: jit equals eager, NumPyro's
+SVI and EnergySVI arrive at the same place, invalid marginals raise and name the valid ones, what
+has no place in plain SVI says so, and every objective can be printed, stored and resumed.
+"""
+
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import oracles
+import pytest
+from numpyro.distributions import constraints
+from numpyro.infer import SVI
+
+import numpyro_ebm as ebm
+from numpyro_ebm import objectives
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+NOISE = dist.Normal(0.0, 1.5)
+
+
+def flow():
+    scale = numpyro.param("flow_scale", 1.0, constraint=constraints.positive)
+    return dist.Normal(0.0, scale)
+
+
+class Member(NamedTuple):
+    """An objective.
+
+    - **make** - marginal -> objective.
+    - **discrete** - whether it learns discrete visible sites (else real ones).
+    - **marginals** - names of the marginals it is valid for.
+    - **sigma** - the standard deviation that is added to the data's (denoising), for the optimum.
+    - **plain** - whether plain SVI can train it.
+    """
+
+    make: Callable
+    discrete: bool = False
+    marginals: tuple = ("Exact", "Enumerated", "VaGES", "ImportanceBound", "Unrolled")
+    sigma: float = 0.0
+    plain: bool = True
+
+
+VALUE = ("Exact", "Enumerated")
+BOUND = (*VALUE, "ImportanceBound")
+
+
+def mala(model):
+    return ebm.MALA(model, step_size=0.5)
+
+
+MEMBERS = {
+    "ScoreMatching": Member(ebm.ScoreMatching),
+    "SlicedScoreMatching": Member(partial(ebm.SlicedScoreMatching, 1)),
+    "DenoisingScoreMatching": Member(partial(ebm.DenoisingScoreMatching, 0.3), sigma=0.3),
+    "MultiscaleDenoisingScoreMatching": Member(
+        lambda marginal=None: ebm.MultiscaleDenoisingScoreMatching(
+            0.3, marginal, min_noise_scale=0.3, max_noise_scale=0.3
+        ),
+        sigma=0.3,
+    ),
+    "KernelSteinDiscrepancy": Member(ebm.KernelSteinDiscrepancy),
+    "FisherDivergence": Member(
+        lambda marginal=None: ebm.FisherDivergence(None, marginal), plain=False
+    ),
+    "NCE": Member(partial(ebm.NCE, NOISE, 1), marginals=BOUND, plain=False),
+    "FlowContrastive": Member(partial(ebm.FlowContrastive, flow, 1), marginals=BOUND, plain=False),
+    "RankingNCE": Member(partial(ebm.RankingNCE, NOISE, 5), marginals=VALUE),
+    "ConditionalNCE": Member(partial(ebm.ConditionalNCE, 1.0, 3), marginals=VALUE),
+    "ContrastiveDivergence": Member(partial(ebm.ContrastiveDivergence, mala, 5)),
+    "MaximumLikelihood": Member(ebm.MaximumLikelihood, marginals=VALUE),
+    "EnergyDiscrepancy": Member(
+        lambda marginal=None: ebm.EnergyDiscrepancy(1.0, 8, marginal=marginal), marginals=VALUE
+    ),
+    "PseudoLikelihood": Member(ebm.PseudoLikelihood, discrete=True, marginals=VALUE),
+    "RatioMatching": Member(ebm.RatioMatching, discrete=True, marginals=VALUE),
+}
+
+MARGINALS = {
+    "Exact": ebm.Exact,
+    "Enumerated": ebm.Enumerated,
+    "VaGES": partial(ebm.VaGES, 3),
+    "ImportanceBound": partial(ebm.ImportanceBound, 3),
+    "Unrolled": partial(ebm.Unrolled, 2),
+}
+
+
+def test_every_objective_is_a_member():
+    exported = {
+        x.__name__
+        for module in (ebm, objectives)
+        for x in vars(module).values()
+        if isinstance(x, type)
+        and issubclass(x, objectives.Objective)
+        and x is not objectives.Objective
+    }
+    assert exported == set(MEMBERS)
+    assert {type(member.make()).__name__ for member in MEMBERS.values()} == exported
+
+
+# Models with and without latents, of either kind, with one parameter each.
+
+
+def gaussian(data):
+    precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * v**2)
+
+
+def pair(data):
+    coupling = numpyro.param("precision", 0.1)
+    with numpyro.plate("data", len(data)):
+        x = numpyro.sample("v", ebm.Counting(event_shape=(2,)), obs=data)
+        s = 2.0 * x - 1.0
+        ebm.energy("E", -coupling * s[:, 0] * s[:, 1])
+
+
+def mixture(data):
+    """A binary latent beside the visible site, real or discrete."""
+    shift = numpyro.param("precision", 1.0)
+    discrete = jnp.issubdtype(data.dtype, jnp.integer)
+    shape = (2,) if discrete else ()
+    with numpyro.plate("data", len(data)):
+        base = ebm.Counting(event_shape=shape) if discrete else ebm.Lebesgue()
+        v = numpyro.sample("v", base, obs=data)
+        h = numpyro.sample("h", ebm.Counting())
+        x = jnp.sum(2.0 * v - 1.0, -1) if discrete else v
+        ebm.energy("E", 0.5 * x**2 - shift * h * x + 0.2 * h)
+
+
+def guide(data):
+    slope = numpyro.param("slope", 1.0)
+    with numpyro.plate("data", len(data)):
+        v = ebm.visible("v", data)
+        x = jnp.sum(2.0 * v - 1.0, -1) if jnp.ndim(v) > 1 else v
+        numpyro.sample("h", dist.Bernoulli(logits=slope * x - 0.2))
+
+
+def rows(member, num=400):
+    rng = np.random.default_rng(0)
+    if member.discrete:
+        first = rng.integers(0, 2, size=num)
+        same = rng.random(num) < 0.8
+        return jnp.asarray(np.stack([first, np.where(same, first, 1 - first)], -1))
+    return jnp.asarray(0.7 * rng.normal(size=num))
+
+
+def all_params(objective, model, reader, data, params):
+    """The parameters with those of the objective's own, at their initial values."""
+    key = jax.random.key(0)
+    problem = objective.pose(key, params, model, reader, (data,), {})
+    for player in objective.players:
+        params = {**params, **{k: v[0] for k, v in player.parameters(key, problem).items()}}
+    own = objective.own_parameters(key, params, problem)
+    return {**params, **{k: v[0] for k, v in own.items()}}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("NCE", "PseudoLikelihood") else pytest.param(name, marks=pytest.mark.slow)
+        for name in MEMBERS
+    ],
+)
+def test_jit_equals_eager(name):
+    member = MEMBERS[name]
+    objective, data = member.make(), rows(member, 6)
+    model = pair if member.discrete else gaussian
+    params = all_params(objective, model, None, data, {"precision": jnp.asarray(0.7)})
+
+    def of(params, data):
+        loss = lambda p: objective.loss(jax.random.key(1), p, model, None, data)  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    eager, jitted = of(params, data), oracles.jit(of)(params, data)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-10), eager, jitted
+    )
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("marginal", ["Enumerated", "VaGES", "ImportanceBound", "Unrolled"])
+def test_marginals_serve_or_are_refused_by_name(name, marginal):
+    member = MEMBERS[name]
+    objective, data = member.make(MARGINALS[marginal]()), rows(member, 6)
+    params = {"precision": jnp.asarray(0.7), "slope": jnp.asarray(0.5)}
+
+    def of():
+        full = all_params(objective, mixture, guide, data, params)
+        # The gradient at a critic of zero, where it starts, is zero.
+        full = {k: v if k in params else v + 0.3 for k, v in full.items()}
+        loss = lambda p: objective.loss(jax.random.key(1), p, mixture, guide, data)  # noqa: E731
+        return jax.value_and_grad(loss)(full)
+
+    if marginal in member.marginals:
+        value, gradient = oracles.jit(of)()
+        assert np.isfinite(value)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+        assert gradient["precision"] != 0
+        return
+    with pytest.raises(ebm.ModelError, match=r"(?s)" + type(objective).__name__) as error:
+        of()
+    assert any(f"{valid}()" in str(error.value) for valid in member.marginals)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_exact_is_for_models_without_latents(name):
+    member = MEMBERS[name]
+    with pytest.raises(ebm.ModelError, match=r"Exact\(\) is for models without latent sites"):
+        member.make(ebm.Exact()).loss(
+            jax.random.key(0), {"precision": 1.0}, mixture, None, rows(member, 6)
+        )
+
+
+def optimum(member, data):
+    """What each objective tends to on these rows: the moment or the coupling they ask for."""
+    if member.discrete:
+        return np.arctanh(np.mean((2 * data[:, 0] - 1) * (2 * data[:, 1] - 1)))
+    return 1 / (np.mean(np.asarray(data) ** 2) + member.sigma**2)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_svi_and_energy_svi_agree_at_the_optimum(name):
+    """One parameter, for which every objective has (nearly) the same minimiser."""
+    member = MEMBERS[name]
+    data = rows(member, 500 if name == "KernelSteinDiscrepancy" else 2_000)  # it is quadratic
+    model = pair if member.discrete else gaussian
+    steps = numpyro.optim.Adam(lambda i: 0.1 / (1 + 0.02 * i))
+    fit = ebm.EnergySVI(model, None, steps, member.make()).run(
+        jax.random.key(1), 400, data, progress_bar=False
+    )
+    results = [fit.params["precision"]]
+    svi = SVI(model, None, steps, loss=member.make())
+    if member.plain:
+        results.append(
+            svi.run(jax.random.key(2), 400, data, progress_bar=False).params["precision"]
+        )
+    else:
+        with pytest.raises(ebm.ModelError, match="numpyro_ebm.EnergySVI"):
+            svi.run(jax.random.key(2), 2, data, progress_bar=False)
+    # 2,000 rows tell the parameter to 3%; objectives differ by less than that, and by their noise.
+    np.testing.assert_allclose(results, optimum(member, data), rtol=0.12)
+
+
+def test_persistent_chains_have_no_place_in_svi():
+    objective = ebm.ContrastiveDivergence(mala, persistent=True)
+    svi = SVI(gaussian, None, numpyro.optim.Adam(0.1), loss=objective)
+    with pytest.raises(ebm.ModelError, match="keeps a state.*numpyro_ebm.EnergySVI"):
+        svi.run(jax.random.key(0), 2, rows(MEMBERS["NCE"], 10), progress_bar=False)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_repr_names_the_objective_and_its_options(name):
+    objective = MEMBERS[name].make()
+    assert repr(objective).startswith(name + "(")
+    assert "marginal=" in repr(objective)
+    assert "players" not in repr(objective)
+
+
+@pytest.mark.parametrize("name", ["NCE", "FlowContrastive", "FisherDivergence"])
+def test_a_player_named_as_the_model_is_refused_or_shared(name):
+    """The noise's parameters may not be called like the energy's."""
+
+    def clashing():
+        scale = numpyro.param("precision", 1.0, constraint=constraints.positive)
+        return dist.Normal(0.0, scale)
+
+    make = {
+        "NCE": lambda: ebm.NCE(clashing),
+        "FlowContrastive": lambda: ebm.FlowContrastive(clashing),
+        "FisherDivergence": lambda: ebm.FisherDivergence(
+            lambda v: v * numpyro.param("precision", 1.0)
+        ),
+    }[name]
+    svi = ebm.EnergySVI(gaussian, None, numpyro.optim.Adam(0.1), make())
+    with pytest.raises(ebm.ModelError, match=r"parameters named \['precision'\].*rename"):
+        svi.init(jax.random.key(0), rows(MEMBERS["NCE"], 10))
+
+
+def test_states_pickle_and_resume_with_everything():
+    """Flow, its optimiser, log Z and chains are all in the state."""
+    data = rows(MEMBERS["NCE"], 60)
+    for make in (
+        lambda: ebm.FlowContrastive(flow),
+        lambda: ebm.FisherDivergence(),
+        lambda: ebm.ContrastiveDivergence(mala, persistent=True, reset_probability=0.1),
+    ):
+        svi = ebm.EnergySVI(gaussian, None, numpyro.optim.Adam(0.05), make())
+        run = partial(svi.run, jax.random.key(3), batch_size=20, progress_bar=False)
+        whole = run(9, data)
+        first = run(4, data)
+        leaves, tree = jax.tree.flatten(first.state)
+        is_key = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+        stored = pickle.dumps(
+            [
+                np.asarray(jax.random.key_data(x) if k else x)
+                for x, k in zip(leaves, is_key, strict=True)
+            ]
+        )
+        leaves = [
+            jax.random.wrap_key_data(x) if k else jnp.asarray(x)
+            for x, k in zip(pickle.loads(stored), is_key, strict=True)
+        ]
+        second = run(5, data, init_state=jax.tree.unflatten(tree, leaves))
+        np.testing.assert_array_equal(
+            np.concatenate([first.losses, second.losses]), np.asarray(whole.losses)
+        )
+        jax.tree.map(np.testing.assert_array_equal, second.params, whole.params)
