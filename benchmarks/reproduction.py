@@ -21,15 +21,14 @@ os.environ.setdefault(
     "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=3000000",
 )
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import numpyro  # noqa: E402
-import numpyro.distributions as dist  # noqa: E402
-import optax  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import optax
 
-import numpyro_ebm as ebm  # noqa: E402
-from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood  # noqa: E402
+import numpyro_ebm as ebm
+from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
 
 BATCH_SIZE, NUM_LOOKS = 100, 50
 RESULTS = Path(__file__).parent / "reproduction.json"

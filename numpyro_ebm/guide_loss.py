@@ -34,8 +34,8 @@ class RelaxedELBO:
 
     :param float temperature: τ of the relaxation.
     :param bool path_derivative: whether φ inside log q is held constant, as above. Without, the
-        gradient has a second term of mean zero, but can itself be differentiated, as
-        :class:`~numpyro_ebm.Unrolled` does.
+        gradient has a second term, of a mean that vanishes with τ², but can itself be
+        differentiated, as :class:`~numpyro_ebm.Unrolled` does.
     :raises ModelError: when used with a latent site that the guide does not draw from a Bernoulli
         (possibly with ``to_event``).
 

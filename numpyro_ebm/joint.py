@@ -194,13 +194,14 @@ class Joint:
         return {k: jnp.moveaxis(x, 0, self.row_axis(k, x)) for k, x in rows.items()}
 
     def flatten(self, unconstrained):
-        """All coordinates of a row in one vector, (rows, dimension), sites in their order."""
-        rows = self.to_rows(unconstrained)
-        return jnp.concatenate([x.reshape(self.num_rows, -1) for x in rows.values()], -1)
+        """All coordinates of a row in one vector, (rows, dimension), sites sorted by name."""
+        rows = self.to_rows(unconstrained)  # gradients and compiled functions sort dicts as well
+        return jnp.concatenate([rows[k].reshape(self.num_rows, -1) for k in sorted(rows)], -1)
 
     def unflatten(self, flat):
         """Undo :meth:`flatten` for the visible sites."""
         like = jax.eval_shape(lambda: self.to_rows(self.unconstrain_visible()))
+        like = {name: like[name] for name in sorted(like)}
         sizes = [np.size(x) // self.num_rows for x in like.values()]
         parts = jnp.split(flat, np.cumsum(sizes)[:-1], axis=-1)
         rows = {

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/quickstart.md", "docs/language.md", "docs/marginals.md"]
+PAGES = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/language.md",
+    "docs/marginals.md",
+    "docs/objectives.md",
+]
 
 
 def same(printed, shown):

@@ -25,7 +25,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
-from numpyro.util import find_stack_level
+from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
@@ -387,7 +387,7 @@ class EnergySVI(SVI):
                 for name, value in values.items()
             }
 
-        values = jax.jit(initial_values, compiler_options=_compiler_options())(key_init)
+        values = _compiled(initial_values, key_init, args, kwargs)
         self.constrain_fn = partial(
             transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
         )
@@ -415,7 +415,7 @@ class EnergySVI(SVI):
             problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
             return self.loss.init_state(key_state, params, problem)
 
-        kept = jax.jit(first, compiler_options=_compiler_options())(state)
+        kept = _compiled(first, state, args, kwargs)
         return state._replace(objective_state=kept)
 
     def _player_states(self, state):
@@ -530,6 +530,13 @@ def _next_length(length, seconds):
     if seconds > SECONDS_PER_LOOK * 2:
         return max(1, int(length * SECONDS_PER_LOOK / seconds))
     return length
+
+
+def _compiled(fn, argument, *closed_over):
+    """``fn(argument)`` as one program; inside of a user's own ``jit``, as a part of that."""
+    if all(map(not_jax_tracer, jax.tree.leaves((argument, closed_over)))):
+        fn = jax.jit(fn, compiler_options=_compiler_options())
+    return fn(argument)
 
 
 def _compiler_options():

@@ -37,7 +37,9 @@ class Unrolled(Marginal):
 
     :param int num_steps: N, the unrolled steps of the guide.
     :param float step_size: α, the step size of these plain gradient steps on the guide's
-        unconstrained parameters, for its loss as a mean over rows.
+        unconstrained parameters, for its loss as a mean over rows. If ``None``: 1 for discrete
+        latents, where the loss is no steeper than a logistic regression's, and 0.1 for continuous
+        ones. Too large a step diverges, too small a one leaves the bias of N = 0.
     :param int num_particles: particles for the value and, independently, for the derivative.
     :param guide_loss: G: a NumPyro ELBO, :class:`~numpyro_ebm.RelaxedELBO` with
         ``path_derivative=False``, or :class:`~numpyro_ebm.PosteriorScore`. If ``None``:
@@ -52,19 +54,19 @@ class Unrolled(Marginal):
 
     >>> import numpyro_ebm as ebm
     >>> ebm.Unrolled(num_steps=5)
-    Unrolled(num_steps=5, step_size=1.0, num_particles=1, guide_loss=None)
+    Unrolled(num_steps=5, step_size=None, num_particles=1, guide_loss=None)
     >>> bi_dsm = ebm.DenoisingScoreMatching(0.05, marginal=ebm.Unrolled(num_steps=5))
     """
 
     needs_guide = True
     value = None
 
-    def __init__(self, num_steps=5, *, step_size=1.0, num_particles=1, guide_loss=None):
+    def __init__(self, num_steps=5, *, step_size=None, num_particles=1, guide_loss=None):
         if not isinstance(num_steps, int) or num_steps < 0:
             raise ModelError(
                 f"Unrolled: `num_steps` must be an integer of at least 0, got {num_steps!r}."
             )
-        if not step_size > 0:
+        if step_size is not None and not step_size > 0:
             raise ModelError(f"Unrolled: `step_size` must be positive, got {step_size}.")
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ModelError(
@@ -120,6 +122,9 @@ class Unrolled(Marginal):
         }
         start = {name: transforms[name].inv(stop_gradient(params[name])) for name in transforms}
         guide_loss = self._loss(problem) if self.num_steps else None
+        step_size = self.step_size
+        if step_size is None:
+            step_size = 1.0 if all(site.is_discrete for site in joint.latent.values()) else 0.1
 
         def constrain(free):
             return {name: transforms[name](x) for name, x in free.items()}
@@ -134,7 +139,7 @@ class Unrolled(Marginal):
 
             def step(free, rng_key):
                 gradient = jax.grad(loss)(free, rng_key)
-                move = lambda x, g: x - self.step_size * g  # noqa: E731
+                move = lambda x, g: x - step_size * g  # noqa: E731
                 return jax.tree.map(move, free, gradient), None
 
             free = start

@@ -98,7 +98,7 @@ class MaximumLikelihood(Objective):
     def _coordinates(self, joint):
         """Values of every discrete coordinate of a row, and how many coordinates are real."""
         values, num_real = [], 0
-        for name, x in jax.eval_shape(joint.unconstrain_visible).items():
+        for name, x in sorted(jax.eval_shape(joint.unconstrain_visible).items()):
             size = np.size(x) // joint.num_rows
             if joint.visible[name].is_discrete:
                 values += [_values(joint.visible[name])] * size
@@ -113,7 +113,7 @@ class MaximumLikelihood(Objective):
         """
         flat = stop_gradient(joint.flatten(joint.unconstrain_visible()))
         columns, log_weights, start = [], [], 0
-        for name, x in jax.eval_shape(joint.unconstrain_visible).items():
+        for name, x in sorted(jax.eval_shape(joint.unconstrain_visible).items()):
             size = np.size(x) // joint.num_rows
             for i in range(start, start + size):
                 if joint.visible[name].is_discrete:
@@ -166,15 +166,18 @@ class MaximumLikelihood(Objective):
         return jnp.mean(self.log_normalizer(params, problem) - here + log_det)
 
     def review(self, rng_key, params, model, guide, args, kwargs):
-        problem = self.pose(rng_key, params, model, guide, args, kwargs)
-        if self._coordinates(problem.joint)[1] == 0:
+        if self._coordinates(self.pose(rng_key, params, model, guide, args, kwargs).joint)[1] == 0:
             return
-        full = self.log_normalizer(params, problem)
-        for which, nodes in (
-            ("half of them", {"every": 2}),
-            ("those of the inner half of their reach", {"reach": 0.5 * REACH}),
-        ):
-            other = self.log_normalizer(params, problem, **nodes)
+
+        @jax.jit
+        def normalizers(params):
+            problem = self.pose(rng_key, params, model, guide, args, kwargs)
+            ways = {}, {"every": 2}, {"reach": 0.5 * REACH}
+            return [self.log_normalizer(params, problem, **way) for way in ways]
+
+        full, *others = map(np.asarray, normalizers(params))
+        names = "half of them", "those of the inner half of their reach"
+        for other, which in zip(others, names, strict=True):
             if np.max(np.abs(full - other)) < TOLERANCE:
                 continue
             warnings.warn(

@@ -271,10 +271,10 @@ class NCE(_NoiseContrast):
         if LOG_NORMALIZER not in params:
             raise ModelError(f"`params` lacks '{LOG_NORMALIZER}', the log Z that NCE learns.")
         key_pose, key_draw = jax.random.split(rng_key)
-        problem = self.pose(key_pose, params, model, guide, args, kwargs)
+        read_once = self.pose(key_pose, params, model, guide, args, kwargs)
         learned = {LOG_NORMALIZER}
         if not parameters_known:
-            learned |= {name for name in problem.joint.parameters if name in params}
+            learned |= {name for name in read_once.joint.parameters if name in params}
         own = {name: jnp.asarray(params[name]) for name in sorted(learned)}
         flat, unravel = ravel_pytree(own)
         if flat.size > MOST_PARAMETERS:
@@ -285,6 +285,8 @@ class NCE(_NoiseContrast):
 
         @jax.jit
         def moments(flat):
+            problem = self.pose(key_pose, params, model, guide, args, kwargs)
+
             def contrast(flat):
                 return self.contrast(key_draw, {**params, **unravel(flat)}, problem)
 
@@ -294,14 +296,15 @@ class NCE(_NoiseContrast):
             gradients = jax.jacfwd(rows)(flat)
             hessian = jax.jacfwd(jax.grad(lambda x: jnp.mean(rows(x))))(flat)
             to_model = jnp.mean(jax.jacfwd(lambda x: contrast(x)[0])(flat), 0)
-            return gradients, hessian, to_model, contrast(flat)[1]
+            direction = jax.grad(lambda x: unravel(x)[LOG_NORMALIZER])(flat) - to_model
+            centred = gradients - jnp.mean(gradients, 0)
+            influence = centred @ jnp.linalg.pinv(hessian) @ direction
+            num = influence.shape[0]
+            mcse = jnp.sqrt(jnp.sum(influence**2) / (num * (num - 1)))
+            return mcse, contrast(flat)[1], self.overlap(key_draw, params, problem)
 
-        gradients, hessian, to_model, at_noise = moments(flat)
-        direction = jax.grad(lambda x: unravel(x)[LOG_NORMALIZER])(flat) - to_model
-        influence = (gradients - jnp.mean(gradients, 0)) @ jnp.linalg.pinv(hessian) @ direction
-        num = influence.shape[0]
-        mcse = jnp.sqrt(jnp.sum(influence**2) / (num * (num - 1)))
-        self._warn_if_far(self.overlap(key_draw, params, problem))
+        mcse, at_noise, overlap = moments(flat)
+        self._warn_if_far(overlap)
         ess = jnp.exp(2 * logsumexp(at_noise) - logsumexp(2 * at_noise))
         return LogNormalizer(params[LOG_NORMALIZER], mcse, ess, "NCE")
 
