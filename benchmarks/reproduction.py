@@ -23,6 +23,7 @@ os.environ.setdefault(
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
@@ -158,6 +159,67 @@ def run(methods, seeds, num_steps, learning_rate, results=RESULTS):
             )
 
 
+PANELS = {
+    "likelihood and scores": ["ML", "CD-1", "PCD-1", "SM", "SSM", "DSM", "Fisher"],
+    "latents by a guide": ["DSM", "VaGES-DSM", "VaGES-SSM", "BiDSM, N=5", "BiSSM, N=5", "VNCE"],
+    "noise contrast and energy discrepancy": ["NCE", "RankingNCE", "ConditionalNCE", "FCE", "ED"],
+    "Stein discrepancies": [
+        "KSD, all pairs",
+        "KSD, all pairs, IMQ",
+        "VaGES-KSD, all pairs, L=2",
+        "KSD",
+        "VaGES-KSD, L=2",
+        "IS-KSD, L=2",
+    ],
+}
+MARKS = (10_000, 20_000, 50_000, 60_000, 100_000)
+
+
+def table(found):
+    """A row for each method: log-likelihood at the marks, and when it first passes 0.32."""
+    print("| method | " + " | ".join(f"{n // 1000}k" for n in MARKS) + " | first ≥ 0.32 | seeds |")
+    print("|---|" + "---|" * (len(MARKS) + 2))
+    for name in [*METHODS, *(set(found) - set(METHODS))]:
+        if name not in found:
+            continue
+        runs = found[name].values()
+        cells = []
+        for mark in MARKS:
+            values = [dict(zip(r["steps"], r["log_likelihood"], strict=True))[mark] for r in runs]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}")
+        first = [
+            next((n for n, x in zip(r["steps"], r["log_likelihood"], strict=True) if x >= 0.32), 0)
+            for r in runs
+        ]
+        when = f"{np.mean(first):,.0f}" if all(first) else "not by all" if any(first) else "never"
+        print(f"| {name} | " + " | ".join(cells) + f" | {when} | {len(first)} |")
+
+
+def draw(results, out):
+    import matplotlib.pyplot as plt
+
+    found = json.loads(results.read_text())
+    table(found)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    for axis, (title, names) in zip(axes.ravel(), PANELS.items(), strict=True):
+        for name in [name for name in names if name in found]:
+            runs = list(found[name].values())
+            steps = np.asarray(runs[0]["steps"]) / 1000
+            curves = np.asarray([run["log_likelihood"] for run in runs])
+            (line,) = axis.plot(steps, curves.mean(0), label=name)
+            low, high = curves.min(0), curves.max(0)
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.axhline(0.335, color="0.4", linestyle=":", linewidth=1)
+        axis.set(title=title, ylim=(-0.62, 0.38))
+        axis.legend(fontsize=8, loc="lower right", frameon=False)
+    for axis in axes[1]:
+        axis.set_xlabel("thousand steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("exact test log-likelihood, nats")
+    figure.savefig(out, dpi=130)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -167,7 +229,13 @@ if __name__ == "__main__":
     learner.add_argument("--num-steps", type=int, default=100_000)
     learner.add_argument("--learning-rate", type=float, default=1e-3)
     learner.add_argument("--results", type=Path, default=RESULTS)
+    artist = commands.add_parser("draw")
+    artist.add_argument("--results", type=Path, default=RESULTS)
+    artist.add_argument("--out", type=Path, default=Path("reproduction.png"))
     arguments = parser.parse_args()
+    if arguments.command == "draw":
+        draw(arguments.results, arguments.out)
+        raise SystemExit
     run(
         arguments.methods,
         arguments.seeds,

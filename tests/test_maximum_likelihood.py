@@ -382,7 +382,14 @@ def test_the_error_falls_exponentially_in_the_number_of_nodes():
 
 def reviewed(model, data, **params):
     """What is said at the end of a run with this result."""
-    ebm.MaximumLikelihood().review(KEY, params, model, None, (jnp.asarray(data),), {})
+    objective = ebm.MaximumLikelihood()
+
+    @jit
+    def statistics(params):
+        problem = objective.pose(KEY, params, model, None, (jnp.asarray(data),), {})
+        return objective.statistics(KEY, params, problem)
+
+    objective.review(statistics(params))
 
 
 DATA = np.random.default_rng(0).normal(size=200)

@@ -148,6 +148,10 @@ class EnergySVI(SVI):
             self._chunk, static_argnames=("minibatches",), compiler_options=_compiler_options()
         )
 
+        self._run_statistics = jax.jit(
+            self._statistics, static_argnames=("minibatches",), compiler_options=_compiler_options()
+        )
+
     # NumPyro's SVI protocol
 
     def init(self, rng_key, *args, init_params=None, **kwargs):
@@ -330,7 +334,7 @@ class EnergySVI(SVI):
                 result,
             )
             warnings.warn(warning, stacklevel=find_stack_level())
-        else:
+        elif type(self.loss).statistics is not Objective.statistics:
             self._review(result, minibatches, arrays)
         return result
 
@@ -438,12 +442,19 @@ class EnergySVI(SVI):
 
     def _review(self, result, minibatches, arrays):
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
-        minibatches = minibatches.resized(max(REVIEW_ROWS, minibatches.batch_size))
-        indices = minibatches.indices(result.state.rng_key, 0, 1)
-        args, kwargs = minibatches.batch(arrays, indices, 0)
-        key = jax.random.fold_in(result.state.rng_key, REVIEW_STREAM)
+        size = max(REVIEW_ROWS, minibatches.batch_size)
+        options = {"stable_update": False, "forward_mode": False}
+        minibatches = minibatches.resized(size)._replace(**options)
+        statistics = self._run_statistics(result.state, arrays, minibatches=minibatches)
+        self.loss.review(statistics)
+
+    def _statistics(self, state, arrays, *, minibatches):
+        args, kwargs = minibatches.batch(arrays, minibatches.indices(state.rng_key, 0, 1), 0)
         kwargs = {**kwargs, **self.static_kwargs}
-        self.loss.review(key, result.params, self.model, self.guide, args, kwargs)
+        params = self.get_params(state)
+        key_pose, key_look = jax.random.split(jax.random.fold_in(state.rng_key, REVIEW_STREAM))
+        problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+        return self.loss.statistics(key_look, params, problem)
 
     def _fit_guide(self, rng_key, params, guide_optim_state, problem):
         guide_loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss

@@ -105,8 +105,12 @@ class Objective(ABC):
         """What happens before the energy's step: ``(problem, state)`` of this round."""
         return problem, state
 
-    def review(self, rng_key, params, model, guide, args, kwargs):
-        """Warn, at the end of a run, of what its result shows to be wrong."""
+    def statistics(self, rng_key, params, problem):
+        """What :meth:`review` wants to know at the end of a run; a pytree of arrays."""
+        return None
+
+    def review(self, statistics):
+        """Warn of what the statistics of a run's result show to be wrong."""
         return None
 
     def pose(self, rng_key, params, model, guide, args, kwargs):

@@ -165,17 +165,17 @@ class MaximumLikelihood(Objective):
         _, log_det = problem.joint.constrain(problem.unconstrained)
         return jnp.mean(self.log_normalizer(params, problem) - here + log_det)
 
-    def review(self, rng_key, params, model, guide, args, kwargs):
-        if self._coordinates(self.pose(rng_key, params, model, guide, args, kwargs).joint)[1] == 0:
+    def statistics(self, rng_key, params, problem):
+        """log Z with all nodes, with half of them, and with a reach of half the width."""
+        if self._coordinates(problem.joint)[1] == 0:
+            return []
+        ways = {}, {"every": 2}, {"reach": 0.5 * REACH}
+        return [self.log_normalizer(params, problem, **way) for way in ways]
+
+    def review(self, statistics):
+        if not statistics:
             return
-
-        @jax.jit
-        def normalizers(params):
-            problem = self.pose(rng_key, params, model, guide, args, kwargs)
-            ways = {}, {"every": 2}, {"reach": 0.5 * REACH}
-            return [self.log_normalizer(params, problem, **way) for way in ways]
-
-        full, *others = map(np.asarray, normalizers(params))
+        full, *others = map(np.asarray, statistics)
         names = "half of them", "those of the inner half of their reach"
         for other, which in zip(others, names, strict=True):
             if np.max(np.abs(full - other)) < TOLERANCE:

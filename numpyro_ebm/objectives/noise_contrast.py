@@ -225,12 +225,11 @@ class NCE(_NoiseContrast):
         mixed = jnp.mean(doubt(at_data)) + self.noise_ratio * jnp.mean(doubt(at_noise))
         return mixed * (1 + self.noise_ratio) / self.noise_ratio
 
-    def review(self, rng_key, params, model, guide, args, kwargs):
-        problem = self.pose(rng_key, params, model, guide, args, kwargs)
-        overlap = jax.jit(lambda key, params: self.overlap(key, params, problem))
-        self._warn_if_far(overlap(rng_key, params))
+    def statistics(self, rng_key, params, problem):
+        return self.overlap(rng_key, params, problem)
 
-    def _warn_if_far(self, overlap):
+    def review(self, statistics):
+        overlap = statistics
         if not_jax_tracer(overlap) and not overlap > LOW_OVERLAP:
             warnings.warn(
                 FarNoiseWarning(
@@ -304,7 +303,7 @@ class NCE(_NoiseContrast):
             return mcse, contrast(flat)[1], self.overlap(key_draw, params, problem)
 
         mcse, at_noise, overlap = moments(flat)
-        self._warn_if_far(overlap)
+        self.review(overlap)
         ess = jnp.exp(2 * logsumexp(at_noise) - logsumexp(2 * at_noise))
         return LogNormalizer(params[LOG_NORMALIZER], mcse, ess, "NCE")
 
