@@ -19,10 +19,10 @@ format:  ## mend what can be mended
 	$(PYTHON) -m ruff format .
 
 test:  ## the default suite, with the docstring examples
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 slow:  ## the long-running laws
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 2 -m slow
 
 docs:  ## the manual, in docs/_build/html
 	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -62,7 +62,7 @@ class Loop:
         self.learning_rate, self.betas = learning_rate, betas
         self.unravel, vectors = [], []
         for values in (params, *players):
-            vector, unravel = ravel_pytree(values)
+            vector, unravel = ravel_pytree(jax.tree.map(jnp.array, values))  # donated below
             vectors.append((vector, jnp.zeros_like(vector), jnp.zeros_like(vector)))
             self.unravel.append(unravel)
         kept = method.start(jnp.array(data[:batch]))
@@ -151,11 +151,15 @@ def grbm_free(p, v):
 
 
 def log_joint(p, v, h):
-    return h @ p["c"] + jnp.sum((v @ p["W"]) * h, -1) - bowl(p, v)
+    return jnp.sum((p["c"] + v @ p["W"]) * h, -1) - bowl(p, v)
 
 
 def grbm_states(p, v):
-    """log p̃(v) as a sum over all states of h."""
+    """log p̃(v) as a sum over all states of h.
+
+    From 2,304 rows on, as for `maximum_likelihood`, jaxlib 0.10.2 gets it wrong on a CPU, unless
+    ``XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=``.
+    """
     return logsumexp(jax.vmap(lambda h: log_joint(p, v, h))(jnp.asarray(STATES)), axis=0)
 
 

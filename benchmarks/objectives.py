@@ -4,8 +4,10 @@
 A Gaussian-Bernoulli RBM of two visible and four hidden units on the checkerboard, an Ising model
 with all 120 couplings for the discrete objectives; batches of 100, Adam. First both programs run at
 fixed parameters on the same rows, where their losses and gradients have to agree; then they take
-turns on one core, whose time is taken: others may want it too. The loop (`loops.py`) sums the hidden units in closed form; a second one sums
-what the library's model sums, 16 states of h or 16 neighbours, one by one.
+turns on one core. Its processor time is counted, since others may want it too, and what a call of
+`run` costs whatever its length is left out and printed beside. The loop (`loops.py`) sums the
+hidden units in closed form; a second one sums what the library's model sums, 16 states of h or 16
+neighbours, one by one.
 
     taskset -c 0 python benchmarks/objectives.py --methods DSM "CD-1"
 """
@@ -19,9 +21,7 @@ import warnings
 from functools import partial
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import jax
 import jax.numpy as jnp
@@ -146,17 +146,21 @@ def values(svi, state):
         players.append(svi.guide_optim.get_params(state.guide_optim_state))
     for optim, of_player in zip(svi.player_optims, state.player_optim_states, strict=True):
         players.append(optim.get_params(of_player))
-    return players[0], players[1:]
+    return players[0], [found for found in players[1:] if found]
 
 
 def gradients(state):
-    """Adam's two moments of every player, as dicts by parameter name."""
-    found = ({}, {})
+    """Adam's two moments of every player and its steps, as dicts by parameter name."""
+    found = ({}, {}, {})
     states = [state.optim_state, state.guide_optim_state, *state.player_optim_states]
     for one in states:
-        for moments, which in zip(found, ("mu", "nu"), strict=True):
-            if one is not None:
-                moments.update(optax.tree_utils.tree_get(one[1], which))
+        if one is not None:
+            first, second, count = (
+                optax.tree_utils.tree_get(one[1], which) for which in ("mu", "nu", "count")
+            )
+            found[0].update(first)
+            found[1].update(second)
+            found[2].update(dict.fromkeys(first, int(count)))
     return found
 
 
@@ -203,9 +207,9 @@ def deviation(ours, theirs, inflation):
     found = [abs(ours[0].mean() - theirs[0].mean()) / (inflation * error + 1e-4 * size)]
     if ours[1].keys() != theirs[1].keys():
         raise SystemExit(f"parameters {sorted(ours[1])} and {sorted(theirs[1])}")
-    # The variance of the exponential average of n independent numbers, in that of one.
-    share = (1 - beta) / (1 + beta) * (1 - beta ** (2 * n)) / (1 - beta**n) ** 2
-    for parameter in ours[1]:
+    for parameter, n in ours[3].items():
+        # The variance of the exponential average of n independent numbers, in that of one.
+        share = (1 - beta) / (1 + beta) * (1 - beta ** (2 * n)) / (1 - beta**n) ** 2
         first = [np.asarray(x[1][parameter]) / (1 - beta**n) for x in (ours, theirs)]
         second = [np.asarray(x[2][parameter]) / (1 - beta**n) for x in (ours, theirs)]
         variance = sum(np.maximum(b - a**2, 0) for a, b in zip(first, second, strict=True))

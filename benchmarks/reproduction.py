@@ -211,7 +211,7 @@ def draw(results, out):
             low, high = curves.min(0), curves.max(0)
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.axhline(0.335, color="0.4", linestyle=":", linewidth=1)
-        axis.set(title=title, ylim=(-0.62, 0.38))
+        axis.set(title=title, ylim=(-0.8, 0.38))
         axis.legend(fontsize=8, loc="lower right", frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("thousand steps")

@@ -103,6 +103,7 @@ class Joint:
         self.constraints, self.priors, self.energies = {}, [], []
         self.is_fixed = True  # whether the model itself answers for its normalizer
         self.arguments = {}  # which argument is the value of which visible site; see `provenance`
+        self.affine_latents = None  # cache of `marginal.enumerated.factorises`
         self.released = set()  # sites whose observation was taken away; see `handlers.release`
         self.covariates = []  # arguments with a value for every row that energies read
         for name, site in model_trace.items():

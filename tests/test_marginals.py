@@ -26,6 +26,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm import marginal as marginals
 from numpyro_ebm.guide import Guide
 from numpyro_ebm.joint import read
+from numpyro_ebm.marginal import enumerated
 from numpyro_ebm.marginal.vages import cumulant_surrogate
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -1160,3 +1161,90 @@ def test_draws_that_cannot_be_differentiated_are_told_of_vages():
 def test_bad_options_of_the_bound_and_of_the_unrolled_ratio(make, message):
     with pytest.raises(ebm.ModelError, match=message):
         make()
+
+
+# Units that do not interact
+
+
+def units(data, *, num_hidden=3, site=None, energy=None):
+    """A GRBM whose hidden site and its energy can be exchanged."""
+    W = numpyro.param("W", jnp.zeros((2, num_hidden)))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+        h = numpyro.sample("h", ebm.Counting(event_shape=(num_hidden,)) if site is None else site)
+        field = v @ W
+        coupled = jnp.sum(field * h, -1) if energy is None else energy(field, h)
+        ebm.energy("E", 0.5 * jnp.sum(v**2, -1) - coupled)
+
+
+def units_joint(num_hidden=3, **options):
+    rng = np.random.default_rng(3)
+    data, W = rng.normal(size=(4, 2)), jnp.asarray(rng.normal(size=(2, num_hidden)))
+    model = partial(units, num_hidden=num_hidden, **options)
+    return read(model, (jnp.asarray(data),), {}, {"W": W}), data, W
+
+
+@pytest.mark.parametrize("num_hidden", [3, 200])
+def test_units_that_do_not_interact_cost_one_gradient(num_hidden, x64):
+    """Two hundred units have 2^200 states, and a closed form that the energy's operations show."""
+    joint, data, W = units_joint(num_hidden)
+    marginal = ebm.Enumerated()
+    marginal.check(joint, None, 2)
+    assert enumerated.factorises(joint)
+
+    def of(W, v):
+        return marginal.log_density(joint, {"W": W}, {"v": v})
+
+    def closed(W, v):
+        return jnp.sum(jax.nn.softplus(v @ W), -1) - 0.5 * jnp.sum(v**2, -1)
+
+    v = jnp.asarray(data)
+    for derivative in (
+        lambda f: f,
+        lambda f: jax.jacrev(lambda W, v: jnp.sum(f(W, v))),
+        lambda f: jax.jacrev(jax.grad(lambda W, v: jnp.sum(f(W, v)), 1)),
+        lambda f: jax.hessian(lambda W, v: jnp.sum(f(W, v)), 1),
+    ):
+        np.testing.assert_allclose(
+            oracles.jit(derivative(of))(W, v), oracles.jit(derivative(closed))(W, v), atol=1e-10
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"energy": lambda field, h: jnp.sum(field * h, -1) + h[:, 0] * h[:, 1]},
+        {"energy": lambda field, h: jnp.sum(field * h**2, -1)},  # h² = h, but who knows
+        {"energy": lambda field, h: jnp.sum(jnp.where(h == 1, field, 0.0), -1)},
+        {"energy": lambda field, h: jnp.sum(jnp.array([0.0, 1.0])[h] * field, -1)},
+        {"site": ebm.Counting(3, event_shape=(3,))},
+        {"site": dist.Bernoulli(0.3).expand([3]).to_event(1)},
+    ],
+)
+def test_other_units_are_enumerated(options, x64):
+    """Anything else is summed state by state, and right as well."""
+    joint, data, W = units_joint(**options)
+    assert not enumerated.factorises(joint)
+    num_values = 3 if isinstance(options.get("site"), ebm.Counting) else 2
+    expected = -np.inf
+    energy = options.get("energy", lambda field, h: jnp.sum(field * h, -1))
+    for state in itertools.product(range(num_values), repeat=3):
+        h = jnp.broadcast_to(jnp.array(state), (4, 3))
+        base = 0.0
+        if "site" in options and num_values == 2:
+            base = np.sum(np.log([0.7, 0.3])[list(state)])
+        expected = np.logaddexp(expected, energy(data @ np.asarray(W), h) + base)
+    expected = expected - 0.5 * np.sum(data**2, -1)
+    found = ebm.Enumerated().log_density(joint, {"W": W}, {"v": jnp.asarray(data)})
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_many_rows_in_single_precision():
+    """JAX 0.10.2 summed 16 states wrongly from 2,304 rows on, under `jit` and on CPU."""
+    system = oracles.grbm_system(num_rows=5_000)
+    params = jax.tree.map(lambda x: jnp.asarray(x, "float32"), oracles.LATERAL)
+    data = 3 * jnp.asarray(system.data, "float32")
+    joint = read(oracles.lateral, (data,), {}, params)
+    found = jax.jit(lambda p, v: ebm.Enumerated().log_density(joint, p, {"v": v}))(params, data)
+    exact = jax.vmap(lambda v: jax.nn.logsumexp(oracles.lateral_log_joint(params, v)))(data)
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)

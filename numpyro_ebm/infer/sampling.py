@@ -10,7 +10,13 @@ from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.kernels import MALA
 from numpyro_ebm.joint import read_fixed
-from numpyro_ebm.marginal.enumerated import Enumerated, event_states, state_log_densities
+from numpyro_ebm.marginal.enumerated import (
+    Enumerated,
+    event_states,
+    factorises,
+    state_log_densities,
+    unit_logits,
+)
 
 __all__ = ["sample"]
 
@@ -138,6 +144,15 @@ def _draw_discrete(rng_key, model, joint, draws, args, kwargs):
 
 def _draw_event_sites(rng_key, joint, values):
     """One exact draw of the latent sites with event dimensions, given the continuous sites."""
+    if factorises(joint):
+        _, logits = unit_logits(joint, {}, values)
+        keys = jax.random.split(rng_key, len(logits))
+        return {
+            name: jax.random.bernoulli(key, jax.nn.sigmoid(x)).astype(
+                joint.latent[name].value.dtype
+            )
+            for key, (name, x) in zip(keys, logits.items(), strict=True)
+        }
     states = event_states(joint)
     logits = state_log_densities(joint, {}, values, states)
     chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)

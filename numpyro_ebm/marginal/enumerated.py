@@ -5,7 +5,14 @@ r"""Sum discrete latent sites out exactly.
 
 Scalar latent sites, in the data plate or in further plates, are summed by NumPyro's funsor backend:
 the sum over a plate of hidden units factorises, so that 100 units cost 100 sums of two terms and
-not one of 2^100. Sites with event dimensions are enumerated jointly, state by state.
+not one of 2^100. Binary sites with event dimensions in which log p̃ is affine, as in restricted
+Boltzmann machines, factorise as well,
+
+.. math:: \log \sum_{h \in \{0, 1\}^H} e^{a + b^\top h} = a + \sum_j \operatorname{softplus}(b_j),
+    \qquad a = \log\tilde p(v, 0), \quad b = ∇_h \log\tilde p(v, h),
+
+for one gradient whatever H is; that it is affine is read off the operations of the energy. Other
+sites with event dimensions are enumerated jointly, state by state.
 """
 
 import math
@@ -21,14 +28,23 @@ from numpyro_ebm.distributions import Counting
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.joint import lowest_value
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.polynomial import structure
 
-__all__ = ["Enumerated", "event_states", "num_values_of", "state_log_densities"]
+__all__ = [
+    "Enumerated",
+    "event_states",
+    "factorises",
+    "num_values_of",
+    "state_log_densities",
+    "unit_logits",
+]
 
 
 class Enumerated(Marginal):
     """The exact marginal of a model whose latent sites are all discrete.
 
-    :param int max_states: the most joint states of latent sites with event dimensions, per row.
+    :param int max_states: the most joint states of latent sites with event dimensions, per row;
+        binary units that do not interact are not counted, for their sum factorises.
     :raises ModelError: when used on continuous latents, or on more states than ``max_states``.
 
     **Example**
@@ -44,6 +60,8 @@ class Enumerated(Marginal):
     def check(self, joint, guide, order):
         if not joint.latent:
             raise ModelError("Enumerated is for discrete latent sites; use `Exact()` here.")
+        if factorises(joint):
+            return
         states = 1
         for name, site in joint.latent.items():
             if not site.is_discrete:
@@ -82,10 +100,63 @@ class Enumerated(Marginal):
 
     def log_density(self, joint, params, values):
         """log p̃ of every row at given values of the other sites, of shape (rows,)."""
+        if factorises(joint):
+            at_zero, logits = unit_logits(joint, params, values)
+            return at_zero + sum(
+                joint.sum_to_rows(_sum_event(joint.latent[name], jax.nn.softplus(x)))
+                for name, x in logits.items()
+            )
         states = event_states(joint)
         if not states:
             return _sum_scalar_sites(joint, params, values)
         return logsumexp(state_log_densities(joint, params, values, states), axis=0)
+
+
+def factorises(joint):
+    """Whether all latent sites are binary, with event dimensions, and log p̃ is affine in them."""
+    names = tuple(joint.latent)
+    if joint.affine_latents is None or joint.affine_latents[0] != names:
+        joint.affine_latents = names, _is_affine(joint)
+    return joint.affine_latents[1]
+
+
+def _is_affine(joint):
+    for site in joint.latent.values():
+        if not (site.fn.event_shape and site.is_discrete and site.fn.has_enumerate_support):
+            return False
+        if num_values_of(site.fn) != 2 or lowest_value(site.fn.support) != 0:
+            return False
+
+    def log_density(latent):
+        return joint.log_density(joint.parameters, {**joint.visible_values, **latent})
+
+    try:
+        found = structure(log_density, _units(joint))
+    except TypeError:  # an energy that uses its units as indices or flags, and not as numbers
+        return False
+    return bool(joint.latent) and found.degree <= 1 and found.true_gradient
+
+
+def unit_logits(joint, params, values):
+    """log p̃(v, h = 0) of every row, and the log-odds of every unit, where it :func:`factorises`."""
+
+    def total(latent):
+        rows = joint.log_density(params, {**values, **latent})
+        return jnp.sum(rows), rows
+
+    logits, at_zero = jax.grad(total, has_aux=True)(_units(joint))
+    return at_zero, logits
+
+
+def _units(joint):
+    float_type = jnp.result_type(float)
+    return {
+        name: jnp.zeros(jnp.shape(site.value), float_type) for name, site in joint.latent.items()
+    }
+
+
+def _sum_event(site, x):
+    return jnp.sum(x, tuple(range(-site.event_dim, 0)))
 
 
 def _check_plates(joint):

@@ -79,7 +79,6 @@ class _SingleCoordinate(Objective):
         flat = jnp.reshape(rows, (len(rows), -1))
         coordinates = jnp.arange(flat.shape[1])
 
-        @jax.checkpoint  # the backward pass evaluates the neighbours again: they may be too many
         def of_coordinate(d):
             def at(shift):
                 moved = shifted(flat, shift, lowest, num_values)
@@ -89,6 +88,10 @@ class _SingleCoordinate(Objective):
             return self.coordinate_loss(jax.vmap(at)(jnp.arange(1, num_values)))
 
         batch_size = max(1, NEIGHBOURS_AT_ONCE // (num_values - 1))
+        if len(coordinates) <= batch_size:
+            return jnp.sum(jax.vmap(of_coordinate)(coordinates), 0)
+        # Too many to be kept for the backward pass, which evaluates them again.
+        of_coordinate = jax.checkpoint(of_coordinate)
         return jnp.sum(jax.lax.map(of_coordinate, coordinates, batch_size=batch_size), 0)
 
 

@@ -29,6 +29,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 from jax.nn import sigmoid, softplus
@@ -164,7 +165,8 @@ class NCE(_NoiseContrast):
     ):
         super().__init__(noise, noise_ratio, marginal)
         self.init_log_normalizer = init_log_normalizer
-        if callable(noise):
+        # A NumPyro distribution is callable as well.
+        if callable(noise) and not isinstance(noise, dist.Distribution):
             self.players = (
                 Player(
                     "noise", self._noise_parameters, _fit_noise(self), noise_optim, num_noise_steps
