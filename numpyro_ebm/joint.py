@@ -386,7 +386,22 @@ def _checked_value(site):
             f"The data of the visible site '{name}' have shape {jnp.shape(value)}, but its plates "
             f"and event shape ask for {expected}."
         )
+    _check_support(name, site["fn"], value)
     return value
+
+
+def _check_support(name, fn, value):
+    """Spins of -1 and 1 on `Counting(2)`, or a zero under a logarithm, would mislead silently."""
+    if not not_jax_tracer(value) or is_real(fn.support):
+        return
+    with jax.ensure_compile_time_eval():
+        inside = np.asarray(fn.support(value))
+    if not np.all(inside):
+        raise ModelError(
+            f"The data of the visible site '{name}' leave its support, {fn.support}, in "
+            f"{np.size(inside) - np.sum(inside)} of {np.size(inside)} places. Recode them (spins "
+            "of -1 and 1 as 0 and 1, for instance), or declare another base measure."
+        )
 
 
 def _dims(site):

@@ -74,6 +74,23 @@ class Noise:
             if site["type"] == "param"
         }
 
+    def _check_own_sites(self, params):
+        """A latent site of the noise's own would have to be summed out of its density."""
+        with block():
+            run = substitute(self._function, data={**self.joint.plates, **params})
+            noise_trace = trace(seed(run, jax.random.key(0))).get_trace()
+        own = [
+            name
+            for name, site in noise_trace.items()
+            if site["type"] == "sample" and name not in self.joint.visible
+        ]
+        if own:
+            raise ModelError(
+                f"The noise samples {own}, which are not visible sites, so that its density is an "
+                "integral over them. Return a distribution with a density instead, for instance "
+                "`dist.MixtureSameFamily`."
+            )
+
     def distribution(self, params):
         """The noise itself at given parameters: a distribution, a dict of them, or a flow."""
         if self._function is None:
@@ -102,10 +119,7 @@ class Noise:
             values = {}
             for key, (name, site) in zip(keys, sites.items(), strict=True):
                 shape = (num, *site.fn.batch_shape)
-                if isinstance(found[name], dist.Distribution):
-                    values[name] = found[name].sample(key, shape)
-                else:
-                    values[name] = found[name].sample(key, shape)
+                values[name] = found[name].sample(key, shape)
         for name, site in sites.items():
             expected = (num, *jnp.shape(site.value))
             if jnp.shape(values[name]) != expected:
@@ -152,6 +166,8 @@ class Noise:
     def _checked(self, params):
         """Distributions by site name; ``None`` where the noise samples the sites itself."""
         sites = self.joint.visible
+        if self._function is not None:
+            self._check_own_sites(params)
         found = self.distribution(params)
         if found is None:
             noise_trace = self._trace(params)

@@ -318,3 +318,85 @@ def test_states_pickle_and_resume_with_everything():
             np.concatenate([first.losses, second.losses]), np.asarray(whole.losses)
         )
         jax.tree.map(np.testing.assert_array_equal, second.params, whole.params)
+
+
+# What misleads silently is refused
+
+
+def spins(data):
+    field = numpyro.param("field", 0.0)
+    with numpyro.plate("data", len(data)):
+        x = numpyro.sample("x", ebm.Counting(event_shape=(2,)), obs=data)
+        ebm.energy("E", -field * jnp.sum(x, -1))
+
+
+def regression(v, x):
+    slope = numpyro.param("slope", 1.0)
+    with numpyro.plate("data", len(v)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        ebm.energy("E", 0.5 * (v - slope * x) ** 2)
+
+
+@pytest.mark.parametrize("name", [k for k, member in MEMBERS.items() if member.discrete])
+def test_data_off_their_support_are_refused(name):
+    data = jnp.array([[1, -1], [-1, -1]])
+    with pytest.raises(ebm.ModelError, match=r"'x' leave its support.*3 of 4|'x' leave.*2 of 2"):
+        MEMBERS[name].make().loss(jax.random.key(0), {"field": 0.1}, spins, None, data)
+
+
+@pytest.mark.parametrize(
+    "name", ["NCE", "FlowContrastive", "KernelSteinDiscrepancy", "FisherDivergence"]
+)
+def test_covariates_are_refused_where_rows_are_taken_for_draws_of_one_density(name):
+    x = jnp.arange(4.0)
+    params = {"slope": 1.0, "log_normalizer": 0.0}
+    with pytest.raises(ebm.ModelError, match=r"differs from row\s+to row.*RankingNCE"):
+        MEMBERS[name].make().loss(jax.random.key(0), params, regression, None, x, x + 1)
+
+
+def test_noise_with_latent_sites_of_its_own_is_refused():
+    def mixed():
+        component = numpyro.sample("component", dist.Bernoulli(0.5))
+        return dist.Normal(component, 1.0)
+
+    params = {"precision": 1.0, "log_normalizer": 0.0}
+    with pytest.raises(ebm.ModelError, match=r"samples \['component'\].*MixtureSameFamily"):
+        ebm.NCE(mixed).loss(jax.random.key(0), params, gaussian, None, jnp.ones(3))
+
+
+def test_a_log_normalizer_inside_of_the_energy_is_refused():
+    def model(data):
+        shift = numpyro.param("log_normalizer", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2 + shift)
+
+    with pytest.raises(ebm.ModelError, match="'log_normalizer' is part of its energy"):
+        ebm.NCE(NOISE).loss(jax.random.key(0), {"log_normalizer": 0.0}, model, None, jnp.ones(3))
+
+
+def test_an_order_of_blocks_that_loses_the_data_is_refused():
+    wrong = partial(ebm.BlockGibbs, blocks=[["v"], ["h"]])
+    params = jax.tree.map(jnp.asarray, oracles.GRBM)
+    with pytest.raises(ebm.ModelError, match="Put the latent sites first"):
+        ebm.ContrastiveDivergence(wrong).loss(
+            jax.random.key(0), params, oracles.grbm, None, jnp.zeros((3, 2))
+        )
+
+
+def test_one_particle_corrects_no_guide():
+    def blind(data, **kwargs):
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.Bernoulli(0.5).expand([3]).to_event(1))
+
+    params = jax.tree.map(jnp.asarray, oracles.GRBM)
+    for num_particles in (1, 2):
+        objective = ebm.KernelSteinDiscrepancy(ebm.ImportanceBound(num_particles))
+        of = partial(
+            objective.loss, jax.random.key(0), params, oracles.grbm, blind, jnp.eye(3)[:, :2]
+        )
+        if num_particles > 1:
+            assert np.isfinite(of())
+            continue
+        with pytest.raises(ebm.ModelError, match="ignores the visible sites"):
+            of()

@@ -310,13 +310,13 @@ def event_in_a_plate(data):
         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
         with numpyro.plate("hidden", 2, dim=-1):
             h = numpyro.sample("h", ebm.Counting(event_shape=(2,)))
-            ebm.energy("E", 0.5 * v**2 - jnp.sum(h, -1) * v)
+            ebm.energy("E", 0.5 * v**2 - jnp.prod(h, -1) * v)
 
 
 @pytest.mark.parametrize(
     ("marginal", "model", "data", "message"),
     [
-        (ebm.Enumerated(max_states=7), oracles.grbm, DATA, r"8 joint states.*max_states=7"),
+        (ebm.Enumerated(max_states=7), oracles.lateral, DATA, r"16 joint states.*max_states=7"),
         (ebm.Enumerated(), continuous, DATA[:, 0], r"continuous latent site 'h'.*VaGES"),
         (ebm.Enumerated(), oracles.gaussian, DATA, "use `Exact\\(\\)`"),
         (

@@ -269,7 +269,7 @@ def units(num_units=20):
     with numpyro.plate("data", 1):
         v = numpyro.sample("v", ebm.Lebesgue())
         h = numpyro.sample("h", ebm.Counting(2, (num_units,)))
-        ebm.energy("E", 0.5 * v**2 - v * jnp.mean(h, -1))
+        ebm.energy("E", 0.5 * v**2 - v * jnp.mean(h, -1) ** 2)
 
 
 def bits():

@@ -213,12 +213,26 @@ class BlockGibbs(MCMCKernel):
         values = {name: _support_values(site) for name, site in joint.latent.items()}
         return [block_gibbs.plan_block(log_density, rows, names, values) for names in blocks]
 
+    def _check_order(self, joint, init_params):
+        """Values that a chain is to start from may not be drawn anew before the others follow."""
+        later = [name for names in self._blocks or () for name in names]
+        while later and joint.released:
+            name, *later = later
+            lost = [x for x in later if x not in joint.released and x not in (init_params or {})]
+            if name in joint.released and lost:
+                raise ModelError(
+                    f"BlockGibbs: the chain starts at the data of '{name}', and the block order "
+                    f"{self._blocks} draws '{name}' anew before {lost}, which have no start of "
+                    "their own. Put the latent sites first."
+                )
+
     def _init(self, rng_key, init_params, model_args, model_kwargs, check):
         key_init, key_check, rng_key = jax.random.split(rng_key, 3)
         joint, log_density = self._target(model_args, model_kwargs)
         prepared = substitute(seed(joint.model, key_init), substitute_fn=self._init_strategy)
         model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
         z = {name: jnp.asarray(model_trace[name]["value"]) for name in joint.sites}
+        self._check_order(joint, init_params)
         for name, x in (init_params or {}).items():
             if name not in z or jnp.shape(x) != z[name].shape:
                 shapes = {k: v.shape for k, v in z.items()}

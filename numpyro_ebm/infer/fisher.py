@@ -74,7 +74,7 @@ def fisher_divergence(
 
     :param rng_key: random key.
     :param model: a model with fixed parameters, ``fixed(model, params)``.
-    :param data: rows, the model's first argument.
+    :param data: rows, the model's first argument: an array, or a dict of them, rows leading.
     :param critic: as for :class:`~numpyro_ebm.FisherDivergence`.
     :param guide: q(h | v) for a model with latents that cannot be summed out.
     :param marginal: how latent sites are integrated out; ``VaGES(num_particles=2)`` needs a guide.
@@ -129,10 +129,16 @@ def fisher_divergence(
             "Hold them fixed: `numpyro_ebm.fixed(model, params)`."
         )
     key_split, key_run, key_look = jax.random.split(rng_key, 3)
-    data = jnp.asarray(data)[jax.random.permutation(key_split, len(data))]
-    num_test, num_validation = (max(2, int(share * len(data))) for share in (parts[1], parts[0]))
-    test, validation = data[:num_test], data[num_test : num_test + num_validation]
-    train = data[num_test + num_validation :]
+    num_rows = joint.num_rows
+    num_test, num_validation = (max(2, int(share * num_rows)) for share in (parts[1], parts[0]))
+    if num_rows < num_test + num_validation + 2:
+        raise ModelError(f"fisher_divergence: {num_rows} rows are too few to be split in three.")
+    order = jax.random.permutation(key_split, num_rows)
+    ends = num_test, num_test + num_validation
+    test, validation, train = (
+        jax.tree.map(lambda x, part=part: jnp.asarray(x)[part], data)
+        for part in jnp.split(order, ends)
+    )
     if optim is None:
         optim = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
         guide_optim = optax.adam(1e-3) if guide_optim is None else guide_optim
@@ -161,7 +167,7 @@ def fisher_divergence(
         per_probe = jax.lax.map(one, jax.random.split(rng_key, PROBES))
         return jax.tree.map(lambda x: jnp.mean(x, 0), per_probe)
 
-    batch_size = min(batch_size, len(train))
+    batch_size = min(batch_size, num_rows - num_test - num_validation)
     ends = np.unique(np.linspace(0, num_steps, min(num_looks, num_steps) + 1).astype(int))
     values, best, state = [], None, None
     for start, end in zip(ends[:-1], ends[1:], strict=True):

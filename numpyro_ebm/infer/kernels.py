@@ -193,7 +193,7 @@ class _Langevin(MCMCKernel):
             given = {k: jnp.asarray(x) for k, x in init_params.items() if k in joint.visible}
             if GIBBS_SITES_KWARG in (model_kwargs or {}):  # Gibbs hands over constrained values
                 given = {k: joint.visible[k].transform.inv(x) for k, x in given.items()}
-            z = {**z, **given}
+            z = {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
         step_size = jnp.asarray(0.1 if self._step_size is None else self._step_size, float)
         zeros = jnp.zeros(joint.num_rows)
         state = LangevinState(

@@ -50,7 +50,6 @@ class ImportanceBound(Marginal):
 
     needs_guide = True
     value = "bound"
-    corrects_guide = True
 
     def __init__(self, num_particles=5):
         if not isinstance(num_particles, int) or num_particles < 1:
@@ -59,6 +58,10 @@ class ImportanceBound(Marginal):
                 f"{num_particles!r}."
             )
         self.num_particles = num_particles
+
+    @property
+    def corrects_guide(self):
+        return self.num_particles > 1  # the weight of a single particle is one
 
     def check(self, joint, guide, order):
         if not joint.latent:

@@ -206,6 +206,13 @@ class ContrastiveDivergence(Objective):
                 f"ContrastiveDivergence: `kernel(model)` returned {kernel!r}, not a NumPyro "
                 "`MCMCKernel`."
             )
+        ours = type(kernel).__module__.startswith("numpyro_ebm")
+        if joint.num_rows != joint.total_rows and not ours:
+            raise ModelError(
+                f"ContrastiveDivergence: the plate '{joint.plate}' subsamples itself, and "
+                f"{type(kernel).__name__} would sample the density raised to the power of its "
+                "scale. Drop `subsample_size` and pass `batch_size` to the run."
+            )
         args, kwargs = joint.args, joint.kwargs
         key_init, rng_key = jax.random.split(rng_key)
         state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)

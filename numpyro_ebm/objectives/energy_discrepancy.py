@@ -51,6 +51,7 @@ class EnergyDiscrepancy(Objective):
     :param float noise_scale: t, the standard deviation of the Gaussian perturbation, in
         unconstrained coordinates. Not used on discrete sites.
     :param int num_samples: M, perturbations of each row.
+    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
     :param float w: weight of the row itself, which stabilises the logarithm; 1 unless there is a
         reason.
     :param float flip_probability: ε, the probability that a coordinate of a discrete site is
@@ -58,7 +59,6 @@ class EnergyDiscrepancy(Objective):
     :param str perturbation: where it then goes: ``"uniform"``, to any other value; ``"cyclical"``,
         one place up or down, round and round; ``"ordinal"``, one place up or down, but never
         beyond the ends (so that a bit flips with probability ε/2).
-    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
     :raises ModelError: if ``noise_scale`` is not positive, ``num_samples`` is not a positive
         integer, ``w`` is negative, ``flip_probability`` is not inside (0, 1) or ``perturbation`` is
         unknown; when used, if a discrete visible site has infinitely many values, or the marginal
@@ -91,11 +91,11 @@ class EnergyDiscrepancy(Objective):
         self,
         noise_scale=1.0,
         num_samples=16,
-        w=1.0,
+        marginal=None,
         *,
+        w=1.0,
         flip_probability=0.1,
         perturbation="uniform",
-        marginal=None,
     ):
         if not 0 < noise_scale < math.inf:
             raise ModelError(

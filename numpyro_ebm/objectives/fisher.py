@@ -125,6 +125,15 @@ class FisherDivergence(Objective):
         )
         super().__init__(marginal)
 
+    def check_sites(self, joint):
+        super().check_sites(joint)
+        if joint.covariates:
+            raise ModelError(
+                "FisherDivergence: the critic sees the visible values only, and the energy reads "
+                "an argument besides them which differs from row to row. Use "
+                "DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence."
+            )
+
     def _critic_parameters(self, rng_key, problem):
         v = problem.joint.flatten(problem.unconstrained)
         with block():

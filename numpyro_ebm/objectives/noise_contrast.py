@@ -35,6 +35,7 @@ from jax.lax import stop_gradient
 from jax.nn import sigmoid, softplus
 from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
+from numpyro.ops.provenance import eval_provenance
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import FarNoiseWarning, ModelError
@@ -165,6 +166,18 @@ class NCE(_NoiseContrast):
     ):
         super().__init__(noise, noise_ratio, marginal)
         self.init_log_normalizer = init_log_normalizer
+        if not isinstance(num_noise_steps, int) or num_noise_steps < 1:
+            raise ModelError(
+                f"{type(self).__name__}: `num_noise_steps` must be a positive integer, got "
+                f"{num_noise_steps!r}."
+            )
+        if noise_optim is not None and (
+            isinstance(noise, dist.Distribution) or not callable(noise)
+        ):
+            raise ModelError(
+                f"{type(self).__name__}: `noise_optim` is given, and this noise has no parameters "
+                "to train. Declare them with `numpyro.param` in a function that returns the noise."
+            )
         # A NumPyro distribution is callable as well.
         if callable(noise) and not isinstance(noise, dist.Distribution):
             self.players = (
@@ -181,6 +194,12 @@ class NCE(_NoiseContrast):
                 "the visible values which differs from row to row, so that every row has a log Z "
                 "of its own. Use RankingNCE, ConditionalNCE, or a score-based objective such as "
                 "DenoisingScoreMatching."
+            )
+
+        if LOG_NORMALIZER in joint.parameters and _reads(joint, LOG_NORMALIZER):
+            raise ModelError(
+                f"The model's parameter '{LOG_NORMALIZER}' is part of its energy, and "
+                f"{type(self).__name__} calls its own log Z so; rename the model's."
             )
 
     def _noise_parameters(self, rng_key, problem):
@@ -254,7 +273,9 @@ class NCE(_NoiseContrast):
 
         .. math:: g^\top J^{-1} S J^{-\top} g / n, \qquad g = (-E\,∂_θ \log\tilde p,\ 1)
 
-        with J the Hessian of the loss and S the covariance of its gradient over rows.
+        with J the Hessian of the loss and S the covariance of its gradient over rows; where
+        training has not come to the optimum of these rows, the Newton step that is left counts as
+        well.
 
         :param rng_key: random key.
         :param dict params: learned parameters, ``log_normalizer`` among them.
@@ -298,10 +319,14 @@ class NCE(_NoiseContrast):
             hessian = jax.jacfwd(jax.grad(lambda x: jnp.mean(rows(x))))(flat)
             to_model = jnp.mean(jax.jacfwd(lambda x: contrast(x)[0])(flat), 0)
             direction = jax.grad(lambda x: unravel(x)[LOG_NORMALIZER])(flat) - to_model
-            centred = gradients - jnp.mean(gradients, 0)
-            influence = centred @ jnp.linalg.pinv(hessian) @ direction
-            num = influence.shape[0]
-            mcse = jnp.sqrt(jnp.sum(influence**2) / (num * (num - 1)))
+            # Parameters in units of their own curvature, so that the cut of pinv means the same.
+            unit = 1.0 / jnp.sqrt(jnp.maximum(jnp.abs(jnp.diag(hessian)), 1e-30))
+            solve = unit[:, None] * jnp.linalg.pinv(unit[:, None] * hessian * unit) * unit
+            influence = gradients @ solve @ direction
+            num, step = influence.shape[0], jnp.mean(influence)
+            variance = jnp.sum((influence - step) ** 2) / (num * (num - 1))
+            # What is left of the way to the optimum of these rows counts, if it is more than noise.
+            mcse = jnp.sqrt(variance + jnp.maximum(0.0, step**2 - variance))
             return mcse, contrast(flat)[1], self.overlap(key_draw, params, problem)
 
         mcse, at_noise, overlap = moments(flat)
@@ -408,6 +433,17 @@ class ConditionalNCE(Objective):
 
         moved = jax.vmap(there)(jax.random.split(key_noise, self.noise_ratio))
         return jnp.mean(softplus(moved - here))
+
+
+def _reads(joint, name):
+    """Whether the row log-joint depends on a parameter."""
+    latent = {site.name: site.value for site in joint.latent.values()}
+
+    def density(**value):
+        params = {**joint.parameters, **value}
+        return joint.log_density(params, {**joint.visible_values, **latent})
+
+    return name in eval_provenance(density, **{name: jnp.asarray(joint.parameters[name])})
 
 
 def _fit_noise(objective):

@@ -98,6 +98,15 @@ class KernelSteinDiscrepancy(Objective):
         self.pairs = pairs
         super().__init__(marginal)
 
+    def check_sites(self, joint):
+        super().check_sites(joint)
+        if joint.covariates:
+            raise ModelError(
+                "KernelSteinDiscrepancy compares rows as draws of one density, and the energy "
+                "reads an argument besides the visible values which differs from row to row. Use "
+                "DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence."
+            )
+
     def perturb(self, rng_key, joint):
         rows = joint.num_rows
         if rows < 2:
@@ -127,7 +136,10 @@ class KernelSteinDiscrepancy(Objective):
         """1/ℓ²."""
         if self.bandwidth != "median":
             return 1.0 / self.bandwidth**2
-        return 1.0 / jnp.median(jnp.sqrt(stop_gradient(square_distances))) ** 2
+        distances = jnp.sqrt(stop_gradient(square_distances))
+        median = jnp.median(distances)
+        # Where most rows are equal the median is zero, which is no bandwidth: the mean then.
+        return 1.0 / jnp.where(median > 0, median, jnp.mean(distances)) ** 2
 
     def _all_pairs(self, points, scores):
         """Weights z_j of s_j, with Σ_j z_j·s_j + rest = KSD and 2 Σ_j z_j·∂s_j its gradient."""
