@@ -14,7 +14,7 @@ PAGES = [
     "docs/quickstart.md",
     "docs/language.md",
     "docs/marginals.md",
-    "docs/objectives.md",
+    pytest.param("docs/objectives.md", marks=pytest.mark.slow),
 ]
 
 
