@@ -155,14 +155,18 @@ class Objective(ABC):
                 "`Enumerated()` or `ImportanceBound()`."
             )
 
+    def check_observed(self, joint):
+        """Raise unless there is something to learn from."""
+        if not joint.visible:
+            raise ModelError(
+                f"{type(self).__name__}: the model has no observed site, so there is nothing to "
+                "learn from. Pass the data, and give it as `obs=` to the visible sites."
+            )
+
     def check_sites(self, joint):
         """Raise unless the objective is defined for the visible sites of the model."""
         name = type(self).__name__
-        if not joint.visible:
-            raise ModelError(
-                f"{name}: the model has no observed site, so there is nothing to learn from. Pass "
-                "the data, and give it as `obs=` to the visible sites."
-            )
+        self.check_observed(joint)
         for site in joint.visible.values():
             if site.is_discrete:
                 raise ModelError(

@@ -130,11 +130,7 @@ class ContrastiveDivergence(Objective):
         return self.persistent
 
     def check_sites(self, joint):
-        if not joint.visible:
-            raise ModelError(
-                "ContrastiveDivergence: the model has no observed site, so there is nothing to "
-                "learn from. Pass the data, and give it as `obs=` to the visible sites."
-            )
+        self.check_observed(joint)
         if self.persistent and joint.covariates:
             raise ModelError(
                 "ContrastiveDivergence: the energy reads an argument that differs from row to row, "

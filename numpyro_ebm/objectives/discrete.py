@@ -36,8 +36,7 @@ class _SingleCoordinate(Objective):
 
     def check_sites(self, joint):
         name = type(self).__name__
-        if not joint.visible:
-            super().check_sites(joint)
+        self.check_observed(joint)
         for site in joint.visible.values():
             if not site.is_discrete:
                 raise ModelError(

@@ -125,8 +125,7 @@ class EnergyDiscrepancy(Objective):
         super().__init__(marginal)
 
     def check_sites(self, joint):
-        if not joint.visible:
-            super().check_sites(joint)
+        self.check_observed(joint)
         for site in joint.visible.values():
             if site.is_discrete:
                 finite_values(site, type(self).__name__)

@@ -75,11 +75,7 @@ class MaximumLikelihood(Objective):
         super().__init__(marginal)
 
     def check_sites(self, joint):
-        if not joint.visible:
-            raise ModelError(
-                "MaximumLikelihood: the model has no observed site, so there is nothing to learn "
-                "from. Pass the data, and give it as `obs=` to the visible sites."
-            )
+        self.check_observed(joint)
         values, num_real = self._coordinates(joint)
         if num_real > MOST_REAL:
             raise ModelError(

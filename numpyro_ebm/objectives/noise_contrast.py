@@ -68,7 +68,7 @@ class _NoiseContrast(Objective):
         super().__init__(marginal)
 
     def check_sites(self, joint):
-        _check_visible(self, joint)
+        self.check_observed(joint)
 
     def read_noise(self, joint):
         """The noise, beside a model."""
@@ -461,12 +461,4 @@ def _check_ratio(objective, noise_ratio):
         raise ModelError(
             f"{type(objective).__name__}: `noise_ratio` must be a positive integer, got "
             f"{noise_ratio!r}."
-        )
-
-
-def _check_visible(objective, joint):
-    if not joint.visible:
-        raise ModelError(
-            f"{type(objective).__name__}: the model has no observed site, so there is nothing to "
-            "learn from. Pass the data, and give it as `obs=` to the visible sites."
         )
