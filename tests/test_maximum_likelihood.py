@@ -506,3 +506,16 @@ def test_recovers_a_gaussian(ours):
     np.testing.assert_allclose(fit.params["mean"], data.mean(0), atol=2e-3)
     np.testing.assert_allclose(jnp.linalg.inv(precision), jnp.cov(data.T, ddof=0), atol=5e-3)
     assert fit.losses[-1] < fit.losses[0]
+
+
+def test_an_energy_that_is_no_number_among_the_data_is_not_hidden():
+    def broken(data):
+        a = numpyro.param("a", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", a * v**2 + jnp.where(jnp.abs(v) < 0.1, jnp.nan, 0.0))
+
+    loss = ebm.MaximumLikelihood().loss(
+        jax.random.key(0), {"a": 1.0}, broken, None, jnp.array([-1.0, 1.0])
+    )
+    assert np.isnan(loss)

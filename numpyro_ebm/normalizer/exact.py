@@ -79,9 +79,10 @@ def log_sum_over_rows(log_density, nodes, log_weights, num_rows):
     missing = groups * num_rows - num_nodes
     nodes = jnp.concatenate([nodes, jnp.broadcast_to(nodes[:1], (missing, coordinates))])
     log_weights = jnp.pad(log_weights, (0, missing), constant_values=-jnp.inf)
-    values = lax.map(
-        jax.checkpoint(log_density),
-        nodes.reshape(groups, num_rows, coordinates),
-        batch_size=max(1, min(groups, AT_ONCE // num_rows)),
-    )
+    nodes = nodes.reshape(groups, num_rows, coordinates)
+    if groups * num_rows <= AT_ONCE:
+        values = jax.vmap(log_density)(nodes)
+    else:  # too many to be kept for the backward pass, which evaluates them again
+        batch_size = max(1, AT_ONCE // num_rows)
+        values = lax.map(jax.checkpoint(log_density), nodes, batch_size=batch_size)
     return logsumexp(values.reshape(-1) + log_weights)

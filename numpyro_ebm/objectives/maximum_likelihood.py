@@ -136,12 +136,18 @@ class MaximumLikelihood(Objective):
         nodes, log_weights = self._nodes(joint, every, reach)
 
         at_data = stop_gradient(joint.flatten(problem.unconstrained))
+        low, high = jnp.min(at_data, 0), jnp.max(at_data, 0)
+        has_real = self._coordinates(joint)[1] > 0
 
         def log_density(flat):
+            if not has_real:
+                return estimate.log_density(params, joint.unflatten(flat))
             # Far out an energy may overflow, and a weight of zero times an infinite derivative is
-            # no number: such nodes are moved to the data first, and count as zero.
+            # no number: such nodes are moved to the data first, and count as zero. Among the data
+            # there is no excuse for NaN.
             values = estimate.log_density(stop_gradient(params), joint.unflatten(flat))
-            has_mass = values > -jnp.inf  # nor is NaN
+            among = jnp.all((flat >= low) & (flat <= high), -1)
+            has_mass = (values > -jnp.inf) | (jnp.isnan(values) & among)
             flat = jnp.where(has_mass[:, None], flat, at_data)
             values = estimate.log_density(params, joint.unflatten(flat))
             return jnp.where(has_mass, values, -jnp.inf)
