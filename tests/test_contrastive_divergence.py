@@ -837,3 +837,17 @@ def test_a_grbm_is_learned_nearly_as_well_as_by_maximum_likelihood(persistent):
     print(f"truth {log_likelihood(truth):.4f}, ML {best:.4f}, CD {reached:.4f}")
     assert best > log_likelihood(arrays(truth)) - 0.01
     assert reached > best - 0.02
+
+
+def test_numpyros_kernels_are_refused_under_a_plate_that_subsamples_itself():
+    """They would sample the density to the power of the plate's scale."""
+
+    def model(data):
+        precision = numpyro.param("precision", 1.0)
+        with numpyro.plate("data", 12, subsample_size=3) as rows:
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data[rows])
+            ebm.energy("E", 0.5 * precision * v**2)
+
+    objective = ebm.ContrastiveDivergence(partial(numpyro.infer.HMC, step_size=0.1))
+    with pytest.raises(ebm.ModelError, match="'data' subsamples itself, and HMC.*batch_size"):
+        objective.loss(jax.random.key(0), {"precision": 1.0}, model, None, jnp.arange(12.0))

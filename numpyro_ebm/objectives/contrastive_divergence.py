@@ -202,8 +202,8 @@ class ContrastiveDivergence(Objective):
                 f"ContrastiveDivergence: `kernel(model)` returned {kernel!r}, not a NumPyro "
                 "`MCMCKernel`."
             )
-        ours = type(kernel).__module__.startswith("numpyro_ebm")
-        if joint.num_rows != joint.total_rows and not ours:
+        numpyros = type(kernel).__module__.split(".")[0] == "numpyro"
+        if joint.num_rows != joint.total_rows and numpyros:
             raise ModelError(
                 f"ContrastiveDivergence: the plate '{joint.plate}' subsamples itself, and "
                 f"{type(kernel).__name__} would sample the density raised to the power of its "

@@ -274,8 +274,8 @@ class NCE(_NoiseContrast):
         .. math:: g^\top J^{-1} S J^{-\top} g / n, \qquad g = (-E\,∂_θ \log\tilde p,\ 1)
 
         with J the Hessian of the loss and S the covariance of its gradient over rows; where
-        training has not come to the optimum of these rows, the Newton step that is left counts as
-        well.
+        training has stopped more than three standard errors before the optimum of these rows, the
+        Newton step that is left counts as well.
 
         :param rng_key: random key.
         :param dict params: learned parameters, ``log_normalizer`` among them.
@@ -326,7 +326,7 @@ class NCE(_NoiseContrast):
             num, step = influence.shape[0], jnp.mean(influence)
             variance = jnp.sum((influence - step) ** 2) / (num * (num - 1))
             # What is left of the way to the optimum of these rows counts, if it is more than noise.
-            mcse = jnp.sqrt(variance + jnp.maximum(0.0, step**2 - variance))
+            mcse = jnp.sqrt(variance + jnp.where(step**2 > 9.0 * variance, step**2, 0.0))
             return mcse, contrast(flat)[1], self.overlap(key_draw, params, problem)
 
         mcse, at_noise, overlap = moments(flat)
