@@ -55,7 +55,9 @@ class KernelSteinDiscrepancy(Objective):
     :param bandwidth: ℓ, in the units of v, or ``"median"``: the median distance between the rows of
         the batch, over the pairs that are taken.
     :param str pairs: ``"all"`` for the n(n-1) pairs of the U-statistic; ``"halves"`` for the n/2
-        pairs (v_i, v_{i+n/2}), as the authors of VaGES-KSD take (with bandwidth 0.1).
+        pairs (v_i, v_{i+n/2}), as the authors of VaGES-KSD take (with bandwidth 0.1). Only their
+        right-hand sides are differentiated, twice over, which needs rows in random order: train
+        with a ``batch_size``.
     :raises ModelError: if an option is unknown or ``bandwidth`` is not positive; when used, if a
         visible site is discrete, or the batch has fewer than two rows, or an odd number of them
         with ``pairs="halves"``.
