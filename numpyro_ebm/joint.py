@@ -174,6 +174,13 @@ class Joint:
         row_axis = jnp.ndim(log_prob) + self.dim
         return jnp.sum(log_prob, [a for a in range(jnp.ndim(log_prob)) if a != row_axis])
 
+    def deterministic(self, params, values):
+        """Values of the model's `deterministic` sites at given parameters and site values."""
+        model_trace = trace(self.substituted({**params, **values})).get_trace(
+            *self.args, **self.kwargs
+        )
+        return {k: s["value"] for k, s in model_trace.items() if s["type"] == "deterministic"}
+
     @property
     def sites(self):
         """All visible and latent sites."""

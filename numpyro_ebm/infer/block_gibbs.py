@@ -169,16 +169,7 @@ class BlockGibbs(MCMCKernel):
     def postprocess_fn(self, model_args, model_kwargs):
         joint = read_fixed(self._model, model_args, model_kwargs)
 
-        def replay(z):
-            model_trace = trace(joint.substituted(z)).get_trace(*joint.args, **joint.kwargs)
-            deterministic = {
-                name: site["value"]
-                for name, site in model_trace.items()
-                if site["type"] == "deterministic"
-            }
-            return {**z, **deterministic}
-
-        return replay
+        return lambda z: {**z, **joint.deterministic({}, z)}
 
     # Inside
 

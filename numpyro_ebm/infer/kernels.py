@@ -141,13 +141,7 @@ class _Langevin(MCMCKernel):
 
         def constrain_and_replay(z):
             values, _ = joint.constrain(z)
-            model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
-            deterministic = {
-                name: site["value"]
-                for name, site in model_trace.items()
-                if site["type"] == "deterministic"
-            }
-            return {**values, **deterministic}
+            return {**values, **joint.deterministic({}, values)}
 
         return constrain_and_replay
 
