@@ -21,7 +21,7 @@ from numpyro_ebm.errors import (
     UnhandledEnergyError,
 )
 from numpyro_ebm.guide_loss import PosteriorScore, RelaxedELBO
-from numpyro_ebm.handlers import fixed
+from numpyro_ebm.handlers import fixed, temper
 from numpyro_ebm.infer import MALA, ULA, BlockGibbs, EnergySVI, fisher_divergence, sample
 from numpyro_ebm.marginal import (
     Enumerated,
@@ -94,6 +94,7 @@ __all__ = [
     "fixed",
     "models",
     "sample",
+    "temper",
     "to_arviz",
     "visible",
 ]

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handlers that resolve the normalizer of an energy."""
 
+import jax.numpy as jnp
 import numpyro
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
+from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.primitives import NORMALIZER
+from numpyro_ebm.primitives import INVERSE_TEMPERATURE, NORMALIZER
 
-__all__ = ["answer_for_normalizer", "fixed", "release", "set_visible"]
+__all__ = ["answer_for_normalizer", "fixed", "release", "set_visible", "temper"]
 
 
 class answer_for_normalizer(Messenger):
@@ -150,6 +152,55 @@ class fixed(Messenger):
                 f"in `params` (it has {sorted(self.params) or 'no names'}); a visible or latent "
                 "site belongs inside the data plate."
             )
+
+
+class temper(Messenger):
+    r"""Multiply the energies of a model by an inverse temperature.
+
+    .. math:: p_β(v, h; θ) \propto b(v)\, b(h)\, e^{-β E(v, h; θ)}
+
+    At β = 1 it is the model, at β = 0 its base measure b, and above 1 the model sharpened around
+    its modes. It is the path of replica exchange, of annealed importance sampling and of tempered
+    sequential Monte Carlo. The normalizer changes with β: hold the parameters with
+    :class:`~numpyro_ebm.fixed`, inside or outside. Tempered twice, the factors multiply.
+
+    :param model: a NumPyro model with energy statements.
+    :param inverse_temperature: β, a non-negative scalar.
+    :return: a NumPyro model with the same arguments.
+    :raises ModelError: if β is negative, not finite, or not a scalar.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpyro
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data=None):
+    ...     with numpyro.plate("data", 1):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * v**2)
+    >>> hot = ebm.temper(ebm.fixed(gaussian, {}), 0.25)
+    >>> float(numpyro.infer.util.log_density(hot, (jnp.array([2.0]),), {}, {})[0])
+    -0.5
+    """
+
+    def __init__(self, fn=None, inverse_temperature=1.0):
+        if jnp.ndim(inverse_temperature) > 0:
+            raise ModelError(
+                "`temper`: `inverse_temperature` must be a scalar, got an array of shape "
+                f"{jnp.shape(inverse_temperature)}."
+            )
+        if not_jax_tracer(inverse_temperature) and not 0 <= inverse_temperature < float("inf"):
+            raise ModelError(
+                "`temper`: `inverse_temperature` must be finite and not negative, got "
+                f"{inverse_temperature}."
+            )
+        self.inverse_temperature = inverse_temperature
+        super().__init__(fn)
+
+    def postprocess_message(self, msg):
+        if msg["type"] == INVERSE_TEMPERATURE:
+            before = 1.0 if msg["value"] is None else msg["value"]
+            msg["value"] = before * self.inverse_temperature
 
 
 def _in_any_plate(msg):

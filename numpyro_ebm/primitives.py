@@ -14,6 +14,9 @@ __all__ = ["energy", "visible"]
 NORMALIZER = "energy_normalizer"
 """Message type by which an energy asks the handlers around it who answers for log Z."""
 
+INVERSE_TEMPERATURE = "energy_inverse_temperature"
+"""Message type by which an energy asks the handlers around it for the factor before it."""
+
 
 def energy(name, value):
     r"""State that the model's density is multiplied by exp(-value).
@@ -51,10 +54,11 @@ def energy(name, value):
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         value = value.astype(jnp.result_type(float))
+    inverse_temperature = apply_stack(_question(INVERSE_TEMPERATURE, lambda: None))["value"]
+    if inverse_temperature is not None:
+        value = inverse_temperature * value
     parameters = _free_parameters()
-    handled_by = apply_stack(
-        {"type": NORMALIZER, "fn": _under_inspection, "args": (), "kwargs": {}, "value": None}
-    )["value"]
+    handled_by = apply_stack(_question(NORMALIZER, _under_inspection))["value"]
     fn = Unnormalized(value, name, parameters, handled_by)
     with _ShapeOfPlates(jnp.shape(value)):
         numpyro.sample(name, fn, obs=fn.sample(None), infer={"is_auxiliary": True})
@@ -118,6 +122,11 @@ class _ShapeOfPlates(Messenger):
                 "Sum over event dimensions only, as in `jnp.sum(..., -1)`; a scalar would be "
                 "counted once for every element of the plate."
             )
+
+
+def _question(kind, default):
+    """A message to the handlers around an energy, answered by ``default()`` if none does."""
+    return {"type": kind, "fn": default, "args": (), "kwargs": {}, "value": None}
 
 
 def _under_inspection():

@@ -560,3 +560,53 @@ def test_numpyros_enumeration_of_event_units_says_what_to_write():
     mcmc = MCMC(NUTS(ebm.fixed(units, {})), num_warmup=2, num_samples=2, progress_bar=False)
     with pytest.raises(ebm.ModelError, match="Declare the units in a plate"):
         mcmc.run(jax.random.key(0))
+
+
+# Temperatures
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_tempering_multiplies_energies_and_nothing_else(outside):
+    def model(data=None):
+        scale = numpyro.param("scale", 2.0)
+        with numpyro.plate("data", 3):
+            v = numpyro.sample("v", dist.Normal(0.0, 1.0), obs=data)
+            with numpyro.plate("more", 2, dim=-2):
+                ebm.energy("E", jnp.broadcast_to(scale * v**4, (2, 3)))
+            ebm.energy("F", v)
+
+    v = np.array([0.5, -1.0, 2.0])
+    if outside:
+        tempered = ebm.temper(ebm.temper(ebm.fixed(model, {"scale": 3.0}), 0.5), 0.5)
+    else:
+        tempered = ebm.fixed(ebm.temper(model, 0.25), {"scale": 3.0})
+    expected = -0.5 * v**2 - 0.5 * np.log(2 * np.pi) - 0.25 * (6 * v**4 + v)
+    joint = read(tempered, (jnp.asarray(v),), {})
+    np.testing.assert_allclose(joint.log_density({}, {}), expected, rtol=1e-5)
+    total, _ = numpyro.infer.util.log_density(tempered, (jnp.asarray(v),), {}, {})
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
+    gradient = jax.jit(
+        jax.grad(
+            lambda beta: numpyro.infer.util.log_density(
+                ebm.temper(ebm.fixed(model, {"scale": 3.0}), beta), (jnp.asarray(v),), {}, {}
+            )[0]
+        )
+    )(0.3)
+    np.testing.assert_allclose(gradient, -(6 * v**4 + v).sum(), rtol=1e-5)
+
+
+def test_tempering_does_not_answer_for_the_normalizer():
+    def model():
+        scale = numpyro.param("scale", 2.0)
+        with numpyro.plate("data", 3):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            ebm.energy("E", scale * v**2)
+
+    with pytest.raises(ebm.UnhandledEnergyError, match=r"log Z\(scale\)"):
+        numpyro.infer.util.log_density(ebm.temper(model, 0.5), (), {}, {"v": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("inverse_temperature", [-0.1, np.inf, np.nan, np.ones(2)])
+def test_temperatures_that_are_none(inverse_temperature):
+    with pytest.raises(ebm.ModelError, match="inverse_temperature"):
+        ebm.temper(lambda: None, inverse_temperature)
