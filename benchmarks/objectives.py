@@ -31,6 +31,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import training
+from jax.flatten_util import ravel_pytree
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import FarNoiseWarning, QuadratureWarning
@@ -127,7 +128,8 @@ METHODS = {
 
 
 def trainer(method, learning_rate=LEARNING_RATE, betas=BETAS):
-    adam = optax.adam(learning_rate, b1=betas[0], b2=betas[1], eps=loops.EPSILON)
+    # One vector, as in the loop.
+    adam = optax.flatten(optax.adam(learning_rate, b1=betas[0], b2=betas[1], eps=loops.EPSILON))
     num_guide_steps = loops.GUIDE_STEPS if method.guide is not None else 1
     return ebm.EnergySVI(
         method.model,
@@ -155,12 +157,12 @@ def gradients(state):
     states = [state.optim_state, state.guide_optim_state, *state.player_optim_states]
     for one in states:
         if one is not None:
-            first, second, count = (
-                optax.tree_utils.tree_get(one[1], which) for which in ("mu", "nu", "count")
-            )
-            found[0].update(first)
-            found[1].update(second)
-            found[2].update(dict.fromkeys(first, int(count)))
+            params, optax_state = one[1]
+            _, unravel = ravel_pytree(params)
+            for moments, which in zip(found, ("mu", "nu"), strict=False):
+                moments.update(unravel(optax.tree_utils.tree_get(optax_state, which)))
+            count = int(optax.tree_utils.tree_get(optax_state, "count"))
+            found[2].update(dict.fromkeys(params, count))
     return found
 
 

@@ -108,7 +108,8 @@ class Minibatches(NamedTuple):
             if kind == "static":
                 leaves.append(next(static))
             elif kind == "rows":
-                leaves.append(jnp.take(next(arrays), indices[i], axis=0))
+                # In bounds by construction; a check would cost a pass over the batch.
+                leaves.append(next(arrays).at[indices[i]].get(mode="promise_in_bounds"))
             else:
                 leaves.append(next(arrays))
         return jax.tree.unflatten(self.tree, leaves)

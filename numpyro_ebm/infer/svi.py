@@ -28,6 +28,7 @@ from numpyro.infer.util import transform_fn
 from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
+from numpyro_ebm.draws import scan_keys, split_off_draws
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
 from numpyro_ebm.guide import Guide
 from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
@@ -42,6 +43,9 @@ CHUNK = 1024
 
 SECONDS_PER_LOOK = 0.5
 """About how long a chunk may take, so that the progress bar moves and Ctrl-C is heard."""
+
+DRAWN_AHEAD = 4 * 2**20
+"""Bytes of random numbers that are drawn before the rounds they are for."""
 
 REVIEW_ROWS = 2_048
 """Rows of the data that an objective looks at when a run ends."""
@@ -145,9 +149,10 @@ class EnergySVI(SVI):
         )
         self._length = 16  # rounds in the next chunk; follows the time they take
         self._run_chunk = jax.jit(
-            self._chunk, static_argnames=("minibatches",), compiler_options=_compiler_options()
+            self._chunk,
+            static_argnames=("minibatches", "watched"),
+            compiler_options=_compiler_options(),
         )
-
         self._run_statistics = jax.jit(
             self._statistics, static_argnames=("minibatches",), compiler_options=_compiler_options()
         )
@@ -187,9 +192,12 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: the next state and the loss of the energy, a mean over rows.
         """
+        step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
+        return self._round(step_key, svi_state, args, kwargs, forward_mode_differentiation)
+
+    def _round(self, step_key, svi_state, args, kwargs, forward_mode_differentiation=False):
         kwargs = {**kwargs, **self.static_kwargs}
         optim_state, guide_optim_state, rng_key, _, _ = svi_state
-        step_key = jax.random.fold_in(rng_key, optim_state[0])
         key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
         params = self.get_params(svi_state)
         problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
@@ -311,7 +319,12 @@ class EnergySVI(SVI):
             while done < num_steps and not stopped:
                 length = min(self._length, num_steps - done)
                 start = time.perf_counter()
-                state, chunk_losses, taken = chunk(state, arrays, length)
+                before = state
+                state, chunk_losses, taken, ok = chunk(
+                    before, arrays, length, watched=stable_update
+                )
+                if not ok:  # the same rounds again, to find the first that went wrong
+                    state, chunk_losses, taken, _ = chunk(before, arrays, length, watched=True)
                 taken = int(taken)
                 seconds = time.perf_counter() - start
                 losses.append(chunk_losses[: min(taken + 1, length)])
@@ -428,17 +441,16 @@ class EnergySVI(SVI):
     def _train_player(self, rng_key, index, params, optim, optim_state, problem):
         player = self.loss.players[index]
 
-        def step(i, optim_state):
+        def step(rng_key, optim_state):
             def loss_fn(unconstrained):
                 own = self.constrain_fn(unconstrained)
-                key = jax.random.fold_in(rng_key, i)
-                return player.loss(key, lax.stop_gradient(params), own, problem), None
+                return player.loss(rng_key, lax.stop_gradient(params), own, problem), None
 
             return optim.eval_and_update(loss_fn, optim_state)[1]
 
-        if player.num_steps == 1:
-            return step(0, optim_state)
-        return lax.fori_loop(0, player.num_steps, step, optim_state)
+        steps = jnp.arange(player.num_steps)
+        keys = jax.vmap(partial(jax.random.fold_in, rng_key))(steps)
+        return scan_keys(step, optim_state, keys)
 
     def _review(self, result, minibatches, arrays):
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
@@ -469,39 +481,60 @@ class EnergySVI(SVI):
             return self.guide_optim.eval_and_update(loss_fn, guide_optim_state)[1]
 
         if self.num_guide_steps == 1:
-            return step(rng_key, guide_optim_state)
-        keys = jax.random.split(rng_key, self.num_guide_steps)
-        return lax.fori_loop(
-            0, self.num_guide_steps, lambda i, state: step(keys[i], state), guide_optim_state
-        )
+            return step(rng_key, guide_optim_state)  # the key itself, not the one split off it
+        return scan_keys(step, guide_optim_state, jax.random.split(rng_key, self.num_guide_steps))
 
-    def _chunk(self, state, arrays, length, *, minibatches):
-        """Up to CHUNK rounds in one compiled loop; stops before a state that is not finite."""
-        update = self.stable_update if minibatches.stable_update else self.update
+    def _chunk(self, state, arrays, length, *, minibatches, watched):
+        """Up to CHUNK rounds in one compiled loop.
+
+        A state or a loss that is not finite is looked for after every round if ``watched``, which
+        then ends the loop before it (or, with ``stable_update``, undoes the round), and otherwise
+        at the end only: a parameter that is not finite never becomes finite again.
+
+        :return: the last state, the losses, the number of rounds, and whether all are finite.
+        """
         first = state.optim_state[0]
         batch_indices = minibatches.indices(state.rng_key, first, CHUNK)
 
-        def keep_going(carry):
-            i, ok = carry[0], carry[1]
-            return ok & (i < length)
-
-        def one_round(carry):
-            i, _, state, losses = carry
+        def one_round(step_key, state, i):
             args, kwargs = minibatches.batch(arrays, batch_indices, i)
-            new_state, loss = update(
-                state, *args, forward_mode_differentiation=minibatches.forward_mode, **kwargs
-            )
-            losses = losses.at[i].set(loss)
-            if minibatches.stable_update:
-                return i + 1, jnp.array(True), new_state, losses
+            new_state, loss = self._round(step_key, state, args, kwargs, minibatches.forward_mode)
+            if not watched:
+                return new_state, loss, jnp.array(True)
             ok = self._is_finite(new_state, loss)
-            return i + ok, ok, _select(ok, new_state, state), losses
+            new_state = _select(ok, new_state, state)
+            if minibatches.stable_update:
+                return new_state, jnp.where(ok, loss, jnp.nan), jnp.array(True)
+            return new_state, loss, ok
+
+        draw, finish, size = split_off_draws(one_round, state.rng_key, state, jnp.array(0))
+        ahead = max(1, min(CHUNK, DRAWN_AHEAD // max(size, 1)))
+
+        def rounds(carry):
+            start, _, state, _ = carry
+            # A state that stays keeps its step and so its key: the step counts, not the round.
+            step = state.optim_state[0]
+            keys = jax.vmap(partial(jax.random.fold_in, state.rng_key))(step + jnp.arange(ahead))
+            draws = jax.vmap(draw)(keys)
+
+            def one(carry):
+                i, _, state, losses = carry
+                mine = [x[state.optim_state[0] - step] for x in draws]
+                state, loss, ok = finish(mine, state, i)
+                return i + ok, ok, state, losses.at[i].set(loss)
+
+            end = jnp.minimum(start + ahead, length)
+            return lax.while_loop(lambda carry: carry[1] & (carry[0] < end), one, carry)
 
         losses = jnp.zeros(CHUNK, jnp.result_type(float))
-        taken, _, state, losses = lax.while_loop(
-            keep_going, one_round, (jnp.array(0), jnp.array(True), state, losses)
+        taken, ok, state, losses = lax.while_loop(
+            lambda carry: carry[1] & (carry[0] < length),
+            rounds,
+            (jnp.array(0), jnp.array(True), state, losses),
         )
-        return state, losses, taken
+        if not watched:
+            ok = self._is_finite(state, losses)
+        return state, losses, taken, ok
 
     def _is_finite(self, state, loss):
         leaves = [loss, *jax.tree.leaves(self.optim.get_params(state.optim_state))]

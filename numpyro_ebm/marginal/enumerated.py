@@ -26,6 +26,7 @@ from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.distributions import Counting
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.jaxprs import at_zero
 from numpyro_ebm.joint import lowest_value
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
 from numpyro_ebm.polynomial import structure
@@ -101,8 +102,8 @@ class Enumerated(Marginal):
     def log_density(self, joint, params, values):
         """log p̃ of every row at given values of the other sites, of shape (rows,)."""
         if factorises(joint):
-            at_zero, logits = unit_logits(joint, params, values)
-            return at_zero + sum(
+            without, logits = unit_logits(joint, params, values)
+            return without + sum(
                 joint.sum_to_rows(_sum_event(joint.latent[name], jax.nn.softplus(x)))
                 for name, x in logits.items()
             )
@@ -140,12 +141,11 @@ def _is_affine(joint):
 def unit_logits(joint, params, values):
     """log p̃(v, h = 0) of every row, and the log-odds of every unit, where it :func:`factorises`."""
 
-    def total(latent):
-        rows = joint.log_density(params, {**values, **latent})
-        return jnp.sum(rows), rows
+    def rows(latent):
+        return joint.log_density(params, {**values, **latent})
 
-    logits, at_zero = jax.grad(total, has_aux=True)(_units(joint))
-    return at_zero, logits
+    units = _units(joint)
+    return at_zero(rows, units), jax.grad(lambda latent: jnp.sum(rows(latent)))(units)
 
 
 def _units(joint):

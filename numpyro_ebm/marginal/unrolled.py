@@ -25,6 +25,7 @@ from jax.lax import stop_gradient
 from numpyro.distributions import biject_to
 from numpyro.infer import TraceGraph_ELBO
 
+from numpyro_ebm.draws import scan_keys
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guide_loss import RelaxedELBO, default_guide_loss, row_guide_loss
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
@@ -137,14 +138,14 @@ class Unrolled(Marginal):
                     guide_loss, rng_key, own, constrain(free), problem, guide.function
                 )
 
-            def step(free, rng_key):
+            def step(rng_key, free):
                 gradient = jax.grad(loss)(free, rng_key)
                 move = lambda x, g: x - step_size * g  # noqa: E731
-                return jax.tree.map(move, free, gradient), None
+                return jax.tree.map(move, free, gradient)
 
             free = start
             if self.num_steps:
-                free, _ = jax.lax.scan(step, start, jax.random.split(rng_key, self.num_steps))
+                free = scan_keys(step, start, jax.random.split(rng_key, self.num_steps))
             return {**params, **constrain(free)}
 
         return unroll

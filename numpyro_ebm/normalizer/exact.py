@@ -16,7 +16,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
 
@@ -59,9 +58,14 @@ def grid_nodes(columns, log_weights):
     :param list log_weights: their log-weights.
     :return: nodes, of shape (nodes, coordinates), and log-weights, of shape (nodes,).
     """
-    index = np.indices([len(x) for x in columns]).reshape(len(columns), -1)
-    nodes = jnp.stack([jnp.asarray(x)[i] for x, i in zip(columns, index, strict=True)], -1)
-    weights = [jnp.asarray(w)[i] for w, i in zip(log_weights, index, strict=True)]
+    shape = [len(x) for x in columns]
+
+    def spread(i, x):  # by broadcasting, which costs nothing where looking up indices does
+        x = jnp.asarray(x).reshape([-1 if i == j else 1 for j in range(len(shape))])
+        return jnp.broadcast_to(x, shape).reshape(-1)
+
+    nodes = jnp.stack([spread(i, x) for i, x in enumerate(columns)], -1)
+    weights = [spread(i, w) for i, w in enumerate(log_weights)]
     return nodes, sum(weights)
 
 

@@ -16,6 +16,7 @@ Tieleman, *Training restricted Boltzmann machines using approximations to the li
 ICML 2008; resetting a share of the chains, Du, Mordatch, NeurIPS 2019.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,16 +34,16 @@ from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["Chains", "ContrastiveDivergence"]
 
-HISTORY = 64
-"""Rounds of the persistent chains that are remembered for R-hat."""
+HISTORY, SPACING = 64, 4
+"""Positions of the persistent chains that are remembered for R-hat, and the rounds between them."""
 
 
 class Chains(NamedTuple):
     """Persistent chains, one a row of the batch.
 
     - **position** - unconstrained values of the sites that the kernel moves, by name.
-    - **history** - their visible coordinates and, last, the energy, over the last rounds:
-      (rounds, rows, coordinates + 1); a ring.
+    - **history** - their visible coordinates and, last, the energy, after every fourth round:
+      (64, rows, coordinates + 1); a ring.
     - **count** - rounds so far.
     """
 
@@ -172,13 +173,19 @@ class ContrastiveDivergence(Objective):
             }
         position = self._move(key_move, params, problem, position)
         problem = problem._replace(noise=position)
-        visible = {name: position[name] for name in joint.visible}
-        energies = -self._free_log_density(key_start, params, problem, visible)
-        latest = jnp.concatenate([joint.flatten(visible), energies[:, None]], -1).astype(
-            state.history.dtype
-        )
-        history = state.history.at[state.count % HISTORY].set(latest)
-        return problem, Chains(stop_gradient(position), history, state.count + 1)
+        count = state.count + 1
+
+        def record():
+            visible = {name: position[name] for name in joint.visible}
+            energies = -self._free_log_density(key_start, params, problem, visible)
+            latest = jnp.concatenate([joint.flatten(visible), energies[:, None]], -1)
+            return latest.astype(state.history.dtype)
+
+        due = count % SPACING == 0
+        latest = lax.cond(due, record, lambda: jnp.zeros_like(state.history[0]))
+        place = jnp.where(due, (count // SPACING - 1) % HISTORY, HISTORY)
+        history = state.history.at[place].set(latest, mode="drop")
+        return problem, Chains(stop_gradient(position), history, count)
 
     def _at_data(self, rng_key, params, problem):
         """Where chains start: the visible values, and draws of the guide if there is one."""
@@ -216,7 +223,10 @@ class ContrastiveDivergence(Objective):
         def step(_, state):
             return kernel.sample(state, args, kwargs)
 
-        state = lax.fori_loop(0, self.num_steps, step, state)
+        if self.num_steps == 1:  # no loop, so that its random numbers can be drawn ahead
+            state = step(0, state)
+        else:
+            state = lax.fori_loop(0, self.num_steps, step, state)
         return stop_gradient(dict(getattr(state, kernel.sample_field)))
 
     def _log_density(self, rng_key, params, problem, position):
@@ -224,7 +234,7 @@ class ContrastiveDivergence(Objective):
         joint = problem.joint
         visible = {name: position[name] for name in joint.visible}
         latent = {name: position[name] for name in joint.latent if name in position}
-        if problem.marginal.value == "exact" or len(latent) < len(joint.latent):
+        if len(latent) < len(joint.latent):
             problem = problem._replace(unconstrained=visible)
             return self.estimate(rng_key, params, problem).log_density(params, visible)
         latent = {
@@ -236,13 +246,15 @@ class ContrastiveDivergence(Objective):
     def energy_loss(self, rng_key, params, problem):
         key_positive, key_negative = jax.random.split(rng_key)
         estimate = self.estimate(key_positive, params, problem)
+        visible = {name: problem.noise[name] for name in problem.joint.visible}
+        if problem.marginal.value == "exact":  # both phases in one evaluation of the model
+            both = jax.tree.map(lambda x, y: jnp.stack([x, y]), visible, problem.unconstrained)
+            negative, positive = jax.vmap(partial(estimate.log_density, params))(both)
+            return jnp.mean(negative - positive)
         positive = estimate.log_density(params, problem.unconstrained)
         negative = self._log_density(key_negative, params, problem, problem.noise)
         loss = jnp.mean(negative - positive)
-        if problem.marginal.value == "exact":
-            return loss
         # Both phases have the right derivative and values of their own, not to be compared.
-        visible = {name: problem.noise[name] for name in problem.joint.visible}
         negative = self._free_log_density(key_negative, params, problem, visible)
         positive = self._free_log_density(key_positive, params, problem, problem.unconstrained)
         return loss + stop_gradient(jnp.mean(negative - positive) - loss)
@@ -259,7 +271,7 @@ class ContrastiveDivergence(Objective):
         return log_joint - guide.log_density(params, visible, latent)
 
     def chain_diagnostics(self, state):
-        """R-hat of the persistent chains over the last rounds of training.
+        """R-hat of the persistent chains, over every fourth of the last 256 rounds of training.
 
         The parameters move while the chains do, so that this says whether the chains still agree
         with each other, not whether they have converged.
@@ -267,15 +279,18 @@ class ContrastiveDivergence(Objective):
         :param state: the state of :class:`~numpyro_ebm.EnergySVI`, ``fit.state``.
         :return: dict with split R-hat of the ``energy`` (scalar) and of the ``visible`` coordinates
             of a row, (coordinates,).
-        :raises ModelError: if there are no persistent chains, or fewer than four rounds of them.
+        :raises ModelError: if there are no persistent chains, or fewer than 16 rounds of them.
         """
         chains = getattr(state, "objective_state", None)
         if not isinstance(chains, Chains):
             raise ModelError("chain_diagnostics: this state holds no persistent chains.")
         count = int(chains.count)
-        if count < 4:
-            raise ModelError(f"chain_diagnostics: needs at least four rounds, there were {count}.")
-        order = np.arange(max(0, count - HISTORY), count) % HISTORY
+        if count < 4 * SPACING:
+            raise ModelError(
+                f"chain_diagnostics: needs at least {4 * SPACING} rounds, there were {count}."
+            )
+        records = count // SPACING
+        order = np.arange(max(0, records - HISTORY), records) % HISTORY
         history = np.moveaxis(np.asarray(chains.history)[order], 0, 1)  # chains, draws, ...
         r_hat = split_gelman_rubin(history)
         return {"visible": r_hat[:-1], "energy": r_hat[-1]}

@@ -8,6 +8,7 @@ ones. The reference every other objective is measured against, and the best choi
 """
 
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -139,24 +140,44 @@ class MaximumLikelihood(Objective):
         low, high = jnp.min(at_data, 0), jnp.max(at_data, 0)
         has_real = self._coordinates(joint)[1] > 0
 
-        def log_density(flat):
-            if not has_real:
-                return estimate.log_density(params, joint.unflatten(flat))
-            # Far out an energy may overflow, and a weight of zero times an infinite derivative is
-            # no number: such nodes are moved to the data first, and count as zero. Among the data
-            # there is no excuse for NaN.
-            values = estimate.log_density(stop_gradient(params), joint.unflatten(flat))
+        def log_density(params, flat):
+            return estimate.log_density(params, joint.unflatten(flat))
+
+        # Far out an energy may overflow. Such a node counts as zero; among the data there is no
+        # excuse for NaN.
+        def has_mass(flat, values):
             among = jnp.all((flat >= low) & (flat <= high), -1)
-            has_mass = (values > -jnp.inf) | (jnp.isnan(values) & among)
-            flat = jnp.where(has_mass[:, None], flat, at_data)
-            values = estimate.log_density(params, joint.unflatten(flat))
-            return jnp.where(has_mass, values, -jnp.inf)
+            return (values > -jnp.inf) | (jnp.isnan(values) & among)
+
+        def in_one_pass(params, flat):
+            values = log_density(params, flat)
+            return jnp.where(has_mass(flat, values), values, -jnp.inf) if has_real else values
+
+        def in_two_passes(params, flat):
+            # A weight of zero times an infinite derivative is no number: nodes without mass are
+            # moved to the data first.
+            massive = has_mass(flat, log_density(stop_gradient(params), flat))
+            values = log_density(params, jnp.where(massive[:, None], flat, at_data))
+            return jnp.where(massive, values, -jnp.inf)
 
         if not joint.covariates:
-            return log_sum_over_rows(log_density, nodes, log_weights, joint.num_rows)
+            rows = joint.num_rows
+            if not has_real:
+                density = partial(in_one_pass, params)
+                return log_sum_over_rows(density, nodes, log_weights, rows)
+            own = {name: params[name] for name in joint.parameters}
+            other = {name: x for name, x in params.items() if name not in own}
+
+            def log_sum(density, own):
+                density = partial(density, {**other, **own})
+                return log_sum_over_rows(density, nodes, log_weights, rows)
+
+            return _guarded(partial(log_sum, in_one_pass), partial(log_sum, in_two_passes))(own)
+
+        density = in_two_passes if has_real else in_one_pass
 
         def at_node(node):
-            return log_density(jnp.broadcast_to(node, (joint.num_rows, node.size)))
+            return density(params, jnp.broadcast_to(node, (joint.num_rows, node.size)))
 
         values = jax.lax.map(jax.checkpoint(at_node), nodes, batch_size=64)
         return logsumexp(values + log_weights[:, None], 0)
@@ -197,3 +218,23 @@ def _values(site):
     """The values of one coordinate of a discrete site."""
     lowest, num_values = finite_values(site, "MaximumLikelihood")
     return lowest + np.arange(num_values)
+
+
+def _guarded(fast, safe):
+    """A function of parameters whose derivative is that of ``safe`` where ``fast`` has none."""
+
+    @jax.custom_jvp
+    def guarded(params):
+        return fast(params)
+
+    @guarded.defjvp
+    def _(primals, tangents):
+        value, gradient = jax.value_and_grad(fast)(*primals)
+        is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient)]
+        gradient = jax.lax.cond(
+            jnp.all(jnp.stack(is_finite)), lambda: gradient, lambda: jax.grad(safe)(*primals)
+        )
+        along = jax.tree.map(jnp.vdot, gradient, *tangents)
+        return value, sum(jax.tree.leaves(along))
+
+    return guarded

@@ -84,16 +84,19 @@ class _NoiseContrast(Objective):
 
     def contrast_at(self, params, problem, noise, draws, key_data, key_noise):
         """The same at given draws of the noise."""
-        at_data = self.estimate(key_data, params, problem).log_density(
-            params, problem.unconstrained
-        ) - noise.log_density(params, problem.unconstrained)
 
-        def one(rng_key, draw):
-            estimate = self.estimate(rng_key, params, problem._replace(unconstrained=draw))
-            return estimate.log_density(params, draw) - noise.log_density(params, draw)
+        def one(rng_key, point):
+            estimate = self.estimate(rng_key, params, problem._replace(unconstrained=point))
+            return estimate.log_density(params, point) - noise.log_density(params, point)
 
-        keys = jax.random.split(key_noise, self.noise_ratio)
-        return at_data, jax.vmap(one)(keys, draws)
+        # Data and noise in one evaluation of the model.
+        points = {
+            name: jnp.concatenate([jnp.asarray(x, draws[name].dtype)[None], draws[name]])
+            for name, x in problem.unconstrained.items()
+        }
+        keys = jnp.concatenate([key_data[None], jax.random.split(key_noise, self.noise_ratio)])
+        found = jax.vmap(one)(keys, points)
+        return found[0], found[1:]
 
 
 class NCE(_NoiseContrast):

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions rewritten through their jaxprs: jits written out, terms that vanish left out.
+
+What a compiler may not do, because zero times a number is not zero where the number is infinite,
+and what a person writing the same function by hand would do without a thought.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+__all__ = ["at_zero", "needed", "variables", "written_out"]
+
+JITS = ("jit", "pjit")
+
+VANISH = {
+    *("add_any", "broadcast_in_dim", "convert_element_type", "copy", "cumsum", "expand_dims"),
+    *("integer_pow", "neg", "reduce_sum", "reshape", "rev", "slice", "square", "squeeze"),
+    "transpose",
+}
+"""Operations of one argument that map zero to zero."""
+
+
+def at_zero(fn, x):
+    """``fn`` at zeros, without the operations that zeros make vanish.
+
+    Products with a zero count as zero, even where the other factor is not finite.
+
+    :param fn: a function of a pytree of floating point arrays.
+    :param x: a pytree like its argument; only shapes and types matter.
+    :return: the value.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.jaxprs import at_zero
+    >>> at_zero(lambda h: 3.0 + h @ jnp.ones(4), jnp.ones(4))
+    Array(3., dtype=float32)
+    """
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
+    results = _evaluate(closed.jaxpr, closed.consts, [None] * len(jax.tree.leaves(x)))
+    leaves = [_zeros(v) if y is None else y for v, y in zip(closed.jaxpr.outvars, results)]  # noqa: B905
+    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+
+def written_out(fn, *args):
+    """The closed jaxpr of ``fn(*args)`` with the functions under `jax.jit` in it written out.
+
+    :param fn: a function of pytrees of arrays.
+    :param args: its arguments, or their shapes and types.
+    :return: the jaxpr, and the shape of the result.
+    """
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    flat = jax.make_jaxpr(partial(_evaluate_leaves, closed))(*jax.tree.leaves(args))
+    return flat, shape
+
+
+def needed(jaxpr):
+    """The operations of a jaxpr that its results depend on."""
+    wanted, eqns = set(variables(jaxpr.outvars)), []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or wanted & set(eqn.outvars):
+            eqns.append(eqn)
+            wanted |= set(variables(eqn.invars))
+    return eqns[::-1]
+
+
+def variables(atoms):
+    """Those of the atoms that are not literals."""
+    return [v for v in atoms if not isinstance(v, Literal)]
+
+
+def _evaluate_leaves(closed, *leaves):
+    return _evaluate(closed.jaxpr, closed.consts, leaves)
+
+
+def _evaluate(jaxpr, consts, args):
+    """Evaluate a jaxpr, `None` standing for zeros; jits are written out."""
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        vanished = [x is None for x in operands]
+        if eqn.primitive.name in JITS:
+            inner = eqn.params["jaxpr"]
+            results = _evaluate(inner.jaxpr, inner.consts, operands)
+        elif any(vanished) and _vanishes(eqn, vanished):
+            results = [None]
+        elif any(vanished) and eqn.primitive.name in ("add", "sub"):
+            other = operands[0] if vanished[1] else operands[1]
+            results = [-other if vanished[0] and eqn.primitive.name == "sub" else other]
+        else:
+            invars = list(dict.fromkeys(variables(eqn.invars)))
+            one = jaxpr.replace(eqns=[eqn], constvars=(), invars=invars, outvars=eqn.outvars)
+            inputs = [_zeros(v) if read(v) is None else read(v) for v in invars]
+            results = jax.core.eval_jaxpr(one, (), *inputs)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _vanishes(eqn, vanished):
+    name = eqn.primitive.name
+    if name in ("mul", "dot_general"):
+        return True
+    if name in VANISH:
+        return all(vanished)
+    if name in ("add", "sub"):
+        return all(vanished)
+    return name == "div" and vanished[0]
+
+
+def _zeros(variable):
+    return jnp.zeros(variable.aval.shape, variable.aval.dtype)
