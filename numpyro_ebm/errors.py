@@ -6,6 +6,7 @@ __all__ = [
     "ImproperSamplingError",
     "ModelError",
     "NonFiniteLossWarning",
+    "NormalizerDisagreementWarning",
     "QuadratureWarning",
     "UnhandledEnergyError",
 ]
@@ -46,3 +47,7 @@ class FarNoiseWarning(RuntimeWarning):
 
 class QuadratureWarning(RuntimeWarning):
     """A quadrature of exp(-E) is not accurate: too few nodes, or mass out of its reach."""
+
+
+class NormalizerDisagreementWarning(RuntimeWarning):
+    """Two ways to compute log Z differ by more than their errors: at least one of them is wrong."""

@@ -1,18 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: training and sampling of energy-based models in NumPyro's protocols."""
 
+from numpyro_ebm.infer.annealed import AnnealedLangevin
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
+from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.fisher import fisher_divergence
-from numpyro_ebm.infer.kernels import MALA, ULA
-from numpyro_ebm.infer.sampling import sample
+from numpyro_ebm.infer.langevin import MALA, ULA
+from numpyro_ebm.infer.mclmc import MCLMC
+from numpyro_ebm.infer.normalizing import LogLikelihood, log_likelihood, log_normalizer
+from numpyro_ebm.infer.replica_exchange import ReplicaExchange
+from numpyro_ebm.infer.sampling import choose_kernel, sample
 from numpyro_ebm.infer.svi import EnergySVI, EnergySVIState
+from numpyro_ebm.infer.underdamped import UnderdampedLangevin
 
 __all__ = [
     "MALA",
+    "MCLMC",
     "ULA",
+    "AnnealedLangevin",
     "BlockGibbs",
+    "DiscreteLangevin",
     "EnergySVI",
     "EnergySVIState",
+    "LogLikelihood",
+    "ReplicaExchange",
+    "UnderdampedLangevin",
+    "choose_kernel",
     "fisher_divergence",
+    "log_likelihood",
+    "log_normalizer",
     "sample",
 ]

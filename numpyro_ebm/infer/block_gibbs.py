@@ -4,30 +4,31 @@ r"""Block Gibbs sampling of a fixed energy-based model as a NumPyro ``MCMCKernel
 .. math:: x_B' \sim p(x_B \mid x_{-B}; θ) \quad \text{for every block } B \text{ in turn}
 
 Conditionals are exact and nothing is tuned: the energy itself says, through the operations it is
-made of, which blocks are Gaussian and which are independent Bernoullis. It is the sampler of
-restricted Boltzmann machines, where a sweep costs a few evaluations of the energy, and the chain of
-contrastive divergence.
+made of, which blocks are Gaussian, which are independent Bernoullis, and which units of a lattice
+do not interact. It is the sampler of restricted Boltzmann machines and of Ising and Potts models,
+where a sweep costs a few evaluations of the energy, and the chain of contrastive divergence.
 
 Reference: Geman, Geman, *Stochastic relaxation, Gibbs distributions, and the Bayesian restoration
 of images*, 1984; Hinton, *Training products of experts by minimizing contrastive divergence*, 2002.
 """
 
-import copy
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import MaskedDistribution
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_uniform
-from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer.kernels import RowKernel
 from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.samplers import block_gibbs
+from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
 
-__all__ = ["BlockGibbs", "BlockGibbsState"]
+__all__ = ["BlockGibbs", "BlockGibbsState", "initial_values", "support_values"]
 
 
 class BlockGibbsState(NamedTuple):
@@ -45,44 +46,64 @@ class BlockGibbsState(NamedTuple):
     rng_key: jax.Array
 
 
-class BlockGibbs(MCMCKernel):
+class BlockGibbs(RowKernel):
     r"""Draw the unobserved sites of a fixed energy-based model from their exact conditionals.
 
     .. math:: x_B' \sim p(x_B \mid x_{-B}; θ) \quad \text{for every block } B \text{ in turn}
 
     Every row of the data plate is a chain of its own. Real sites in which the energy is quadratic
-    are drawn as a Gaussian; binary sites in which it has degree one, all units at once; any other
-    finite discrete site unit by unit, each of its values weighed by the energy.
+    are drawn as a Gaussian; binary sites in which it has degree one, all units at once; the units
+    of any other finite discrete site in groups that do not interact, found by colouring the graph
+    of their interactions: the two fields of a checkerboard for a lattice of spins.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``.
     :param blocks: sequence of sequences of site names, drawn in this order, every unobserved site
         in one of them. By default every site is a block: continuous sites first, then discrete
         ones, in the order of the model. Real sites that are jointly Gaussian mix better in one
-        block; discrete sites of a block that interact are drawn one unit after the other.
+        block.
+    :param dict colors: by the name of a discrete site, an array of integers of its event shape:
+        units of equal colour are declared to be conditionally independent given all others. For
+        energies whose interactions cannot be found; a site with declared colours is drawn apart
+        from the others of its block.
     :param init_strategy: NumPyro initialisation strategy.
-    :raises ModelError: if ``blocks`` is not a partition of the unobserved sites; from ``init``, if
-        the model has free parameters, a continuous site is not Gaussian given the rest or has
-        another support than the reals, a discrete site has infinitely many values, a Gaussian
-        conditional has no finite integral, or an energy is not finite at the initial values.
+    :raises ModelError: if ``blocks`` is not a partition of the unobserved sites, or ``colors`` does
+        not fit them; from ``init``, if the model has free parameters, a continuous site is not
+        Gaussian given the rest or has another support than the reals, a discrete site has
+        infinitely many values, a Gaussian conditional has no finite integral, two units of a
+        declared colour interact, or an energy is not finite at the initial values.
 
     Runs under NumPyro's ``MCMC``, with all its chain methods, and as a block of ``Gibbs`` beside
     :class:`~numpyro_ebm.MALA` or ``NUTS``. A Gaussian block of D coordinates whose energy is a sum
     over coordinates (no ``v @ A @ v``) costs two evaluations of the energy and its gradient, any
-    other one D evaluations and a Cholesky factor per row; a Bernoulli block costs one; D units
-    drawn in sequence, with K values each, cost D K.
+    other one D evaluations and a Cholesky factor per row; a Bernoulli block costs one. D units of K
+    values with C colours cost C (K - 1) gradients if the energy is quadratic in them, else the
+    D K evaluations that they cost one by one, in C batches. :meth:`plan` tells which it is.
 
     .. note:: The energy's operations are all that is looked at. A base measure
-       ``Bernoulli(probs=...)`` hides its degree behind checks and is drawn unit by unit:
-       ``Counting(2)`` with the logits in an energy is drawn at once.
+       ``Bernoulli(probs=...)`` hides its degree behind checks, and its units are weighed one by
+       one: ``Counting(2)`` with the logits in an energy is drawn at once. Couplings count with
+       their values, so that a matrix of zeros and ones has the graph of its ones; where they are
+       not known yet, such as parameters that are traced by ``jax.jit``, all units that they join
+       interact. Operations without a known rule (loops, convolutions, sorting) make all units
+       interact that go into them; they are drawn one after the other, unless ``colors`` says more.
+
+    .. note:: Values of a real site of ``sample(..., obs_mask=...)`` that the mask replaces by data
+       are read by nothing; in ``<name>_unobserved`` they are draws of N(0, 1).
+
+    .. note:: Declared colours are tried at random states before the first sweep, twenty a row, and
+       refused with the first pair that is found to interact. An interaction smaller than the
+       rounding of the energy is not found.
 
     Reference: Geman, Geman, *Stochastic relaxation, Gibbs distributions, and the Bayesian
     restoration of images*, 1984; Hinton, *Training products of experts by minimizing contrastive
-    divergence*, 2002.
+    divergence*, 2002; Gonzalez et al., *Parallel Gibbs sampling: from colored fields to thin
+    junction trees*, 2011.
 
     **Example**
 
     >>> import jax
     >>> import jax.numpy as jnp
+    >>> import numpyro
     >>> from numpyro.infer import MCMC
     >>> import numpyro_ebm as ebm
     >>> params = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": -jnp.ones(4), "scale": jnp.ones(2)}
@@ -92,11 +113,20 @@ class BlockGibbs(MCMCKernel):
     >>> draws = mcmc.get_samples()
     >>> draws["v"].shape, draws["h"].shape
     ((100, 7, 2), (100, 7, 4))
+
+    A lattice of spins has two colours:
+
+    >>> def ising(num_rows=1):
+    ...     with numpyro.plate("data", num_rows):
+    ...         s = 2 * numpyro.sample("s", ebm.Counting(2, (6, 6))) - 1
+    ...         bonds = s * jnp.roll(s, 1, -1) + s * jnp.roll(s, 1, -2)
+    ...         ebm.energy("E", -0.3 * jnp.sum(bonds, (-1, -2)))
+    >>> [block] = ebm.BlockGibbs(ebm.fixed(ising, {})).plan()
+    >>> block.kind, int(block.colors.max()) + 1
+    ('coloured', 2)
     """
 
-    sample_field = "z"
-
-    def __init__(self, model, blocks=None, *, init_strategy=init_to_uniform):
+    def __init__(self, model, blocks=None, *, colors=None, init_strategy=init_to_uniform):
         if blocks is not None:
             if isinstance(blocks, str) or any(isinstance(names, str) for names in blocks):
                 raise ModelError(
@@ -104,14 +134,19 @@ class BlockGibbs(MCMCKernel):
                     f'[["v"], ["h"]], got {blocks!r}.'
                 )
             blocks = tuple(tuple(names) for names in blocks if names)
-        self._model = model
+        if colors is not None and not isinstance(colors, dict):
+            raise ModelError(
+                "BlockGibbs: `colors` is a dict of arrays of integers by site name, got "
+                f"{type(colors).__name__}."
+            )
         self._blocks = blocks
-        self._init_strategy = init_strategy
-        self._sample_fn = None  # looked at by `MCMC`: whether `init` has run
-
-    @property
-    def model(self):
-        return self._model
+        self._colors = {name: np.asarray(x) for name, x in (colors or {}).items()}
+        for name, x in self._colors.items():
+            if x.dtype.kind not in "iu":
+                raise ModelError(
+                    f"BlockGibbs: the `colors` of '{name}' must be integers, got {x.dtype}."
+                )
+        super().__init__(model, init_strategy)
 
     @property
     def default_fields(self):
@@ -119,6 +154,17 @@ class BlockGibbs(MCMCKernel):
 
     def get_diagnostics_str(self, state):
         return "exact conditionals"
+
+    def plan(self, *args, **kwargs):
+        """How the blocks are drawn.
+
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: list of :class:`~numpyro_ebm.samplers.block_gibbs.Block`, in the order of drawing.
+        """
+        joint, log_density = self._target(args, kwargs)
+        z = {name: jnp.asarray(site.value) for name, site in joint.sites.items()}
+        return self._plan(joint, log_density, joint.to_rows(z))
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         self._sample_fn = self._step
@@ -134,11 +180,7 @@ class BlockGibbs(MCMCKernel):
         state, is_proper = jax.jit(init_one)(rng_key, init_params)
         bad = ~jnp.isfinite(state.potential_energy)
         if not_jax_tracer(bad) and np.any(bad):
-            raise ModelError(
-                f"BlockGibbs: the energy is not finite at the initial values of {int(np.sum(bad))} "
-                f"of {bad.size} rows. Pass `init_params`, or an `init_strategy` such as "
-                "`numpyro.infer.init_to_value(values=...)`."
-            )
+            self._check_energy(state, model_args, model_kwargs)
         for name, proper in is_proper.items():
             if not_jax_tracer(proper) and not np.all(proper):
                 raise ModelError(
@@ -146,22 +188,14 @@ class BlockGibbs(MCMCKernel):
                     "normalised: the energy does not grow in all its directions (its Hessian is "
                     "not positive definite)."
                 )
+        if self._colors and check and not_jax_tracer(state.potential_energy):
+            self._check_colors(rng_key, state, model_args, model_kwargs)
         return state
-
-    def sample(self, state, model_args, model_kwargs):
-        if is_prng_key(state.rng_key):
-            return self._step(state, model_args, model_kwargs)
-        return jax.vmap(lambda s: self._step(s, model_args, model_kwargs))(state)
 
     def refresh(self, state, model_args, model_kwargs):
         joint, log_density = self._target(model_args, model_kwargs)
-        return state._replace(potential_energy=-log_density(joint.to_rows(state.z)))
-
-    def wrap_model(self, wrapper):
-        kernel = copy.copy(self)
-        kernel._model = wrapper(self._model)
-        kernel._sample_fn = None
-        return kernel
+        rows = joint.to_rows(state.z)
+        return state._replace(potential_energy=-log_density(rows) - _unused(joint, rows))
 
     def get_constrain_fn(self, model_args, model_kwargs):
         return lambda z: z  # real and discrete sites only: they are their own coordinates
@@ -174,7 +208,10 @@ class BlockGibbs(MCMCKernel):
     # Inside
 
     def _target(self, model_args, model_kwargs):
-        joint = read_fixed(self._model, model_args, model_kwargs)
+        return self._read(self._model, model_args, model_kwargs)
+
+    def _read(self, model, model_args, model_kwargs):
+        joint = read_fixed(model, model_args, model_kwargs)
         for name, site in joint.visible.items():
             if not site.is_real:
                 raise ModelError(
@@ -184,7 +221,7 @@ class BlockGibbs(MCMCKernel):
                 )
 
         def log_density(rows):
-            return joint.log_density({}, joint.from_rows(rows))
+            return joint.log_density({}, joint.from_rows(rows)) - _unused(joint, rows)
 
         return joint, log_density
 
@@ -201,8 +238,47 @@ class BlockGibbs(MCMCKernel):
                 f"BlockGibbs: `blocks` must name each unobserved site once: {sorted(joint.sites)}; "
                 f"{wrong} are missing, unknown or named twice."
             )
-        values = {name: _support_values(site) for name, site in joint.latent.items()}
-        return [block_gibbs.plan_block(log_density, rows, names, values) for names in blocks]
+        values = {name: support_values(site, "BlockGibbs") for name, site in joint.latent.items()}
+        for name, x in self._colors.items():
+            if name not in joint.latent:
+                raise ModelError(
+                    f"BlockGibbs: `colors` names '{name}', and the unobserved discrete sites are "
+                    f"{sorted(joint.latent)}."
+                )
+            if x.shape != (expected := rows[name].shape[1:]):
+                raise ModelError(
+                    f"BlockGibbs: the `colors` of '{name}' have shape {x.shape}, and a row of the "
+                    f"site has shape {expected}."
+                )
+        plans = []
+        for names in blocks:
+            apart = self._colors and set(names) & set(self._colors)
+            for part in [(name,) for name in names] if apart else [names]:
+                plan = block_gibbs.plan_block(log_density, rows, part, values, self._colors)
+                plans.append(plan)
+        return plans
+
+    def _check_colors(self, rng_key, state, model_args, model_kwargs):
+        """Look for a pair of units of one declared colour that interacts."""
+        joint, log_density = self._target(model_args, model_kwargs)
+        z = state.z
+        while not is_prng_key(rng_key):  # one of the vectorised chains will do
+            rng_key, z = rng_key[0], {name: x[0] for name, x in z.items()}
+        rows = joint.to_rows(z)
+        for block in self._plan(joint, log_density, rows):
+            if block.kind != "coloured" or block.names[0] not in self._colors:
+                continue
+            pair = find_interaction(rng_key, log_density, rows, block)
+            if pair is not None:
+                (name,) = block.names
+                shape = rows[name].shape[1:]
+                first, second = (tuple(map(int, np.unravel_index(i, shape))) for i in pair)
+                raise ModelError(
+                    f"BlockGibbs: the units {first} and {second} of '{name}' have the same colour "
+                    f"in `colors` ({self._colors[name][first]}), and they interact in the energy, "
+                    "so that they may not be drawn at once. Give them different colours, or leave "
+                    f"'{name}' out of `colors`."
+                )
 
     def _check_order(self, joint, init_params):
         """Values that a chain is to start from may not be drawn anew before the others follow."""
@@ -220,18 +296,8 @@ class BlockGibbs(MCMCKernel):
     def _init(self, rng_key, init_params, model_args, model_kwargs, check):
         key_init, key_check, rng_key = jax.random.split(rng_key, 3)
         joint, log_density = self._target(model_args, model_kwargs)
-        prepared = substitute(seed(joint.model, key_init), substitute_fn=self._init_strategy)
-        model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
-        z = {name: jnp.asarray(model_trace[name]["value"]) for name in joint.sites}
         self._check_order(joint, init_params)
-        for name, x in (init_params or {}).items():
-            if name not in z or jnp.shape(x) != z[name].shape:
-                shapes = {k: v.shape for k, v in z.items()}
-                raise ModelError(
-                    f"`init_params` has '{name}' of shape {jnp.shape(x)}; the unobserved sites "
-                    f"and their shapes are {shapes}."
-                )
-            z[name] = jnp.asarray(x, z[name].dtype)
+        z = initial_values(key_init, joint, self._init_strategy, init_params)
         rows = joint.to_rows(z)
         blocks = self._plan(joint, log_density, rows)
         is_proper = {}
@@ -239,7 +305,8 @@ class BlockGibbs(MCMCKernel):
             if block.kind == "gaussian":
                 draws = block_gibbs.draw_block(key_check, rows, log_density, block)
                 is_proper.update({k: jnp.all(jnp.isfinite(x)) for k, x in draws.items()})
-        state = BlockGibbsState(jnp.array(0), z, -log_density(rows), rng_key)
+        energy = -log_density(rows) - _unused(joint, rows)
+        state = BlockGibbsState(jnp.array(0), z, energy, rng_key)
         return state, is_proper
 
     def _step(self, state, model_args, model_kwargs):
@@ -249,26 +316,62 @@ class BlockGibbs(MCMCKernel):
         blocks = self._plan(joint, log_density, rows)
         chains = block_gibbs.BlockGibbsState(rows, -state.potential_energy)
         chains, _ = block_gibbs.build_kernel()(key_step, chains, log_density, blocks)
-        return BlockGibbsState(
-            state.i + 1, joint.from_rows(chains.position), -chains.logdensity, rng_key
-        )
+        energy = -chains.logdensity - _unused(joint, chains.position)
+        return BlockGibbsState(state.i + 1, joint.from_rows(chains.position), energy, rng_key)
 
 
-def _support_values(site):
+def _unused(joint, rows):
+    """Half the squares of values that nothing reads, so that they have a law: N(0, 1).
+
+    NumPyro's ``sample(..., obs_mask=...)`` makes a site ``<name>_unobserved`` of full shape, whose
+    values count where the mask is off. They sum to an array of shape (rows,), or to 0.
+    """
+    total = 0.0
+    for name, site in joint.visible.items():
+        observed = name.removesuffix("unobserved") + "observed"
+        if not name.endswith("_unobserved") or observed not in joint.observed:
+            continue
+        fn = site.fn
+        while not isinstance(fn, MaskedDistribution):
+            fn = fn.base_dist
+        x = joint.from_rows({name: rows[name]})[name]
+        mask = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * site.event_dim)
+        squares = jnp.where(mask, 0.0, 0.5 * x**2)
+        total = total + joint.sum_to_rows(jnp.sum(squares, tuple(range(-site.event_dim, 0))))
+    return total
+
+
+def initial_values(rng_key, joint, init_strategy, init_params):
+    """Initial values of all unobserved sites: those of the strategy, and those that are given."""
+    prepared = substitute(seed(joint.model, rng_key), substitute_fn=init_strategy)
+    model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
+    z = {name: jnp.asarray(model_trace[name]["value"]) for name in joint.sites}
+    for name, x in (init_params or {}).items():
+        if name not in z or jnp.shape(x) != z[name].shape:
+            shapes = {k: v.shape for k, v in z.items()}
+            raise ModelError(
+                f"`init_params` has '{name}' of shape {jnp.shape(x)}; the unobserved sites "
+                f"and their shapes are {shapes}."
+            )
+        z[name] = jnp.asarray(x, z[name].dtype)
+    return z
+
+
+def support_values(site, who):
     """The values of one coordinate of a discrete site, as a NumPy array of shape (K,)."""
     fn = site.fn
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     if not fn.has_enumerate_support:
         raise ModelError(
-            f"BlockGibbs: the site '{site.name}' ({type(fn).__name__}) has no finite number of "
+            f"{who}: the site '{site.name}' ({type(fn).__name__}) has no finite number of "
             "values to weigh."
         )
     with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
         values = np.asarray(fn.enumerate_support(expand=False))
     if values.size != len(values):
         raise ModelError(
-            f"BlockGibbs: the values of the site '{site.name}' ({type(fn).__name__}) are arrays, "
+            f"{who}: the values of the site '{site.name}' ({type(fn).__name__}) are arrays, "
             "not numbers; write it with `Counting(num_values)`."
         )
     return values.ravel()

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Langevin kernels of BlackJAX as NumPyro ``MCMCKernel`` s for energy-based models.
+r"""What the continuous kernels share: BlackJAX's kernels as NumPyro ``MCMCKernel`` s.
 
 Every row of the data plate is a chain of its own: accepting or rejecting all rows together, as a
-kernel on the whole plate does, fails once there are more than a few. Rows share one step size and
-one evaluation of the model. Unobserved discrete sites are summed out exactly, as NumPyro's HMC
-does, unless another block of ``numpyro.infer.Gibbs`` draws them.
+kernel on the whole plate does, fails once there are more than a few. Rows share one step size, one
+preconditioner and one evaluation of the model. Unobserved discrete sites are summed out exactly, as
+NumPyro's HMC does, unless another block of ``numpyro.infer.Gibbs`` draws them.
+
+A new kernel on BlackJAX is a subclass of :class:`ChainKernel` with a ``_move`` for one row.
 """
 
 import copy
 from typing import NamedTuple
 
-import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.adaptation.step_size import dual_averaging_adaptation
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_uniform
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
@@ -22,36 +22,31 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.marginal import Enumerated
-from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.rows import per_row
 
-__all__ = ["MALA", "ULA", "LangevinState", "StepSizeState"]
-
-
-class StepSizeState(NamedTuple):
-    """Step size of a kernel and its adaptation.
-
-    - **step_size** - ε in use.
-    - **dual_averaging** - state of BlackJAX's dual averaging.
-    """
-
-    step_size: jax.Array
-    dual_averaging: object
+__all__ = ["Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
 
 
 class LangevinState(NamedTuple):
-    """State of :class:`ULA` and :class:`MALA`; fields can be collected as ``extra_fields``.
+    """State of the continuous kernels; fields can be collected as ``extra_fields``.
 
     - **i** - step counter, warm-up included.
     - **z** - dict of unconstrained values of the continuous sites.
     - **potential_energy** - minus the log-density of every row in unconstrained space, (rows,).
     - **z_grad** - gradient of the potential energy, like ``z``.
-    - **accept_prob** - acceptance probability of the last step, (rows,); 1 for ULA.
+    - **energy** - the Hamiltonian of every row, (rows,), where the kernel has a momentum of its
+      own; else the potential energy.
+    - **accept_prob** - acceptance probability of the last step, (rows,); 1 where nothing is ever
+      rejected.
     - **mean_accept_prob** - its mean over rows and steps since the last phase began.
-    - **diverging** - rows whose last proposal had no density worth a float, (rows,).
-    - **adapt_state** - :class:`StepSizeState`.
+    - **diverging** - rows whose last proposal was too bad for a float, or by the kernel's
+      threshold, (rows,).
+    - **num_steps** - integration steps of the last step.
+    - **adapt_state** - :class:`~numpyro_ebm.infer.adaptation.AdaptState`.
+    - **memory** - what the kernel keeps from step to step beside positions, such as momenta.
     - **rng_key** - key of the next step.
     """
 
@@ -59,25 +54,42 @@ class LangevinState(NamedTuple):
     z: dict
     potential_energy: jax.Array
     z_grad: dict
+    energy: jax.Array
     accept_prob: jax.Array
     mean_accept_prob: jax.Array
     diverging: jax.Array
-    adapt_state: StepSizeState
+    num_steps: jax.Array
+    adapt_state: AdaptState
+    memory: object
     rng_key: jax.Array
 
 
-class _Langevin(MCMCKernel):
-    """What ULA and MALA share: NumPyro's protocol around a BlackJAX kernel."""
+class Chain(NamedTuple):
+    """One row: position, log-density and its gradient, and the kernel's memory of it."""
+
+    position: dict
+    logdensity: jax.Array
+    logdensity_grad: dict
+    memory: object
+
+
+class StepInfo(NamedTuple):
+    """What a kernel tells of the step of one row; ``statistic`` is what tunes the step size."""
+
+    accept_prob: jax.Array
+    energy: jax.Array
+    diverging: jax.Array
+    statistic: jax.Array
+    num_steps: jax.Array | int = 1
+
+
+class RowKernel(MCMCKernel):
+    """NumPyro's protocol for a kernel on the continuous sites of the rows of a fixed model."""
 
     sample_field = "z"
 
-    def __init__(self, model, step_size, init_strategy):
-        if step_size is not None and not step_size > 0:
-            raise ModelError(
-                f"{type(self).__name__}: `step_size` must be positive, got {step_size}."
-            )
+    def __init__(self, model, init_strategy):
         self._model = model
-        self._step_size = step_size
         self._init_strategy = init_strategy
         self._num_warmup = 0
         self._sample_fn = None  # looked at by `MCMC`: whether `init` has run
@@ -88,12 +100,7 @@ class _Langevin(MCMCKernel):
 
     @property
     def default_fields(self):
-        return ("z", "potential_energy", "accept_prob", "diverging")
-
-    def get_diagnostics_str(self, state):
-        return (
-            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
-        )
+        return ("z", "potential_energy", "energy", "accept_prob", "diverging")
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         self._num_warmup = num_warmup
@@ -107,13 +114,8 @@ class _Langevin(MCMCKernel):
             init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
         # Compiled as a whole: operation by operation it takes seconds.
         state = jax.jit(init_one)(rng_key, init_params)
-        bad = ~jnp.isfinite(state.potential_energy)
-        if not_jax_tracer(bad) and np.any(bad):
-            raise ModelError(
-                f"{type(self).__name__}: the energy is not finite at the initial values of "
-                f"{int(np.sum(bad))} of {bad.size} rows. Pass `init_params`, or an "
-                "`init_strategy` such as `numpyro.infer.init_to_value(values=...)`."
-            )
+        if not_jax_tracer(state.potential_energy):
+            self._check_energy(state, model_args, model_kwargs)
         return state
 
     def sample(self, state, model_args, model_kwargs):
@@ -121,13 +123,10 @@ class _Langevin(MCMCKernel):
             return self._step(state, model_args, model_kwargs)
         return jax.vmap(lambda s: self._step(s, model_args, model_kwargs))(state)
 
-    def refresh(self, state, model_args, model_kwargs):
-        joint, one_row = self._target(model_args, model_kwargs)
-        return self._cache(state, self._chains(joint, one_row, state.z), joint)
-
     def wrap_model(self, wrapper):
         kernel = copy.copy(self)
         kernel._model = wrapper(self._model)
+        kernel._sample_fn = None
         return kernel
 
     def get_constrain_fn(self, model_args, model_kwargs):
@@ -147,12 +146,21 @@ class _Langevin(MCMCKernel):
 
     # Inside
 
-    def _target(self, model_args, model_kwargs):
-        joint = read_fixed(self._model, model_args, model_kwargs)
+    @property
+    def _name(self):
+        return type(self).__name__
+
+    def _check_warmup(self, num_warmup):
+        pass
+
+    def _read(self, model, model_args, model_kwargs):
+        """The joint of the model, its marginal, and the row log-density of unconstrained rows."""
+        joint = read_fixed(model, model_args, model_kwargs)
         if not joint.visible:
             raise ModelError(
-                f"{type(self).__name__} moves continuous sites, and {sorted(joint.latent)} are "
-                "discrete. Use `numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`."
+                f"{self._name} moves continuous sites, and {sorted(joint.latent)} are discrete. "
+                "Use `numpyro_ebm.DiscreteLangevin`, `numpyro_ebm.BlockGibbs`, "
+                "`numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`, which chooses one."
             )
         marginal = None
         if joint.latent:
@@ -161,10 +169,10 @@ class _Langevin(MCMCKernel):
                 marginal.check(joint, None, 1)
             except ModelError as error:
                 raise ModelError(
-                    f"{type(self).__name__} sums discrete sites out, and cannot here. Draw them "
-                    "in a block of their own: `numpyro.infer.Gibbs([(MALA(model), "
-                    f"{sorted(joint.visible)}), (DiscreteGibbs(model), {sorted(joint.latent)})])`."
-                    f" ({error})"
+                    f"{self._name} sums discrete sites out, and cannot here. Draw them in a block "
+                    f"of their own: `numpyro.infer.Gibbs([({self._name}(model), "
+                    f"{sorted(joint.visible)}), (DiscreteGibbs(model), {sorted(joint.latent)})])`, "
+                    f"with `DiscreteLangevin` or `BlockGibbs` beside `DiscreteGibbs`. ({error})"
                 ) from None
 
         def log_density(rows):
@@ -174,45 +182,182 @@ class _Langevin(MCMCKernel):
             values, log_det = joint.constrain(z)
             return marginal.log_density(joint, {}, values) + log_det
 
-        return joint, per_row(log_density)
+        return joint, log_density
+
+    def _initial_values(self, rng_key, joint, init_params, model_kwargs):
+        prepared = substitute(seed(joint.model, rng_key), substitute_fn=self._init_strategy)
+        model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
+        z = {k: s.transform.inv(model_trace[k]["value"]) for k, s in joint.visible.items()}
+        if init_params is None:
+            return z
+        unknown = sorted(set(init_params) - set(joint.visible) - set(joint.latent))
+        if unknown:
+            raise ModelError(f"`init_params` names {unknown}, which are not unobserved sites.")
+        given = {k: jnp.asarray(x) for k, x in init_params.items() if k in joint.visible}
+        if GIBBS_SITES_KWARG in (model_kwargs or {}):  # Gibbs hands over constrained values
+            given = {k: joint.visible[k].transform.inv(x) for k, x in given.items()}
+        return {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
+
+    def _check_energy(self, state, model_args, model_kwargs):
+        """Say which rows and sites make the initial energy, or its gradient, not finite."""
+        bad = ~np.isfinite(np.asarray(state.potential_energy))
+        where = np.argwhere(bad)
+        if not bad.any():
+            gradients = {k: ~np.isfinite(np.asarray(g)) for k, g in state.z_grad.items()}
+            broken = [name for name, g in gradients.items() if g.any()]
+            if broken:
+                raise ModelError(
+                    f"{self._name}: the energy is finite at the initial values, but its gradient "
+                    f"in {broken} is not, so that no proposal could be accepted. Look for roots, "
+                    "norms and divisions at zero in the energy, or start elsewhere with "
+                    "`init_params`."
+                )
+            return
+        z = state.z
+        for _ in range(bad.ndim - 1):  # vectorised chains lead: look at the first bad one
+            z = {name: x[where[0][0]] for name, x in z.items()}
+        joint, _ = self._read(self._model, model_args, model_kwargs)
+        values, _ = joint.constrain(z)
+        model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
+        terms = joint.site_log_densities(model_trace)
+        sites = [k for k, x in terms.items() if not np.all(np.isfinite(np.asarray(x)))]
+        rows = sorted({int(row) for row in where[:, -1]})
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise ModelError(
+            f"{self._name}: the energy is not finite at the initial values of {int(bad.sum())} of "
+            f"{bad.size} rows (rows {shown}"
+            + (f"; the terms of {sites})" if sites else ")")
+            + ". Pass `init_params`, or an `init_strategy` such as "
+            "`numpyro.infer.init_to_value(values=...)`."
+        )
+
+
+class ChainKernel(RowKernel):
+    """One step of a BlackJAX kernel on every row, with its warm-up."""
+
+    initial_step_size = 0.1
+    has_mass_matrix = False
+
+    def __init__(
+        self,
+        model,
+        step_size,
+        init_strategy=init_to_uniform,
+        *,
+        adapt_step_size=True,
+        target_accept_prob=0.5,
+        adapt_mass_matrix=False,
+    ):
+        if step_size is not None and not step_size > 0:
+            raise ModelError(f"{self._name}: `step_size` must be positive, got {step_size}.")
+        if not 0 < target_accept_prob < 1:
+            raise ModelError(
+                f"{self._name}: `target_accept_prob` must be between 0 and 1, got "
+                f"{target_accept_prob}."
+            )
+        self._step_size = step_size
+        self._adapt_step_size = adapt_step_size
+        self._adapt_mass_matrix = adapt_mass_matrix
+        self._tuner = acceptance_tuner(target_accept_prob)
+        self._trajectory_length = None
+        self._length_factor = None
+        super().__init__(model, init_strategy)
+
+    def get_diagnostics_str(self, state):
+        return (
+            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
+        )
+
+    def refresh(self, state, model_args, model_kwargs):
+        joint, one_row = self._target(model_args, model_kwargs, state.z)
+        chains = self._evaluate(joint, one_row, state.z)
+        kinetic = state.energy - state.potential_energy
+        state = self._cache(state, chains, joint)
+        return state._replace(energy=state.potential_energy + kinetic)
+
+    # For subclasses
+
+    def _start_row(self, rng_key, position):
+        """The memory of a row at its start."""
+        return None
+
+    def _start_energy(self, chain):
+        """The energy of a row at its start."""
+        return -chain.logdensity
+
+    def _move(self, rng_key, chain, one_row, adapt_state, i):
+        """One step of one row: a new :class:`Chain` and a :class:`StepInfo`."""
+        raise NotImplementedError
+
+    def _check_sites(self, joint, dimension):
+        pass
+
+    # Inside
+
+    def _check_warmup(self, num_warmup):
+        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
+            raise ModelError(
+                f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
+                "`adapt_step_size=True`) pass a `step_size`."
+            )
+
+    def _target(self, model_args, model_kwargs, z):
+        joint, log_density = self._read(self._model, model_args, model_kwargs)
+        return joint, per_row(log_density, (joint.to_rows(z),))
+
+    @property
+    def _adaptation(self):
+        return Adaptation(
+            self._num_warmup,
+            self._tuner,
+            self._adapt_step_size,
+            self._adapt_mass_matrix,
+            self._length_factor,
+        )
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
-        key_init, rng_key = jax.random.split(rng_key)
-        joint, one_row = self._target(model_args, model_kwargs)
-        z = self._initial_values(key_init, joint)
-        if init_params is not None:
-            unknown = sorted(set(init_params) - set(joint.visible) - set(joint.latent))
-            if unknown:
-                raise ModelError(f"`init_params` names {unknown}, which are not unobserved sites.")
-            given = {k: jnp.asarray(x) for k, x in init_params.items() if k in joint.visible}
-            if GIBBS_SITES_KWARG in (model_kwargs or {}):  # Gibbs hands over constrained values
-                given = {k: joint.visible[k].transform.inv(x) for k, x in given.items()}
-            z = {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
-        step_size = jnp.asarray(0.1 if self._step_size is None else self._step_size, float)
-        zeros = jnp.zeros(joint.num_rows)
+        key_init, key_rows, rng_key = jax.random.split(rng_key, 3)
+        joint = read_fixed(self._model, model_args, model_kwargs)
+        z = self._initial_values(key_init, joint, init_params, model_kwargs)
+        joint, one_row = self._target(model_args, model_kwargs, z)
+        dimension = joint.flatten(z).shape[1]
+        self._check_sites(joint, dimension)
+        chains = self._evaluate(joint, one_row, z)
+        memory = jax.vmap(self._start_row)(
+            jax.random.split(key_rows, joint.num_rows), chains.position
+        )
+        chains = chains._replace(memory=memory)
+        step_size = self._step_size
+        if step_size is None:
+            step_size = self._default_step_size(dimension)
         state = LangevinState(
             i=jnp.array(0),
             z=z,
-            potential_energy=zeros,
+            potential_energy=-chains.logdensity,
             z_grad=z,
-            accept_prob=zeros,
+            energy=jax.vmap(self._start_energy)(chains),
+            accept_prob=jnp.zeros(joint.num_rows),
             mean_accept_prob=jnp.zeros(()),
             diverging=jnp.zeros(joint.num_rows, bool),
-            adapt_state=StepSizeState(step_size, self._adaptation()[0](step_size)),
+            num_steps=jnp.array(0),
+            adapt_state=self._adaptation.init(
+                jnp.asarray(step_size, float),
+                joint.num_rows,
+                dimension,
+                self.has_mass_matrix,
+                self._trajectory_length,
+            ),
+            memory=memory,
             rng_key=rng_key,
         )
-        return self._cache(state, self._chains(joint, one_row, z), joint)
+        return self._cache(state, chains, joint)
 
-    def _initial_values(self, rng_key, joint):
-        prepared = substitute(seed(joint.model, rng_key), substitute_fn=self._init_strategy)
-        model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
-        return {
-            name: site.transform.inv(model_trace[name]["value"])
-            for name, site in joint.visible.items()
-        }
+    def _default_step_size(self, dimension):
+        return self.initial_step_size
 
-    def _chains(self, joint, one_row, z):
-        return jax.vmap(lambda x: langevin.init(x, one_row))(joint.to_rows(z))
+    def _evaluate(self, joint, one_row, z):
+        rows = joint.to_rows(z)
+        return Chain(rows, *jax.vmap(jax.value_and_grad(one_row))(rows), None)
 
     def _cache(self, state, chains, joint):
         gradient = joint.from_rows(chains.logdensity_grad)
@@ -223,163 +368,32 @@ class _Langevin(MCMCKernel):
         )
 
     def _step(self, state, model_args, model_kwargs):
-        joint, one_row = self._target(model_args, model_kwargs)
+        joint, one_row = self._target(model_args, model_kwargs, state.z)
         rng_key, key_step = jax.random.split(state.rng_key)
-        chains = self._algorithm_state(
+        chains = Chain(
             joint.to_rows(state.z),
             -state.potential_energy,
             joint.to_rows(jax.tree.map(jnp.negative, state.z_grad)),
+            state.memory,
         )
-        keys = jax.random.split(key_step, joint.num_rows)
-        kernel = jax.vmap(self._kernel, (0, 0, None, None))
-        chains, info = kernel(keys, chains, one_row, state.adapt_state.step_size)
-        accept_prob, diverging = self._read_info(info)
-        i = state.i + 1
-        since = jnp.where(state.i < self._num_warmup, i, i - self._num_warmup)
-        mean = jnp.mean(accept_prob)
-        state = self._cache(state, chains, joint)
-        return state._replace(
-            i=i,
-            accept_prob=accept_prob,
+        keys = key_step[None] if joint.num_rows == 1 else jax.random.split(key_step, joint.num_rows)
+        chains, info = jax.vmap(
+            lambda key, chain: self._move(key, chain, one_row, state.adapt_state, state.i)
+        )(keys, chains)
+        since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
+        mean = jnp.mean(info.accept_prob)
+        new = self._cache(state, chains, joint)
+        adapt_state = self._adaptation.update(
+            state.i, state.adapt_state, lambda: joint.flatten(new.z), jnp.mean(info.statistic)
+        )
+        return new._replace(
+            i=state.i + 1,
+            energy=info.energy,
+            accept_prob=info.accept_prob,
             mean_accept_prob=state.mean_accept_prob + (mean - state.mean_accept_prob) / since,
-            diverging=diverging,
-            adapt_state=self._adapt(i, state.adapt_state, mean),
+            diverging=info.diverging,
+            num_steps=jnp.max(info.num_steps),
+            adapt_state=adapt_state,
+            memory=chains.memory,
             rng_key=rng_key,
         )
-
-    def _adaptation(self):
-        return dual_averaging_adaptation(0.5)
-
-    def _adapt(self, i, adapt_state, accept_prob):
-        return adapt_state
-
-
-class MALA(_Langevin):
-    r"""Metropolis-adjusted Langevin algorithm on the continuous sites of an energy-based model.
-
-    .. math:: z' = z - ε ∇U(z) + \sqrt{2ε}\, ξ
-
-    accepted or rejected row by row, so that every row is a chain with the right stationary law.
-
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
-    :param float step_size: ε, in squared units of the unconstrained sites; the initial value where
-        it is adapted.
-    :param bool adapt_step_size: adapt ε in warm-up by dual averaging of the rows' mean acceptance.
-    :param float target_accept_prob: the acceptance probability to adapt to; 0.574 is optimal for
-        MALA in many dimensions.
-    :param init_strategy: NumPyro initialisation strategy.
-    :raises ModelError: if ``step_size`` is not positive, or is missing where there is no warm-up;
-        from ``init``, if the model has free parameters, no continuous site to move, discrete sites
-        that cannot be summed out, or an energy that is not finite at the initial values.
-
-    Runs under NumPyro's ``MCMC``, with all its chain methods, and as a block of ``Gibbs`` beside
-    ``DiscreteGibbs``.
-
-    Reference: Roberts, Tweedie 1996; Roberts, Rosenthal, *Optimal scaling of discrete
-    approximations to Langevin diffusions*, 1998. The kernel is BlackJAX's.
-
-    **Example**
-
-    >>> import jax
-    >>> import numpyro
-    >>> from numpyro.infer import MCMC
-    >>> import numpyro_ebm as ebm
-    >>> def gaussian():
-    ...     with numpyro.plate("data", 500):
-    ...         v = numpyro.sample("v", ebm.Lebesgue())
-    ...         ebm.energy("E", 0.5 * (v - 1) ** 2)
-    >>> mcmc = MCMC(
-    ...     ebm.MALA(ebm.fixed(gaussian, {})), num_warmup=200, num_samples=100, progress_bar=False
-    ... )
-    >>> mcmc.run(jax.random.key(0))
-    >>> bool(abs(mcmc.get_samples()["v"].mean() - 1) < 0.1)
-    True
-    """
-
-    _algorithm_state = blackjax.mcmc.mala.MALAState
-
-    def __init__(
-        self,
-        model,
-        step_size=None,
-        *,
-        adapt_step_size=True,
-        target_accept_prob=0.574,
-        init_strategy=init_to_uniform,
-    ):
-        if not 0 < target_accept_prob < 1:
-            raise ModelError(
-                f"MALA: `target_accept_prob` must be between 0 and 1, got {target_accept_prob}."
-            )
-        self._adapt_step_size = adapt_step_size
-        self._target_accept_prob = target_accept_prob
-        self._kernel = blackjax.mala.build_kernel()
-        super().__init__(model, step_size, init_strategy)
-
-    def _check_warmup(self, num_warmup):
-        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
-            raise ModelError(
-                "MALA: without warm-up adaptation (`num_warmup` > 0 and `adapt_step_size=True`) "
-                "pass a `step_size`."
-            )
-
-    def _read_info(self, info):
-        return info.acceptance_rate, info.acceptance_rate == 0.0
-
-    def _adaptation(self):
-        return dual_averaging_adaptation(self._target_accept_prob)
-
-    def _adapt(self, i, adapt_state, accept_prob):
-        if not self._adapt_step_size:
-            return adapt_state
-        _, update, final = self._adaptation()
-        new = update(adapt_state.dual_averaging, accept_prob)
-        step_size = jnp.where(i < self._num_warmup, jnp.exp(new.log_step_size), final(new))
-        return jax.tree.map(
-            lambda x, y: jnp.where(i <= self._num_warmup, x, y),
-            StepSizeState(step_size.astype(adapt_state.step_size.dtype), new),
-            adapt_state,
-        )
-
-
-class ULA(_Langevin):
-    r"""Unadjusted Langevin algorithm on the continuous sites of an energy-based model.
-
-    .. math:: z' = z - ε ∇U(z) + \sqrt{2ε}\, ξ
-
-    Every step is taken, so that its stationary law is off by O(ε): for a Gaussian of variance 1 the
-    variance of the draws is 1/(1 - ε/2). It is stochastic gradient Langevin dynamics with the full
-    gradient.
-
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
-    :param float step_size: ε, in squared units of the unconstrained sites. There is no acceptance
-        probability to adapt it to.
-    :param init_strategy: NumPyro initialisation strategy.
-    :raises ModelError: as :class:`MALA`.
-
-    Reference: Roberts, Tweedie 1996. The integrator is BlackJAX's.
-
-    **Example**
-
-    >>> import jax.numpy as jnp
-    >>> import numpyro_ebm as ebm
-    >>> model = ebm.fixed(
-    ...     ebm.models.grbm,
-    ...     {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": jnp.zeros(4), "scale": jnp.ones(2)},
-    ... )
-    >>> kernel = ebm.ULA(model, step_size=0.01)
-    """
-
-    _algorithm_state = langevin.ULAState
-
-    def __init__(self, model, step_size, *, init_strategy=init_to_uniform):
-        if step_size is None:
-            raise ModelError("ULA: pass a `step_size`; there is nothing to adapt it to.")
-        self._kernel = langevin.build_kernel()
-        super().__init__(model, step_size, init_strategy)
-
-    def _check_warmup(self, num_warmup):
-        pass
-
-    def _read_info(self, info):
-        return jnp.ones(info.is_divergent.shape), info.is_divergent

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the visible and latent sites of a fixed model in one call."""
 
+import logging
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from numpyro.handlers import condition
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
+from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.kernels import MALA
+from numpyro_ebm.infer.block_gibbs import BlockGibbs, support_values
+from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.infer.langevin import MALA
 from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.marginal.enumerated import (
     Enumerated,
@@ -17,8 +23,16 @@ from numpyro_ebm.marginal.enumerated import (
     state_log_densities,
     unit_logits,
 )
+from numpyro_ebm.samplers.block_gibbs import plan_block
 
-__all__ = ["sample"]
+__all__ = ["choose_kernel", "sample"]
+
+logger = logging.getLogger(__name__)
+
+MAX_STATES = 65_536  # of an all-discrete model that is drawn without a chain
+MAX_SUMMED = 4_096  # of discrete sites that are summed out in every step of a chain
+MAX_GAUSSIAN = 500  # coordinates of a Gaussian block with a full precision matrix
+MAX_SEQUENTIAL = 200  # units that are drawn one after the other
 
 
 def sample(
@@ -38,26 +52,26 @@ def sample(
 
     .. math:: (v, h) \sim p(v, h) \propto \tilde p(v, h; θ)
 
-    Many short chains run side by side. What moves them follows from the supports: continuous sites
-    by :class:`~numpyro_ebm.MALA` on their marginal, after which discrete sites are drawn from their
-    exact conditional; where the discrete sites are too many to be summed out, ``MALA`` and
-    NumPyro's ``DiscreteGibbs`` take turns in ``Gibbs``; all-discrete models are drawn exactly if
-    they can be enumerated, else by ``DiscreteGibbs``.
+    Many short chains run side by side. :func:`choose_kernel` says what moves them, and the logger
+    ``numpyro_ebm.infer.sampling`` at level INFO. Sites that the model observes stay where they are:
+    ``numpyro.handlers.condition(model, {"v": ...})`` draws the others given them.
 
     :param rng_key: random key.
     :param model: a model with fixed parameters, ``fixed(model, params)``.
     :param int num_samples: number of draws.
     :param args: arguments of the model.
-    :param kernel: a NumPyro ``MCMCKernel`` on ``model`` to use instead.
+    :param kernel: a NumPyro ``MCMCKernel`` on ``model`` to use instead, or what makes one of a
+        model, such as the class ``ebm.MALA``.
     :param int num_chains: number of chains; the smaller of ``num_samples`` and 100 if ``None``.
     :param int num_warmup: warm-up steps of each chain.
     :param int thinning: steps between two draws of a chain.
     :param init_params: initial unconstrained values, chains leading.
     :param bool progress_bar: show NumPyro's progress bar.
     :param kwargs: keyword arguments of the model.
-    :return: dict of sites, of shape (num_samples, rows, ...) each, draws leading.
-    :raises ModelError: if the model has free parameters or nothing to sample, or the numbers are
-        not positive integers.
+    :return: dict of sites, of shape (num_samples, rows, ...) each, draws leading, the model's
+        ``deterministic`` sites among them.
+    :raises ModelError: if the model has free parameters or nothing to sample, a discrete site has
+        infinitely many values, ``kernel`` is no kernel, or the numbers are not positive integers.
 
     .. note:: Draws of one chain are dependent, and separated modes may be out of its reach: for
        diagnostics run ``MCMC`` with several chains and look at R-hat and the effective sample size.
@@ -78,12 +92,18 @@ def sample(
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
     key_chains, key_discrete = jax.random.split(rng_key)
     joint = read_fixed(model, args, kwargs)
-    enumerable = _enumerable(joint)
-    if kernel is None and not joint.visible and enumerable and _all_event(joint):
-        keys = jax.random.split(key_discrete, num_samples)
-        return lax.map(lambda key: _draw_event_sites(key, joint, {}), keys)
     if kernel is None:
-        kernel = _compose(model, joint, enumerable)
+        kernel = _choose(model, joint)
+    elif not isinstance(kernel, MCMCKernel):
+        kernel = kernel(model) if callable(kernel) else kernel
+        if not isinstance(kernel, MCMCKernel):
+            raise ModelError(
+                "sample: `kernel` must be a NumPyro `MCMCKernel` on the model, or a class of one, "
+                f"got {kernel!r}."
+            )
+    logger.info("sample: %s", _describe(kernel))
+    if kernel is None:
+        return _with_deterministic(joint, _draw_exactly(key_discrete, joint, num_samples))
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
     mcmc = MCMC(
         kernel,
@@ -99,12 +119,121 @@ def sample(
     missing = [name for name in joint.latent if name not in draws]
     if missing:
         draws = _draw_discrete(key_discrete, model, joint, draws, args, kwargs)
+        draws = _with_deterministic(joint, draws)
     return draws
 
 
-def _enumerable(joint):
+def choose_kernel(model, *args, **kwargs):
+    """The kernel that :func:`sample` takes for a fixed model, from its supports and its energy.
+
+    ============================  =============================================================
+    sites                         kernel
+    ============================  =============================================================
+    discrete, few joint states    none (``None``): drawn from their probabilities
+    conditionals all Gaussian,    :class:`~numpyro_ebm.BlockGibbs`
+    Bernoulli or finite
+    discrete, more than 200       :class:`~numpyro_ebm.DiscreteLangevin` if the energy has a
+    units that all interact       gradient in them, else ``BlockGibbs``
+    continuous                    :class:`~numpyro_ebm.MALA`
+    continuous, and discrete      ``MALA`` on the exact marginal; discrete sites are then drawn from
+    ones that are quickly         their exact conditional
+    summed out
+    continuous, and others        ``Gibbs([(MALA(model), ...), (BlockGibbs(model), ...)])``, with
+                                  ``DiscreteLangevin`` as above
+    ============================  =============================================================
+
+    Few joint states are 65,536; quickly summed out are units in a plate, binary units that do not
+    interact, and up to 4,096 joint states.
+
+    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param args: arguments of the model.
+    :param kwargs: keyword arguments of the model.
+    :return: a NumPyro ``MCMCKernel``, ready for ``MCMC``, or ``None``.
+    :raises ModelError: if the model has free parameters or nothing to sample, or a discrete site
+        has infinitely many values.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpyro_ebm as ebm
+    >>> from numpyro_ebm.infer import choose_kernel
+    >>> params = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": jnp.zeros(4), "scale": jnp.ones(2)}
+    >>> type(choose_kernel(ebm.fixed(ebm.models.grbm, params))).__name__
+    'BlockGibbs'
+    """
+    return _choose(model, read_fixed(model, args, kwargs))
+
+
+def _choose(model, joint):
+    continuous, discrete = sorted(joint.visible), sorted(joint.latent)
+    if not continuous and _enumerable(joint, MAX_STATES) and _all_event(joint):
+        return None
+    discrete_kernel = _kernel_of_discrete(model, joint) if discrete else BlockGibbs
+    gaussian = _gaussian_blocks(joint)
+    if gaussian is not None and discrete_kernel is BlockGibbs:
+        return BlockGibbs(model, [*gaussian, *([name] for name in joint.latent)])
+    if not continuous:
+        return discrete_kernel(model)
+    if not discrete or _enumerable(joint, MAX_SUMMED):
+        return MALA(model)
+    first = MALA(model) if gaussian is None else BlockGibbs(model, gaussian)
+    return Gibbs([(first, continuous), (discrete_kernel(model), discrete)])
+
+
+def _describe(kernel):
+    if kernel is None:
+        return "drawn from the probabilities of all joint states"
+    if not isinstance(kernel, Gibbs):
+        return type(kernel).__name__
+    blocks = (f"({type(block).__name__}, {sites})" for block, sites in kernel.blocks)
+    return f"Gibbs([{', '.join(blocks)}])"
+
+
+def _log_density(joint):
+    z = {name: jnp.asarray(site.value) for name, site in joint.sites.items()}
+    return lambda rows: joint.log_density({}, joint.from_rows(rows)), joint.to_rows(z)
+
+
+def _gaussian_blocks(joint):
+    """Blocks of continuous sites that are Gaussian given the rest; None if some are not."""
+    names = sorted(joint.visible)
+    if not all(site.is_real for site in joint.visible.values()):
+        return None
+    log_density, rows = _log_density(joint)
+    sizes = {name: math.prod(rows[name].shape[1:]) for name in names}
+    partitions = [[names]] if sum(sizes.values()) <= MAX_GAUSSIAN else []
+    for blocks in [*partitions, [[name] for name in names]] if names else [[]]:
+        try:
+            plans = [plan_block(log_density, rows, block, {}) for block in blocks]
+        except ModelError:
+            continue
+        if all(p.is_diagonal or sum(sizes[k] for k in p.names) <= MAX_GAUSSIAN for p in plans):
+            return blocks
+    return None
+
+
+def _kernel_of_discrete(model, joint):
+    values = {name: support_values(site, "sample") for name, site in joint.latent.items()}
+    log_density, rows = _log_density(joint)
+    sequential = sum(
+        math.prod(rows[name].shape[1:])
+        for name in joint.latent
+        if plan_block(log_density, rows, [name], values).kind == "sequential"
+    )
+    if sequential <= MAX_SEQUENTIAL:
+        return BlockGibbs
+    z = {name: site.value for name, site in joint.visible.items()}
+    try:  # whether the energy has a gradient
+        kernel = DiscreteLangevin(condition(model, z))
+        kernel.init(jax.random.key(0), 1, None, joint.args, joint.kwargs)
+    except ModelError:
+        return BlockGibbs
+    return DiscreteLangevin
+
+
+def _enumerable(joint, max_states):
     try:
-        Enumerated().check(joint, None, 1)
+        Enumerated(max_states=max_states).check(joint, None, 1)
     except ModelError:
         return False
     return True
@@ -114,15 +243,23 @@ def _all_event(joint):
     return all(site.fn.event_shape for site in joint.latent.values())
 
 
-def _compose(model, joint, enumerable):
-    """The kernel for the supports at hand."""
-    if not joint.visible:
-        return DiscreteGibbs(model)
-    if not joint.latent or enumerable:
-        return MALA(model)
-    return Gibbs(
-        [(MALA(model), sorted(joint.visible)), (DiscreteGibbs(model), sorted(joint.latent))]
-    )
+def _with_deterministic(joint, draws):
+    """The draws, and the model's deterministic sites at them."""
+    values = {name: draws[name] for name in joint.sites}
+
+    def replay(values):
+        return joint.deterministic({}, values)
+
+    if not jax.eval_shape(replay, {name: x[0] for name, x in values.items()}):
+        return draws
+    return {**draws, **lax.map(replay, values)}
+
+
+def _draw_exactly(rng_key, joint, num_samples):
+    """Independent draws of a model whose sites are all discrete, with event dimensions."""
+    keys = jax.random.split(rng_key, num_samples)
+    law = _law_of_event_sites(joint, {})
+    return lax.map(lambda key: _draw_from_law(key, joint, law), keys)
 
 
 def _draw_discrete(rng_key, model, joint, draws, args, kwargs):
@@ -144,16 +281,26 @@ def _draw_discrete(rng_key, model, joint, draws, args, kwargs):
 
 def _draw_event_sites(rng_key, joint, values):
     """One exact draw of the latent sites with event dimensions, given the continuous sites."""
+    return _draw_from_law(rng_key, joint, _law_of_event_sites(joint, values))
+
+
+def _law_of_event_sites(joint, values):
+    """Their states and the logits of these, or (``None`` for the states) the logits of units."""
     if factorises(joint):
-        _, logits = unit_logits(joint, {}, values)
+        return None, unit_logits(joint, {}, values)[1]
+    states = event_states(joint)
+    return states, state_log_densities(joint, {}, values, states)
+
+
+def _draw_from_law(rng_key, joint, law):
+    states, logits = law
+    if states is None:
         keys = jax.random.split(rng_key, len(logits))
-        return {
-            name: jax.random.bernoulli(key, jax.nn.sigmoid(x)).astype(
-                joint.latent[name].value.dtype
-            )
+        draws = {
+            name: jax.random.bernoulli(key, jax.nn.sigmoid(x))
             for key, (name, x) in zip(keys, logits.items(), strict=True)
         }
-    states = event_states(joint)
-    logits = state_log_densities(joint, {}, values, states)
-    chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
-    return {name: x[chosen].astype(joint.latent[name].value.dtype) for name, x in states.items()}
+    else:
+        chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
+        draws = {name: x[chosen] for name, x in states.items()}
+    return {name: x.astype(joint.latent[name].value.dtype) for name, x in draws.items()}

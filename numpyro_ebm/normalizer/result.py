@@ -11,10 +11,14 @@ __all__ = ["LogNormalizer"]
 class LogNormalizer(NamedTuple):
     """An estimate of log Z(θ).
 
-    - **value** - the estimate, in nats, for one row.
-    - **mcse** - its standard error; 0 where it is exact.
+    - **value** - the estimate, in nats, for one row; of shape (rows,) where every row has its own.
+    - **mcse** - its standard error; 0 where it is exact, and for a quadrature what the last
+      doubling of the nodes changed.
     - **ess** - effective sample size behind it; infinite where it is exact.
     - **method** - how it was found.
+    - **bias** - direction of its bias: ``"none"``; ``"below"`` where it is too small in
+      expectation, so that log-likelihoods are too large; ``"unknown"`` otherwise.
+    - **diagnostics** - dict of what else the method has to tell, or ``None``.
 
     **Example**
 
@@ -27,3 +31,5 @@ class LogNormalizer(NamedTuple):
     mcse: jax.Array
     ess: jax.Array
     method: str
+    bias: str = "unknown"
+    diagnostics: dict | None = None

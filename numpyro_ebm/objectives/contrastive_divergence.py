@@ -32,7 +32,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import fixed, release
 from numpyro_ebm.objectives.base import Objective
 
-__all__ = ["Chains", "ContrastiveDivergence"]
+__all__ = ["Chains", "ContrastiveDivergence", "remembered_rounds"]
 
 HISTORY, SPACING = 64, 4
 """Positions of the persistent chains that are remembered for R-hat, and the rounds between them."""
@@ -50,6 +50,13 @@ class Chains(NamedTuple):
     position: dict
     history: jax.Array
     count: jax.Array
+
+
+def remembered_rounds(chains):
+    """The rounds in ``chains.history``, in their order: (records, rows, coordinates + 1)."""
+    records = int(chains.count) // SPACING
+    order = np.arange(max(0, records - HISTORY), records) % HISTORY
+    return np.asarray(chains.history)[order]
 
 
 class ContrastiveDivergence(Objective):
@@ -289,9 +296,7 @@ class ContrastiveDivergence(Objective):
             raise ModelError(
                 f"chain_diagnostics: needs at least {4 * SPACING} rounds, there were {count}."
             )
-        records = count // SPACING
-        order = np.arange(max(0, records - HISTORY), records) % HISTORY
-        history = np.moveaxis(np.asarray(chains.history)[order], 0, 1)  # chains, draws, ...
+        history = np.moveaxis(remembered_rounds(chains), 0, 1)  # chains, draws, ...
         r_hat = split_gelman_rubin(history)
         return {"visible": r_hat[:-1], "energy": r_hat[-1]}
 

@@ -4,17 +4,21 @@ r"""Block Gibbs sampling of Gaussian and finite discrete blocks, in BlackJAX's s
 .. math:: x_B' \sim π(x_B \mid x_{-B}) \quad \text{for every block } B \text{ in turn}
 
 Every block is drawn exactly, so that nothing is rejected and nothing has to be tuned. What makes a
-block easy is read off its log-density by :mod:`numpyro_ebm.polynomial`: a polynomial of degree two
-in real coordinates is a Gaussian, one of degree one in binary coordinates makes them independent;
-all other discrete coordinates are drawn one by one. Use it for restricted Boltzmann machines, for
-Ising and Potts models of moderate size, and wherever else conditionals are this simple; use MALA
-for real sites whose conditionals are not Gaussian.
+block easy is read off its log-density, by :mod:`numpyro_ebm.polynomial` and
+:mod:`numpyro_ebm.interactions`: a polynomial of degree two in real coordinates is a Gaussian, one
+of degree one in binary coordinates makes them independent. Other discrete coordinates are coloured
+so that those of one colour do not interact, and drawn colour by colour; where nothing can be told
+of their interactions, one by one. Use it for restricted Boltzmann machines, for Ising and Potts
+models, and wherever else conditionals are this simple; use MALA for real sites whose conditionals
+are not Gaussian.
 
 Reference: Geman, Geman, *Stochastic relaxation, Gibbs distributions, and the Bayesian restoration
 of images*, 1984; blocks of restricted Boltzmann machines: Hinton, *Training products of experts by
-minimizing contrastive divergence*, 2002.
+minimizing contrastive divergence*, 2002; colours: Gonzalez, Low, Gretton, Guestrin, *Parallel Gibbs
+sampling: from colored fields to thin junction trees*, AISTATS 2011.
 """
 
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -25,7 +29,9 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.interactions import greedy_colors, interactions
 from numpyro_ebm.polynomial import structure
+from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured, flatten
 
 __all__ = [
     "Block",
@@ -43,16 +49,20 @@ class Block(NamedTuple):
     """A block of coordinates and how to draw it. Made by :func:`plan_block`.
 
     - **names** - tuple of the sites it draws.
-    - **kind** - ``"gaussian"``, ``"bernoulli"`` (all coordinates at once) or ``"sequential"``
-      (coordinate by coordinate).
+    - **kind** - ``"gaussian"``, ``"bernoulli"`` (all coordinates at once), ``"coloured"`` (the
+      coordinates of a colour at once) or ``"sequential"`` (coordinate by coordinate).
     - **values** - the values of one coordinate of each discrete site, by name.
     - **is_diagonal** - whether a Gaussian's coordinates are independent.
+    - **colors** - of a coloured block: the colour of every coordinate, of shape (coordinates,).
+    - **degree** - of a coloured block: a bound of the degree of log π in its coordinates.
     """
 
     names: tuple
     kind: str
     values: dict
     is_diagonal: bool = False
+    colors: object = None
+    degree: float = np.inf
 
 
 class BlockGibbsState(NamedTuple):
@@ -76,7 +86,7 @@ class BlockGibbsInfo(NamedTuple):
     is_divergent: jax.Array
 
 
-def plan_block(logdensity_fn, position, names, values):
+def plan_block(logdensity_fn, position, names, values, colors=None):
     r"""Find out how to draw some sites from their joint conditional. It holds at all positions.
 
     .. math:: π(x_B \mid x_{-B}) \text{ is Gaussian if } \deg_{x_B} \log π = 2, \quad
@@ -87,6 +97,9 @@ def plan_block(logdensity_fn, position, names, values):
     :param dict position: any position, for its shapes.
     :param names: the sites of the block.
     :param dict values: the possible values of one coordinate, of shape (K,), of the discrete sites.
+    :param dict colors: integer arrays of shape (...) by site name: coordinates of equal colour are
+        taken for conditionally independent, which ``chromatic_gibbs.find_interaction`` can refute.
+        They are found in the operations of the log-density for the sites that are not named.
     :return: a :class:`Block`.
     :raises ModelError: if real sites are not Gaussian given the rest, or real and discrete sites
         are to be drawn together.
@@ -101,6 +114,9 @@ def plan_block(logdensity_fn, position, names, values):
     'gaussian'
     >>> plan_block(log_density, position, ["h"], {"h": [0, 1]}).kind
     'bernoulli'
+    >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
+    >>> plan_block(chain, {"s": jnp.zeros((3, 5), int)}, ["s"], {"s": [0, 1]}).colors.tolist()
+    [1, 0, 1, 0, 1]
     """
     names = tuple(names)
     discrete = {name: np.asarray(values[name]) for name in names if name in values}
@@ -110,7 +126,7 @@ def plan_block(logdensity_fn, position, names, values):
             f"A block of Gibbs sampling cannot draw the real sites {real} and the discrete sites "
             f"{sorted(discrete)} together; put them in blocks of their own."
         )
-    flat, unflatten = _flatten(position, names)
+    flat, unflatten = flatten(position, names)
 
     def log_density(x):
         return logdensity_fn({**position, **unflatten(x)})
@@ -118,15 +134,7 @@ def plan_block(logdensity_fn, position, names, values):
     float_type = jnp.result_type(flat.dtype, float) if discrete else flat.dtype
     shape = jax.ShapeDtypeStruct(flat.shape, float_type)
     if discrete:
-        kind = "sequential"
-        if all(len(x) == 2 for x in discrete.values()):
-            try:
-                found = structure(log_density, shape)
-            except TypeError:  # it insists on integers, to index with them for example
-                return Block(names, kind, discrete)
-            if found.degree <= 1 and found.true_gradient:
-                kind = "bernoulli"
-        return Block(names, kind, discrete)
+        return _plan_discrete(log_density, shape, flat.dtype, discrete, colors or {})
     found = structure(log_density, shape)
     if found.degree != 2 or not found.true_gradient:
         if found.degree < 2:
@@ -141,6 +149,34 @@ def plan_block(logdensity_fn, position, names, values):
             f"log-density {why}. {advice(names, set(position) - set(names))}"
         )
     return Block(names, "gaussian", {}, found.separable)
+
+
+def _plan_discrete(log_density, shape, int_type, discrete, colors):
+    names, degree = tuple(discrete), np.inf
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # JAX's, of a one-hot of floats
+            found = structure(log_density, shape)
+        if found.true_gradient:
+            degree = found.degree
+    except (TypeError, ValueError, DeprecationWarning):
+        pass  # it insists on integers, to index with them for example
+    if degree <= 1 and all(len(x) == 2 for x in discrete.values()):
+        return Block(names, "bernoulli", discrete)
+    size = shape.shape[1]
+    if any(name in colors for name in names):
+        (name,) = names  # declared colours are those of one site
+        _, labels = np.unique(np.ravel(colors[name]), return_inverse=True)
+        return Block(names, "coloured", discrete, False, labels, degree)
+    if size == 1:
+        return Block(names, "sequential", discrete)
+    if degree == np.inf:  # weighed at integers, so that they are what has to be looked at
+        shape = jax.ShapeDtypeStruct(shape.shape, int_type)
+    graph = interactions(lambda x: log_density(x["x"]), {"x": shape})
+    labels = None if graph is None else greedy_colors(graph)
+    if labels is None or labels.max() + 1 == size:
+        return Block(names, "sequential", discrete)
+    return Block(names, "coloured", discrete, False, labels, degree)
 
 
 def advice(names, others):
@@ -175,7 +211,9 @@ def draw_block(rng_key, position, logdensity_fn, block):
     """
     if block.kind == "sequential":
         return _draw_sequential(rng_key, position, logdensity_fn, block)
-    flat, unflatten = _flatten(position, block.names)
+    if block.kind == "coloured":
+        return draw_coloured(rng_key, position, logdensity_fn, block)
+    flat, unflatten = flatten(position, block.names)
 
     # Rows are independent: the gradient of their sum has the gradient of every row.
     def total(x):
@@ -233,21 +271,6 @@ def as_top_level_api(logdensity_fn, blocks) -> SamplingAlgorithm:
     return build_sampling_algorithm(build_kernel(), init, logdensity_fn, kernel_args=(blocks,))
 
 
-def _flatten(position, names):
-    """The named sites as one array of shape (rows, coordinates), and the way back."""
-    parts = {name: jnp.reshape(position[name], (len(position[name]), -1)) for name in names}
-    ends = np.cumsum([0, *(x.shape[1] for x in parts.values())])
-
-    def unflatten(flat):
-        pieces = (lax.slice_in_dim(flat, *ends[i : i + 2], axis=1) for i in range(len(names)))
-        return {
-            name: jnp.reshape(x, position[name].shape)
-            for name, x in zip(names, pieces, strict=True)
-        }
-
-    return jnp.concatenate(list(parts.values()), axis=1), unflatten
-
-
 def _draw_gaussian(rng_key, flat, gradient, block):
     """log π = const + g·x - x·P x / 2, with g the gradient at zero and -P its Jacobian."""
     g, times_hessian = jax.linearize(gradient, jnp.zeros_like(flat))
@@ -266,7 +289,7 @@ def _draw_gaussian(rng_key, flat, gradient, block):
 
 def _draw_sequential(rng_key, position, logdensity_fn, block):
     for name in block.names:
-        flat, unflatten = _flatten(position, (name,))
+        flat, unflatten = flatten(position, (name,))
         rows, size = flat.shape
         values = jnp.asarray(block.values[name], flat.dtype)[:, None, None]
 

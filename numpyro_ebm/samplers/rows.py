@@ -9,16 +9,22 @@ gradient.
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 __all__ = ["per_row"]
 
 
-def per_row(log_density):
+def per_row(log_density, like=None):
     """Log-density of one row, to be used under ``jax.vmap`` over all rows.
 
-    :param log_density: maps positions with rows leading to an array of shape (rows,), row by row.
-    :return: a function of one row's position. Outside of ``jax.vmap`` its value is NaN, because the
-        other rows are not known there.
+    :param log_density: maps positions with rows leading, and further arguments that the rows share
+        (a temperature), to an array of shape (rows,), row by row.
+    :param tuple like: arguments of ``log_density``, or their shapes. Needed where a kernel calls it
+        within a loop of its own and it closes over values that are being traced, as a model does
+        that another block of ``Gibbs`` conditions; it is then traced here, once.
+    :return: a function of one row's position and the shared arguments, differentiable in the
+        position. Outside of ``jax.vmap`` its value is NaN, because the other rows are not known
+        there.
 
     **Example**
 
@@ -29,27 +35,43 @@ def per_row(log_density):
     >>> jax.vmap(jax.grad(rows))(jnp.array([[1.0], [2.0]])).ravel()
     Array([-1., -2.], dtype=float32)
     """
+    if like is None:
+        return _per_row(lambda rows, _, *shared: log_density(rows, *shared), ())
+    traced = jax.make_jaxpr(log_density)(*like)
 
+    def evaluate(rows, closed_over, *shared):
+        function = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, closed_over))
+        (values,) = function(*jax.tree.leaves((rows, *shared)))
+        return values
+
+    return _per_row(evaluate, list(traced.consts))
+
+
+def _per_row(log_density, closed_over):
     @jax.custom_batching.custom_vmap
-    def value_and_grad(position):
+    def value_and_grad(position, shared):
         dtype = jnp.result_type(*jax.tree.leaves(position))
         return jnp.full((), jnp.nan, dtype), position
 
     @value_and_grad.def_vmap
-    def _(axis_size, in_batched, position):
-        values, pullback = jax.vjp(log_density, position)
+    def _(axis_size, in_batched, position, shared):
+        if any(jax.tree.leaves(in_batched[1])):
+            raise ValueError("`per_row`: the arguments after the position must not vary by row.")
+        values, pullback = jax.vjp(lambda x: log_density(x, *shared), position)
         (gradients,) = pullback(jnp.ones_like(values))
         return (values, gradients), (True, jax.tree.map(lambda _: True, position))
 
     @jax.custom_vjp
-    def one_row(position):
-        return value_and_grad(position)[0]
+    def one_row(position, *shared):
+        return value_and_grad(position, shared)[0]
 
-    def forward(position):
-        return value_and_grad(position)
+    def forward(position, *shared):
+        value, gradient = value_and_grad(position, shared)
+        return value, (gradient, shared)
 
-    def backward(gradient, cotangent):
-        return (jax.tree.map(lambda g: cotangent * g, gradient),)
+    def backward(residuals, cotangent):
+        gradient, shared = residuals
+        return (jax.tree.map(lambda g: cotangent * g, gradient), *(None for _ in shared))
 
     one_row.defvjp(forward, backward)
-    return one_row
+    return lambda position, *shared: one_row(position, closed_over, *shared)

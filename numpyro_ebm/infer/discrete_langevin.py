@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Discrete Langevin proposals on a fixed energy-based model as a NumPyro ``MCMCKernel``.
+
+.. math:: q_i(x_i' \mid x) \propto
+    \exp\Big(\tfrac12 ∂_i \log p(x)\, (x_i' - x_i) - \frac{(x_i' - x_i)^2}{2α}\Big)
+
+All units of a row are proposed at once from one gradient of the energy, and the row is accepted or
+rejected.
+
+Reference: Zhang, Liu, Liu, *A Langevin-like sampler for discrete distributions*, ICML 2022.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import init_to_uniform
+from numpyro.util import is_prng_key, not_jax_tracer
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
+from numpyro_ebm.infer.block_gibbs import initial_values, support_values
+from numpyro_ebm.infer.kernels import RowKernel
+from numpyro_ebm.joint import read_fixed
+from numpyro_ebm.polynomial import structure
+from numpyro_ebm.samplers import discrete_langevin
+
+__all__ = ["DiscreteLangevin", "DiscreteLangevinState"]
+
+INITIAL_STEP_SIZE = 0.2  # the paper's
+
+
+class DiscreteLangevinState(NamedTuple):
+    """State of :class:`DiscreteLangevin`; fields can be collected as ``extra_fields``.
+
+    - **i** - step counter, warm-up included.
+    - **z** - dict of the values of the discrete sites.
+    - **potential_energy** - minus the log-density of every row, (rows,).
+    - **differences** - changes of the log-density to first order, (K, rows, coordinates).
+    - **accept_prob** - acceptance probability of the last step, (rows,); 1 without the test.
+    - **mean_accept_prob** - its mean over rows and steps since the last phase began.
+    - **diverging** - rows whose last proposal had no finite density, (rows,).
+    - **adapt_state** - :class:`~numpyro_ebm.infer.adaptation.AdaptState`.
+    - **rng_key** - key of the next step.
+    """
+
+    i: jax.Array
+    z: dict
+    potential_energy: jax.Array
+    differences: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    diverging: jax.Array
+    adapt_state: AdaptState
+    rng_key: jax.Array
+
+
+class DiscreteLangevin(RowKernel):
+    r"""Metropolis-adjusted discrete Langevin sampling (DMALA) of the finite discrete sites.
+
+    .. math:: q_i(x_i' \mid x) \propto
+        \exp\Big(\tfrac12 ∂_i \log p(x)\, (x_i' - x_i) - \frac{(x_i' - x_i)^2}{2α}\Big)
+
+    for all units at once, accepted or rejected row by row, so that every row is a chain with the
+    right stationary law. For a binary unit it is a flip with probability
+    :math:`σ(\tfrac12 Δ - 1 / 2α)`.
+
+    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param float step_size: α, in squared units of the values; the initial value where it is
+        adapted.
+    :param bool adjusted: make the Metropolis-Hastings test. Without it (DULA) every proposal is
+        taken, and the stationary law is biased: see the note.
+    :param bool adapt_step_size: adapt α in warm-up by dual averaging of the rows' mean acceptance.
+        Where units hardly interact acceptance stays above the target however large α is; it is
+        kept below 1,000 times the squared range of the values, where proposals no longer depend
+        on it.
+    :param float target_accept_prob: the acceptance probability to adapt to.
+    :param str differences: ``"gradient"`` takes the energy's gradient, one evaluation a step, for
+        binary and ordinal units; ``"exact"`` evaluates the energy at every value of every unit
+        (D (K - 1) evaluations a step, in batches) and prices any change of value alike,
+        :math:`1 / 2α`, for nominal units and for energies that have no gradient.
+    :param init_strategy: NumPyro initialisation strategy.
+    :raises ModelError: if an option is out of its range, or ``step_size`` is missing where there is
+        no warm-up; from ``init``, if the model has free parameters, continuous sites, no discrete
+        ones or one with infinitely many values, an energy that has no gradient in a discrete site
+        (it indexes a table with it, or compares it), or one that is not finite at the initial
+        values.
+
+    Runs under NumPyro's ``MCMC``, with all its chain methods, and as a block of ``Gibbs`` beside
+    :class:`~numpyro_ebm.MALA` or ``NUTS``. Prefer :class:`~numpyro_ebm.BlockGibbs` where it draws
+    many units at once (``BlockGibbs(model).plan()``): its draws are exact conditionals. This kernel
+    is for many units that all interact.
+
+    .. note:: The model is evaluated at floats of integer value, and its gradient is trusted with
+       the proposals only: the test makes the law exact for every energy. Without the test (DULA)
+       the bias vanishes with α for quadratic energies, and not otherwise; even for independent
+       bits of log-odds g the odds at a finite α are :math:`e^g (1 + e^{-g/2-1/2α}) / (1 +
+       e^{g/2-1/2α})`.
+
+    Reference: Zhang, Liu, Liu, *A Langevin-like sampler for discrete distributions*, ICML 2022.
+
+    **Example**
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpyro
+    >>> from numpyro.infer import MCMC
+    >>> import numpyro_ebm as ebm
+    >>> def magnet(num_rows=200):
+    ...     with numpyro.plate("data", num_rows):
+    ...         s = numpyro.sample("s", ebm.Counting(2, (10,)))
+    ...         ebm.energy("E", 0.1 * (jnp.sum(s, -1) - 3.0) ** 2)
+    >>> kernel = ebm.DiscreteLangevin(ebm.fixed(magnet, {}))
+    >>> mcmc = MCMC(kernel, num_warmup=200, num_samples=100, progress_bar=False)
+    >>> mcmc.run(jax.random.key(0))
+    >>> mcmc.get_samples()["s"].shape
+    (100, 200, 10)
+    """
+
+    def __init__(
+        self,
+        model,
+        step_size=None,
+        *,
+        adjusted=True,
+        adapt_step_size=True,
+        target_accept_prob=0.574,
+        differences="gradient",
+        init_strategy=init_to_uniform,
+    ):
+        if step_size is not None and not step_size > 0:
+            raise ModelError(f"{self._name}: `step_size` must be positive, got {step_size}.")
+        if not 0 < target_accept_prob < 1:
+            raise ModelError(
+                f"{self._name}: `target_accept_prob` must be between 0 and 1, got "
+                f"{target_accept_prob}."
+            )
+        if differences not in ("gradient", "exact"):
+            raise ModelError(
+                f'{self._name}: `differences` must be "gradient" or "exact", got {differences!r}.'
+            )
+        if not adjusted and step_size is None:
+            raise ModelError(
+                f"{self._name}: without the test (`adjusted=False`) pass a `step_size`; there is "
+                "no acceptance to adapt it to."
+            )
+        self._step_size = step_size
+        self._adjusted = adjusted
+        self._adapt_step_size = adapt_step_size and adjusted
+        self._tuner = acceptance_tuner(target_accept_prob)
+        self._differences = differences
+        self._kernel = discrete_langevin.build_kernel(adjusted, differences)
+        super().__init__(model, init_strategy)
+
+    @property
+    def default_fields(self):
+        return ("z", "potential_energy", "accept_prob", "diverging")
+
+    def get_diagnostics_str(self, state):
+        return (
+            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
+        )
+
+    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+        state = super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
+        if self._differences == "gradient" and not_jax_tracer(state.potential_energy):
+            self._check_gradient(rng_key, state, model_args, model_kwargs)
+        return state
+
+    def refresh(self, state, model_args, model_kwargs):
+        joint, log_density, values = self._target(model_args, model_kwargs)
+        chains = self._evaluate(joint, log_density, values, state.z)
+        return self._cache(state, chains, joint)
+
+    def get_constrain_fn(self, model_args, model_kwargs):
+        return lambda z: z
+
+    def postprocess_fn(self, model_args, model_kwargs):
+        joint, _ = self._read(self._model, model_args, model_kwargs)
+        return lambda z: {**z, **joint.deterministic({}, z)}
+
+    # Inside
+
+    def _check_warmup(self, num_warmup):
+        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
+            raise ModelError(
+                f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
+                "`adapt_step_size=True`) pass a `step_size`."
+            )
+
+    def _check_energy(self, state, model_args, model_kwargs):
+        if not np.all(np.isfinite(np.asarray(state.potential_energy))):
+            super()._check_energy(state, model_args, model_kwargs)
+
+    def _read(self, model, model_args, model_kwargs):
+        joint = read_fixed(model, model_args, model_kwargs)
+        continuous, discrete = sorted(joint.visible), sorted(joint.latent)
+        if not discrete:
+            raise ModelError(
+                f"{self._name} moves discrete sites, and {continuous} are continuous. Use "
+                "`numpyro_ebm.MALA`, or `numpyro_ebm.BlockGibbs` where they are Gaussian given "
+                "each other."
+            )
+        if continuous:
+            raise ModelError(
+                f"{self._name} moves discrete sites, and {continuous} are continuous. Draw them in "
+                f"a block of their own: `numpyro.infer.Gibbs([(MALA(model), {continuous}), "
+                f"({self._name}(model), {discrete})])`."
+            )
+
+        def log_density(rows):
+            return joint.log_density({}, joint.from_rows(rows))
+
+        return joint, log_density
+
+    def _target(self, model_args, model_kwargs):
+        joint, log_density = self._read(self._model, model_args, model_kwargs)
+        values = {name: support_values(site, self._name) for name, site in joint.latent.items()}
+        return joint, log_density, values
+
+    @property
+    def _initial(self):
+        return INITIAL_STEP_SIZE if self._step_size is None else self._step_size
+
+    @property
+    def _adaptation(self):
+        return Adaptation(self._num_warmup, self._tuner, self._adapt_step_size)
+
+    def _init(self, rng_key, init_params, model_args, model_kwargs):
+        key_init, rng_key = jax.random.split(rng_key)
+        joint, log_density, values = self._target(model_args, model_kwargs)
+        z = initial_values(key_init, joint, self._init_strategy, init_params)
+        chains = self._evaluate(joint, log_density, values, z)
+        zeros = jnp.zeros(joint.num_rows)
+        state = DiscreteLangevinState(
+            i=jnp.array(0),
+            z=z,
+            potential_energy=-chains.logdensity,
+            differences=chains.differences,
+            accept_prob=zeros,
+            mean_accept_prob=jnp.zeros(()),
+            diverging=jnp.zeros(joint.num_rows, bool),
+            adapt_state=self._adaptation.init(
+                jnp.asarray(self._initial, float), joint.num_rows, 0, False, None
+            ),
+            rng_key=rng_key,
+        )
+        return self._cache(state, chains, joint)
+
+    def _evaluate(self, joint, log_density, values, z):
+        rows = joint.to_rows(z)
+        if self._differences == "exact":
+            return discrete_langevin.init(rows, log_density, values, "exact")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", DeprecationWarning)  # JAX's, of a one-hot of floats
+                return discrete_langevin.init(rows, log_density, values)
+        except (TypeError, DeprecationWarning) as error:
+            raise self._no_gradient(sorted(joint.latent), error) from error
+
+    def _no_gradient(self, names, error=None):
+        because = "" if error is None else f" ({error})"
+        return ModelError(
+            f"{self._name}: the energy has no gradient in {names}: it indexes with the values, or "
+            "compares them, instead of calculating with them. Use `numpyro_ebm.BlockGibbs` or "
+            "`numpyro.infer.DiscreteGibbs`, which evaluate the energy at integers, or "
+            f'`{self._name}(model, differences="exact")`.{because}'
+        )
+
+    def _check_gradient(self, rng_key, state, model_args, model_kwargs):
+        """A gradient that vanishes everywhere while the energy changes is none."""
+        joint, log_density, values = self._target(model_args, model_kwargs)
+        z = state.z
+        while not is_prng_key(rng_key):  # one of the vectorised chains will do
+            rng_key, z = rng_key[0], {name: x[0] for name, x in z.items()}
+        real = {k: x.astype(jnp.result_type(x, float)) for k, x in z.items()}
+        if structure(lambda z: joint.log_density({}, z), real).degree < np.inf:
+            return  # a polynomial, which has one
+
+        @jax.jit
+        def try_out(rng_key):
+            def at(key):
+                moved = dict(z)
+                for name, x in z.items():
+                    key, key_site = jax.random.split(key)
+                    choices = jnp.asarray(values[name], x.dtype)
+                    moved[name] = jax.random.choice(key_site, choices, x.shape)
+                real = {k: x.astype(jnp.result_type(x, float)) for k, x in moved.items()}
+                total = lambda real: jnp.sum(log_density(joint.to_rows(real)))  # noqa: E731
+                gradient = jax.grad(total)(real)
+                # What one site changes, the others where they are.
+                here = log_density(joint.to_rows(moved))
+                change = {k: log_density(joint.to_rows({**moved, k: z[k]})) - here for k in z}
+                return gradient, change
+
+            gradients, changes = jax.lax.map(at, jax.random.split(rng_key, 5))
+            return {
+                k: jnp.all(gradients[k] == 0)
+                & jnp.any(jnp.isfinite(changes[k]) & (changes[k] != 0))
+                for k in z
+            }
+
+        broken = sorted(name for name, is_broken in try_out(rng_key).items() if is_broken)
+        if broken:
+            raise self._no_gradient(broken)
+
+    def _cache(self, state, chains, joint):
+        return state._replace(
+            z=joint.from_rows(chains.position),
+            potential_energy=-chains.logdensity,
+            differences=chains.differences,
+        )
+
+    def _step(self, state, model_args, model_kwargs):
+        joint, log_density, values = self._target(model_args, model_kwargs)
+        rng_key, key_step = jax.random.split(state.rng_key)
+        chains = discrete_langevin.DiscreteLangevinState(
+            joint.to_rows(state.z), -state.potential_energy, state.differences
+        )
+        chains, info = self._kernel(
+            key_step, chains, log_density, state.adapt_state.step_size, values
+        )
+        since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
+        mean = jnp.mean(info.acceptance_rate)
+        adapt_state = self._adaptation.update(state.i, state.adapt_state, dict, mean)
+        if self._adapt_step_size:
+            largest = 1_000.0 * max(np.ptp(x) ** 2 for x in values.values())
+            step_size = jnp.minimum(adapt_state.step_size, jnp.maximum(largest, self._initial))
+            adapt_state = adapt_state._replace(step_size=step_size)
+        return self._cache(state, chains, joint)._replace(
+            i=state.i + 1,
+            accept_prob=info.acceptance_rate,
+            mean_accept_prob=state.mean_accept_prob + (mean - state.mean_accept_prob) / since,
+            diverging=info.is_divergent,
+            adapt_state=adapt_state,
+            rng_key=rng_key,
+        )

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Which coordinates of a row interact in a function, read off its jaxpr.
+
+.. math:: (i, j) \notin \text{graph} \;\Rightarrow\; f(x) = g(x_{-j}) + g'(x_{-i})
+
+Coordinates without an edge are conditionally independent given all others, so that a proper
+colouring of the graph cuts the coordinates of a lattice into a few groups that can be drawn at
+once. As in :mod:`numpyro_ebm.polynomial` an evaluation could never show it; the operations can.
+Every element of every intermediate array carries the set of coordinates that it reads, linear
+operations unite these sets, and only the others (products, comparisons, table lookups) join the
+coordinates of an element. Constants count with their values: a matrix of couplings has edges where
+it is not zero. Edges may be too many, never too few.
+
+Reference: sparsity detection of Hessians, Gebremedhin, Manne, Pothen, *What color is your
+Jacobian?*, SIAM Review 2005; colouring: Brélaz, *New methods to color the vertices of a graph*,
+1979.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal
+from scipy.sparse import csr_matrix, vstack
+
+from numpyro_ebm.polynomial import CALLS, _is_integer, _keeps_values
+
+__all__ = ["greedy_colors", "interactions"]
+
+MAX_ENTRIES = 30_000_000  # entries of sparse matrices; beyond, nothing is told
+
+MOVES = set(
+    "broadcast_in_dim concatenate copy copy_p expand_dims pad reshape rev slice split squeeze "
+    "stack transpose unstack".split()
+)
+MOVES_BY = {"dynamic_slice": 1, "gather": 1, "dynamic_update_slice": 2, "scatter": 0}
+LINEAR = {"add", "add_any", "convert_element_type", "neg", "sub"}
+REDUCTIONS = set(
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
+)
+ELEMENTWISE = set(
+    "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz cos "
+    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le "
+    "lgamma log log1p logistic lt max min ne nextafter not or pow reduce_precision rem round rsqrt "
+    "select_n sign sin sinh sqrt square stop_gradient tan tanh xor".split()
+)
+
+
+class _CannotTell(Exception):
+    """All coordinates interact as far as can be told."""
+
+
+def interactions(fn, inputs):
+    r"""Graph of the coordinates of a row that may interact in ``fn``.
+
+    .. math:: \text{no edge } (i, j) \;\Rightarrow\; Δ_i Δ_j f = 0 \text{ everywhere}
+
+    :param fn: maps a dict of arrays of shape (rows, ...) to any arrays, row by row; it is traced,
+        not run.
+    :param dict inputs: arrays (or shapes with dtypes) like its argument. Coordinate i of a row is
+        the i-th of all sites flattened one after the other, in the order of the dict.
+    :return: a symmetric ``scipy.sparse.csr_matrix`` of booleans, of shape (coordinates,
+        coordinates); ``None`` where all may interact.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.interactions import interactions
+    >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
+    >>> interactions(chain, {"s": jnp.ones((5, 4))}).toarray().astype(int)
+    array([[0, 1, 0, 0],
+           [1, 0, 1, 0],
+           [0, 1, 0, 1],
+           [0, 0, 1, 0]])
+    >>> interactions(lambda x: jnp.sum(x["s"], -1) ** 2, {"s": jnp.ones((5, 4))})
+    """
+    names = list(inputs)
+    closed = jax.make_jaxpr(lambda *leaves: fn(dict(zip(names, leaves, strict=True))))(
+        *(inputs[name] for name in names)
+    )
+    sizes = [math.prod(v.aval.shape[1:]) for v in closed.jaxpr.invars]
+    dimension = sum(sizes)
+    if dimension == 0 or sum(math.prod(v.aval.shape) for v in closed.jaxpr.invars) > MAX_ENTRIES:
+        return None
+    reads, start = [], 0
+    for var, size in zip(closed.jaxpr.invars, sizes, strict=True):
+        columns = np.tile(np.arange(start, start + size), var.aval.shape[0])
+        reads.append(_ones(np.arange(len(columns)), columns, (len(columns), dimension)))
+        start += size
+    walker = _Walker(dimension)
+    try:
+        walker.walk(closed.jaxpr, closed.consts, reads)
+    except _CannotTell:
+        return None
+    graph = walker.edges + walker.edges.T
+    graph.setdiag(False)
+    graph.eliminate_zeros()
+    return graph.tocsr()
+
+
+def greedy_colors(graph):
+    """A proper colouring of a graph with few colours: two for every bipartite one.
+
+    :param graph: symmetric sparse matrix of shape (n, n).
+    :return: NumPy array of n colours, 0, 1, ...; neighbours differ.
+
+    **Example**
+
+    >>> import numpy as np
+    >>> from scipy.sparse import csr_matrix
+    >>> from numpyro_ebm.interactions import greedy_colors
+    >>> greedy_colors(csr_matrix([[0, 1, 0], [1, 0, 1], [0, 1, 0]])).tolist()
+    [1, 0, 1]
+    """
+    size = graph.shape[0]
+    neighbours = np.split(graph.indices, graph.indptr[1:-1])
+    degrees = np.diff(graph.indptr)
+    colors = np.full(size, -1)
+    seen = [set() for _ in range(size)]  # colours of the neighbours
+    # Most colours around it first, then most neighbours (DSATUR).
+    priority = degrees / (degrees.max(initial=0) + 1.0)
+    for _ in range(size):
+        i = int(np.argmax(priority))
+        color = 0
+        while color in seen[i]:
+            color += 1
+        colors[i], priority[i] = color, -np.inf
+        for j in neighbours[i]:
+            if color not in seen[j]:
+                seen[j].add(color)
+                priority[j] += 1.0
+    return colors
+
+
+def _ones(rows, columns, shape):
+    if len(rows) > MAX_ENTRIES:
+        raise _CannotTell
+    return csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape)
+
+
+class _Constant:
+    """An array that reads no coordinate, evaluated when its values are asked for."""
+
+    def __init__(self, compute):
+        self._compute, self._value = compute, None
+
+    def get(self):
+        """Its values as a NumPy array, or ``None`` where they are not known yet (under `jit`)."""
+        if self._compute is not None:
+            self._value, self._compute = self._compute(), None
+        return self._value
+
+
+def _known(x):
+    return _Constant(lambda: None if isinstance(x, Tracer) else np.asarray(x))
+
+
+class _Walker:
+    """Values are sparse matrices (elements, coordinates) of what is read, or constants."""
+
+    def __init__(self, dimension):
+        self.dimension = dimension
+        self.edges = csr_matrix((dimension, dimension), dtype=bool)
+
+    def walk(self, jaxpr, consts, values):
+        known = dict(zip(jaxpr.invars, values, strict=True))
+        known.update((v, _known(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+        read = lambda v: _known(v.val) if isinstance(v, Literal) else known[v]  # noqa: E731
+        live = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+        eqns = []
+        for eqn in reversed(jaxpr.eqns):
+            if live.intersection(eqn.outvars):
+                live.update(v for v in eqn.invars if not isinstance(v, Literal))
+                eqns.append(eqn)
+        for eqn in reversed(eqns):
+            outputs = self.apply(eqn, [read(v) for v in eqn.invars])
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def apply(self, eqn, operands):
+        """Values of all outputs of one equation."""
+        name = eqn.primitive.name
+        inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
+        if name in CALLS and inner is not None:
+            jaxpr = getattr(inner, "jaxpr", inner)
+            if len(jaxpr.invars) == len(operands):
+                return self.walk(jaxpr, getattr(inner, "consts", ()), operands)
+        if all(isinstance(x, _Constant) for x in operands):
+            return _constants(eqn, operands)
+        moved = self.move(eqn, operands)
+        if moved is not None:
+            return moved
+        if name == "gather" and isinstance(operands[0], _Constant):
+            return [self.look_up(eqn, operands[1])]
+        if name in REDUCTIONS:
+            return [self.reduce(eqn, operands[0])]
+        if name == "dot_general":
+            return [self.contract(eqn, operands)]
+        if name == "mul" or name in LINEAR or name in ELEMENTWISE:
+            return [self.combine(eqn, operands)]
+        return self.anything(eqn, operands)
+
+    def join(self, left, right=None):
+        """Edges between all coordinates of ``left`` and of ``right``, element by element."""
+        right = left if right is None else right
+        counts = np.diff(left.indptr).astype(float), np.diff(right.indptr)
+        if np.any(np.minimum(*counts) == self.dimension) and self.dimension > 1:
+            raise _CannotTell
+        if counts[0] @ counts[1] > MAX_ENTRIES:
+            raise _CannotTell
+        self.edges = self.edges + left.T.tocsr() @ right
+
+    def anything(self, eqn, operands):
+        """An operation of which nothing is known."""
+        union = sum(_union(x) for x in operands if not isinstance(x, _Constant)) > 0
+        union = csr_matrix(union)
+        self.join(union)
+        return [self.rows_of(union, np.zeros(math.prod(v.aval.shape), int)) for v in eqn.outvars]
+
+    def rows_of(self, matrix, index):
+        if np.diff(matrix.indptr).max(initial=0) * float(len(index)) > MAX_ENTRIES:
+            if np.diff(matrix.indptr)[index].sum(dtype=float) > MAX_ENTRIES:
+                raise _CannotTell
+        return matrix[index]
+
+    def move(self, eqn, operands):
+        """Operations that only move elements: they are run on the numbers of the elements."""
+        name = eqn.primitive.name
+        num_moved = len(operands) if name in MOVES else MOVES_BY.get(name)
+        if name == "select_n":
+            moving = range(1, len(operands))
+        elif name == "scatter":
+            moving = (0, 2)
+        elif num_moved is None:
+            return None
+        else:
+            moving = range(num_moved)
+        arguments, stack, start = [], [csr_matrix((1, self.dimension), dtype=bool)], 1
+        for i, (x, v) in enumerate(zip(operands, eqn.invars, strict=True)):
+            if i not in moving:
+                value = x.get() if isinstance(x, _Constant) else None
+                if value is None:
+                    return None
+            elif isinstance(x, _Constant):
+                value = np.zeros(v.aval.shape, np.int32)
+            else:
+                size = math.prod(v.aval.shape)
+                value = np.arange(start, start + size, dtype=np.int32).reshape(v.aval.shape)
+                stack.append(x)
+                start += size
+            arguments.append(value)
+        outputs = _evaluate(eqn, arguments)
+        stack = vstack(stack, format="csr")
+        return [self.rows_of(stack, np.maximum(x.ravel(), 0)) for x in outputs]  # < 0: filled in
+
+    def look_up(self, eqn, indices):
+        """``table[x]`` reads what its indices read."""
+        numbers, shape = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+        indices = self.group(indices, np.arange(math.prod(shape)) // shape[-1], shape[:-1])
+        self.join(indices)
+        out = eqn.outvars[0].aval.shape
+        batch = [1 if axis in numbers.offset_dims else size for axis, size in enumerate(out)]
+        index = np.arange(math.prod(shape[:-1])).reshape(batch)
+        return self.rows_of(indices, np.broadcast_to(index, out).ravel())
+
+    def group(self, reads, groups, shape):
+        """What groups of elements read, group by group."""
+        return _ones(groups, np.arange(len(groups)), (math.prod(shape), reads.shape[0])) @ reads
+
+    def reduce(self, eqn, reads):
+        shape, axes = eqn.invars[0].aval.shape, eqn.params["axes"]
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        groups = np.broadcast_to(np.arange(math.prod(kept)).reshape(kept), shape).ravel()
+        result = self.group(reads, groups, kept)
+        if eqn.primitive.name != "reduce_sum":
+            self.join(result)
+        return result
+
+    def contract(self, eqn, operands):
+        """Inner products: a constant operand is known by its zeros."""
+        (contract, batch) = eqn.params["dimension_numbers"]
+        order, shapes, sizes = [], [], []
+        for v, summed, batched in zip(eqn.invars, contract, batch, strict=True):
+            free = [a for a in range(v.aval.ndim) if a not in (*summed, *batched)]
+            order.append((*batched, *free, *summed))
+            size = lambda axes, v=v: math.prod(v.aval.shape[a] for a in axes)  # noqa: E731
+            shapes.append((size(batched), size(free), size(summed)))
+            sizes.append(v.aval.shape)
+        (B, L, K), (_, R, _) = shapes
+        index = [
+            np.arange(math.prod(s)).reshape(s).transpose(o).reshape(t)
+            for s, o, t in zip(sizes, order, shapes, strict=True)
+        ]
+        constant = [isinstance(x, _Constant) for x in operands]
+        out = B * L * R, sum(x.shape[0] for x in operands if not isinstance(x, _Constant))
+        if any(constant):
+            c = constant.index(True)
+            value, width = operands[c].get(), (L, R)[1 - c]
+            nonzero = np.ones(shapes[c], bool)
+            if value is not None:
+                nonzero = value.transpose(order[c]).reshape(shapes[c]) != 0
+            b, own, k = (x[:, None] for x in np.nonzero(nonzero))
+            if b.size * float(width) > MAX_ENTRIES:
+                raise _CannotTell
+            other = np.arange(width)[None]
+            left, right = (own, other) if c == 0 else (other, own)
+            rows = (b * L + left) * R + right
+            columns = np.broadcast_to(index[1 - c][b, other, k], rows.shape)
+            return _ones(rows.ravel(), columns.ravel(), out) @ operands[1 - c]
+        if B * L * R * float(K) > MAX_ENTRIES:
+            raise _CannotTell
+        at = np.arange(B * L * R).reshape(B, L, R, 1)
+        pairs = [
+            np.broadcast_to(x, (B, L, R, K)).ravel()
+            for x in (index[0][:, :, None], index[1][:, None])
+        ]
+        left, right = (self.rows_of(x, i) for x, i in zip(operands, pairs, strict=True))
+        self.join(left, right)
+        return self.group(left + right, np.broadcast_to(at, (B, L, R, K)).ravel(), (B, L, R))
+
+    def combine(self, eqn, operands):
+        """Operations element by element, after broadcasting."""
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        reads = []
+        for x, v in zip(operands, eqn.invars, strict=True):
+            if isinstance(x, _Constant):
+                continue
+            if v.aval.shape != shape:
+                index = np.arange(x.shape[0]).reshape(v.aval.shape)
+                x = self.rows_of(x, np.broadcast_to(index, shape).ravel())
+            reads.append(x)
+        union = sum(reads[1:], start=reads[0])
+        keeps = _keeps_values(eqn)
+        if name == "mul" and len(reads) == 1 and keeps:
+            factor = next(x for x in operands if isinstance(x, _Constant)).get()
+            if factor is not None and not np.all(factor):
+                nonzero = np.broadcast_to(factor != 0, shape).ravel()
+                union = union.multiply(nonzero[:, None]).tocsr().astype(bool)
+                union.eliminate_zeros()
+        elif name == "mul" and len(reads) == 2:
+            self.join(*reads)
+        elif name == "select_n" and isinstance(operands[0], _Constant):
+            pass  # which case is not known, but each element is one of them
+        elif name == "div" and isinstance(operands[1], _Constant):
+            if _is_integer(eqn.outvars[0]):
+                self.join(union)
+        elif name not in LINEAR or not keeps:
+            self.join(union)
+        return union
+
+
+def _union(reads):
+    return np.asarray(reads.sum(0)) > 0
+
+
+def _evaluate(eqn, arguments):
+    with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
+        outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
+    outputs = outputs if eqn.primitive.multiple_results else [outputs]
+    return [np.asarray(x) for x in outputs]
+
+
+def _constants(eqn, operands):
+    cache = []
+
+    def compute(i):
+        if not cache:
+            values = [x.get() for x in operands]
+            unknown = any(x is None for x in values) or eqn.effects
+            cache.append([None] * len(eqn.outvars) if unknown else _evaluate(eqn, values))
+        return cache[0][i]
+
+    return [_Constant(lambda i=i: compute(i)) for i in range(len(eqn.outvars))]

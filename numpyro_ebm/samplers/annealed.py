@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Annealed Langevin dynamics, in BlackJAX's shape.
+
+.. math:: x ← x + ε_k\,∇\log π_k(x) + \sqrt{2ε_k}\,ξ, \qquad \text{some steps at each level } k
+
+from noise, through densities :math:`π_1, …, π_K` that get sharper, and at the end, where the levels
+are noise scales σ, one step without noise to the mean of what was noised (Tweedie's formula),
+
+.. math:: x ← x + σ_K^2\,∇\log π_K(x)
+
+A run is not a chain that leaves a density invariant, but a way to draw: one step of the algorithm
+is a whole run, from fresh noise to a draw, and steps are independent of each other. Its law comes
+close to :math:`π_K` (or, denoised, to what :math:`π_K` is the noised density of) as steps get
+shorter and more, provided that the first level mixes from noise and each level from the last.
+
+Reference: Song, Ermon, *Generative modeling by estimating gradients of the data distribution*,
+2019; the last step, Jolicoeur-Martineau et al., *Adversarial score matching and improved sampling
+for image generation*, 2021.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.base import build_sampling_algorithm
+from blackjax.mcmc.diffusions import overdamped_langevin
+from blackjax.util import generate_gaussian_noise
+
+from numpyro_ebm.samplers.langevin import ULAState
+
+__all__ = ["AnnealedInfo", "AnnealedState", "as_top_level_api", "build_kernel", "init"]
+
+AnnealedState = ULAState
+"""State of one run: position, log-density and gradient at the last level."""
+
+
+class AnnealedInfo(NamedTuple):
+    """Information on one run.
+
+    - **is_divergent** - whether the log-density at the end is not finite.
+    """
+
+    is_divergent: jax.Array
+
+
+def init(position, logdensity_fn, levels):
+    """State at a position, at the last level."""
+    evaluate = jax.value_and_grad(logdensity_fn)
+    return AnnealedState(position, *evaluate(position, levels[-1]))
+
+
+def build_kernel(num_steps):
+    """Build the kernel of one whole run.
+
+    :param int num_steps: steps at each level.
+    :return: ``(rng_key, state, logdensity_fn, levels, step_sizes, init_scale, denoise_variance)
+        -> (state, info)``. Of the old state only the shape is used. ``logdensity_fn`` takes a
+        position and a level; ``levels`` and ``step_sizes`` have the shape (levels,); ``init_scale``
+        is the standard deviation of the noise at the start; ``denoise_variance`` is σ² of the last
+        level, or ``None`` to leave out the step without noise.
+    """
+
+    def kernel(
+        rng_key, state, logdensity_fn, levels, step_sizes, init_scale, denoise_variance=None
+    ):
+        key_start, key_run = jax.random.split(rng_key)
+        evaluate = jax.value_and_grad(logdensity_fn)
+
+        def at_level(position, inputs):
+            level, step_size, key = inputs
+            one_step = overdamped_langevin(lambda x: evaluate(x, level))
+
+            def step(run, key):
+                return AnnealedState(*one_step(key, run, step_size)), None
+
+            run = AnnealedState(position, *evaluate(position, level))
+            run, _ = jax.lax.scan(step, run, jax.random.split(key, num_steps))
+            return run.position, (run.logdensity, run.logdensity_grad)
+
+        noise = generate_gaussian_noise(key_start, state.position)
+        start = jax.tree.map(lambda x: (init_scale * x).astype(x.dtype), noise)
+        keys = jax.random.split(key_run, len(levels))
+        position, ends = jax.lax.scan(at_level, start, (levels, step_sizes, keys))
+        new = AnnealedState(position, *jax.tree.map(lambda x: x[-1], ends))
+        if denoise_variance is not None:
+            position = jax.tree.map(
+                lambda x, g: x + denoise_variance * g, new.position, new.logdensity_grad
+            )
+            new = AnnealedState(position, *evaluate(position, levels[-1]))
+        return new, AnnealedInfo(~jnp.isfinite(new.logdensity))
+
+    return kernel
+
+
+def as_top_level_api(
+    logdensity_fn, levels, step_sizes, *, num_steps, init_scale=1.0, denoise_variance=None
+):
+    """A BlackJAX ``SamplingAlgorithm`` whose ``step`` is one run, independent of the last.
+
+    :param logdensity_fn: log π of a position and a level, up to a constant of the level.
+    :param levels: array of shape (levels,), in the order in which they are visited.
+    :param step_sizes: ε of each level, in squared units of the position.
+    :param int num_steps: steps at each level.
+    :param init_scale: standard deviation of the noise at the start.
+    :param denoise_variance: σ² of the last level, for the step without noise at the end.
+
+    **Example**
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.annealed import as_top_level_api
+    >>> sigma = jnp.array([2.0, 1.0, 0.5])
+    >>> noised = lambda x, s: -0.5 * jnp.sum(x**2) / (0.1 + s**2)
+    >>> annealed = as_top_level_api(noised, sigma, 0.1 * sigma**2, num_steps=20, init_scale=2.0)
+    >>> state, info = annealed.step(jax.random.key(0), annealed.init(jnp.zeros(2)))
+    >>> bool(info.is_divergent)
+    False
+    """
+    return build_sampling_algorithm(
+        build_kernel(num_steps),
+        lambda position, logdensity_fn: init(position, logdensity_fn, levels),
+        logdensity_fn,
+        kernel_args=(levels, step_sizes, init_scale, denoise_variance),
+    )

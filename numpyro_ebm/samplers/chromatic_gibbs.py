@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Gibbs sampling colour by colour: discrete coordinates that do not interact are drawn at once.
+
+.. math:: x_C' \sim π(x_C \mid x_{-C}) = \prod_{i \in C} π(x_i \mid x_{-C})
+    \quad \text{for every colour } C \text{ in turn}
+
+A lattice with interactions of neighbours has two colours, the fields of a checkerboard, so that a
+sweep is two steps whatever its size is. Where log π is a polynomial the conditionals of all
+coordinates of a colour come from one gradient, or a few; otherwise every value of every coordinate
+is weighed by an evaluation of log π, all those of a colour side by side. It is the coloured case of
+:mod:`numpyro_ebm.samplers.block_gibbs`, which finds the colours and holds the kernel.
+
+Reference: Gonzalez, Low, Gretton, Guestrin, *Parallel Gibbs sampling: from colored fields to thin
+junction trees*, AISTATS 2011.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+__all__ = ["draw_coloured", "find_interaction", "flatten", "value_table"]
+
+MAX_DEGREE = 8  # polynomials up to here are differenced through their gradient
+MAX_BATCH = 4_000_000  # coordinates of candidates that are weighed at once
+
+
+def draw_coloured(rng_key, position, logdensity_fn, block):
+    r"""Draw a coloured block, colour after colour.
+
+    .. math:: x_i' \sim π(x_i \mid x_{-i}) \quad \text{for all } i \text{ of a colour at once}
+
+    :param rng_key: random key.
+    :param dict position: arrays of shape (rows, ...) by name.
+    :param logdensity_fn: maps such a dict to log π of shape (rows,), row by row.
+    :param block: a coloured :class:`~numpyro_ebm.samplers.block_gibbs.Block`.
+    :return: dict of the new values of the block's sites.
+
+    **Example**
+
+    >>> import jax, jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.block_gibbs import plan_block
+    >>> from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
+    >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
+    >>> position = {"s": jnp.zeros((3, 5), int)}
+    >>> block = plan_block(chain, position, ["s"], {"s": [0, 1]})
+    >>> draw_coloured(jax.random.key(0), position, chain, block)["s"].shape
+    (3, 5)
+    """
+    flat, unflatten = flatten(position, block.names)
+    table, is_value = value_table(position, block.values)
+    dtype = jnp.result_type(flat.dtype, float)
+    values = jnp.asarray(table.T, flat.dtype)[:, None]  # (K, 1, coordinates)
+    colors, forbidden = np.asarray(block.colors), jnp.where(is_value.T, 0.0, -jnp.inf)[:, None]
+    is_binary = table.shape[1] == 2 and np.all(is_value)
+    if is_binary:
+        noise = -jax.random.logistic(rng_key, flat.shape, dtype)
+    else:
+        noise = jax.random.gumbel(rng_key, (table.shape[1], *flat.shape), dtype)
+
+    def choose(logits, values, noise, forbidden):
+        """Values of the first axis with the given logits, by the Gumbel-max trick."""
+        if is_binary:
+            return jnp.where(logits[1] - logits[0] > noise, values[1], values[0])
+        chosen = jnp.argmax(logits + noise + forbidden, 0)
+        return jnp.take_along_axis(jnp.broadcast_to(values, logits.shape), chosen[None], 0)[0]
+
+    def log_density(x):
+        return logdensity_fn({**position, **unflatten(x)})
+
+    if block.degree <= MAX_DEGREE:
+
+        def draw_color(flat, color):
+            moving = jnp.asarray(colors) == color
+            logits = _polynomial_logits(log_density, flat.astype(dtype), moving, table, block)
+            return jnp.where(moving, choose(logits, values, noise, forbidden), flat), None
+
+        return unflatten(lax.scan(draw_color, flat, np.unique(colors))[0])
+
+    members = [np.flatnonzero(colors == color) for color in np.unique(colors)]
+    largest = max(map(len, members))
+    # A number out of bounds fills up the smaller colours: it is dropped.
+    members = np.stack(
+        [np.pad(x, (0, largest - len(x)), constant_values=len(colors)) for x in members]
+    )
+    batch_size = max(1, MAX_BATCH // flat.size)
+
+    def draw_members(flat, at):
+        def logit(change):
+            i, value = change
+            return log_density(flat.at[:, i].set(value, mode="drop"))
+
+        candidates = values[:, 0, at]  # (K, members)
+        changes = jnp.broadcast_to(at, candidates.shape).ravel(), candidates.ravel()
+        logits = lax.map(logit, changes, batch_size=batch_size)  # (K members, rows)
+        logits = jnp.swapaxes(logits.reshape(*candidates.shape, len(flat)), 1, 2)
+        chosen = choose(logits, values[..., at], noise[..., at], forbidden[..., at])
+        return flat.at[:, at].set(chosen, mode="drop"), None
+
+    return unflatten(lax.scan(draw_members, flat, members)[0])
+
+
+def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
+    r"""Try to refute the colours of a block: two coordinates of one colour that interact.
+
+    .. math:: Δ_A Δ_B \log π(x) \ne 0 \quad \text{for random halves } A, B \text{ of a colour}
+
+    :param rng_key: random key.
+    :param logdensity_fn: maps a dict of arrays of shape (rows, ...) to log π of shape (rows,).
+    :param dict position: values of all sites, of shape (rows, ...).
+    :param Block block: a coloured block.
+    :param int num_states: random states of the block's sites to try, for each colour and row. A
+        pair is met by one state in two; its interaction has to stand out of the rounding of log π.
+    :return: two coordinates of the flattened block, or ``None``. It is not to be called under
+        ``jax.jit``.
+
+    **Example**
+
+    >>> import jax, jax.numpy as jnp
+    >>> from numpyro_ebm.samplers.block_gibbs import plan_block
+    >>> from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
+    >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
+    >>> position = {"s": jnp.zeros((3, 5), int)}
+    >>> block = plan_block(chain, position, ["s"], {"s": [0, 1]})
+    >>> find_interaction(jax.random.key(0), chain, position, block)
+    >>> block = block._replace(colors=jnp.array([0, 1, 1, 0, 1]))
+    >>> find_interaction(jax.random.key(0), chain, position, block)
+    (1, 2)
+    """
+    flat, unflatten = flatten(position, block.names)
+    table, is_value = value_table(position, block.values)
+    sizes = jnp.asarray(is_value.sum(1))
+    colors = jnp.asarray(block.colors)
+    columns, dtype = jnp.arange(flat.shape[1]), jnp.result_type(flat.dtype, float)
+
+    def log_density(index):
+        values = jnp.asarray(table)[columns, index].astype(flat.dtype)
+        return jnp.asarray(logdensity_fn({**position, **unflatten(values)}), dtype)
+
+    @jax.jit
+    def states(key, color):
+        """Two random states that differ in all coordinates, and the two halves of a colour."""
+        key_x, key_y, key_half = jax.random.split(key, 3)
+        x = jax.random.randint(key_x, flat.shape, 0, sizes)
+        y = (x + jax.random.randint(key_y, flat.shape, 1, jnp.maximum(sizes, 2))) % sizes
+        half = jax.random.bernoulli(key_half, 0.5, (flat.shape[1],))
+        return x, y, (colors == color) & half, (colors == color) & ~half
+
+    @jax.jit
+    def interact(x, y, first, second):
+        """Rows whose second difference stands out of the rounding of its terms."""
+        moves = (first | second, first, second, first & second)  # the last moves nothing
+        both, one, other, none = (log_density(jnp.where(move, y, x)) for move in moves)
+        total = abs(both) + abs(one) + abs(other) + abs(none)
+        rounding = 64 * jnp.finfo(dtype).eps
+        return abs(both - one - other + none) > rounding * (total + 1.0)
+
+    def narrow(row, x, y, first, second):
+        """Halve ``first`` down to one coordinate that interacts with ``second``."""
+        while (count := int(first.sum())) > 1:
+            part = first & (jnp.cumsum(first) <= count // 2)
+            if interact(x, y, part, second)[row]:
+                first = part
+            else:
+                x, first = jnp.where(part, y, x), first & ~part
+        return x, first
+
+    labels = [c for c in np.unique(block.colors) if np.sum(np.asarray(block.colors) == c) > 1]
+    colors_of_states = jnp.asarray(np.repeat(labels, num_states))
+    if not labels:
+        return None
+    keys = jax.random.split(rng_key, len(colors_of_states))
+    found = jax.jit(lambda a: lax.map(lambda x: interact(*states(*x)), a))((keys, colors_of_states))
+    if not found.any():
+        return None
+    state, row = np.argwhere(np.asarray(found))[0]
+    x, y, first, second = states(keys[state], colors_of_states[state])
+    x, first = narrow(row, x, y, first, second)
+    _, second = narrow(row, x, y, second, first)
+    return tuple(sorted((int(jnp.argmax(first)), int(jnp.argmax(second)))))
+
+
+def flatten(position, names):
+    """The named sites as one array of shape (rows, coordinates), and the way back."""
+    parts = {name: jnp.reshape(position[name], (len(position[name]), -1)) for name in names}
+    ends = np.cumsum([0, *(x.shape[1] for x in parts.values())])
+
+    def unflatten(flat):
+        pieces = (lax.slice_in_dim(flat, *ends[i : i + 2], axis=1) for i in range(len(names)))
+        return {
+            name: jnp.reshape(x, position[name].shape)
+            for name, x in zip(names, pieces, strict=True)
+        }
+
+    return jnp.concatenate(list(parts.values()), axis=1), unflatten
+
+
+def value_table(position, values):
+    """Values of every coordinate of some sites, of shape (coordinates, K), and which count."""
+    num_values = max(len(x) for x in values.values())
+    table, is_value = [], []
+    for name, x in values.items():
+        x, size = np.asarray(x), np.prod(position[name].shape[1:], dtype=int)
+        padded = np.concatenate([x, np.repeat(x[-1:], num_values - len(x))])
+        table.append(np.tile(padded, (size, 1)))
+        is_value.append(np.tile(np.arange(num_values) < len(x), (size, 1)))
+    return np.concatenate(table), np.concatenate(is_value)
+
+
+def _polynomial_logits(log_density, flat, moving, table, block):
+    """Logits (K, rows, coordinates) of the moving coordinates, which do not interact.
+
+    The difference of a polynomial between two values is the integral of its derivative, and
+    Gauss-Legendre quadrature with n nodes is exact up to the degree 2 n of the polynomial.
+    """
+    gradient = jax.grad(lambda x: jnp.sum(log_density(x)))
+    nodes, weights = np.polynomial.legendre.leggauss(max(1, int(np.ceil(block.degree / 2))))
+    low, gap = table[:, :-1].T, np.diff(table, axis=1).T  # (K - 1, coordinates)
+    points = low + (nodes[:, None, None] + 1) / 2 * gap  # (nodes, K - 1, coordinates)
+    weights = np.broadcast_to(weights[:, None, None] / 2 * gap, points.shape)
+
+    def term(at):
+        point, weight = at
+        return weight * gradient(jnp.where(moving, point, flat))
+
+    points, weights = (
+        jnp.asarray(x.reshape(-1, x.shape[-1]), flat.dtype) for x in (points, weights)
+    )
+    if len(points) == 1:
+        steps = term((points[0], weights[0]))[None]
+    else:
+        steps = lax.map(term, (points, weights))
+    steps = steps.reshape(len(nodes), -1, *flat.shape).sum(0)
+    return jnp.concatenate([jnp.zeros_like(steps[:1]), jnp.cumsum(steps, 0)])
