@@ -29,7 +29,12 @@ from numpyro.infer import MCMC  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import numpyro_ebm as ebm  # noqa: E402
-from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood  # noqa: E402
+from numpyro_ebm.models import (  # noqa: E402
+    grbm,
+    grbm_guide,
+    grbm_log_likelihood,
+    grbm_log_normalizer,
+)
 
 # Exact test log-likelihood (nats) after 100,000 steps of the same optimiser, three seeds each, from
 # benchmarks/checkerboard_optima.py: what this model reaches with nothing estimated.
@@ -121,20 +126,17 @@ def draw(out, data, params, draws, steps, log_likelihoods):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    side = np.linspace(-0.35, 1.35, 200)
-    grid = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
-    log_density = jax.jit(grbm_log_likelihood)(params, grid)
-    density = np.exp(np.asarray(log_density)).reshape(200, 200)
+    limits = (-0.35, 1.35)
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     axes[0].plot(*data[:2000].T, ".", ms=2, color="0.3")
     axes[0].set_title("data")
-    image = axes[1].pcolormesh(side, side, density, shading="auto", rasterized=True)
-    figure.colorbar(image, ax=axes[1], label="density")
+    model, log_z = ebm.fixed(grbm, params), grbm_log_normalizer(params)
+    ebm.plots.density(model, xlim=limits, ylim=limits, log_normalizer=log_z, ax=axes[1])
     axes[1].set_title("learned density")
     axes[2].plot(*draws[:2000].T, ".", ms=2, color="tab:blue")
     axes[2].set_title("MALA samples")
     for axis in axes[:3]:
-        axis.set(xlim=(-0.35, 1.35), ylim=(-0.35, 1.35), aspect="equal", xlabel="$v_1$")
+        axis.set(xlim=limits, ylim=limits, aspect="equal", xlabel="$v_1$", ylabel="")
     axes[0].set_ylabel("$v_2$")
     axes[3].plot(steps, log_likelihoods, color="tab:blue", label="VaGES-DSM")
     for (name, (mean, _)), style in zip(OPTIMA.items(), (":", "--"), strict=True):

@@ -9,8 +9,8 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 (4,)
 """
 
-from numpyro_ebm import datasets, models
-from numpyro_ebm.diagnostics import to_arviz
+from numpyro_ebm import datasets, diagnostics, models
+from numpyro_ebm.diagnostics import energy_gap, plots, posterior_gap, stein_test, to_arviz
 from numpyro_ebm.distributions import Counting, Lebesgue
 from numpyro_ebm.errors import (
     FarNoiseWarning,
@@ -110,13 +110,18 @@ __all__ = [
     "Unrolled",
     "VaGES",
     "datasets",
+    "diagnostics",
     "energy",
+    "energy_gap",
     "fisher_divergence",
     "fixed",
     "log_likelihood",
     "log_normalizer",
     "models",
+    "plots",
+    "posterior_gap",
     "sample",
+    "stein_test",
     "temper",
     "to_arviz",
     "visible",

@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judging models and runs."""
 
+from numpyro_ebm.diagnostics import plots
 from numpyro_ebm.diagnostics.arviz import to_arviz
+from numpyro_ebm.diagnostics.energies import EnergyGap, energy_gap
+from numpyro_ebm.diagnostics.gap import BiasBound, PosteriorGap, posterior_gap
+from numpyro_ebm.diagnostics.stein import SteinTest, stein_test
 
-__all__ = ["to_arviz"]
+__all__ = [
+    "BiasBound",
+    "EnergyGap",
+    "PosteriorGap",
+    "SteinTest",
+    "energy_gap",
+    "plots",
+    "posterior_gap",
+    "stein_test",
+    "to_arviz",
+]

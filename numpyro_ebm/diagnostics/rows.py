@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the diagnostics share: a fixed model read at rows of data, its latent sites integrated out.
+
+A diagnostic takes the model as ``fixed(model, params)``, with the data as its first argument.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.guide import Guide
+from numpyro_ebm.joint import read
+from numpyro_ebm.marginal.base import Marginal, choose
+
+__all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]
+
+AT_ONCE = 100
+"""Particles, or draws, whose densities are evaluated together."""
+
+
+def read_rows(who, model, data, args, kwargs):
+    """Read a fixed model at data.
+
+    :raises ModelError: if it has free parameters, or its data are missing.
+    """
+    if data is None:
+        raise ModelError(f"{who}: `data` is None. Pass the rows, the model's first argument.")
+    joint = read(model, (data, *args), kwargs)
+    if joint.parameters:
+        raise ModelError(
+            f"{who}: the model has the free parameter(s) {sorted(joint.parameters)}. Hold them "
+            "fixed: `numpyro_ebm.fixed(model, params)`."
+        )
+    if not joint.visible:
+        raise ModelError(
+            f"{who}: the model observes nothing. Give its first argument, the data, as `obs=` to "
+            "the visible sites."
+        )
+    return joint
+
+
+def read_guide(who, guide, joint, params):
+    """Read a guide beside its model; every latent site and every parameter must be there."""
+    reader = Guide(guide, joint, joint.args, joint.kwargs)
+    params = {} if params is None else params
+    if not isinstance(params, dict):
+        raise ModelError(
+            f"{who}: the parameters of the guide must be a dict of values by site name, such as "
+            f"`fit.params`, got {type(params).__name__}."
+        )
+    found = reader.parameters(jax.random.key(0), params)
+    missing = sorted(name for name in found if name not in params)
+    if missing:
+        raise ModelError(
+            f"{who}: no value for the parameter(s) {', '.join(map(repr, missing))} of the guide. "
+            f"Pass the fitted ones, `fit.params` (there are {sorted(params) or 'none'})."
+        )
+    return reader
+
+
+def pick_marginal(who, joint, marginal, guide, guide_params):
+    """The marginal to integrate the latent sites out with, and the guide it draws from.
+
+    :return: a :class:`~numpyro_ebm.marginal.Marginal`, a :class:`~numpyro_ebm.guide.Guide` or
+        ``None``, and a dict of its parameters.
+    """
+    if marginal is None:
+        marginal = choose(joint)
+    elif not isinstance(marginal, Marginal):
+        raise ModelError(
+            f"{who}: `marginal` must be a marginal such as `VaGES()` or `Enumerated()`, got "
+            f"{marginal!r}."
+        )
+    reader = None
+    if guide is not None and joint.latent:
+        reader = read_guide(who, guide, joint, guide_params)
+    marginal.check(joint, reader, 1)
+    return marginal, reader, {} if guide_params is None else guide_params
+
+
+def map_leading(fn, tree):
+    """``fn`` of every element of the leading axis, some at a time."""
+    return jax.lax.map(fn, jax.tree.map(jnp.asarray, tree), batch_size=AT_ONCE)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Goodness of fit of an unnormalised model, by the kernelised Stein discrepancy.
+
+.. math:: \widehat{\mathrm{KSD}} = \frac{1}{n(n-1)} \sum_{i \ne j} κ(v_i, v_j), \qquad
+    κ(v, v') = k\,s·s' + s·∇_{v'} k + s'·∇_v k + \operatorname{tr} ∇_v ∇_{v'} k
+
+with s = ∇_v log p̃ the score of the model: log Z is not needed, and no draws of the model. If the
+rows are draws of the model, κ has mean zero in each argument, and the wild bootstrap
+
+.. math:: B = \frac{1}{n(n-1)} \sum_{i \ne j} ε_i ε_j\, κ(v_i, v_j), \qquad ε_i = ±1
+
+has the law of the statistic as n grows; the p-value is the share of such B above it.
+
+With latent sites the score is a mean of :math:`∇_v \log\tilde p(v, h)` over draws of h given v,
+made for each row by itself. Two rows then have independent draws, so that κ keeps its mean, and
+(v, h) takes the place of v in the test.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import stop_gradient
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.diagnostics.rows import map_leading, pick_marginal, read_rows
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginal import VaGES
+from numpyro_ebm.objectives.stein import KERNELS
+
+__all__ = ["SteinTest", "stein_test"]
+
+
+class SteinTest(NamedTuple):
+    """What :func:`stein_test` found.
+
+    - **statistic** - the squared discrepancy, a U-statistic: without bias, and so it may be
+      negative where the model is right.
+    - **p_value** - share of bootstrap draws at or above it, itself counted among them.
+    - **null** - the bootstrap draws, (num_bootstrap,).
+    - **by_row** - mean of κ of every row with all others, (rows,); their mean is the statistic.
+      Rows with large values are where model and data disagree.
+    - **bandwidth** - ℓ of the kernel.
+    """
+
+    statistic: jax.Array
+    p_value: jax.Array
+    null: jax.Array
+    by_row: jax.Array
+    bandwidth: jax.Array
+
+
+def stein_test(
+    rng_key,
+    model,
+    data,
+    *args,
+    kernel="imq",
+    bandwidth="median",
+    num_bootstrap=1_000,
+    flip_probability=0.5,
+    marginal=None,
+    guide=None,
+    guide_params=None,
+    draws=None,
+    **kwargs,
+):
+    r"""Test whether rows are draws of a fixed energy-based model.
+
+    :param rng_key: random key.
+    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param data: rows, the model's first argument: an array, or a dict of them, rows leading.
+    :param args: further arguments of the model.
+    :param str kernel: ``"imq"``, :math:`(1 + \|v - v'\|^2/ℓ^2)^{-1/2}`, or ``"rbf"``,
+        :math:`\exp(-\|v - v'\|^2 / 2ℓ^2)`.
+    :param bandwidth: ℓ, in the units of v, or ``"median"``, the median distance between rows.
+    :param int num_bootstrap: draws of the wild bootstrap; the smallest p-value is
+        1/(num_bootstrap + 1).
+    :param float flip_probability: how often the sign ε changes from one row to the next: 0.5, where
+        they are independent, for independent rows; less for rows in the order of a Markov chain,
+        about the inverse of its autocorrelation time.
+    :param marginal: how latent sites are integrated out: exactly by default, where that is
+        possible; ``VaGES(num_particles)`` takes VaES with a guide.
+    :param guide: a guide q(h | v), which is used if it is given, with ten particles unless
+        ``marginal`` says otherwise. Its own error counts as the model's: see
+        :func:`~numpyro_ebm.posterior_gap`.
+    :param dict guide_params: its parameters, such as ``fit.params``.
+    :param dict draws: draws of the latent sites given the data, of shape (draws, rows, ...), in
+        place of a guide: ``ebm.sample(rng_key, model, 20, data)``. Draws of chains that have
+        converged make the test exact as n grows, however many or few there are.
+    :param kwargs: keyword arguments of the model and the guide.
+    :return: :class:`SteinTest` with ``statistic`` and ``p_value``.
+    :raises ModelError: if the model has free parameters, discrete visible sites, or an energy that
+        reads covariates; if latent sites cannot be summed out and there is neither a guide nor
+        draws; if there are fewer than two rows, or a score is not finite.
+
+    It sees what scores see: the shapes of modes, and not the proportions of modes far apart.
+    Memory is that of n² numbers. Works under ``jax.jit`` and ``jax.vmap``.
+
+    Reference: Liu, Lee, Jordan, *A kernelized Stein discrepancy for goodness-of-fit tests*, ICML
+    2016; Chwialkowski, Strathmann, Gretton, *A kernel test of goodness of fit*, ICML 2016; with
+    latents, Kanagawa et al., *A kernel Stein test for comparing latent variable models*, 2019.
+
+    **Example**
+
+    >>> import jax, numpyro
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data, precision):
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> data = jax.random.normal(jax.random.key(0), (300,))
+    >>> model = ebm.fixed(gaussian, {})
+    >>> [
+    ...     float(ebm.stein_test(jax.random.key(1), model, data, t).p_value) > 0.05
+    ...     for t in (1.0, 2.0)
+    ... ]
+    [True, False]
+    """
+    _check_options(kernel, bandwidth, num_bootstrap, flip_probability)
+    joint = read_rows("stein_test", model, data, args, kwargs)
+    _check_sites(joint)
+    key_particles, key_signs = jax.random.split(rng_key)
+    if draws is None:
+        score = _score(key_particles, joint, marginal, guide, guide_params)
+    else:
+        if marginal is not None or guide is not None:
+            raise ModelError("stein_test: `draws` take the place of `marginal` and `guide`.")
+        score = _score_of_draws(joint, draws)
+
+    @jax.jit
+    def run():
+        point = joint.unconstrain_visible()
+        points, scores = joint.flatten(point), joint.flatten(score(point))
+        length = _bandwidth(points) if bandwidth == "median" else jnp.asarray(bandwidth, float)
+        pairs = _stein_kernel(points, scores, KERNELS[kernel], length)
+        rows = len(points)
+        by_row = jnp.sum(pairs, 1) / (rows - 1)
+        signs = _signs(key_signs, num_bootstrap, rows, flip_probability, pairs.dtype)
+        null = jnp.sum((signs @ pairs) * signs, 1) / (rows * (rows - 1))
+        statistic = jnp.mean(by_row)
+        p_value = (1 + jnp.sum(null >= statistic)) / (num_bootstrap + 1)
+        return SteinTest(statistic, p_value, null, by_row, length), scores
+
+    result, scores = run()
+    _check_result(joint, result, scores)
+    return result
+
+
+def _stein_kernel(points, scores, kernel, length):
+    """κ of all pairs of rows, (rows, rows), zero on the diagonal."""
+    value, first, second = kernel
+    dimension, scale = points.shape[1], 1.0 / length**2
+
+    def against_all(row):
+        i, point, score = row
+        gap = point - points
+        t = scale * jnp.sum(gap**2, -1)
+        pull = -2.0 * scale * first(t) * jnp.sum((score - scores) * gap, -1)
+        curvature = -2.0 * scale * (dimension * first(t) + 2.0 * t * second(t))
+        kappa = value(t) * (scores @ score) + pull + curvature
+        return jnp.where(jnp.arange(len(points)) == i, 0.0, kappa)
+
+    return map_leading(against_all, (jnp.arange(len(points)), points, scores))
+
+
+def _bandwidth(points):
+    """Median distance over pairs of different rows."""
+    num = len(points)
+    distances = map_leading(lambda x: jnp.sqrt(jnp.sum((x - points) ** 2, -1)), points)
+    return jnp.median(distances[jnp.triu_indices(num, 1)])
+
+
+def _signs(rng_key, num_bootstrap, rows, flip_probability, dtype):
+    """Signs of the rows, (num_bootstrap, rows): a chain along the rows that starts fairly."""
+    key_first, key_flips = jax.random.split(rng_key)
+    first = jax.random.rademacher(key_first, (num_bootstrap, 1), dtype)
+    flips = jax.random.bernoulli(key_flips, flip_probability, (num_bootstrap, rows - 1))
+    later = jnp.cumprod(1 - 2 * flips.astype(dtype), 1)
+    return jnp.concatenate([first, first * later], 1)
+
+
+def _score(rng_key, joint, marginal, guide, guide_params):
+    """The score as the marginal has it."""
+    if marginal is None and guide is not None:
+        marginal = VaGES(num_particles=10)
+    try:
+        marginal, guide, params = pick_marginal("stein_test", joint, marginal, guide, guide_params)
+    except ModelError as error:
+        if marginal is not None:
+            raise
+        raise ModelError(
+            "stein_test: the latent sites cannot be summed out. Pass draws of them, `draws="
+            "numpyro_ebm.sample(rng_key, model, 20, data)`, or a `guide` with its `guide_params`. "
+            f"({error})"
+        ) from None
+    point = joint.unconstrain_visible()
+    return marginal.bind(rng_key, joint, guide, params, point, order=1).score
+
+
+def _score_of_draws(joint, draws):
+    """The score as a mean over given draws of the latent sites."""
+    latent = {}
+    if not joint.latent:
+        raise ModelError("stein_test: `draws` are for latent sites, and the model has none.")
+    for name, site in joint.latent.items():
+        shape = jnp.shape(site.value)
+        if name not in draws or jnp.shape(draws[name])[1:] != shape:
+            found = jnp.shape(draws[name]) if name in draws else "nothing"
+            raise ModelError(
+                f"stein_test: `draws` must have the latent site '{name}' in the shape (draws, "
+                f"{str(shape)[1:-1].rstrip(',')}), got {found}. Draw it given these rows: "
+                "`numpyro_ebm.sample(rng_key, model, 20, data)`."
+            )
+        latent[name] = jnp.asarray(draws[name])
+
+    def score(unconstrained):
+        def of_draw(h):
+            total = lambda u: jnp.sum(joint.unconstrained_log_density({}, u, h))  # noqa: E731
+            return jax.grad(total)(unconstrained)
+
+        return jax.tree.map(lambda x: stop_gradient(jnp.mean(x, 0)), map_leading(of_draw, latent))
+
+    return score
+
+
+def _check_options(kernel, bandwidth, num_bootstrap, flip_probability):
+    if kernel not in KERNELS:
+        raise ModelError(f"stein_test: `kernel` must be one of {sorted(KERNELS)}, got {kernel!r}.")
+    if bandwidth != "median" and (isinstance(bandwidth, str) or not bandwidth > 0):
+        raise ModelError(
+            f"stein_test: `bandwidth` must be a positive number or 'median', got {bandwidth!r}."
+        )
+    if not isinstance(num_bootstrap, int) or num_bootstrap < 1:
+        raise ModelError(
+            f"stein_test: `num_bootstrap` must be a positive integer, got {num_bootstrap!r}."
+        )
+    if not 0 < flip_probability <= 0.5:
+        raise ModelError(
+            "stein_test: `flip_probability` must be above 0 and at most 0.5, got "
+            f"{flip_probability}."
+        )
+
+
+def _check_sites(joint):
+    for site in joint.visible.values():
+        if site.is_discrete:
+            raise ModelError(
+                "stein_test takes derivatives in the visible values, and the visible site "
+                f"'{site.name}' is discrete. Compare draws of the model with the data instead, "
+                "for instance by `numpyro_ebm.energy_gap`."
+            )
+    if joint.covariates:
+        raise ModelError(
+            "stein_test compares rows as draws of one density, and the energy reads an argument "
+            "besides the visible values which differs from row to row."
+        )
+    if joint.num_rows < 2:
+        raise ModelError("stein_test compares rows, and there is only one.")
+
+
+def _check_result(joint, result, scores):
+    if not not_jax_tracer(scores):
+        return
+    bad = np.flatnonzero(~np.all(np.isfinite(np.asarray(scores)), 1))
+    if len(bad):
+        raise ModelError(
+            f"stein_test: the score is not finite at {len(bad)} of {joint.num_rows} rows, the "
+            f"first of them row {bad[0]}: is the energy finite and smooth there?"
+        )
+    if not result.bandwidth > 0:
+        raise ModelError(
+            "stein_test: half of the pairs of rows are equal, so that their median distance is "
+            "zero. Pass a `bandwidth`."
+        )
