@@ -32,8 +32,8 @@ ENERGY_BATCH = 256
 ROUNDING = 1e-6
 """Standard deviation, in nats, of log-likelihoods over draws on which they do not depend."""
 
-FEWEST_DRAWS = 100
-"""Draws of a log-likelihood that does not depend on them, where the posterior has too few."""
+FEWEST_DRAWS, ENOUGH_DRAWS = 30, 100
+"""Draws that Pareto smoothing needs, and draws of a log-likelihood where there are not as many."""
 
 
 def to_arviz(
@@ -88,9 +88,9 @@ def to_arviz(
     .. note:: With fixed parameters the log-likelihood of a row is one number, the same at every
        draw. ArviZ's Pareto smoothing cannot do with equal weights, so it is spread over the draws
        by a rounding error, with standard deviation 1e-6 nats and mean 0 (over 100 draws, if the
-       posterior has fewer). ``arviz.loo`` then returns the log score of the rows, with no effective
-       parameters: it is an honest score of rows that were not trained on, and refits nothing. The
-       error of log Z is the same for all rows: for the sum over n rows it is n times
+       posterior has fewer than 30). ``arviz.loo`` then returns the log score of the rows, with no
+       effective parameters: it is an honest score of rows that were not trained on, and refits
+       nothing. The error of log Z is the same for all rows: for the sum over n rows it is n times
        ``log_normalizer_mcse``.
 
     **Example**
@@ -107,7 +107,7 @@ def to_arviz(
 
     Log-likelihoods of held-out rows, with log Z:
 
-    >>> log_z = ebm.models.grbm_log_normalizer(params)
+    >>> log_z = ebm.log_normalizer(jax.random.key(1), model)
     >>> idata = ebm.to_arviz(draws, model, log_normalizer=log_z, observed=jnp.zeros((5, 2)))
     >>> dict(idata["log_likelihood"]["v"].sizes)
     {'chain': 1, 'draw': 50, 'data': 5}
@@ -400,7 +400,7 @@ def _log_likelihood(seen, log_z, given):
 def _over_draws(values, shape):
     """(rows,) -> (chains, draws, rows), apart by a rounding error that is the same for all rows."""
     if np.prod(shape) < FEWEST_DRAWS:
-        shape = (1, FEWEST_DRAWS)
+        shape = (1, ENOUGH_DRAWS)
     num = int(np.prod(shape))
     quantiles = norm.ppf((np.arange(num) + 0.5) / num)
     order = np.random.default_rng(0).permutation(num)
