@@ -486,6 +486,8 @@ def test_an_array_the_model_closes_over_makes_rows_differ_too():
     found = ebm.log_normalizer(KEY, ebm.fixed(closed, {}))
     exact = 2 * np.log(1 + np.exp(X) + np.exp(2 * X))
     np.testing.assert_allclose(found.value, exact, rtol=1e-5)
+    found = jax.jit(lambda key: ebm.log_normalizer(key, ebm.fixed(closed, {})).value)(KEY)
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -53,17 +53,17 @@ def log_normalizer(
     Rows share their log Z unless the energy reads covariates (or anything else that differs from
     row to row): then there is one value for each.
 
-    =============== ==================================================== =====================
-    method          for                                                  error
-    =============== ==================================================== =====================
-    ``"enumerate"`` discrete sites, counted (or summed in closed form    none
-                    where they factorise); real sites in which the
-                    energy is quadratic, in closed form
-    ``"quadrature"``one or two real coordinates, discrete sites summed   last doubling of the
-                    out                                                  nodes
-    ``"ais"``       anything: independent annealed particles             spread of the weights
-    ``"smc"``       anything: tempered sequential Monte Carlo            spread of replicates
-    =============== ==================================================== =====================
+    ================ ==================================================== =====================
+    method           for                                                  error
+    ================ ==================================================== =====================
+    ``"enumerate"``  discrete sites, counted (or summed in closed form    none
+                     where they factorise); real sites in which the
+                     energy is quadratic, in closed form
+    ``"quadrature"`` one or two real coordinates, discrete sites summed   last doubling of the
+                     out                                                  nodes
+    ``"ais"``        anything: independent annealed particles             spread of the weights
+    ``"smc"``        anything: tempered sequential Monte Carlo            spread of replicates
+    ================ ==================================================== =====================
 
     The annealed ways start at the model's proper sites, drawn as the model draws them, a uniform
     law of flat discrete sites, and for flat real sites a mixture of Student-t (a Gaussian, where
