@@ -36,8 +36,8 @@ def at_zero(fn, x):
 
     >>> import jax.numpy as jnp
     >>> from numpyro_ebm.jaxprs import at_zero
-    >>> at_zero(lambda h: 3.0 + h @ jnp.ones(4), jnp.ones(4))
-    Array(3., dtype=float32)
+    >>> float(at_zero(lambda h: 3.0 + h @ jnp.ones(4), jnp.ones(4)))
+    3.0
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
     results = _evaluate(closed.jaxpr, closed.consts, [None] * len(jax.tree.leaves(x)))

@@ -595,6 +595,7 @@ def test_annealing_of_a_mixture_whose_noised_scores_are_known(precision):
         assert np.all(np.abs(near.var(0) / expected - 1) < 0.1)
 
 
+@pytest.mark.slow
 def test_annealing_with_the_convention_of_mdsm():
     """Data at a point: MDSM's minimiser is s(z) = -(z - μ)/σ₀² for every level."""
     sigma_0, centre = 0.1, 2.0

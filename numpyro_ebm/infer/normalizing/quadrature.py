@@ -122,10 +122,10 @@ def integrated(rng_key, target):
         coarse[(slice(None, None, 2),) * size] = True
         half = log_sum(values, coarse.ravel(), every=2)
         change = jnp.abs(value - half)
-        finest = 2 * num_nodes - 1 > most
+        finest = 4 * num_nodes - 3 > most
         if finest or np.all(np.asarray(change < 2 * rounding(value))):
             break
-        num_nodes = 2 * num_nodes - 1
+        num_nodes = 4 * num_nodes - 3
     mcse = jnp.maximum(change, rounding(value))
     mcse = mcse + (jnp.maximum(farthest - far, 0.0) if reach == FARTHEST else 0.0)
     if is_known and np.any(np.asarray(mcse) > TOLERANCE):

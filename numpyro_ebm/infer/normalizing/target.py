@@ -165,15 +165,13 @@ class Target:
         """A placeholder of one point."""
         joint = self.joint
         if not hasattr(self, "_one_point"):
-            z = {name: site.transform.inv(site.value) for name, site in joint.visible.items()}
-            if not self.summed:
-                z |= {name: jnp.asarray(site.value) for name, site in joint.latent.items()}
-            shapes = jax.eval_shape(lambda: joint.to_rows(z))
+            shapes = jax.eval_shape(lambda: joint.to_rows(_unconstrained(joint)))
             self._one_point = {
                 name: np.zeros(x.shape[1:], x.dtype)
                 if name in joint.visible
                 else np.full(x.shape[1:], self.values(name)[0], x.dtype)
                 for name, x in shapes.items()
+                if name in (*self.real, *self.discrete)
             }
         return self._one_point
 
@@ -330,20 +328,18 @@ def _rows_differ(joint):
     if joint.num_rows == 1:
         return False
 
+    shapes = jax.eval_shape(lambda: joint.to_rows(_unconstrained(joint)))
+
     def densities(rng_key):
-        keys = iter(jax.random.split(rng_key, len(joint.sites)))
         rows = {}
-        for name, site in joint.sites.items():
-            z = site.transform.inv(site.value) if name in joint.visible else site.value
-            x = joint.to_rows({name: jnp.asarray(z)})[name]
-            one = x[0]
+        for key, (name, x) in zip(
+            jax.random.split(rng_key, len(shapes)), sorted(shapes.items()), strict=True
+        ):
             if name in joint.visible:
-                one = jax.random.normal(next(keys), one.shape, one.dtype)
+                one = jax.random.normal(key, x.shape[1:], x.dtype)
             else:
-                lowest, num_values = finite_values(site, "log_normalizer")
-                one = jax.random.randint(
-                    next(keys), one.shape, lowest, lowest + num_values, one.dtype
-                )
+                lowest, num_values = finite_values(joint.sites[name], "log_normalizer")
+                one = jax.random.randint(key, x.shape[1:], lowest, lowest + num_values, x.dtype)
             rows[name] = jnp.broadcast_to(one, x.shape)
         z = joint.from_rows(rows)
         values, log_det = joint.constrain({k: z[k] for k in joint.visible})
@@ -355,6 +351,14 @@ def _rows_differ(joint):
         return False
     first = np.asarray(values)[:, :1]
     return bool(np.any(np.abs(np.asarray(values) - first) > 1e-3 * (1 + np.abs(first))))
+
+
+def _unconstrained(joint):
+    """The placeholders of all sites, real ones in unconstrained coordinates."""
+    return {
+        name: site.transform.inv(site.value) if name in joint.visible else jnp.asarray(site.value)
+        for name, site in joint.sites.items()
+    }
 
 
 def _is_proper(fn):
