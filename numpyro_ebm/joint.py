@@ -27,7 +27,7 @@ from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer
 
-__all__ = ["Joint", "RowSite", "lowest_value", "read", "read_fixed"]
+__all__ = ["Joint", "RowSite", "lowest_value", "placeholder", "read", "read_fixed"]
 
 WHAT_A_ROW_NEEDS = (
     'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
@@ -86,7 +86,7 @@ class Joint:
     - **parameters** - values of the `param` sites, and of latent sites outside the data plate, by
       name (their values in this trace).
     - **constraints** - constraints of the `param` sites by name.
-    - **priors** - names of the parameters that are sample sites.
+    - **priors** - distributions of the parameters that are sample sites, by name.
     - **energies** - names of the energy sites.
     - **covariates** - arguments, other than the visible values, that give every row an energy (and
       so a normalizer) of its own.
@@ -100,7 +100,7 @@ class Joint:
         self.total_rows = size
         self.plates = {k: s["value"] for k, s in model_trace.items() if s["type"] == "plate"}
         self.visible, self.latent, self.observed, self.parameters = {}, {}, {}, {}
-        self.constraints, self.priors, self.energies = {}, [], []
+        self.constraints, self.priors, self.energies = {}, {}, []
         self.is_fixed = True  # whether the model itself answers for its normalizer
         self.arguments = {}  # which argument is the value of which visible site; see `provenance`
         self.affine_latents = None  # cache of `marginal.enumerated.factorises`
@@ -122,7 +122,7 @@ class Joint:
                 self.is_fixed = self.is_fixed and _unwrap(site["fn"]).handled_by == "fixed"
             elif not _in_plate(site, self.plate):
                 if not site["is_observed"]:
-                    self.priors.append(name)
+                    self.priors[name] = site["fn"]
                     self.parameters[name] = site["value"]
             elif site["fn"].event_shape != (0,):  # not a `numpyro.factor`
                 kind = self.visible if site["is_observed"] else self.latent
@@ -321,7 +321,7 @@ def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
 
 def _traced(model, args, kwargs, params, rng_key):
     rng_key = jax.random.key(0) if rng_key is None else rng_key
-    prepared = substitute(substitute(seed(model, rng_key), data=params), substitute_fn=_placeholder)
+    prepared = substitute(substitute(seed(model, rng_key), data=params), substitute_fn=placeholder)
     model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
     return Joint(model, args, kwargs, model_trace, _data_plate(model_trace))
 
@@ -360,7 +360,7 @@ def _data_plate(model_trace):
     return frame
 
 
-def _placeholder(site):
+def placeholder(site):
     """A value on the support for a site that has none, so that a model can be traced."""
     if site["type"] != "sample" or site["value"] is not None or isinstance(site["fn"], Delta):
         return None

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Models whose parameters have priors: the part outside the data plate, and the rows inside it.
+
+.. math:: π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
+
+The rows are :mod:`numpyro_ebm.joint`'s. What is outside the data plate, :func:`prior_part`, is an
+ordinary NumPyro model of the parameters, with which NumPyro's own tools (``potential_energy``,
+``constrain_fn``, ``initialize_model``) are right.
+"""
+
+import jax.numpy as jnp
+import numpyro
+from numpyro.distributions import ImproperUniform, MaskedDistribution
+from numpyro.handlers import block
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.joint import placeholder, read
+from numpyro_ebm.primitives import NORMALIZER
+
+__all__ = ["OutsidePlate", "check_priors", "prior_part", "read_with_priors", "run_prior"]
+
+
+class OutsidePlate(Messenger):
+    """Hide what is inside the data plate, and collect the parameters.
+
+    Hidden latent sites take a placeholder on their support, visible ones keep their data, and
+    energies their values, which nobody adds up.
+
+    :param fn: a model.
+    :param str plate: name of the data plate.
+    :param keep: names of sites inside the plate that are not hidden.
+    """
+
+    def __init__(self, fn=None, plate="data", keep=()):
+        self.plate, self.keep = plate, frozenset(keep)
+        self.params, self.values, self.indices = {}, {}, None
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == NORMALIZER:
+            msg["value"], msg["stop"] = "prior", True
+        elif msg["type"] in ("sample", "deterministic") and self._hides(msg):
+            msg["stop"] = True
+            if msg["type"] == "sample" and msg["value"] is None:
+                msg["value"] = placeholder(msg)
+
+    def postprocess_message(self, msg):
+        if msg["type"] == "plate" and msg["name"] == self.plate:
+            self.indices = msg["value"]
+        elif msg["type"] == "param" or (msg["type"] == "sample" and not msg["is_observed"]):
+            kept = self.values if self._is_inside(msg) else self.params
+            kept[msg["name"]] = msg["value"]
+
+    def _is_inside(self, msg):
+        return any(frame.name == self.plate for frame in msg.get("cond_indep_stack", ()))
+
+    def _hides(self, msg):
+        return self._is_inside(msg) and msg["name"] not in self.keep
+
+
+def prior_part(model, plate, keep=()):
+    """The model without the sites of its data plate: priors, and what depends on them.
+
+    :param model: a model with energy statements.
+    :param str plate: name of the data plate.
+    :param keep: names of sites inside the data plate that stay.
+    :return: a NumPyro model with the same arguments.
+    """
+    return OutsidePlate(model, plate, keep)
+
+
+def run_prior(model, args, kwargs, plate, keep=()):
+    """Run the prior part of a model in place, inside whatever handlers are around.
+
+    :return: values of the parameters by name, those of the sites kept, the indices of the data
+        plate.
+    """
+    handler = OutsidePlate(model, plate, keep)
+    handler(*args, **kwargs)
+    return handler.params, handler.values, handler.indices
+
+
+def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
+    """Read a model, check that its parameters have proper priors, and hide the reading.
+
+    :param str who: the caller, for messages.
+    :return: a :class:`~numpyro_ebm.joint.Joint`.
+    :raises ModelError: if no parameter has a prior, or one of the priors is improper.
+    """
+    with block():  # nothing of this reaches handlers around a model that is running
+        joint = read(model, args, kwargs, params, rng_key=rng_key)
+    check_priors(joint, who)
+    return joint
+
+
+def check_priors(joint, who):
+    """Raise unless the parameters of a model have proper priors."""
+    if not joint.priors:
+        params = sorted(joint.parameters)
+        what = f"its parameter(s) {params} are `numpyro.param` sites" if params else "it has none"
+        raise ModelError(
+            f"{who}: no parameter of the model has a prior ({what}), so there is no posterior. "
+            "Declare it outside the data plate, "
+            '`theta = numpyro.sample("theta", dist.Normal(0, 1))`, or learn a point estimate with '
+            "`EnergySVI`."
+        )
+    for name, fn in joint.priors.items():
+        if is_improper(fn):
+            raise ModelError(
+                f"{who}: the prior of '{name}' is improper, and with an energy nothing says that "
+                "its posterior is not. Give it a proper prior, such as a wide `dist.Normal` or "
+                "`dist.HalfNormal`."
+            )
+
+
+def is_improper(fn):
+    """Whether a distribution is an improper prior: flat on an unbounded set, or masked out."""
+    while True:
+        if isinstance(fn, ImproperUniform):
+            return True
+        if isinstance(fn, MaskedDistribution) and fn._mask is False:
+            return True
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+
+
+def data_plate(joint, indices=None):
+    """Enter the data plate of a model again, with the rows it had.
+
+    :param joint: the model.
+    :param indices: indices of the subsampled rows.
+    :return: a NumPyro plate.
+    """
+    size = joint.total_rows
+    subsample = None if indices is None or jnp.size(indices) == size else indices
+    return _SamePlate(joint.plate, size, subsample, joint.dim)
+
+
+class _SamePlate:
+    def __init__(self, name, size, indices, dim):
+        self.args, self.indices = (name, size), indices
+        self.dim = dim
+
+    def __enter__(self):
+        data = {} if self.indices is None else {self.args[0]: self.indices}
+        self.handler = numpyro.handlers.substitute(data=data)
+        with self.handler:
+            size = None if self.indices is None else len(self.indices)
+            self.plate = numpyro.plate(*self.args, subsample_size=size, dim=self.dim)
+        return self.plate.__enter__()
+
+    def __exit__(self, *details):
+        return self.plate.__exit__(*details)
