@@ -378,8 +378,8 @@ class EnergySVI(SVI):
             joint = read(self.model, args, kwargs, init_params, rng_key=key_model)
             if joint.priors:
                 raise ModelError(
-                    f"EnergySVI learns `numpyro.param` sites; {sorted(joint.priors)} have priors. Declare "
-                    "them with `numpyro.param`, or condition on values for them."
+                    f"EnergySVI learns `numpyro.param` sites; {sorted(joint.priors)} have priors. "
+                    "Declare them with `numpyro.param`, or condition on values for them."
                 )
             constraint_of.update(joint.constraints)
             values = dict(joint.parameters)
