@@ -8,17 +8,37 @@ ordinary NumPyro model of the parameters, with which NumPyro's own tools (``pote
 ``constrain_fn``, ``initialize_model``) are right.
 """
 
+import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import ImproperUniform, MaskedDistribution
-from numpyro.handlers import block
 from numpyro.primitives import Messenger
+from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.joint import placeholder, read
 from numpyro_ebm.primitives import NORMALIZER
 
-__all__ = ["OutsidePlate", "check_priors", "prior_part", "read_with_priors", "run_prior"]
+__all__ = [
+    "OutsidePlate",
+    "apart",
+    "check_priors",
+    "data_plate",
+    "prior_part",
+    "quickly",
+    "read_with_priors",
+    "run_prior",
+]
+
+
+class apart(Messenger):
+    """Run models inside of a running model, unseen: no handler around hears of them.
+
+    NumPyro's ``block`` lets random keys through; here there are none but those given inside.
+    """
+
+    def process_message(self, msg):
+        msg["stop"] = True
 
 
 class OutsidePlate(Messenger):
@@ -48,7 +68,7 @@ class OutsidePlate(Messenger):
     def postprocess_message(self, msg):
         if msg["type"] == "plate" and msg["name"] == self.plate:
             self.indices = msg["value"]
-        elif msg["type"] == "param" or (msg["type"] == "sample" and not msg["is_observed"]):
+        elif msg["type"] in ("param", "sample"):  # observed ones too: a handler may condition them
             kept = self.values if self._is_inside(msg) else self.params
             kept[msg["name"]] = msg["value"]
 
@@ -73,12 +93,13 @@ def prior_part(model, plate, keep=()):
 def run_prior(model, args, kwargs, plate, keep=()):
     """Run the prior part of a model in place, inside whatever handlers are around.
 
-    :return: values of the parameters by name, those of the sites kept, the indices of the data
-        plate.
+    :return: values of the sites outside the plate by name, those of the sites kept, the indices of
+        the data plate.
     """
     handler = OutsidePlate(model, plate, keep)
     handler(*args, **kwargs)
-    return handler.params, handler.values, handler.indices
+    kept = {name: handler.values[name] for name in keep}
+    return handler.params, kept, handler.indices
 
 
 def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
@@ -88,7 +109,7 @@ def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
     :return: a :class:`~numpyro_ebm.joint.Joint`.
     :raises ModelError: if no parameter has a prior, or one of the priors is improper.
     """
-    with block():  # nothing of this reaches handlers around a model that is running
+    with apart():
         joint = read(model, args, kwargs, params, rng_key=rng_key)
     check_priors(joint, who)
     return joint
@@ -124,6 +145,16 @@ def is_improper(fn):
         if not hasattr(fn, "base_dist"):
             return False
         fn = fn.base_dist
+
+
+def quickly(fn, *args):
+    """``fn(*args)``, compiled as one program where it would run operation by operation.
+
+    NumPyro runs a model so when it starts; in a function that is traced already nothing changes.
+    """
+    if all(map(not_jax_tracer, jax.tree.leaves(args))):
+        fn = jax.jit(fn)
+    return fn(*args)
 
 
 def data_plate(joint, indices=None):

@@ -16,6 +16,7 @@ from numpyro.infer import MCMC
 from numpyro.infer.svi import SVIRunResult
 from scipy.stats import norm
 
+from numpyro_ebm.diagnostics.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.diagnostics.rows import pick_marginal
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import fixed
@@ -49,7 +50,10 @@ def to_arviz(
     r"""Convert a run, draws or a fit to what the installed ArviZ's own ``from_numpyro`` returns.
 
     :param posterior: an ``MCMC`` that has run on a fixed energy-based model; the dict of draws that
-        :func:`~numpyro_ebm.sample` returned; or the fit that ``EnergySVI.run`` returned.
+        :func:`~numpyro_ebm.sample` returned; the fit that ``EnergySVI.run`` returned; or an
+        ``MCMC`` over parameters, by :class:`~numpyro_ebm.normalized`,
+        :class:`~numpyro_ebm.generalized` or an exchange kernel: it takes no further arguments, and
+        has a log-likelihood only if it is ``normalized``.
     :param model: the model of the draws, ``fixed(model, params)``; read off the kernel for
         ``MCMC``. For a fit, the model that was trained.
     :param args: arguments of the model, for draws and fits.
@@ -112,6 +116,8 @@ def to_arviz(
     >>> dict(idata["log_likelihood"]["v"].sizes)
     {'chain': 1, 'draw': 50, 'data': 5}
     """
+    if isinstance(posterior, MCMC) and kind_of_posterior(posterior.sampler):
+        return posterior_to_arviz(posterior, (model, *args, *kwargs), observed, fantasies)
     if isinstance(posterior, SVIRunResult):
         groups, dims, model, joint = _of_fit(posterior, model, args, kwargs)
     else:

@@ -4,9 +4,12 @@
 from numpyro_ebm.infer.annealed import AnnealedLangevin
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.infer.emulation import EmulatedLogNormalizer, emulate_log_normalizer
 from numpyro_ebm.infer.fisher import fisher_divergence
+from numpyro_ebm.infer.generalized import generalized
 from numpyro_ebm.infer.langevin import MALA, ULA
 from numpyro_ebm.infer.mclmc import MCLMC
+from numpyro_ebm.infer.normalized import normalized
 from numpyro_ebm.infer.normalizing import LogLikelihood, log_likelihood, log_normalizer
 from numpyro_ebm.infer.replica_exchange import ReplicaExchange
 from numpyro_ebm.infer.sampling import choose_kernel, sample
@@ -20,14 +23,18 @@ __all__ = [
     "AnnealedLangevin",
     "BlockGibbs",
     "DiscreteLangevin",
+    "EmulatedLogNormalizer",
     "EnergySVI",
     "EnergySVIState",
     "LogLikelihood",
     "ReplicaExchange",
     "UnderdampedLangevin",
     "choose_kernel",
+    "emulate_log_normalizer",
     "fisher_divergence",
+    "generalized",
     "log_likelihood",
     "log_normalizer",
+    "normalized",
     "sample",
 ]

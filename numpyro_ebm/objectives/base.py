@@ -75,6 +75,7 @@ class Objective(ABC):
     order = 2  # derivatives of log p̃ that the gradient takes
     needs = "derivatives"  # of the marginal: its "derivatives", a "bound", or its "value"
     has_state = False  # whether something is kept from round to round, which `SVI` cannot
+    is_loss = True  # whether its value is the function whose gradient it gives
     players = ()  # networks with losses of their own, each a `Player`
 
     def __init__(self, marginal=None):

@@ -104,6 +104,7 @@ class ContrastiveDivergence(Objective):
     """
 
     order = 1
+    is_loss = False
 
     def __init__(
         self, kernel, num_steps=1, marginal=None, *, persistent=False, reset_probability=0.0

@@ -223,18 +223,16 @@ def _values(site):
 def _guarded(fast, safe):
     """A function of parameters whose derivative is that of ``safe`` where ``fast`` has none."""
 
-    @jax.custom_jvp
     def guarded(params):
-        return fast(params)
-
-    @guarded.defjvp
-    def _(primals, tangents):
-        value, gradient = jax.value_and_grad(fast)(*primals)
+        # No rule of its own: that would close over values which a `jit` around it has left behind.
+        constants = stop_gradient(params)
+        value, gradient = jax.value_and_grad(fast)(constants)
         is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient)]
         gradient = jax.lax.cond(
-            jnp.all(jnp.stack(is_finite)), lambda: gradient, lambda: jax.grad(safe)(*primals)
+            jnp.all(jnp.stack(is_finite)), lambda: gradient, lambda: jax.grad(safe)(constants)
         )
-        along = jax.tree.map(jnp.vdot, gradient, *tangents)
-        return value, sum(jax.tree.leaves(along))
+        steps = jax.tree.map(jnp.subtract, params, constants)
+        along = jax.tree.map(jnp.vdot, stop_gradient(gradient), steps)
+        return stop_gradient(value) + sum(jax.tree.leaves(along))
 
     return guarded

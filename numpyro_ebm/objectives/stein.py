@@ -54,10 +54,14 @@ class KernelSteinDiscrepancy(Objective):
         :math:`(1 + \|v - v'\|^2/ℓ^2)^{-1/2}`.
     :param bandwidth: ℓ, in the units of v, or ``"median"``: the median distance between the rows of
         the batch, over the pairs that are taken.
-    :param str pairs: ``"all"`` for the n(n-1) pairs of the U-statistic; ``"halves"`` for the n/2
-        pairs (v_i, v_{i+n/2}), as the authors of VaGES-KSD take (with bandwidth 0.1). Only their
-        right-hand sides are differentiated, twice over, which needs rows in random order: train
-        with a ``batch_size``.
+    :param str pairs: ``"all"`` for the n(n-1) pairs of the U-statistic; ``"square"`` for these and
+        the n pairs of a row with itself, the V-statistic: biased upwards, and never negative;
+        ``"halves"`` for the n/2 pairs (v_i, v_{i+n/2}), as the authors of VaGES-KSD take (with
+        bandwidth 0.1). Only their right-hand sides are differentiated, twice over, which needs
+        rows in random order: train with a ``batch_size``.
+    :param weight: w, a positive function from the unconstrained coordinates of the rows, (rows, D),
+        to (rows,); the kernel is then w(v) k(v, v') w(v'), which is robust where w falls off like
+        the score grows: outliers count less and less. ``None`` for w = 1.
     :raises ModelError: if an option is unknown or ``bandwidth`` is not positive; when used, if a
         visible site is discrete, or the batch has fewer than two rows, or an odd number of them
         with ``pairs="halves"``.
@@ -80,7 +84,9 @@ class KernelSteinDiscrepancy(Objective):
     True
     """
 
-    def __init__(self, marginal=None, *, kernel="rbf", bandwidth="median", pairs="all"):
+    def __init__(
+        self, marginal=None, *, kernel="rbf", bandwidth="median", pairs="all", weight=None
+    ):
         if kernel not in KERNELS:
             raise ModelError(
                 f"KernelSteinDiscrepancy: `kernel` must be one of {sorted(KERNELS)}, got "
@@ -91,13 +97,20 @@ class KernelSteinDiscrepancy(Objective):
                 "KernelSteinDiscrepancy: `bandwidth` must be a positive number or 'median', got "
                 f"{bandwidth!r}."
             )
-        if pairs not in ("all", "halves"):
+        if pairs not in ("all", "square", "halves"):
             raise ModelError(
-                f"KernelSteinDiscrepancy: `pairs` must be 'all' or 'halves', got {pairs!r}."
+                "KernelSteinDiscrepancy: `pairs` must be 'all', 'square' or 'halves', got "
+                f"{pairs!r}."
+            )
+        if weight is not None and not callable(weight):
+            raise ModelError(
+                "KernelSteinDiscrepancy: `weight` must be a function of the rows' coordinates, got "
+                f"{weight!r}."
             )
         self.kernel = kernel
         self.bandwidth = bandwidth
         self.pairs = pairs
+        self.weight = weight
         super().__init__(marginal)
 
     def check_sites(self, joint):
@@ -124,15 +137,28 @@ class KernelSteinDiscrepancy(Objective):
         joint, point = problem.joint, problem.unconstrained
         estimate = self.estimate(rng_key, params, problem)
         points, scores = joint.flatten(point), joint.flatten(estimate.score(point))
-        if self.pairs == "all":
-            z, rest = self._all_pairs(points, scores)
-        else:
-            z, rest = self._halves(points, scores)
+        of_pairs = self._halves if self.pairs == "halves" else self._all_pairs
+        if self.weight is None:
+            z, rest = of_pairs(points, scores, None)
+        else:  # κ of a weighted kernel is w w' κ at the score s + ∇ log w
+            weights, slope = self._weights(points)
+            z, rest = of_pairs(points, scores + slope, weights)
+            rest = rest + jnp.sum(z * slope)
         z = joint.unflatten(stop_gradient(z))
         # κ is bilinear in the scores of its sides: one derivative of log p̃ along z gives both.
         _, along = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (z,))
         total = jnp.sum(along)
         return stop_gradient(rest - total) + 2.0 * total
+
+    def _weights(self, points):
+        """w of every row, and ∇ log w."""
+        weights = self.weight(points)
+        if jnp.shape(weights) != (len(points),):
+            raise ModelError(
+                "KernelSteinDiscrepancy: `weight` maps the coordinates of the rows, of shape "
+                f"{points.shape}, to one weight each, and returned the shape {jnp.shape(weights)}."
+            )
+        return weights, jax.grad(lambda x: jnp.sum(jnp.log(self.weight(x))))(points)
 
     def _scale(self, square_distances):
         """1/ℓ²."""
@@ -143,7 +169,7 @@ class KernelSteinDiscrepancy(Objective):
         # Where most rows are equal the median is zero, which is no bandwidth: the mean then.
         return 1.0 / jnp.where(median > 0, median, jnp.mean(distances)) ** 2
 
-    def _all_pairs(self, points, scores):
+    def _all_pairs(self, points, scores, weights):
         """Weights z_j of s_j, with Σ_j z_j·s_j + rest = KSD and 2 Σ_j z_j·∂s_j its gradient."""
         kernel, first, second = KERNELS[self.kernel]
         num, dimension = points.shape
@@ -151,22 +177,28 @@ class KernelSteinDiscrepancy(Objective):
         upper = jnp.triu_indices(num, 1)
         scale = self._scale(square[upper])
         t = scale * square
-        pair = (1.0 - jnp.eye(num, dtype=t.dtype)) / (num * (num - 1))
+        if self.pairs == "all":
+            pair = (1.0 - jnp.eye(num, dtype=t.dtype)) / (num * (num - 1))
+        else:
+            pair = jnp.full((num, num), 1.0 / num**2, t.dtype)
+        if weights is not None:
+            pair = weights[:, None] * weights * pair
         k, slope = pair * kernel(t), 2.0 * scale * pair * first(t)
         # Σ_i ∇_{v_i} k = Σ_i slope_ij (v_i - v_j), and Σ_j ∇_{v_j} k is minus its transpose.
         pull = slope @ points - jnp.sum(slope, 1, keepdims=True) * points
         curvature = -2.0 * scale * jnp.sum(pair * (dimension * first(t) + 2.0 * t * second(t)))
         return k @ scores + pull, jnp.sum(scores * pull) + curvature
 
-    def _halves(self, points, scores):
+    def _halves(self, points, scores, weights):
         kernel, first, second = KERNELS[self.kernel]
         half, dimension = points.shape[0] // 2, points.shape[1]
         left, right = points[:half], points[half:]
         square = jnp.sum((left - right) ** 2, -1)
         scale = self._scale(square)
         t = scale * square
-        towards = 2.0 * scale * first(t)[:, None] * (left - right) / half  # ∇_v k
-        z = kernel(t)[:, None] * scores[:half] / half + towards
+        pair = 1.0 / half if weights is None else weights[:half] * weights[half:] / half
+        towards = 2.0 * scale * (pair * first(t))[:, None] * (left - right)  # ∇_v k
+        z = (pair * kernel(t))[:, None] * scores[:half] + towards
         rest = -jnp.sum(scores[:half] * towards)
-        curvature = -2.0 * scale * jnp.mean(dimension * first(t) + 2.0 * t * second(t))
+        curvature = -2.0 * scale * jnp.sum(pair * (dimension * first(t) + 2.0 * t * second(t)))
         return jnp.concatenate([jnp.zeros_like(z), z]), rest + curvature

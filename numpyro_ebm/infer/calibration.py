@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The learning rate of a generalised posterior, from the spread of its estimator.
+
+.. math:: β = \frac{\operatorname{tr}(H J^{-1} H)}{\operatorname{tr} H}
+    \quad\text{(sandwich)}, \qquad
+    β = \frac{\sum_b ∇D·∇\log π + \operatorname{tr} ∇^2 D}{\sum_b \|∇D\|^2}
+    \quad\text{(bootstrap)}
+
+Losses of this library are exact in their value and first derivatives; second ones are differences
+of gradients.
+
+Reference: Matsubara, Knoblauch, Briol, Oates, *Robust generalised Bayesian inference for
+intractable likelihoods*, JRSSB 2022; the same, *Generalised Bayesian inference for discrete
+intractable likelihood*, JASA 2023.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+from jax.flatten_util import ravel_pytree
+from numpyro.distributions import biject_to
+from numpyro.handlers import seed
+from numpyro.infer.util import constrain_fn, potential_energy
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer.minibatch import Minibatches
+
+__all__ = ["Calibration", "Potential", "calibrate", "differences"]
+
+AT_ONCE = 8
+"""Data sets whose gradients are taken together."""
+
+
+class Calibration(NamedTuple):
+    """What a calibration found.
+
+    - **learning_rate** - β.
+    - **method** - ``"sandwich"`` or ``"bootstrap"``.
+    - **minimizer** - the parameters that minimise the loss over all rows, by name.
+    - **standard_error** - standard deviation of the estimator over data sets, in unconstrained
+      coordinates, in the order of the sorted names.
+    """
+
+    learning_rate: float
+    method: str
+    minimizer: dict
+    standard_error: np.ndarray
+
+
+class Potential:
+    """Loss and log-prior of a model, as functions of one vector of unconstrained coordinates.
+
+    - **size** - number of coordinates.
+    - **num_rows** - N.
+    """
+
+    def __init__(self, loss, prior, joint, own, args, kwargs):
+        self._loss, self._joint = loss, joint
+        self._prior = seed(prior, jax.random.key(0))
+        self._own = {name: jnp.asarray(value) for name, (value, _) in own.items()}
+        self._args, self._kwargs = args, kwargs
+        self.num_rows = joint.total_rows
+        start = {
+            name: jnp.zeros(biject_to(fn.support).inverse_shape(fn.shape()))
+            for name, fn in joint.priors.items()
+        }
+        flat, self._unravel = ravel_pytree({**start, **self._own})
+        self.start, self.size = flat, flat.size
+
+    def params(self, x):
+        """Constrained parameters by name."""
+        z = self._unravel(x)
+        own = {name: z.pop(name) for name in self._own}
+        values = constrain_fn(self._prior, self._args, self._kwargs, z)
+        return {**{name: values[name] for name in self._joint.priors}, **own}
+
+    def log_prior(self, x):
+        """Log-density of the prior in unconstrained coordinates."""
+        z = self._unravel(x)
+        own = {name: z.pop(name) for name in self._own}
+        from numpyro_ebm.infer.generalized import own_prior
+
+        total = -potential_energy(self._prior, self._args, self._kwargs, z)
+        return total + sum(
+            own_prior(self._own[name]).log_prob(value) for name, value in own.items()
+        )
+
+    def loss(self, x, rng_key, args=None, kwargs=None):
+        """The objective, a mean over rows."""
+        args, kwargs = (self._args, self._kwargs) if args is None else (args, kwargs)
+        return self._loss(rng_key, self.params(x), args, kwargs)
+
+    def resampled(self):
+        """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
+        joint = self._joint
+        if joint.num_rows != joint.total_rows:
+            raise ModelError(
+                f"generalized: a calibration needs all rows, and the plate '{joint.plate}' has a "
+                "`subsample_size`. Calibrate a model without it, and pass the number on as "
+                "`learning_rate`."
+            )
+        if joint.num_rows < 4:
+            raise ModelError(
+                f"generalized: a calibration measures the spread over rows, and there are "
+                f"{joint.num_rows}. Pass a number as `learning_rate`."
+            )
+        cut = Minibatches.of(joint, self._args, self._kwargs, joint.num_rows - 1)
+        arrays, static = cut.split(self._args, self._kwargs)
+        cut = cut._replace(static=static)
+
+        def loss(x, rng_key, indices):
+            return self.loss(x, rng_key, *cut.batch(arrays, indices[None], 0))
+
+        return loss
+
+
+def calibrate(rng_key, potential, method, num_resamples):
+    """See :meth:`~numpyro_ebm.generalized.calibrate`."""
+    if method not in ("sandwich", "bootstrap"):
+        raise ModelError(
+            f"generalized: `method` must be 'sandwich' or 'bootstrap', got {method!r}."
+        )
+    if not isinstance(num_resamples, int) or num_resamples < 2:
+        raise ModelError(
+            f"generalized: `num_resamples` must be an integer of at least 2, got {num_resamples!r}."
+        )
+    key_loss, key_resample = jax.random.split(rng_key)
+    resampled = potential.resampled()
+    value_and_gradient = jax.jit(jax.value_and_grad(resampled))
+    everything = jnp.arange(potential.num_rows)
+    at_all = partial(value_and_gradient, rng_key=key_loss, indices=everything)
+    best = _minimize(at_all, potential.start)
+    hessian = differences(lambda x: at_all(x)[1], best)
+    lower = np.linalg.eigvalsh(hessian)[0]
+    if not lower > 0:
+        raise ModelError(
+            "generalized: the Hessian of the loss at its minimum is not positive (smallest "
+            f"eigenvalue {lower:.3g}): the data do not determine all parameters. Pass a number as "
+            "`learning_rate`, or fix what is not identified."
+        )
+    gradient = jax.jit(jax.grad(resampled))
+    if method == "sandwich":
+        covariance = _jackknife(gradient, best, key_loss, potential.num_rows, num_resamples)
+        beta = np.trace(hessian @ np.linalg.solve(covariance, hessian)) / np.trace(hessian)
+        inverse = np.linalg.inv(hessian)
+        spread = inverse @ covariance @ inverse / potential.num_rows
+    else:
+        beta, spread = _bootstrap(
+            potential, value_and_gradient, at_all, best, key_loss, key_resample, num_resamples
+        )
+    if not (np.isfinite(beta) and beta > 0):
+        raise ModelError(
+            f"generalized: the {method} calibration gave {beta:.3g}, which is no learning rate. "
+            "Try the other method, more rows, or pass a number."
+        )
+    error = np.sqrt(np.diag(spread))
+    return Calibration(float(beta), method, potential.params(jnp.asarray(best)), error)
+
+
+def differences(gradient, x, step=None):
+    """Jacobian of a gradient by central differences, made symmetric.
+
+    :param gradient: maps (D,) to (D,).
+    :param x: where, (D,).
+    :param step: of the differences; balances rounding and curvature if ``None``.
+    :return: array (D, D).
+    """
+    x = jnp.asarray(x)
+    if step is None:
+        step = float(jnp.finfo(x.dtype).eps) ** (1 / 3) * (1 + np.abs(np.asarray(x)))
+    steps = np.diag(np.broadcast_to(step, x.shape)).astype(x.dtype)
+    columns = [
+        np.asarray(gradient(x + e), float) - np.asarray(gradient(x - e), float) for e in steps
+    ]
+    hessian = np.stack(columns) / (2 * np.diag(steps)[:, None].astype(float))
+    return 0.5 * (hessian + hessian.T)
+
+
+def _minimize(value_and_gradient, start):
+    def on_host(x):
+        value, gradient = value_and_gradient(jnp.asarray(x, start.dtype))
+        return float(value), np.asarray(gradient, float)
+
+    start = np.asarray(start)
+    scale = 1 + np.abs(on_host(start)[1]).max()
+    tolerance = scale * float(np.finfo(start.dtype).eps) ** 0.5
+    options = {"gtol": tolerance}
+    found = scipy.optimize.minimize(on_host, start, jac=True, method="BFGS", options=options)
+    if not np.isfinite(found.fun) or np.abs(found.jac).max() > 30 * tolerance:
+        raise ModelError(
+            "generalized: the loss has no minimum that a search from the middle of the priors "
+            f"finds (loss {found.fun:.4g}, gradient {np.abs(found.jac).max():.2g} after "
+            f"{found.nit} steps). Pass a number as `learning_rate`, or check that the loss is "
+            "bounded below."
+        )
+    return found.x.astype(start.dtype)
+
+
+def _jackknife(gradient, best, rng_key, num_rows, num_groups):
+    """Covariance of the gradient of one row, by leaving groups of rows out."""
+    num_groups = min(num_groups, num_rows)
+    size = num_rows // num_groups
+    out = np.arange(num_groups * size).reshape(num_groups, size)
+    kept = np.stack([np.setdiff1d(np.arange(num_rows), rows) for rows in out])
+    # Without a group the mean moves by size / (num_rows - size) of how far the group's own is off.
+    means = jax.lax.map(
+        lambda indices: gradient(best, rng_key, indices), jnp.asarray(kept), batch_size=AT_ONCE
+    )
+    of_groups = (num_rows - size) / size * np.asarray(means, float)
+    return np.atleast_2d(size * np.cov(of_groups.T))
+
+
+def _bootstrap(potential, value_and_gradient, at_all, best, rng_key, key_resample, num_resamples):
+    num_rows = potential.num_rows
+    prior_gradient = jax.jit(jax.grad(potential.log_prior))
+    above, below, minimizers = 0.0, 0.0, []
+    for key in jax.random.split(key_resample, num_resamples):
+        indices = jax.random.randint(key, (num_rows,), 0, num_rows)
+        x = _minimize(partial(value_and_gradient, rng_key=rng_key, indices=indices), best)
+        slope = num_rows * np.asarray(at_all(x)[1], float)
+        curvature = num_rows * np.trace(differences(lambda x: at_all(x)[1], x))
+        above += slope @ np.asarray(prior_gradient(x), float) + curvature
+        below += slope @ slope
+        minimizers.append(np.asarray(x, float))
+    return above / below, np.atleast_2d(np.cov(np.stack(minimizers).T))

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""log Z(θ) as a function of the parameters, interpolated from estimates at a design of them.
+
+.. math:: \widehat{\log Z}(θ) ≈ \log Z(θ), \qquad \text{from } \log \hat Z(θ_k) ± \mathrm{mcse}_k
+
+For models whose Z has to be annealed, at too high a price for every step of a sampler: pay it at a
+few dozen parameters beforehand.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpyro.distributions import biject_to
+from numpyro.infer import Predictive
+from numpyro.util import find_stack_level
+
+from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
+from numpyro_ebm.handlers import fixed
+from numpyro_ebm.infer.normalizing import log_normalizer
+from numpyro_ebm.normalizer.emulator import Emulator, fit_emulator
+from numpyro_ebm.priors import prior_part, read_with_priors
+
+__all__ = ["EmulatedLogNormalizer", "emulate_log_normalizer"]
+
+MOST_SURPRISE = 2.0
+"""Root mean square of the left-out residuals, in their standard errors, from which on to warn."""
+
+
+class EmulatedLogNormalizer(NamedTuple):
+    """log Z as a function of the parameters: what ``normalized(model, log_normalizer)`` takes.
+
+    - **transforms** - from unconstrained coordinates, by the name of the parameter.
+    - **emulator** - :class:`~numpyro_ebm.normalizer.emulator.Emulator`.
+    - **design** - parameters, values and errors that it was fitted to.
+    """
+
+    transforms: dict
+    emulator: Emulator
+    design: dict
+
+    def __call__(self, params):
+        """log Z at a dict of parameters, a scalar."""
+        return self.emulator.predict(self._flat(params))[0]
+
+    def mcse(self, params):
+        """Its standard error: of the estimates, and of interpolating between them."""
+        return self.emulator.predict(self._flat(params))[1]
+
+    def _flat(self, params):
+        z = {name: transform.inv(params[name]) for name, transform in self.transforms.items()}
+        return ravel_pytree(z)[0]
+
+
+def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, options=None, **kwargs):
+    r"""Interpolate log Z(θ) from estimates at a design of parameters.
+
+    A Gaussian process on top of a quadratic, in unconstrained coordinates, weighs every estimate by
+    its error; between and beyond the design its own standard error grows.
+    ``normalized(model, emulated)`` evaluates it once for each step of a sampler, and records the
+    standard error of the log-likelihood at every draw as ``log_normalizer_error``, in nats: where
+    that is no small part of one, the posterior is not to be trusted.
+
+    :param rng_key: random key.
+    :param model: a NumPyro model with energy statements and priors on its parameters.
+    :param args: arguments of the model; one row of data is enough.
+    :param design: how many draws of the prior, or a dict of parameter values with the draws leading
+        (of a first run, say: where the posterior is, the design should be dense).
+    :param method: of :func:`~numpyro_ebm.log_normalizer`.
+    :param dict options: further options of :func:`~numpyro_ebm.log_normalizer`.
+    :param kwargs: keyword arguments of the model.
+    :return: :class:`EmulatedLogNormalizer`, a function of the dict of parameters.
+    :raises ModelError: if no parameter has a prior, the design is too small for a quadratic or
+        misses a parameter, every row has a log Z of its own, or an estimate is not finite.
+
+    Warns :class:`~numpyro_ebm.errors.NormalizerDisagreementWarning` if estimates lie further from
+    what the others predict than the errors allow: the design is too coarse, or errors too small.
+
+    **Example**
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpyro
+    >>> import numpyro.distributions as dist
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data=None):
+    ...     precision = numpyro.sample("precision", dist.LogNormal(0.0, 0.5))
+    ...     with numpyro.plate("data", 1 if data is None else len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> log_z = ebm.emulate_log_normalizer(jax.random.key(0), gaussian, design=20)
+    >>> gap = log_z({"precision": 1.3}) - 0.5 * jnp.log(2 * jnp.pi / 1.3)
+    >>> bool(abs(gap) < 0.001)
+    True
+    """
+    key_design, key_run = jax.random.split(rng_key)
+    joint = read_with_priors(model, args, kwargs, "emulate_log_normalizer")
+    if joint.covariates:
+        raise ModelError(
+            "emulate_log_normalizer: the energy reads an argument that differs from row to row, so "
+            "that every row has a log Z of its own, and one function of the parameters is not "
+            "enough."
+        )
+    names = sorted(joint.priors)
+    if isinstance(design, int):
+        prior = prior_part(model, joint.plate)
+        draws = Predictive(prior, num_samples=design)(key_design, *args, **kwargs)
+        design = {name: draws[name] for name in names}
+    missing = [name for name in names if name not in design]
+    if missing:
+        raise ModelError(f"emulate_log_normalizer: `design` has no values for {missing}.")
+    design = {name: jnp.asarray(design[name]) for name in names}
+    transforms = {name: biject_to(joint.priors[name].support) for name in names}
+    points = jax.vmap(
+        lambda params: ravel_pytree({k: transforms[k].inv(x) for k, x in params.items()})[0]
+    )(design)
+    num, size = points.shape
+    needed = (size + 1) * (size + 2) // 2
+    if num <= needed:
+        raise ModelError(
+            f"emulate_log_normalizer: a design of {num} points, and a quadratic in {size} "
+            f"coordinates alone has {needed} coefficients. Ask for several times as many."
+        )
+
+    @jax.jit
+    def at_design(keys, design):
+        def one(key_and_params):
+            key, params = key_and_params
+            found = log_normalizer(
+                key, fixed(model, params), *args, method=method, **(options or {}), **kwargs
+            )
+            return found.value, jnp.asarray(found.mcse, found.value.dtype)
+
+        return jax.lax.map(one, (keys, design))
+
+    values, errors = map(np.asarray, at_design(jax.random.split(key_run, num), design))
+    if not (np.all(np.isfinite(values)) and np.all(np.isfinite(errors))):
+        bad = int(np.argmin(np.isfinite(values + errors)))
+        where = {name: np.asarray(x[bad]).tolist() for name, x in design.items()}
+        raise ModelError(
+            f"emulate_log_normalizer: log Z is {values[bad]} ± {errors[bad]} at {where}. Where the "
+            "prior allows parameters without a finite log Z, give a `design` without them."
+        )
+    emulator = fit_emulator(points, values, errors)
+    surprise = float(jnp.sqrt(jnp.mean(emulator.left_out**2)))
+    if surprise > MOST_SURPRISE:
+        warnings.warn(
+            NormalizerDisagreementWarning(
+                f"emulate_log_normalizer: estimates are off by {surprise:.1f} standard errors "
+                "(root mean square) from what the rest of the design predicts. Use a denser "
+                "design, one that is concentrated where the posterior is, or more particles."
+            ),
+            stacklevel=find_stack_level(),
+        )
+    return EmulatedLogNormalizer(
+        transforms, emulator, {"params": design, "log_normalizer": values, "mcse": errors}
+    )

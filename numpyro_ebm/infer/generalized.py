@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Generalised (Gibbs) posteriors: a prior, and an objective in the place of the likelihood.
+
+.. math:: π_β(θ \mid v) \propto π(θ)\, e^{-β N \mathcal L(θ)}
+
+No log Z, no sampler: the loss is one of those that learn an energy without its normalizer. What is
+promised is weaker than Bayes' rule: the posterior of a loss whose scale, β, has to be chosen.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer import calibration, conjugate
+from numpyro_ebm.jaxprs import needed
+from numpyro_ebm.marginal.common import CommonParticles
+from numpyro_ebm.marginal.vages import VaGES
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.priors import apart, prior_part, quickly, read_with_priors, run_prior
+
+__all__ = ["generalized"]
+
+SITE = "generalized_loss"
+OWN_PRIOR_SCALE = 10.0
+
+SERVE = (
+    "ScoreMatching, SlicedScoreMatching, DenoisingScoreMatching, KernelSteinDiscrepancy, "
+    "PseudoLikelihood, RatioMatching, EnergyDiscrepancy or NCE"
+)
+
+
+class generalized:
+    r"""Give a model the generalised posterior of an objective: a NumPyro model with no log Z in it.
+
+    .. math:: π_β(θ \mid v_{1:N}) \propto π(θ)\, e^{-β N \mathcal L(θ)}
+
+    with :math:`\mathcal L` the objective, a mean over rows. Parameters may then be inferred by
+    ``NUTS``, or by ``SVI`` with an AutoGuide (score-matching variational inference, where the
+    objective is score matching). Rows have a loss and no likelihood: ``loo`` has nothing to say.
+
+    :param model: a NumPyro model with energy statements and priors on its parameters.
+    :param objective: a loss that is a function of θ and the data: score matching of every kind,
+        ``KernelSteinDiscrepancy`` (KSD-Bayes; never negative with ``pairs="square"``, and robust
+        with ``weight``), ``PseudoLikelihood``, ``RatioMatching``, ``EnergyDiscrepancy``, ``NCE``
+        and its relatives. ``MaximumLikelihood`` gives the posterior itself.
+    :param learning_rate: β, a positive number, or ``"calibrate"``: the value at which the spread of
+        the posterior is that of the estimator over data sets, by :meth:`calibrate` at the first
+        data that the model is run with. :attr:`learning_rate` then holds it.
+    :param guide: q(h | v), for a model whose latent sites are not summed out; the objective then
+        needs ``marginal=VaGES(num_particles, importance_weighted=True)``.
+    :param dict guide_params: values of the guide's parameters, from a fit.
+    :return: a NumPyro model with the same arguments.
+    :raises ModelError: if ``learning_rate`` is not positive, or the objective has players or a
+        state of its own; when run, if no parameter has a prior or a prior is improper, or the
+        model, the guide and the objective do not go together.
+
+    **Random objectives.** Slices, noise and particles come from NumPyro's ``prng_key``. NumPyro's
+    MCMC kernels evaluate a model with one key throughout, so that their potential is a
+    deterministic function: the posterior is the one at these common random numbers (raise the
+    number of slices or particles until another key makes no difference). Under ``SVI`` they are
+    fresh in every step. ``VaGES`` becomes the importance-weighted estimate at common particles, of
+    which value and gradient belong together.
+
+    A plate that subsamples its rows is respected: the loss is a mean over them, and N all rows.
+    An objective's own parameters (``log_normalizer`` of NCE) become sites with a normal prior of
+    scale 10 around their initial value.
+
+    Reference: Bissiri, Holmes, Walker, *A general framework for updating belief distributions*,
+    JRSSB 2016; Matsubara, Knoblauch, Briol, Oates, *Robust generalised Bayesian inference for
+    intractable likelihoods* (KSD-Bayes), JRSSB 2022.
+
+    **Example**
+
+    >>> import jax
+    >>> import numpyro
+    >>> import numpyro.distributions as dist
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data):
+    ...     precision = numpyro.sample("precision", dist.Normal(1.0, 10.0))
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> data = jax.random.normal(jax.random.key(0), (200,))
+    >>> model = ebm.generalized(gaussian, ebm.ScoreMatching(), learning_rate=0.5)
+    >>> mcmc = numpyro.infer.MCMC(
+    ...     numpyro.infer.NUTS(model), num_warmup=300, num_samples=1_000, progress_bar=False
+    ... )
+    >>> mcmc.run(jax.random.key(1), data)
+    >>> exact = model.closed_form(data)  # the loss is quadratic in θ, the prior normal
+    >>> gap = mcmc.get_samples()["precision"].mean() - exact.mean["precision"]
+    >>> bool(abs(gap) < 0.2 * exact.standard_deviation["precision"])
+    True
+    """
+
+    posterior_kind = "loss"  # for `to_arviz`
+
+    def __init__(self, model, objective, learning_rate=1.0, *, guide=None, guide_params=None):
+        _check_objective(objective)
+        _check_learning_rate(learning_rate)
+        self.model = model
+        self.objective = objective
+        self.guide = guide
+        self.guide_params = {} if guide_params is None else dict(guide_params)
+        self._learning_rate = learning_rate
+        self.calibration = None
+        """What :meth:`calibrate` found last."""
+
+    @property
+    def learning_rate(self):
+        """β; ``None`` before a calibration that was asked for."""
+        if self._learning_rate != "calibrate":
+            return self._learning_rate
+        return None if self.calibration is None else self.calibration.learning_rate
+
+    def __call__(self, *args, **kwargs):
+        if self.learning_rate is None:
+            if not all(map(not_jax_tracer, jax.tree.leaves((args, kwargs)))):
+                raise ModelError(
+                    "generalized: learning_rate='calibrate' needs data whose values are known, and "
+                    "the model runs for the first time inside a compiled function. Call "
+                    "`model.calibrate(data)` first."
+                )
+            with apart(), jax.ensure_compile_time_eval():
+                self.calibrate(*args, **kwargs)
+        joint = read_with_priors(self.model, args, kwargs, "generalized")
+        params, _, indices = run_prior(self.model, args, kwargs, joint.plate)
+        own = {}
+        for name, (value, _) in self._own_parameters(joint, params, args, kwargs).items():
+            own[name] = numpyro.sample(name, own_prior(value))
+        rng_key = numpyro.prng_key()
+        if joint.num_rows != joint.total_rows:
+            params = {**params, joint.plate: indices}
+        with apart():
+            if rng_key is None:
+                if self.is_random(*args, **kwargs):
+                    raise ModelError(
+                        f"generalized: {self.objective!r} draws random numbers, and the model has "
+                        "no random key. Run it inside of `numpyro.handlers.seed(model, rng_key)`."
+                    )
+                rng_key = jax.random.key(0)
+            loss = quickly(
+                lambda key, params: self._loss(key, params, args, kwargs),
+                rng_key,
+                {**params, **own},
+            )
+        numpyro.factor(SITE, -self.learning_rate * joint.total_rows * loss)
+
+    def loss(self, rng_key, params, *args, **kwargs):
+        """The objective at given parameters, a mean over rows.
+
+        :param rng_key: key of the objective's random numbers.
+        :param dict params: values of the parameters with priors, and of others.
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: scalar.
+        """
+        return self._loss(rng_key, params, args, kwargs)
+
+    def is_random(self, *args, **kwargs):
+        """Whether the objective draws random numbers for this model."""
+        with apart():
+            joint = read_with_priors(self.model, args, kwargs, "generalized")
+            own = self._own_parameters(joint, joint.parameters, args, kwargs)
+            params = {**joint.parameters, **{k: v for k, (v, _) in own.items()}}
+            closed = jax.make_jaxpr(lambda key: self._loss(key, params, args, kwargs))(
+                jax.random.key(0)
+            )
+        key = closed.jaxpr.invars[0]
+        return any(key in eqn.invars for eqn in needed(closed.jaxpr))
+
+    def calibrate(self, *args, method="sandwich", rng_key=None, num_resamples=200, **kwargs):
+        r"""Choose the learning rate from the spread of the estimator over data sets.
+
+        With :math:`\hat θ` the minimiser of the loss, H its Hessian and J the covariance of the
+        gradient of one row, the generalised posterior has the covariance :math:`(βNH)^{-1}` and the
+        estimator :math:`H^{-1} J H^{-1} / N`.
+
+        ``"sandwich"``:  :math:`β = \operatorname{tr}(H J^{-1} H) / \operatorname{tr}(H)`,
+        which equates the traces of their inverses; exact coverage, asymptotically, for a single
+        parameter. J is a delete-a-group jackknife.
+
+        ``"bootstrap"``: with :math:`θ_b` the minimisers on resampled rows and D = N·L,
+
+        .. math:: β = \frac{\sum_b ∇D·∇\log π + \operatorname{tr} ∇^2 D}{\sum_b \|∇D\|^2}
+            \quad\text{at } θ_b,
+
+        the β whose posterior is closest to the :math:`θ_b` in Fisher divergence.
+
+        :param args: arguments of the model, with all rows.
+        :param str method: ``"sandwich"`` or ``"bootstrap"``.
+        :param rng_key: key of the resampling, and of a random objective's common random numbers;
+            ``jax.random.key(0)`` if ``None``.
+        :param int num_resamples: groups of the jackknife (at most), or bootstrap samples.
+        :param kwargs: keyword arguments of the model.
+        :return: :class:`~numpyro_ebm.infer.calibration.Calibration`, kept as :attr:`calibration`;
+            with ``learning_rate="calibrate"`` it is what the model uses from now on.
+        :raises ModelError: if the loss has no minimum, its Hessian there is not positive, or the
+            rows of the model's arguments cannot be told.
+
+        Parameters with bounded supports count in NumPyro's unconstrained coordinates.
+
+        Reference: Matsubara et al. 2022 (sandwich; they cap β at 1, ``min(1, β)``); Matsubara et
+        al., *Generalised Bayesian inference for discrete intractable likelihood*, JASA 2023
+        (bootstrap); Lyddon, Holmes, Walker, *General Bayesian updating and the loss-likelihood
+        bootstrap*, Biometrika 2019.
+        """
+        key = jax.random.key(0) if rng_key is None else rng_key
+        potential = self._potential(args, kwargs)
+        self.calibration = calibration.calibrate(key, potential, method, num_resamples)
+        return self.calibration
+
+    def closed_form(self, *args, **kwargs):
+        r"""The posterior itself where it is Gaussian: a loss quadratic in θ and a normal prior.
+
+        Score matching of every kind and KSD are quadratic in θ where the energy is linear in it.
+
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: :class:`~numpyro_ebm.infer.conjugate.GaussianPosterior`.
+        :raises ModelError: if the posterior is not Gaussian (the curvature of its log-density
+            changes from place to place), or not proper.
+        """
+        with apart():
+            if self.learning_rate is None:
+                self.calibrate(*args, **kwargs)
+            return conjugate.gaussian_posterior(self._potential(args, kwargs), self.learning_rate)
+
+    # Inside
+
+    def _own_parameters(self, joint, params, args, kwargs):
+        if type(self.objective).own_parameters is Objective.own_parameters:
+            return {}
+        with apart():
+            problem = self._pose(jax.random.key(0), params, args, kwargs)
+            return self.objective.own_parameters(jax.random.key(0), params, problem)
+
+    def _pose(self, rng_key, params, args, kwargs):
+        params = {**self.guide_params, **params}
+        problem = self.objective.pose(rng_key, params, self.model, self.guide, args, kwargs)
+        marginal = problem.marginal
+        if marginal.needs_guide:
+            if not (isinstance(marginal, VaGES) and marginal.importance_weighted):
+                raise ModelError(
+                    f"generalized: {marginal!r} estimates derivatives, for a guide that is the "
+                    "posterior of h at the same θ, and a posterior of θ has many. Use "
+                    "`VaGES(num_particles, importance_weighted=True)`, or `Enumerated()` for "
+                    "discrete latent sites."
+                )
+            marginal = CommonParticles(marginal.num_particles)
+        elif marginal.value != "exact":
+            raise ModelError(
+                f"generalized: {marginal!r} does not serve. Use `Exact()`, `Enumerated()` or "
+                "`VaGES(num_particles, importance_weighted=True)` with a guide."
+            )
+        return problem._replace(marginal=marginal)
+
+    def _loss(self, rng_key, params, args, kwargs):
+        key_pose, key_loss = jax.random.split(rng_key)
+        problem = self._pose(key_pose, params, args, kwargs)
+        return self.objective.energy_loss(key_loss, {**self.guide_params, **params}, problem)
+
+    def _potential(self, args, kwargs):
+        """Loss and log-prior as functions of one unconstrained vector."""
+        joint = read_with_priors(self.model, args, kwargs, "generalized")
+        own = self._own_parameters(joint, joint.parameters, args, kwargs)
+        return calibration.Potential(
+            self._loss, prior_part(self.model, joint.plate), joint, own, args, kwargs
+        )
+
+
+def own_prior(value):
+    """Prior of an objective's own parameter."""
+    return numpyro.distributions.Normal(value, OWN_PRIOR_SCALE).to_event(jnp.ndim(value))
+
+
+def _check_objective(objective):
+    if not isinstance(objective, Objective):
+        raise ModelError(
+            f"generalized: `objective` must be an objective such as `ScoreMatching()`, got "
+            f"{objective!r}."
+        )
+    if objective.has_state or objective.players or not objective.is_loss:
+        raise ModelError(
+            f"generalized: {type(objective).__name__} is no function of the parameters and the "
+            f"data alone: it has chains or networks of its own, or a gradient and no value. Use "
+            f"{SERVE}."
+        )
+
+
+def _check_learning_rate(learning_rate):
+    if learning_rate == "calibrate":
+        return
+    if isinstance(learning_rate, str) or not 0 < learning_rate < float("inf"):
+        raise ModelError(
+            "generalized: `learning_rate` must be a positive number or 'calibrate', got "
+            f"{learning_rate!r}."
+        )

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Exact posteriors of an energy's parameters, where log Z(θ) can be computed.
+
+.. math:: π(θ \mid v) \propto π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
+"""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+
+from numpyro_ebm.errors import ImproperSamplingError, ModelError
+from numpyro_ebm.handlers import fixed
+from numpyro_ebm.infer.normalizing import log_normalizer as log_z_of
+from numpyro_ebm.joint import read
+from numpyro_ebm.marginal import Enumerated, Exact
+from numpyro_ebm.objectives.base import Problem
+from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
+from numpyro_ebm.priors import apart, data_plate, quickly, read_with_priors, run_prior
+
+__all__ = ["NormalizedRow", "normalized"]
+
+METHODS = ("enumerate", "quadrature")
+
+
+class normalized:
+    r"""Give a model its log Z(θ): an ordinary NumPyro model with the exact posterior.
+
+    .. math:: \log p(v_n \mid θ) = \log \tilde p(v_n; θ) - \log Z(θ)
+
+    Parameters with priors may then be inferred by anything NumPyro has: ``NUTS``, ``SVI`` with
+    AutoGuides or an ELBO, ``Predictive``, ``log_likelihood``, ``az.loo``. Discrete latent sites are
+    summed out of :math:`\tilde p`; continuous ones stay in the model, to be sampled along with θ.
+    The first visible site carries the log-likelihood of the row.
+
+    :param model: a NumPyro model with energy statements and priors on its parameters.
+    :param log_normalizer: log Z of one row. ``"enumerate"``: discrete sites counted or summed in
+        closed form, real sites in which the energy is quadratic integrated in closed form.
+        ``"quadrature"``: one or two real visible coordinates, discrete ones counted, on nodes
+        around the data. A function: maps the dict of parameters to log Z, a scalar or one value for
+        each row; :func:`~numpyro_ebm.emulate_log_normalizer` makes one where Z has no closed form.
+    :param int num_nodes: quadrature nodes for each real coordinate.
+    :param int max_states: the most states that are enumerated.
+    :return: a NumPyro model with the same arguments.
+    :raises ModelError: if ``log_normalizer`` is none of these; when run, if no parameter has a
+        prior or a prior is improper, if the method does not apply to the model (it says why), or a
+        function returns another shape.
+
+    A function with an attribute ``mcse``, the standard error of log Z at given parameters, adds the
+    site ``log_normalizer_error``: the standard error, in nats, of the log-likelihood of all rows.
+
+    **Example**
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpyro
+    >>> import numpyro.distributions as dist
+    >>> from numpyro.infer import MCMC, NUTS
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data):
+    ...     precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> data = jax.random.normal(jax.random.key(0), (200,))
+    >>> model = ebm.normalized(gaussian, "enumerate")  # or lambda params: log Z(params)
+    >>> mcmc = MCMC(NUTS(model), num_warmup=300, num_samples=1_000, progress_bar=False)
+    >>> mcmc.run(jax.random.key(1), data)
+    >>> exact = (2 + 100) / (1 + jnp.sum(data**2) / 2)  # the posterior is a Gamma
+    >>> bool(abs(mcmc.get_samples()["precision"].mean() / exact - 1) < 0.02)
+    True
+    """
+
+    posterior_kind = "likelihood"  # for `to_arviz`
+
+    def __init__(self, model, log_normalizer="enumerate", *, num_nodes=256, max_states=1_048_576):
+        if not callable(log_normalizer) and log_normalizer not in METHODS:
+            raise ModelError(
+                "normalized: `log_normalizer` must be a function of the parameters, "
+                f"'enumerate' or 'quadrature', got {log_normalizer!r}."
+            )
+        self.model = model
+        self.log_normalizer = log_normalizer
+        self._max_states = max_states
+        self._quadrature = MaximumLikelihood(num_nodes=num_nodes, max_states=max_states)
+
+    def __call__(self, *args, **kwargs):
+        model = self.model
+        joint = read_with_priors(model, args, kwargs, "normalized")
+        if not joint.visible:
+            raise ModelError(
+                "normalized: the model has no observed site, so the posterior of its parameters is "
+                "their prior. Pass the data, and give it as `obs=` to the visible sites."
+            )
+        kept = [name for name, site in joint.latent.items() if not site.is_discrete]
+        params, latent, indices = run_prior(model, args, kwargs, joint.plate, kept)
+        with apart():
+            if joint.num_rows != joint.total_rows:  # the rows that the plate chose this time
+                joint = read(model, args, kwargs, {**params, joint.plate: indices})
+            params = {name: params[name] for name in joint.parameters}
+
+            def evaluate(params, latent):
+                log_z = self._log_z(joint, params, args, kwargs)
+                return _log_density(joint, params, latent) - log_z, log_z
+
+            rows, log_z = quickly(evaluate, params, latent)
+        if hasattr(self.log_normalizer, "mcse"):
+            times = joint.total_rows if jnp.ndim(log_z) == 0 else 1
+            error = jnp.sqrt(jnp.sum((times * self.log_normalizer.mcse(params)) ** 2))
+            numpyro.deterministic("log_normalizer_error", error)
+        _observe(joint, indices, rows)
+
+    def _log_z(self, joint, params, args, kwargs):
+        if callable(self.log_normalizer):
+            log_z = jnp.asarray(self.log_normalizer(params))
+            if jnp.shape(log_z) not in ((), (joint.num_rows,)):
+                raise ModelError(
+                    "normalized: `log_normalizer` returned an array of shape "
+                    f"{jnp.shape(log_z)}; log Z is a scalar, or one value for each of the "
+                    f"{joint.num_rows} rows."
+                )
+            if jnp.shape(log_z) == () and joint.covariates and joint.num_rows > 1:
+                raise ModelError(
+                    "normalized: the energy reads an argument that differs from row to row, so "
+                    "every row has a log Z of its own, and `log_normalizer` returned one number. "
+                    f"Return an array of shape ({joint.num_rows},)."
+                )
+            return log_z
+        if self.log_normalizer == "enumerate":
+            model = fixed(self.model, {**params})
+            method = {"method": "enumerate", "max_states": self._max_states}
+            return log_z_of(jax.random.key(0), model, *args, **method, **kwargs).value
+        if joint.latent and not all(site.is_discrete for site in joint.latent.values()):
+            raise ModelError(
+                "normalized: log_normalizer='quadrature' integrates visible sites, and the latent "
+                f"site(s) {sorted(joint.latent)} are not all discrete. Give log Z as a function."
+            )
+        self._quadrature.check_sites(joint)
+        marginal = Enumerated() if joint.latent else Exact()
+        marginal.check(joint, None, 1)
+        problem = Problem(joint, None, marginal, joint.unconstrain_visible())
+        return self._quadrature.log_normalizer(params, problem)
+
+
+class NormalizedRow(dist.Distribution):
+    """Distribution of a visible site of a :class:`normalized` model, at its observed value.
+
+    Made by :class:`normalized`; not a distribution to write into a model.
+
+    :param rows: the log-likelihood of the rows.
+    :param fn: the base measure of the site.
+    """
+
+    pytree_data_fields = ("rows", "_support")
+    arg_constraints = {}
+
+    def __init__(self, rows, fn, *, validate_args=None):
+        self.rows, self._support = rows, fn.support
+        super().__init__(fn.batch_shape, fn.event_shape, validate_args=validate_args)
+
+    @dist.constraints.dependent_property
+    def support(self):
+        return self._support
+
+    def log_prob(self, value):
+        return self.rows
+
+    def sample(self, key, sample_shape=()):
+        raise ImproperSamplingError(
+            "A visible site of a `normalized` model has a log-likelihood and no draws. Draw rows "
+            "at given parameters with "
+            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)`."
+        )
+
+
+def _log_density(joint, params, latent):
+    """log p̃ of every row, without the base measure of the sites that stay in the model."""
+    values = {**joint.visible_values, **latent}
+    discrete = {name: site for name, site in joint.latent.items() if name not in latent}
+    if discrete:
+        rest = copy.copy(joint)
+        rest.latent = discrete
+        rest.visible = {k: site for k, site in joint.sites.items() if k not in discrete}
+        marginal = Enumerated()
+        marginal.check(rest, None, 1)
+        total = marginal.log_density(rest, params, values)
+    else:
+        total = joint.log_density(params, values)
+    if not latent:
+        return total
+    placeholders = {name: site.value for name, site in discrete.items()}
+    substituted = joint.substituted({**params, **values, **placeholders})
+    model_trace = numpyro.handlers.trace(substituted).get_trace(*joint.args, **joint.kwargs)
+    terms = joint.site_log_densities(model_trace)
+    return total - sum(terms[name] for name in latent)
+
+
+def _observe(joint, indices, rows):
+    """State the log-likelihood of the rows."""
+    with data_plate(joint, indices):
+        if any(len(site.dims) > 1 + site.event_dim for site in joint.visible.values()):
+            # Sites of further plates do not have one value a row.
+            numpyro.factor(joint.energies[0], _in_place(rows, joint.dim))
+            return
+        for i, (name, site) in enumerate(joint.visible.items()):
+            mine = _in_place(rows if i == 0 else jnp.zeros_like(rows), joint.dim)
+            numpyro.sample(name, NormalizedRow(mine, site.fn), obs=site.value)
+
+
+def _in_place(rows, dim):
+    return jnp.reshape(rows, (-1,) + (1,) * (-1 - dim))

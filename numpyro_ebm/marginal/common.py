@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A marginal that is one function of θ: importance sampling with common random numbers.
+
+.. math:: \log\hat p(v; θ) = \log\frac1L \sum_{i=1}^L \frac{\tilde p(v, h_i; θ)}{q(h_i | v)}
+
+with the same particles whatever θ is. Everything an objective computes from it (its value, its
+derivatives in θ) then belongs to one deterministic function, as Hamiltonian Monte Carlo needs; its
+derivatives are those of self-normalised VaES and VaGES, consistent as L grows.
+"""
+
+import math
+
+import jax
+from jax.lax import stop_gradient
+from jax.scipy.special import logsumexp
+
+from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+
+__all__ = ["CommonParticles"]
+
+
+class CommonParticles(Marginal):
+    """Importance-weighted log p̃(v; θ) at fixed particles of a guide.
+
+    :param int num_particles: L.
+    """
+
+    needs_guide = True
+    value = "exact"  # of the function that it is
+    corrects_guide = True
+
+    def __init__(self, num_particles):
+        self.num_particles = num_particles
+
+    def check(self, joint, guide, order):
+        pass  # what stands for it, `VaGES`, has been checked
+
+    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
+        constants = stop_gradient(params)
+        visible, _ = joint.constrain(stop_gradient(unconstrained))
+        latent = guide.draw(rng_key, constants, visible, self.num_particles)
+        log_q = jax.vmap(lambda h: guide.log_density(constants, visible, h))(latent)
+
+        def log_density(params, unconstrained):
+            log_joint = jax.vmap(
+                lambda h: joint.unconstrained_log_density(params, unconstrained, h)
+            )(latent)
+            return logsumexp(log_joint - log_q, axis=0) - math.log(self.num_particles)
+
+        return Estimate(log_density, score_of(log_density, params))
