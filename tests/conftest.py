@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests share: double precision, a small GRBM with closed forms in NumPy, error bars."""
 
+import importlib.metadata
+import os
 from types import SimpleNamespace
+
+# Three quarters of the suite's time is compilation, of programs that run for a moment: compile them
+# quickly. XLA reads this when JAX is first used, which importing BlackJAX does. Flags that are set
+# already stay.
+QUICK = ["--xla_backend_optimization_level=0"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later versions
+os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 
 import jax
 import jax.numpy as jnp
