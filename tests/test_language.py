@@ -335,7 +335,7 @@ def test_sites_of_every_shape_are_read():
     covariates = jnp.arange(6.0).reshape(3, 2)
     joint = read(model, (images, labels, covariates))
     assert set(joint.visible) == {"a", "y"} and set(joint.latent) == {"z", "u"}
-    assert set(joint.parameters) == {"w", "prior"} and joint.priors == ["prior"]
+    assert set(joint.parameters) == {"w", "prior"} and set(joint.priors) == {"prior"}
     assert joint.latent["u"].dims == ("units", "data")
     assert joint.visible["a"].dims == ("data", "a_dim_0", "a_dim_1")
     values = {"z": jnp.array([1.0, 2.0, 3.0]), "u": jnp.ones((4, 3))}

@@ -16,7 +16,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.normalizing.enumeration import gaussian_block
-from numpyro_ebm.infer.normalizing.exploring import explored
+from numpyro_ebm.infer.normalizing.exploring import diverges, explored
 from numpyro_ebm.normalizer.ais import annealed_importance_sampling
 from numpyro_ebm.normalizer.mixture import fit_mixture
 from numpyro_ebm.normalizer.path import Path, by_problem, flatten
@@ -85,14 +85,23 @@ def annealed(rng_key, target, method, options):
     schedule, (value, mcse, ess) = run()
     if not_jax_tracer(value) and not np.all(np.asarray(schedule.beta[-1]) == 1):
         last = np.min(np.nan_to_num(np.asarray(schedule.beta)).max(0))
-        raise ModelError(
-            f"log_normalizer: the particles of {sorted(target.joint.sites)} got from the reference "
-            f"(β = 0) to β = {last:.3g} and no further: there the weights of their next step have "
-            "no effective sample size. Is the energy infinite almost everywhere?"
-        )
+        raise _stuck(key_run, target, path_from(reference), last)
     count = schedule.num_temperatures if smc else options.num_temperatures
     ess = ess * num_particles if smc else ess
     return LogNormalizer(value, mcse, ess, method, "below", {"num_temperatures": count})
+
+
+def _stuck(rng_key, target, path, last):
+    """The error that the particles do not reach the target, and why."""
+    position = path.draw(rng_key, 16 * target.num_problems)
+    so_far = (
+        f"the particles of {sorted(target.joint.sites)} got from the reference (β = 0) to β = "
+        f"{last:.3g} and no further: there the weights of their next step have no effective sample "
+        "size"
+    )
+    if target.real and np.mean(np.isfinite(target.log_density(position))) > 0.5:
+        return diverges(target.real, so_far)  # of finite weights the largest outweighs the rest
+    return ModelError(f"log_normalizer: {so_far}. Is the energy infinite almost everywhere?")
 
 
 def _path(rng_key, target):
