@@ -198,8 +198,10 @@ class Unnormalized(dist.Distribution):
                 f"The energy '{self.site_name}' is unnormalised: its density needs {missing}, "
                 "which is missing here. Ways out: learn the parameters with an objective, "
                 "`EnergySVI(..., loss=DenoisingScoreMatching(0.05))` or as the `loss` of "
-                "`numpyro.infer.SVI`; or hold them fixed, `fixed(model, params)`, after which "
-                "every NumPyro tool may run on the model's visible and latent sites."
+                "`numpyro.infer.SVI`; hold them fixed, `fixed(model, params)`, after which every "
+                "NumPyro tool may run on the model's visible and latent sites; or, for the "
+                "posterior of parameters with priors, `normalized(model, log_normalizer)`, "
+                "`generalized(model, objective)` or the kernel `Exchange(model, auxiliary)`."
             )
         shape = lax.broadcast_shapes(self.batch_shape, jnp.shape(value)[:-1])
         return jnp.broadcast_to(-self.energy, shape)

@@ -18,6 +18,7 @@ PAGES = [
     pytest.param("docs/sampling.md", marks=pytest.mark.slow),
     pytest.param("docs/normalizers.md", marks=pytest.mark.slow),
     pytest.param("docs/diagnostics.md", marks=pytest.mark.slow),
+    pytest.param("docs/posteriors.md", marks=pytest.mark.slow),
 ]
 
 
