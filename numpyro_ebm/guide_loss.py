@@ -15,7 +15,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import set_visible
+from numpyro_ebm.handlers import hold, set_visible
 
 __all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
 
@@ -180,7 +180,9 @@ def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
     def handled(fn):
         return _scale_rows(fn, joint, scale)
 
-    model = handled(joint.substituted({**params, **visible}))
+    # Parameters with priors are constants here, which no guide for h has to draw.
+    theta = {name: params[name] for name in joint.priors}
+    model = handled(hold(joint.substituted({**params, **visible}), theta))
     guide = handled(set_visible(substitute(guide, data=joint.plates), visible))
     total = guide_loss.loss(rng_key, guide_params, model, guide, *joint.args, **joint.kwargs)
     return total / joint.num_rows

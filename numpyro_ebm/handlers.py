@@ -10,7 +10,7 @@ from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.primitives import INVERSE_TEMPERATURE, NORMALIZER
 
-__all__ = ["answer_for_normalizer", "fixed", "release", "set_visible", "temper"]
+__all__ = ["answer_for_normalizer", "fixed", "hold", "release", "set_visible", "temper"]
 
 
 class answer_for_normalizer(Messenger):
@@ -65,6 +65,23 @@ class release(Messenger):
             msg["value"] = None
             if msg["kwargs"]["rng_key"] is None:
                 msg["kwargs"]["rng_key"] = numpyro.prng_key()
+
+
+class hold(Messenger):
+    """Give sites constant values, and hide them from handlers outside.
+
+    :param fn: a model or a guide.
+    :param dict data: values of ``param`` and ``sample`` sites by name.
+    """
+
+    def __init__(self, fn=None, data=None):
+        self.data = {} if data is None else data
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] in ("param", "sample") and msg["name"] in self.data:
+            msg["value"] = self.data[msg["name"]]
+            msg["stop"] = True
 
 
 class fixed(Messenger):
