@@ -67,6 +67,7 @@ from numpyro_ebm.objectives import (
     SlicedScoreMatching,
 )
 from numpyro_ebm.primitives import energy, visible
+from numpyro_ebm.priors import prior
 
 __version__ = "0.1.0"
 
@@ -126,6 +127,7 @@ __all__ = [
     "normalized",
     "plots",
     "posterior_gap",
+    "prior",
     "sample",
     "stein_test",
     "temper",

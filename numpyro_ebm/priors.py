@@ -8,6 +8,8 @@ ordinary NumPyro model of the parameters, with which NumPyro's own tools (``pote
 ``constrain_fn``, ``initialize_model``) are right.
 """
 
+from functools import wraps
+
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -24,6 +26,7 @@ __all__ = [
     "apart",
     "check_priors",
     "data_plate",
+    "prior",
     "prior_part",
     "quickly",
     "read_with_priors",
@@ -77,6 +80,43 @@ class OutsidePlate(Messenger):
 
     def _hides(self, msg):
         return self._is_inside(msg) and msg["name"] not in self.keep
+
+
+def prior(model):
+    """The prior of an energy-based model, as a NumPyro model of its own.
+
+    It is the model without the sites of its data plate, energies included, so that no normalizer is
+    missing. NumPyro's AutoGuides over the parameters are made of it, and ``Predictive`` draws the
+    parameters of it.
+
+    :param model: a NumPyro model with energy statements, some of whose parameters have priors:
+        unobserved sample sites outside the data plate.
+    :return: a NumPyro model with the same arguments.
+    :raises ModelError: when run, if the model cannot be read.
+
+    **Example**
+
+    >>> import jax, jax.numpy as jnp
+    >>> import numpyro, numpyro.distributions as dist
+    >>> import numpyro_ebm as ebm
+    >>> def gaussian(data):
+    ...     precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> draws = numpyro.infer.Predictive(ebm.prior(gaussian), num_samples=100)
+    >>> draws(jax.random.key(0), jnp.zeros(3))["precision"].shape
+    (100,)
+    >>> guide = numpyro.infer.autoguide.AutoNormal(ebm.prior(gaussian))
+    """
+
+    @wraps(model)
+    def prior_model(*args, **kwargs):
+        with apart():
+            joint = read(model, args, kwargs)
+        run_prior(model, args, kwargs, joint.plate)
+
+    return prior_model
 
 
 def prior_part(model, plate, keep=()):
