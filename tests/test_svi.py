@@ -399,18 +399,6 @@ def test_bad_input(make, message):
         make()
 
 
-def test_parameters_with_priors_are_refused():
-    def bayesian(data):
-        precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            ebm.energy("E", 0.5 * precision * v**2)
-
-    svi = ebm.EnergySVI(bayesian, None, optax.sgd(0.1), ebm.ScoreMatching())
-    with pytest.raises(ebm.ModelError, match="precision.*priors"):
-        svi.run(jax.random.key(0), 2, jnp.ones(3), progress_bar=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_checkerboard_reaches_the_optimum(seed):

@@ -23,6 +23,7 @@ class Minibatches(NamedTuple):
     - **kinds** - for each leaf: ``"rows"`` (cut), ``"array"`` (passed) or ``"static"``.
     - **static** - the leaves that are not arrays.
     - **stable_update, forward_mode** - options of the rounds.
+    - **total_rows** - rows of the data plate, before any subsampling of the model's own.
     """
 
     num_rows: int
@@ -32,6 +33,7 @@ class Minibatches(NamedTuple):
     static: tuple = ()
     stable_update: bool = False
     forward_mode: bool = False
+    total_rows: int | None = None
 
     @classmethod
     def of(cls, joint, args, kwargs, batch_size):
@@ -49,7 +51,7 @@ class Minibatches(NamedTuple):
         leaves, tree = jax.tree.flatten((args, kwargs))
         kinds = tuple("array" if _is_array(x) else "static" for x in leaves)
         if batch_size is None:
-            return cls(num_rows, num_rows, tree, kinds)
+            return cls(num_rows, num_rows, tree, kinds, total_rows=joint.total_rows)
         if not isinstance(batch_size, int) or not 1 <= batch_size <= num_rows:
             raise ModelError(
                 f"`batch_size` must be an integer from 1 to the {num_rows} rows of the data plate "
@@ -61,7 +63,7 @@ class Minibatches(NamedTuple):
                 "`batch_size`."
             )
         if batch_size == num_rows:
-            return cls(num_rows, num_rows, tree, kinds)
+            return cls(num_rows, num_rows, tree, kinds, total_rows=num_rows)
         kinds = tuple(
             "rows" if kind == "array" and jnp.ndim(x) > 0 and len(x) == num_rows else kind
             for kind, x in zip(kinds, leaves, strict=True)
@@ -71,7 +73,7 @@ class Minibatches(NamedTuple):
                 f"`batch_size` cuts the array arguments whose leading axis has the {num_rows} rows "
                 f"of the data plate '{joint.plate}', and there is none among them."
             )
-        return cls(num_rows, batch_size, tree, kinds)
+        return cls(num_rows, batch_size, tree, kinds, total_rows=num_rows)
 
     def resized(self, batch_size):
         """The same arguments in batches of another size; all rows where there are not as many."""

@@ -33,6 +33,7 @@ from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
 from numpyro_ebm.guide import Guide
 from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
 from numpyro_ebm.infer.minibatch import Minibatches
+from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, log_prior, start_at_median
 from numpyro_ebm.joint import read
 from numpyro_ebm.objectives.base import Objective
 
@@ -52,6 +53,9 @@ REVIEW_ROWS = 2_048
 
 STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
 """Folded into the run's key for what happens outside the rounds."""
+
+THETA_STREAM = 0x7E7A
+"""Folded into the key of a round for its draw of the parameters."""
 
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 """On CPU: compiles several times faster than the default level and runs within a tenth of it."""
@@ -126,6 +130,8 @@ class EnergySVI(SVI):
         guide_loss=None,
         guide_optim=None,
         num_guide_steps=1,
+        *,
+        num_rows=None,
         **static_kwargs,
     ):
         if not isinstance(loss, Objective):
@@ -137,12 +143,17 @@ class EnergySVI(SVI):
             raise ModelError(
                 f"EnergySVI: `num_guide_steps` must be a positive integer, got {num_guide_steps!r}."
             )
+        if num_rows is not None and (not isinstance(num_rows, int) or num_rows < 1):
+            raise ModelError(f"EnergySVI: `num_rows` must be a positive integer, got {num_rows!r}.")
         super().__init__(model, guide, optim, loss, **static_kwargs)
         self.guide_loss = guide_loss
         self.guide_optim = (
             self.optim if guide_optim is None else SVI(model, guide, guide_optim, loss).optim
         )
         self.num_guide_steps = num_guide_steps
+        self.num_rows = num_rows
+        self._rows_seen = None  # by the latest `init` or `run`
+        self._posterior = None  # the part of the guide that draws parameters
         self.player_optims = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
             for p in loss.players
@@ -195,14 +206,16 @@ class EnergySVI(SVI):
         step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
         return self._round(step_key, svi_state, args, kwargs, forward_mode_differentiation)
 
-    def _round(self, step_key, svi_state, args, kwargs, forward_mode_differentiation=False):
+    def _round(
+        self, step_key, svi_state, args, kwargs, forward_mode_differentiation=False, num_rows=None
+    ):
         kwargs = {**kwargs, **self.static_kwargs}
         optim_state, guide_optim_state, rng_key, _, _ = svi_state
         key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
-        params = self.get_params(svi_state)
-        problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+        params, theta, guide = self._at_theta(step_key, svi_state, args, kwargs)
+        problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
         if guide_optim_state is not None:
-            own = self.constrain_fn(self.optim.get_params(optim_state))
+            own = {**self.constrain_fn(self.optim.get_params(optim_state)), **theta}
             guide_optim_state = self._fit_guide(key_guide, own, guide_optim_state, problem)
             params.update(self.constrain_fn(self.guide_optim.get_params(guide_optim_state)))
         player_optim_states = []
@@ -218,7 +231,7 @@ class EnergySVI(SVI):
 
         def loss_fn(unconstrained):
             energy = {**params, **self.constrain_fn(unconstrained)}
-            return self.loss.energy_loss(key_energy, energy, problem), None
+            return self._energy_loss(step_key, key_energy, energy, problem, num_rows), None
 
         (loss, _), optim_state = self.optim.eval_and_update(
             loss_fn, optim_state, forward_mode_differentiation=forward_mode_differentiation
@@ -254,11 +267,11 @@ class EnergySVI(SVI):
         kwargs = {**kwargs, **self.static_kwargs}
         step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
         key_pose, key_energy, _ = jax.random.split(step_key, 3)
-        params = self.get_params(svi_state)
-        problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+        params, theta, guide = self._at_theta(step_key, svi_state, args, kwargs)
+        problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
         key_advance = jax.random.fold_in(key_energy, 1)
         problem, _ = self.loss.advance(key_advance, params, problem, svi_state.objective_state)
-        return self.loss.energy_loss(key_energy, params, problem)
+        return self._energy_loss(step_key, key_energy, params, problem)
 
     def run(
         self,
@@ -305,6 +318,7 @@ class EnergySVI(SVI):
             fresh = self._init(rng_key, init_params, args, kwargs)
         state = fresh if init_state is None else init_state
         joint = read(self.model, args, {**kwargs, **self.static_kwargs}, self.get_params(state))
+        self._rows_seen = joint.total_rows
         minibatches = Minibatches.of(joint, args, kwargs, batch_size)
         arrays, static = minibatches.split(args, kwargs)
         minibatches = minibatches._replace(
@@ -376,35 +390,49 @@ class EnergySVI(SVI):
             # Traced, not run: only the initial values of parameters are ever computed.
             key_model, key_guide, key_check = jax.random.split(rng_key, 3)
             joint = read(self.model, args, kwargs, init_params, rng_key=key_model)
-            if joint.priors:
-                raise ModelError(
-                    f"EnergySVI learns `numpyro.param` sites; {sorted(joint.priors)} have priors. "
-                    "Declare them with `numpyro.param`, or condition on values for them."
-                )
             constraint_of.update(joint.constraints)
-            values = dict(joint.parameters)
-            if self.guide is not None:
-                guide = Guide(self.guide, joint, args, kwargs)
-                found = guide.parameters(key_guide, {**values, **init_params})
+            values = {k: x for k, x in joint.parameters.items() if k not in joint.priors}
+            theta, guide = {}, self.guide
+            self._rows_seen, self._posterior = joint.total_rows, None
+            if joint.priors:
+                check_supports(joint)
+                self._posterior = GlobalGuide.find(guide, joint, init_params)
+            if self._posterior is not None:
+                add(values, self._posterior.start(key_guide, joint, init_params), None)
+                draw = self._posterior.draw(key_guide, values, args, kwargs)
+                theta, guide = draw.params, self._posterior.given(draw, values)
+            elif joint.priors:
+                add(values, start_at_median(joint, key_model, init_params), None)
+            if guide is not None:
+                reader = Guide(guide, joint, args, kwargs)
+                found = reader.parameters(key_guide, {**values, **theta, **init_params})
                 guide_names.update(add(values, found, None))
-            problem = self.loss.pose(key_check, values, self.model, self.guide, args, kwargs)
+            given = {**values, **theta}
+            problem = self.loss.pose(key_check, given, self.model, guide, args, kwargs)
             self._check_guide_loss(problem, guide_names)
             names_of_players.clear()
             for i, player in enumerate(self.loss.players):
                 found = player.parameters(jax.random.fold_in(key_guide, i), problem)
                 names_of_players.append(add(values, found, player.name))
-            own = self.loss.own_parameters(jax.random.fold_in(key_model, 1), values, problem)
+            given = {**values, **theta}
+            own = self.loss.own_parameters(jax.random.fold_in(key_model, 1), given, problem)
             add(values, own, None)
             # Weak types become plain ones, so that nothing is compiled twice.
-            return {
+            start = {
                 name: jax.tree.map(
                     lambda x: lax.convert_element_type(x, jnp.result_type(x)),
                     biject_to(constraint_of[name]).inv(value),
                 )
                 for name, value in values.items()
             }
+            return start, {
+                k: jax.tree.leaves(constraint_of[k]) for k in values if k in joint.priors
+            }
 
-        values = _compiled(initial_values, key_init, args, kwargs)
+        values, bounds = _compiled(initial_values, key_init, args, kwargs)
+        for name, leaves in bounds.items():  # of supports, which the model may have computed
+            tree = jax.tree.structure(constraint_of[name])
+            constraint_of[name] = jax.tree.unflatten(tree, leaves)
         self.constrain_fn = partial(
             transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
         )
@@ -427,13 +455,49 @@ class EnergySVI(SVI):
         kwargs = {**kwargs, **self.static_kwargs}
 
         def first(state):
-            params = self.get_params(state)
-            key_pose, key_state = jax.random.split(jax.random.fold_in(state.rng_key, STATE_STREAM))
-            problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+            key = jax.random.fold_in(state.rng_key, STATE_STREAM)
+            key_pose, key_state = jax.random.split(key)
+            params, _, guide = self._at_theta(key, state, args, kwargs)
+            problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
             return self.loss.init_state(key_state, params, problem)
 
         kept = _compiled(first, state, args, kwargs)
         return state._replace(objective_state=kept)
+
+    def _at_theta(self, rng_key, state, args, kwargs):
+        """All parameters, those among them that a guide drew, and what is left of the guide."""
+        params = self.get_params(state)
+        if self._posterior is None:
+            return params, {}, self.guide
+        rng_key = jax.random.fold_in(rng_key, THETA_STREAM)
+        draw = self._posterior.draw(rng_key, params, args, kwargs)
+        return {**params, **draw.params}, draw.params, self._posterior.given(draw, params)
+
+    def _energy_loss(self, step_key, key_energy, params, problem, num_rows=None):
+        """The objective, and the share of a row in what the priors say."""
+        joint = problem.joint
+        if not joint.priors:
+            return self.loss.energy_loss(key_energy, params, problem)
+        log_q = 0.0
+        if self._posterior is not None:
+            rng_key = jax.random.fold_in(step_key, THETA_STREAM)
+            draw = self._posterior.draw(rng_key, params, joint.args, joint.kwargs)
+            params, log_q = {**params, **draw.params}, draw.log_density
+        log_ratio = log_q - log_prior(joint, params)
+        loss = self.loss.energy_loss(key_energy, params, problem)
+        return loss + log_ratio / self._rows_in_all(joint, num_rows)
+
+    def _rows_in_all(self, joint, num_rows):
+        """N, against which a prior is weighed once: not the rows of a minibatch."""
+        if self.num_rows is not None:
+            return self.num_rows
+        if num_rows is None and joint.total_rows != self._rows_seen:
+            raise ModelError(
+                f"EnergySVI: the data plate '{joint.plate}' had {self._rows_seen} rows and has "
+                f"{joint.total_rows} now, and the priors of {sorted(joint.priors)} are weighed "
+                "against all rows once. Say how many there are: `EnergySVI(..., num_rows=N)`."
+            )
+        return joint.total_rows if num_rows is None else num_rows
 
     def _player_states(self, state):
         return list(zip(self.player_optims, state.player_optim_states, strict=True))
@@ -463,9 +527,10 @@ class EnergySVI(SVI):
     def _statistics(self, state, arrays, *, minibatches):
         args, kwargs = minibatches.batch(arrays, minibatches.indices(state.rng_key, 0, 1), 0)
         kwargs = {**kwargs, **self.static_kwargs}
-        params = self.get_params(state)
-        key_pose, key_look = jax.random.split(jax.random.fold_in(state.rng_key, REVIEW_STREAM))
-        problem = self.loss.pose(key_pose, params, self.model, self.guide, args, kwargs)
+        key = jax.random.fold_in(state.rng_key, REVIEW_STREAM)
+        key_pose, key_look = jax.random.split(key)
+        params, _, guide = self._at_theta(key, state, args, kwargs)
+        problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
         return self.loss.statistics(key_look, params, problem)
 
     def _fit_guide(self, rng_key, params, guide_optim_state, problem):
@@ -475,7 +540,7 @@ class EnergySVI(SVI):
             def loss_fn(unconstrained):
                 guide_params = self.constrain_fn(unconstrained)
                 return row_guide_loss(
-                    guide_loss, rng_key, params, guide_params, problem, self.guide
+                    guide_loss, rng_key, params, guide_params, problem, problem.guide.function
                 ), None
 
             return self.guide_optim.eval_and_update(loss_fn, guide_optim_state)[1]
@@ -498,7 +563,9 @@ class EnergySVI(SVI):
 
         def one_round(step_key, state, i):
             args, kwargs = minibatches.batch(arrays, batch_indices, i)
-            new_state, loss = self._round(step_key, state, args, kwargs, minibatches.forward_mode)
+            new_state, loss = self._round(
+                step_key, state, args, kwargs, minibatches.forward_mode, minibatches.total_rows
+            )
             if not watched:
                 return new_state, loss, jnp.array(True)
             ok = self._is_finite(new_state, loss)

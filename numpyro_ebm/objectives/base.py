@@ -281,8 +281,10 @@ def _check_parameters(joint, param_map):
     if priors:
         raise ModelError(
             f"The parameter(s) {', '.join(map(repr, priors))} have a prior and no value: an "
-            "objective is a loss at given parameter values. Give their values among the "
-            "parameters, or declare them with `numpyro.param`."
+            "objective is a loss at given parameter values. Train with `numpyro_ebm.EnergySVI`, "
+            "which adds the prior (penalised estimates, or a variational posterior where the guide "
+            "draws the parameters); or give their values among the parameters, or declare them "
+            "with `numpyro.param`."
         )
     if missing:
         raise ModelError(f"No value for the parameter(s) {', '.join(map(repr, missing))}.")
