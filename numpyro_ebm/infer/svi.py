@@ -25,28 +25,27 @@ from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
-from numpyro.util import find_stack_level, not_jax_tracer
+from numpyro.util import find_stack_level
 from tqdm import tqdm
 
-from numpyro_ebm.draws import scan_keys, split_off_draws
+from numpyro_ebm.draws import scan_keys
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
 from numpyro_ebm.guide import Guide
 from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
 from numpyro_ebm.infer.minibatch import Minibatches
 from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, log_prior, start_at_median
+from numpyro_ebm.infer.rounds import (
+    CHUNK,
+    compiled,
+    compiler_options,
+    next_length,
+    select,
+    take_rounds,
+)
 from numpyro_ebm.joint import read
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["EnergySVI", "EnergySVIState"]
-
-CHUNK = 1024
-"""The most rounds between two looks at the losses; each chunk is one compiled call."""
-
-SECONDS_PER_LOOK = 0.5
-"""About how long a chunk may take, so that the progress bar moves and Ctrl-C is heard."""
-
-DRAWN_AHEAD = 4 * 2**20
-"""Bytes of random numbers that are drawn before the rounds they are for."""
 
 REVIEW_ROWS = 2_048
 """Rows of the data that an objective looks at when a run ends."""
@@ -56,9 +55,6 @@ STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
 
 THETA_STREAM = 0x7E7A
 """Folded into the key of a round for its draw of the parameters."""
-
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
-"""On CPU: compiles several times faster than the default level and runs within a tenth of it."""
 
 
 class EnergySVIState(NamedTuple):
@@ -162,10 +158,10 @@ class EnergySVI(SVI):
         self._run_chunk = jax.jit(
             self._chunk,
             static_argnames=("minibatches", "watched"),
-            compiler_options=_compiler_options(),
+            compiler_options=compiler_options(),
         )
         self._run_statistics = jax.jit(
-            self._statistics, static_argnames=("minibatches",), compiler_options=_compiler_options()
+            self._statistics, static_argnames=("minibatches",), compiler_options=compiler_options()
         )
 
     # NumPyro's SVI protocol
@@ -254,7 +250,7 @@ class EnergySVI(SVI):
             svi_state, *args, forward_mode_differentiation=forward_mode_differentiation, **kwargs
         )
         finite = self._is_finite(new_state, loss)
-        return _select(finite, new_state, svi_state), jnp.where(finite, loss, jnp.nan)
+        return select(finite, new_state, svi_state), jnp.where(finite, loss, jnp.nan)
 
     def evaluate(self, svi_state, *args, **kwargs):
         """The objective at the current parameters, with the random numbers of the next round.
@@ -348,7 +344,7 @@ class EnergySVI(SVI):
                 if progress_bar:
                     bar.set_postfix_str(f"loss: {float(losses[-1].mean()):.4f}", refresh=False)
                 if length == self._length:  # a remainder says nothing about the time of a chunk
-                    self._length = _next_length(length, seconds)
+                    self._length = next_length(length, seconds)
         losses = jnp.concatenate(losses)
         result = SVIRunResult(self.get_params(state), state, losses)
         if stopped:
@@ -429,7 +425,7 @@ class EnergySVI(SVI):
                 k: jax.tree.leaves(constraint_of[k]) for k in values if k in joint.priors
             }
 
-        values, bounds = _compiled(initial_values, key_init, args, kwargs)
+        values, bounds = compiled(initial_values, key_init, args, kwargs)
         for name, leaves in bounds.items():  # of supports, which the model may have computed
             tree = jax.tree.structure(constraint_of[name])
             constraint_of[name] = jax.tree.unflatten(tree, leaves)
@@ -461,7 +457,7 @@ class EnergySVI(SVI):
             problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
             return self.loss.init_state(key_state, params, problem)
 
-        kept = _compiled(first, state, args, kwargs)
+        kept = compiled(first, state, args, kwargs)
         return state._replace(objective_state=kept)
 
     def _at_theta(self, rng_key, state, args, kwargs):
@@ -550,58 +546,23 @@ class EnergySVI(SVI):
         return scan_keys(step, guide_optim_state, jax.random.split(rng_key, self.num_guide_steps))
 
     def _chunk(self, state, arrays, length, *, minibatches, watched):
-        """Up to CHUNK rounds in one compiled loop.
-
-        A state or a loss that is not finite is looked for after every round if ``watched``, which
-        then ends the loop before it (or, with ``stable_update``, undoes the round), and otherwise
-        at the end only: a parameter that is not finite never becomes finite again.
-
-        :return: the last state, the losses, the number of rounds, and whether all are finite.
-        """
-        first = state.optim_state[0]
-        batch_indices = minibatches.indices(state.rng_key, first, CHUNK)
+        """Up to CHUNK rounds on their minibatches; see :mod:`~numpyro_ebm.infer.rounds`."""
+        batch_indices = minibatches.indices(state.rng_key, state.optim_state[0], CHUNK)
 
         def one_round(step_key, state, i):
             args, kwargs = minibatches.batch(arrays, batch_indices, i)
-            new_state, loss = self._round(
+            return self._round(
                 step_key, state, args, kwargs, minibatches.forward_mode, minibatches.total_rows
             )
-            if not watched:
-                return new_state, loss, jnp.array(True)
-            ok = self._is_finite(new_state, loss)
-            new_state = _select(ok, new_state, state)
-            if minibatches.stable_update:
-                return new_state, jnp.where(ok, loss, jnp.nan), jnp.array(True)
-            return new_state, loss, ok
 
-        draw, finish, size = split_off_draws(one_round, state.rng_key, state, jnp.array(0))
-        ahead = max(1, min(CHUNK, DRAWN_AHEAD // max(size, 1)))
-
-        def rounds(carry):
-            start, _, state, _ = carry
-            # A state that stays keeps its step and so its key: the step counts, not the round.
-            step = state.optim_state[0]
-            keys = jax.vmap(partial(jax.random.fold_in, state.rng_key))(step + jnp.arange(ahead))
-            draws = jax.vmap(draw)(keys)
-
-            def one(carry):
-                i, _, state, losses = carry
-                mine = [x[state.optim_state[0] - step] for x in draws]
-                state, loss, ok = finish(mine, state, i)
-                return i + ok, ok, state, losses.at[i].set(loss)
-
-            end = jnp.minimum(start + ahead, length)
-            return lax.while_loop(lambda carry: carry[1] & (carry[0] < end), one, carry)
-
-        losses = jnp.zeros(CHUNK, jnp.result_type(float))
-        taken, ok, state, losses = lax.while_loop(
-            lambda carry: carry[1] & (carry[0] < length),
-            rounds,
-            (jnp.array(0), jnp.array(True), state, losses),
+        return take_rounds(
+            one_round,
+            self._is_finite,
+            state,
+            length,
+            watched=watched,
+            stable=minibatches.stable_update,
         )
-        if not watched:
-            ok = self._is_finite(state, losses)
-        return state, losses, taken, ok
 
     def _is_finite(self, state, loss):
         leaves = [loss, *jax.tree.leaves(self.optim.get_params(state.optim_state))]
@@ -623,32 +584,3 @@ class EnergySVI(SVI):
                 f"the discrete latent site(s) {discrete}. Use RelaxedELBO (Bernoulli guides) or "
                 "numpyro.infer.TraceGraph_ELBO."
             )
-
-
-def _select(condition, new, old):
-    def leaf(x, y):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x  # the key of a run never changes
-        return jnp.where(condition, x, y)
-
-    return jax.tree.map(leaf, new, old)
-
-
-def _next_length(length, seconds):
-    """Longer chunks while they are quick, shorter ones where a chunk keeps the user waiting."""
-    if seconds < SECONDS_PER_LOOK / 2:
-        return min(4 * length, CHUNK)
-    if seconds > SECONDS_PER_LOOK * 2:
-        return max(1, int(length * SECONDS_PER_LOOK / seconds))
-    return length
-
-
-def _compiled(fn, argument, *closed_over):
-    """``fn(argument)`` as one program; inside of a user's own ``jit``, as a part of that."""
-    if all(map(not_jax_tracer, jax.tree.leaves((argument, closed_over)))):
-        fn = jax.jit(fn, compiler_options=_compiler_options())
-    return fn(argument)
-
-
-def _compiler_options():
-    return COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
