@@ -15,6 +15,7 @@ PAGES = [
     "docs/language.md",
     "docs/marginals.md",
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
+    pytest.param("docs/priors.md", marks=pytest.mark.slow),
     pytest.param("docs/sampling.md", marks=pytest.mark.slow),
     pytest.param("docs/normalizers.md", marks=pytest.mark.slow),
     pytest.param("docs/diagnostics.md", marks=pytest.mark.slow),

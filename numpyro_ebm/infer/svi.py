@@ -10,7 +10,8 @@ energy's parameters θ:
 all at the visible values the objective uses in this round. Networks that the objective brings (a
 flow, a critic) take their own steps in between, and what it keeps (persistent chains) is part of
 the state. :meth:`EnergySVI.run` compiles whole chunks of rounds, minibatches included, and shows
-its progress between chunks.
+its progress between chunks. Parameters with priors add to the loss; see
+:mod:`~numpyro_ebm.infer.posterior`.
 """
 
 import time
@@ -76,25 +77,47 @@ class EnergySVIState(NamedTuple):
 
 
 class EnergySVI(SVI):
-    """Learn an energy-based (latent variable) model, and a guide beside it.
+    r"""Learn an energy-based (latent variable) model, and a guide beside it.
 
     A subclass of :class:`numpyro.infer.SVI` with the same ``init``, ``update``, ``run``,
     ``evaluate`` and ``get_params``.
 
+    The model's parameters are ``numpyro.param`` sites, or have priors: sample sites outside the
+    data plate. With N rows, the objective :math:`\mathcal L` and the prior π, the target is then
+    the generalised posterior :math:`π(θ)\, e^{-N \mathcal L(θ)}`:
+
+    - If the guide does not draw them, they are estimated at its mode, by the loss
+      :math:`\mathcal L(θ) - \log π(θ) / N`, in unconstrained coordinates but without a Jacobian (as
+      NumPyro's ``AutoDelta``). They start at the medians of their priors, and a fit's ``params``
+      hold them by name.
+    - If the guide draws all of them outside the data plate, as ``AutoNormal(prior(model))`` does
+      (see :func:`~numpyro_ebm.prior`), it is fitted to that posterior, by the loss
+      :math:`E_q[\mathcal L(θ) + (\log q(θ) - \log π(θ)) / N]` with one reparameterised draw a
+      round. ``Predictive(guide, params=fit.params, num_samples=...)`` draws from the result. The
+      same guide may go on to draw h; that part sees θ as a constant.
+
+    Parameters without a prior, those of an objective (log Z of NCE) included, are point estimates.
+
     :param model: a NumPyro model with energy statements.
-    :param guide: a NumPyro guide q(h | v) reading v through :func:`~numpyro_ebm.visible`; ``None``
-        where the marginal of ``loss`` does not need one.
-    :param optim: optimiser of the energy's parameters: a NumPyro or an Optax one.
+    :param guide: a NumPyro guide q(h | v) reading v through :func:`~numpyro_ebm.visible`, or q(θ)
+        outside the data plate, or both; ``None`` where neither is needed.
+    :param optim: optimiser of the energy's parameters, and of those of q(θ): a NumPyro or an Optax
+        one.
     :param loss: an objective, such as :class:`~numpyro_ebm.DenoisingScoreMatching`.
     :param guide_loss: loss of the guide: any NumPyro ELBO, :class:`~numpyro_ebm.RelaxedELBO` or
         :class:`~numpyro_ebm.PosteriorScore`. If ``None``: ``Trace_ELBO`` for continuous latents,
         ``RelaxedELBO`` for Bernoulli guides, ``TraceGraph_ELBO`` for other discrete latents.
-    :param guide_optim: optimiser of the guide's parameters; a copy of ``optim`` if ``None``.
+    :param guide_optim: optimiser of the parameters of q(h | v); a copy of ``optim`` if ``None``.
     :param int num_guide_steps: K, the guide steps in each round.
+    :param int num_rows: N, against which priors are weighed. If ``None``: the rows that ``run`` is
+        given, or in ``update`` and ``evaluate`` the data plate's, before it subsamples. Give it
+        where you call these with minibatches of your own.
     :param static_kwargs: static keyword arguments of model and guide.
-    :raises ModelError: if ``loss`` is not an objective of this library or ``num_guide_steps`` is
-        not a positive integer; from ``init`` and ``run``, if model, guide and objective do not go
-        together.
+    :raises ModelError: if ``loss`` is not an objective of this library, or ``num_guide_steps`` or
+        ``num_rows`` is not a positive integer; from ``init`` and ``run``, if model, guide and
+        objective do not go together, a prior is improper or discrete, or the guide draws only some
+        of the parameters; from ``update`` and ``evaluate``, if the number of rows under a prior
+        has changed and ``num_rows`` was not given.
 
     Reference: Bao et al., *Variational (gradient) estimate of the score function in energy-based
     latent variable models*, ICML 2021.
@@ -114,6 +137,23 @@ class EnergySVI(SVI):
     >>> svi = ebm.EnergySVI(gaussian, None, optax.adam(0.05), ebm.ScoreMatching())
     >>> fit = svi.run(jax.random.key(1), 500, data, progress_bar=False)
     >>> bool(abs(fit.params["precision"] * jnp.var(data) - 1) < 0.05)
+    True
+
+    A posterior of the precision instead:
+
+    >>> from numpyro.infer import Predictive
+    >>> from numpyro.infer.autoguide import AutoNormal
+    >>> def bayesian(data):
+    ...     precision = numpyro.sample("precision", numpyro.distributions.HalfNormal(10.0))
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> guide = AutoNormal(ebm.prior(bayesian))
+    >>> svi = ebm.EnergySVI(bayesian, guide, optax.adam(0.01), ebm.ScoreMatching())
+    >>> fit = svi.run(jax.random.key(2), 1_000, data, progress_bar=False)
+    >>> predictive = Predictive(guide, params=fit.params, num_samples=1_000)
+    >>> draws = predictive(jax.random.key(3), data)["precision"]
+    >>> bool(abs(draws.mean() * jnp.var(data) - 1) < 0.05)
     True
     """
 
@@ -179,7 +219,7 @@ class EnergySVI(SVI):
         return self._with_objective_state(state, args, kwargs)
 
     def get_params(self, svi_state):
-        """Values of all `param` sites of model and guide, by name.
+        """Values of all `param` sites of model and guide, and of penalised parameters, by name.
 
         :param EnergySVIState svi_state: a state.
         """
