@@ -112,9 +112,10 @@ def prior(model):
 
     @wraps(model)
     def prior_model(*args, **kwargs):
-        with apart():
-            joint = read(model, args, kwargs)
-        run_prior(model, args, kwargs, joint.plate)
+        plates = []
+        with apart():  # traced, not run: the name of the plate is all that is wanted
+            jax.eval_shape(lambda: plates.append(read(model, args, kwargs).plate))
+        run_prior(model, args, kwargs, *plates)
 
     return prior_model
 
