@@ -518,6 +518,8 @@ class EnergySVI(SVI):
         if self._posterior is not None:
             rng_key = jax.random.fold_in(step_key, THETA_STREAM)
             draw = self._posterior.draw(rng_key, params, joint.args, joint.kwargs)
+            # The objective knows θ alone: φ acts through the draw.
+            params = {k: x for k, x in params.items() if k not in self._posterior.parameters}
             params, log_q = {**params, **draw.params}, draw.log_density
         log_ratio = log_q - log_prior(joint, params)
         loss = self.loss.energy_loss(key_energy, params, problem)
