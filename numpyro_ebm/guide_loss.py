@@ -167,6 +167,7 @@ def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
     :param guide: the guide itself.
     """
     joint, weights = problem.joint, problem.row_weights
+    guide_params = {**params, **guide_params}  # a guide may use parameters of the model
     if hasattr(guide_loss, "rows"):
         rows = guide_loss.rows(rng_key, params, guide_params, problem)
         return jnp.mean(rows if weights is None else weights * rows)

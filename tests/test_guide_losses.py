@@ -514,3 +514,38 @@ def test_subsampling_does_not_change_the_scale_of_the_guide_loss(name):
 
         expected = jit(jax.grad(formula))(A)
     assert_unbiased(draws(gradient, jax.random.key(3), 6_000), np.ravel(expected), name)
+
+
+@pytest.mark.parametrize("guide_loss", [TraceGraph_ELBO(), ebm.RelaxedELBO()])
+def test_a_guide_may_use_parameters_of_the_model(guide_loss):
+    """At their values, not where the guide declares that they start."""
+
+    def model(data):
+        W = numpyro.param("W", jnp.zeros(3))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Counting(event_shape=(3,)))
+            ebm.energy("E", 0.5 * v**2 - jnp.sum(v[:, None] * W * h, -1))
+
+    def guide(data):
+        W, d = numpyro.param("W", jnp.zeros(3)), numpyro.param("d", jnp.zeros(3))
+        with numpyro.plate("data", len(data)):
+            v = ebm.visible("v", data)
+            numpyro.sample("h", dist.Bernoulli(logits=v[:, None] * W + d).to_event(1))
+
+    def own(data):
+        d = numpyro.param("d", jnp.zeros(3))
+        with numpyro.plate("data", len(data)):
+            v = ebm.visible("v", data)
+            numpyro.sample("h", dist.Bernoulli(logits=v[:, None] * params["W"] + d).to_event(1))
+
+    params, data = {"W": jnp.array([2.0, -1.0, 0.5])}, jnp.array([0.3, -2.0, 1.5])
+    objective = ebm.DenoisingScoreMatching(0.5, ebm.VaGES(2))
+    gradients = []
+    for q in (guide, own):
+        start = {"d": jnp.full(3, 0.1)}
+        problem = objective.pose(jax.random.key(0), {**params, **start}, model, q, (data,), {})
+        loss = lambda d: row_guide_loss(guide_loss, jax.random.key(1), params, d, problem, q)  # noqa: B023, E731
+        gradients.append(jit(jax.grad(loss))(start)["d"])
+    np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-12)
+    assert np.all(gradients[0] != 0.0)
