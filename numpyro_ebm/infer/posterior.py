@@ -32,6 +32,9 @@ from numpyro_ebm.priors import check_priors, prior_part
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "log_prior", "start_at_median"]
 
+PARAM, SITE = "param:", "site:"
+"""Before the names of sites whose influence is traced."""
+
 
 def log_prior(joint, params):
     """log π(θ): the log-density of all that a model states outside its data plate.
@@ -73,12 +76,13 @@ def check_supports(joint):
                     "so that it would be another one in every round. Drop its `subsample_size`."
                 )
 
-    def supports(**values):
-        sites = _run_prior(joint, values)
+    def supports(**labelled):
+        sites = _run_prior(joint, {k.removeprefix(PARAM): x for k, x in labelled.items()})
         return {name: jax.tree.leaves(sites[name]["fn"].support) for name in joint.priors}
 
-    for name, labels in eval_provenance(supports, **joint.parameters).items():
-        others = sorted(frozenset().union(*labels))
+    labelled = {PARAM + name: value for name, value in joint.parameters.items()}
+    for name, labels in eval_provenance(supports, **labelled).items():
+        others = sorted(label.removeprefix(PARAM) for label in frozenset().union(*labels))
         if others:
             raise ModelError(
                 f"EnergySVI: the support of '{name}' depends on {others}, so that its coordinates "
@@ -261,11 +265,10 @@ def _check_names(joint, inside, outside):
 
 def _dependence(guide, joint, params, inside, outside):
     """Names of the guide's parameters that q(θ) depends on, and of those that q(h | v, θ) does."""
-    prefix = "param:"
 
     def relevant(**labelled):
-        own = {name: labelled[prefix + name] for name in params}
-        rows = {name: labelled["site:" + name] for name in inside}
+        own = {name: labelled[PARAM + name] for name in params}
+        rows = {name: labelled[SITE + name] for name in inside}
         theta = _trace(guide, joint, {**own, **rows})
         held = {name: stop_gradient(first[name]["value"]) for name in outside}
         local = _trace(hold(guide, held), joint, own)
@@ -276,20 +279,20 @@ def _dependence(guide, joint, params, inside, outside):
         )
 
     first = _trace(guide, joint, params)
-    rows = {"site:" + name: first[name]["value"] for name in inside}
-    labelled = {prefix + name: value for name, value in params.items()}
+    rows = {SITE + name: first[name]["value"] for name in inside}
+    labelled = {PARAM + name: value for name, value in params.items()}
     is_set = lambda x: isinstance(x, frozenset)  # noqa: E731
     of_theta, of_rows = (
         frozenset().union(*jax.tree.leaves(labels, is_leaf=is_set))
         for labels in eval_provenance(relevant, **labelled, **rows)
     )
-    of_latent = sorted(name for name in inside if "site:" + name in of_theta)
+    of_latent = sorted(name for name in inside if SITE + name in of_theta)
     if of_latent:
         raise ModelError(
             f"EnergySVI: the guide's draw of θ depends on its draw of {of_latent}, inside the data "
             f"plate '{joint.plate}'. Draw θ first, and let q(h | v, θ) depend on it."
         )
-    names = lambda labels: {x.removeprefix(prefix) for x in labels if x.startswith(prefix)}  # noqa: E731
+    names = lambda labels: {x.removeprefix(PARAM) for x in labels if x.startswith(PARAM)}  # noqa: E731
     return names(of_theta), names(of_rows)
 
 
