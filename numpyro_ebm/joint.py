@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import Delta, biject_to, constraints
 from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm import provenance
@@ -28,6 +29,8 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer
 
 __all__ = ["Joint", "RowSite", "lowest_value", "placeholder", "read", "read_fixed"]
+
+RESOLVED = ("fixed", "given")  # who answers for a normalizer that is a constant
 
 WHAT_A_ROW_NEEDS = (
     'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
@@ -119,7 +122,7 @@ class Joint:
                 continue
             elif _is_energy(site):
                 self.energies.append(name)
-                self.is_fixed = self.is_fixed and _unwrap(site["fn"]).handled_by == "fixed"
+                self.is_fixed = self.is_fixed and _unwrap(site["fn"]).handled_by in RESOLVED
             elif not _in_plate(site, self.plate):
                 if not site["is_observed"]:
                     self.priors[name] = site["fn"]
@@ -273,7 +276,7 @@ class Joint:
         return self.log_density(params, {**constrained, **values}) + log_det
 
 
-def read(model, args=(), kwargs=None, params=None, *, rng_key=None):
+def read(model, args=(), kwargs=None, params=None, *, rng_key=None, may_observe_outside=False):
     """Read a NumPyro model with energy statements.
 
     :param model: the model.
@@ -281,12 +284,15 @@ def read(model, args=(), kwargs=None, params=None, *, rng_key=None):
     :param dict kwargs: its keyword arguments.
     :param dict params: parameter values by name; missing ones take their initial values.
     :param rng_key: key for initial values and subsampled plates.
+    :param bool may_observe_outside: accept observed sites outside the data plate: likelihoods of
+        their own, and parameters that are conditioned. They are no part of the rows.
     :return: a :class:`Joint`.
     :raises ModelError: if there is no data plate or more than one, no energy, or an energy that
         does not depend on the visible sites; the message names the site and what to write instead.
     """
     kwargs = {} if kwargs is None else kwargs
-    joint = _traced(model, args, kwargs, {} if params is None else params, rng_key)
+    params = {} if params is None else params
+    joint = _traced(model, args, kwargs, params, rng_key, may_observe_outside)
     provenance.check_model(joint, model, args, kwargs)
     return joint
 
@@ -319,18 +325,30 @@ def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
     return joint
 
 
-def _traced(model, args, kwargs, params, rng_key):
+def _traced(model, args, kwargs, params, rng_key, may_observe_outside=False):
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     prepared = substitute(substitute(seed(model, rng_key), data=params), substitute_fn=placeholder)
     model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
-    return Joint(model, args, kwargs, model_trace, _data_plate(model_trace))
+    outside = None if may_observe_outside else kwargs.get(GIBBS_SITES_KWARG, {})
+    return Joint(model, args, kwargs, model_trace, _data_plate(model_trace, outside))
 
 
-def _data_plate(model_trace):
-    """The plate that all visible sites and all energies share."""
+def _data_plate(model_trace, outside=()):
+    """The plate that all visible sites and all energies share.
+
+    :param outside: names of observed sites that may be outside of it, or ``None`` for all: the
+        parameters that another block of ``Gibbs`` holds, for one.
+    """
     samples = [s for s in model_trace.values() if s["type"] == "sample"]
     energies = [s for s in samples if _is_energy(s)]
     observed = [s for s in samples if s["is_observed"] and s["fn"].event_shape != (0,)]
+    plates = {frame.name for s in energies for frame in s["cond_indep_stack"]}
+    inside = [s for s in observed if plates & {frame.name for frame in s["cond_indep_stack"]}]
+    if outside is None and inside:
+        observed = inside
+    elif outside:
+        names = {s["name"] for s in inside}
+        observed = [s for s in observed if s["name"] in names or s["name"] not in outside]
     if not energies:
         raise ModelError(
             "The model has no energy statement. Add `numpyro_ebm.energy(name, value)` inside its "

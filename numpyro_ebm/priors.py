@@ -151,7 +151,7 @@ def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
     :raises ModelError: if no parameter has a prior, or one of the priors is improper.
     """
     with apart():
-        joint = read(model, args, kwargs, params, rng_key=rng_key)
+        joint = read(model, args, kwargs, params, rng_key=rng_key, may_observe_outside=True)
     check_priors(joint, who)
     return joint
 
