@@ -65,6 +65,8 @@ class BlockGibbs(RowKernel):
         units of equal colour are declared to be conditionally independent given all others. For
         energies whose interactions cannot be found; a site with declared colours is drawn apart
         from the others of its block.
+    :param bool reversible: make every sweep there and back again. A sweep in one order has the
+        right stationary law without being reversible, which ``Exchange`` asks for with bridges.
     :param init_strategy: NumPyro initialisation strategy.
     :raises ModelError: if ``blocks`` is not a partition of the unobserved sites, or ``colors`` does
         not fit them; from ``init``, if the model has free parameters, a continuous site is not
@@ -126,7 +128,9 @@ class BlockGibbs(RowKernel):
     ('coloured', 2)
     """
 
-    def __init__(self, model, blocks=None, *, colors=None, init_strategy=init_to_uniform):
+    def __init__(
+        self, model, blocks=None, *, colors=None, reversible=False, init_strategy=init_to_uniform
+    ):
         if blocks is not None:
             if isinstance(blocks, str) or any(isinstance(names, str) for names in blocks):
                 raise ModelError(
@@ -140,6 +144,7 @@ class BlockGibbs(RowKernel):
                 f"{type(colors).__name__}."
             )
         self._blocks = blocks
+        self.is_reversible = reversible
         self._colors = {name: np.asarray(x) for name, x in (colors or {}).items()}
         for name, x in self._colors.items():
             if x.dtype.kind not in "iu":
@@ -315,7 +320,9 @@ class BlockGibbs(RowKernel):
         rows = joint.to_rows(state.z)
         blocks = self._plan(joint, log_density, rows)
         chains = block_gibbs.BlockGibbsState(rows, -state.potential_energy)
-        chains, _ = block_gibbs.build_kernel()(key_step, chains, log_density, blocks)
+        chains, _ = block_gibbs.build_kernel(self.is_reversible)(
+            key_step, chains, log_density, blocks
+        )
         energy = -chains.logdensity - _unused(joint, chains.position)
         return BlockGibbsState(state.i + 1, joint.from_rows(chains.position), energy, rng_key)
 

@@ -190,13 +190,14 @@ def advice(names, others):
     )
 
 
-def draw_block(rng_key, position, logdensity_fn, block):
+def draw_block(rng_key, position, logdensity_fn, block, *, backwards=False):
     """Draw one block given the rest.
 
     :param rng_key: random key.
     :param dict position: arrays of shape (rows, ...) by name.
     :param logdensity_fn: as in :func:`plan_block`.
     :param Block block: what to draw.
+    :param bool backwards: visit the colours, or the coordinates, in the opposite order.
     :return: dict of the new values of the block's sites.
 
     **Example**
@@ -210,9 +211,9 @@ def draw_block(rng_key, position, logdensity_fn, block):
     (3, 2)
     """
     if block.kind == "sequential":
-        return _draw_sequential(rng_key, position, logdensity_fn, block)
+        return _draw_sequential(rng_key, position, logdensity_fn, block, backwards)
     if block.kind == "coloured":
-        return draw_coloured(rng_key, position, logdensity_fn, block)
+        return draw_coloured(rng_key, position, logdensity_fn, block, backwards=backwards)
     flat, unflatten = flatten(position, block.names)
 
     # Rows are independent: the gradient of their sum has the gradient of every row.
@@ -237,13 +238,23 @@ def init(position, logdensity_fn):
     return BlockGibbsState(position, logdensity_fn(position))
 
 
-def build_kernel():
-    """Build the kernel ``(rng_key, state, logdensity_fn, blocks) -> (state, info)``."""
+def build_kernel(reversible=False):
+    """Build the kernel ``(rng_key, state, logdensity_fn, blocks) -> (state, info)``.
+
+    :param bool reversible: follow every sweep by one in the opposite order. A sweep in a fixed
+        order leaves π invariant, but is not reversible; there and back again it is.
+    """
 
     def kernel(rng_key, state, logdensity_fn, blocks):
         position = state.position
-        for key, block in zip(jax.random.split(rng_key, len(blocks)), blocks, strict=True):
-            position = {**position, **draw_block(key, position, logdensity_fn, block)}
+        order = [(block, False) for block in blocks]
+        if reversible:
+            order += [(block, True) for block in reversed(blocks)]
+        for key, (block, backwards) in zip(
+            jax.random.split(rng_key, len(order)), order, strict=True
+        ):
+            drawn = draw_block(key, position, logdensity_fn, block, backwards=backwards)
+            position = {**position, **drawn}
         new_state = init(position, logdensity_fn)
         return new_state, BlockGibbsInfo(~jnp.isfinite(new_state.logdensity))
 
@@ -287,8 +298,8 @@ def _draw_gaussian(rng_key, flat, gradient, block):
     return solve_triangular(lower, whitened, lower=True, trans=1)[..., 0]
 
 
-def _draw_sequential(rng_key, position, logdensity_fn, block):
-    for name in block.names:
+def _draw_sequential(rng_key, position, logdensity_fn, block, backwards):
+    for name in reversed(block.names) if backwards else block.names:
         flat, unflatten = flatten(position, (name,))
         rows, size = flat.shape
         values = jnp.asarray(block.values[name], flat.dtype)[:, None, None]
@@ -302,6 +313,7 @@ def _draw_sequential(rng_key, position, logdensity_fn, block):
 
         rng_key, key_site = jax.random.split(rng_key)
         keys = jax.random.split(key_site, size)
-        flat, _ = lax.scan(draw_coordinate, flat, (keys, jnp.arange(size)))
+        at = (keys, jnp.arange(size))
+        flat, _ = lax.scan(draw_coordinate, flat, at, reverse=backwards)
         position = {**position, **unflatten(flat)}
     return {name: position[name] for name in block.names}

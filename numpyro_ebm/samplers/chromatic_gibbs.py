@@ -25,7 +25,7 @@ MAX_DEGREE = 8  # polynomials up to here are differenced through their gradient
 MAX_BATCH = 4_000_000  # coordinates of candidates that are weighed at once
 
 
-def draw_coloured(rng_key, position, logdensity_fn, block):
+def draw_coloured(rng_key, position, logdensity_fn, block, *, backwards=False):
     r"""Draw a coloured block, colour after colour.
 
     .. math:: x_i' \sim π(x_i \mid x_{-i}) \quad \text{for all } i \text{ of a colour at once}
@@ -34,6 +34,7 @@ def draw_coloured(rng_key, position, logdensity_fn, block):
     :param dict position: arrays of shape (rows, ...) by name.
     :param logdensity_fn: maps such a dict to log π of shape (rows,), row by row.
     :param block: a coloured :class:`~numpyro_ebm.samplers.block_gibbs.Block`.
+    :param bool backwards: the last colour first.
     :return: dict of the new values of the block's sites.
 
     **Example**
@@ -75,7 +76,7 @@ def draw_coloured(rng_key, position, logdensity_fn, block):
             logits = _polynomial_logits(log_density, flat.astype(dtype), moving, table, block)
             return jnp.where(moving, choose(logits, values, noise, forbidden), flat), None
 
-        return unflatten(lax.scan(draw_color, flat, np.unique(colors))[0])
+        return unflatten(lax.scan(draw_color, flat, np.unique(colors), reverse=backwards)[0])
 
     members = [np.flatnonzero(colors == color) for color in np.unique(colors)]
     largest = max(map(len, members))
@@ -97,7 +98,7 @@ def draw_coloured(rng_key, position, logdensity_fn, block):
         chosen = choose(logits, values[..., at], noise[..., at], forbidden[..., at])
         return flat.at[:, at].set(chosen, mode="drop"), None
 
-    return unflatten(lax.scan(draw_members, flat, members)[0])
+    return unflatten(lax.scan(draw_members, flat, members, reverse=backwards)[0])
 
 
 def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
