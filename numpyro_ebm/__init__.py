@@ -10,7 +10,13 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 """
 
 from numpyro_ebm import datasets, diagnostics, models
-from numpyro_ebm.diagnostics import energy_gap, plots, posterior_gap, stein_test, to_arviz
+from numpyro_ebm.diagnostics import (
+    energy_gap,
+    plots,
+    posterior_gap,
+    stein_test,
+    to_arviz,
+)
 from numpyro_ebm.distributions import Counting, Lebesgue
 from numpyro_ebm.errors import (
     FarNoiseWarning,
@@ -21,6 +27,7 @@ from numpyro_ebm.errors import (
     QuadratureWarning,
     UnhandledEnergyError,
 )
+from numpyro_ebm.given import given
 from numpyro_ebm.guide_loss import PosteriorScore, RelaxedELBO
 from numpyro_ebm.handlers import fixed, temper
 from numpyro_ebm.infer import (
@@ -31,6 +38,7 @@ from numpyro_ebm.infer import (
     BlockGibbs,
     DiscreteLangevin,
     EnergySVI,
+    Exchange,
     ReplicaExchange,
     UnderdampedLangevin,
     emulate_log_normalizer,
@@ -87,6 +95,7 @@ __all__ = [
     "EnergySVI",
     "Enumerated",
     "Exact",
+    "Exchange",
     "FarNoiseWarning",
     "FisherDivergence",
     "FlowContrastive",
@@ -121,6 +130,7 @@ __all__ = [
     "fisher_divergence",
     "fixed",
     "generalized",
+    "given",
     "log_likelihood",
     "log_normalizer",
     "models",

@@ -5,6 +5,7 @@ from numpyro_ebm.infer.annealed import AnnealedLangevin
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.emulation import EmulatedLogNormalizer, emulate_log_normalizer
+from numpyro_ebm.infer.exchange import Exchange
 from numpyro_ebm.infer.fisher import fisher_divergence
 from numpyro_ebm.infer.generalized import generalized
 from numpyro_ebm.infer.langevin import MALA, ULA
@@ -26,6 +27,7 @@ __all__ = [
     "EmulatedLogNormalizer",
     "EnergySVI",
     "EnergySVIState",
+    "Exchange",
     "LogLikelihood",
     "ReplicaExchange",
     "UnderdampedLangevin",

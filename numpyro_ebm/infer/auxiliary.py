@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Fictitious data sets of the exchange algorithm, y ~ p(· | θ), at parameters that are traced.
+
+Exact by enumeration or by a function of the user's, approximate by a Markov chain that starts at
+the data.
+
+Reference: Liang, *A double Metropolis-Hastings sampler for spatial models with intractable
+normalizing constants*, Journal of Statistical Computation and Simulation, 2010.
+"""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.handlers import fixed, release
+from numpyro_ebm.infer.annealed import AnnealedLangevin
+from numpyro_ebm.infer.block_gibbs import BlockGibbs, support_values
+from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.infer.langevin import MALA, ULA
+from numpyro_ebm.joint import read_fixed
+
+__all__ = ["Chain", "Enumeration", "Function", "make_auxiliary"]
+
+AT_ONCE = 4_000_000  # coordinates of states that are weighed at the same time
+
+
+def make_auxiliary(auxiliary, num_steps, max_states):
+    """The sampler that the argument ``auxiliary`` of :class:`~numpyro_ebm.Exchange` means.
+
+    :raises ModelError: if it means none.
+    """
+    if isinstance(auxiliary, str) and auxiliary == "enumerate":
+        return Enumeration(max_states)
+    if isinstance(auxiliary, type) and issubclass(auxiliary, MCMCKernel):
+        return Chain(auxiliary, num_steps)
+    if not isinstance(auxiliary, MCMCKernel) and callable(auxiliary):
+        num = _num_required(auxiliary)
+        if num in (1, 2):
+            return Chain(auxiliary, num_steps) if num == 1 else Function(auxiliary)
+    raise ModelError(
+        "Exchange: `auxiliary` draws the fictitious data: a kernel class, `BlockGibbs`; a function "
+        "of one argument from a model to a kernel, `lambda model: MALA(model, step_size=0.1)`; a "
+        "function of two arguments to exact draws, `lambda rng_key, params: {site: values}`; or "
+        f'"enumerate". Got {auxiliary!r}.'
+    )
+
+
+def _num_required(function):
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
+class Function:
+    """Exact draws by a function of the user's, ``(rng_key, params) -> {site: values}``."""
+
+    is_exact = True
+
+    def __init__(self, function):
+        self.function = function
+
+    def check(self, target, z, num_bridges):
+        _no_bridges(num_bridges, "a function of exact draws has no transitions")
+        params = jax.eval_shape(target.constrain, z)
+        found = jax.eval_shape(self.function, jax.random.key(0), params)
+        shapes = {k: jnp.shape(x) for k, x in target.data.items()}
+        if not isinstance(found, dict) or {k: x.shape for k, x in found.items()} != shapes:
+            given = {k: x.shape for k, x in found.items()} if isinstance(found, dict) else found
+            raise ModelError(
+                "Exchange: `auxiliary(rng_key, params)` must return a fictitious data set, a dict "
+                f"of arrays of the shapes {shapes}, got {given}."
+            )
+
+    def simulate(self, rng_key, target, params, values, keep_latent=False):
+        drawn = self.function(rng_key, params)
+        drawn = {k: jnp.asarray(drawn[k]).astype(jnp.asarray(x).dtype) for k, x in values.items()}
+        return drawn, drawn
+
+
+class Enumeration:
+    """Exact draws of finite discrete rows: all states of a row are weighed.
+
+    :param int max_states: the most states of a row.
+    """
+
+    is_exact = True
+
+    def __init__(self, max_states):
+        self.max_states = max_states
+
+    def check(self, target, z, num_bridges):
+        _no_bridges(num_bridges, 'exact draws by "enumerate" have no transitions')
+        self._columns(target)
+
+    def _columns(self, target):
+        """The values of every coordinate of a row, by site."""
+        columns = {}
+        for name, site in target.joint.visible.items():
+            if not site.is_discrete:
+                raise ModelError(
+                    f'Exchange: `auxiliary="enumerate"` cannot enumerate the visible site '
+                    f"'{name}', which is continuous. Pass a kernel, such as "
+                    "`lambda model: MALA(model, step_size=0.1)`, or a function of exact draws."
+                )
+            values = support_values(site, 'Exchange(auxiliary="enumerate")')
+            size = np.size(site.value) // target.joint.num_rows
+            columns[name] = [values] * size
+        states = math.prod(float(len(x)) for site in columns.values() for x in site)
+        if states > self.max_states:
+            raise ModelError(
+                f"Exchange: a row of {sorted(columns)} has {states:.3g} states, more than "
+                f"max_states={self.max_states}. Pass a kernel: `auxiliary=BlockGibbs`."
+            )
+        return columns
+
+    def simulate(self, rng_key, target, params, values, keep_latent=False):
+        columns, joint = self._columns(target), target.joint
+        counts = [len(x) for site in columns.values() for x in site]
+        index = np.indices(counts).reshape(len(counts), -1)
+        flat = [x for site in columns.values() for x in site]
+        states = np.stack([x[i] for x, i in zip(flat, index, strict=True)], -1)  # (states, coords)
+        rows = joint.to_rows(values)
+
+        def place(state):
+            """A state, or one for every row, as values of the sites."""
+            placed, start = {}, 0
+            for name, site in columns.items():
+                part = state[..., start : start + len(site)]
+                like = rows[name]
+                part = jnp.broadcast_to(part, (joint.num_rows, len(site)))
+                placed[name] = jnp.reshape(part, like.shape).astype(like.dtype)
+                start += len(site)
+            return joint.from_rows(placed)
+
+        states = jnp.asarray(states)
+        batch_size = max(1, AT_ONCE // (joint.num_rows * states.shape[1]))
+        logits = lax.map(
+            lambda state: target.log_rows(params, place(state)),
+            states,
+            batch_size=min(batch_size, len(states)),
+        )
+        drawn = place(states[jax.random.categorical(rng_key, logits, axis=0)])
+        return drawn, drawn
+
+
+class _HideOutside(Messenger):
+    """Hide the observed sites outside the data plate: they have no part in the rows."""
+
+    def __init__(self, fn, plate):
+        self.plate = plate
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["is_observed"]:
+            if all(frame.name != self.plate for frame in msg["cond_indep_stack"]):
+                msg["stop"] = True
+
+
+class Chain:
+    """A Markov chain that starts at the data and takes a number of steps.
+
+    :param build: a function from a model to a kernel.
+    :param int num_steps: its steps.
+    """
+
+    is_exact = False
+
+    def __init__(self, build, num_steps):
+        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+            raise ModelError(
+                f"Exchange: `num_auxiliary_steps` must be a positive integer, got {num_steps!r}."
+            )
+        self.build, self.num_steps = build, num_steps
+
+    def check(self, target, z, num_bridges):
+        free = release(_HideOutside(target.model, target.joint.plate), target.joint.visible)
+        kernel = self._kernel(fixed(free, {}))
+        adjusted = getattr(kernel, "_adjusted", True)
+        if isinstance(kernel, ULA | AnnealedLangevin) or not adjusted:
+            raise ModelError(
+                f"Exchange: {type(kernel).__name__} without a Metropolis test has not the law of "
+                "the model, however many steps it takes. Use an adjusted kernel, such as `MALA`."
+            )
+        if num_bridges and not is_reversible(kernel):
+            raise ModelError(
+                f"Exchange: bridges need reversible transitions, and {type(kernel).__name__} does "
+                "not say that it makes them. `lambda model: BlockGibbs(model, reversible=True)`, "
+                "`MALA` and `DiscreteLangevin` do; a kernel of your own says it by an attribute "
+                "`is_reversible = True`."
+            )
+
+        def run(rng_key):
+            params = target.constrain(z)
+            return self._run(rng_key, target, params, target.data, 1)
+
+        try:
+            jax.eval_shape(run, jax.random.key(0))
+        except ModelError as error:
+            raise ModelError(
+                f"Exchange: {type(kernel).__name__} cannot draw fictitious data of "
+                f"{sorted(target.data)}: {error} (Options of an auxiliary kernel are given by a "
+                "function, `auxiliary=lambda model: MALA(model, step_size=0.1)`.)"
+            ) from error
+
+    def simulate(self, rng_key, target, params, values, keep_latent=False):
+        return tuple(
+            {k: x for k, x in drawn.items() if keep_latent or k in target.joint.visible}
+            for drawn in self._run(rng_key, target, params, values, self.num_steps)
+        )
+
+    def transition(self, rng_key, target, params, values):
+        """One step of the kernel."""
+        return self._run(rng_key, target, params, values, 1)[1]
+
+    def _kernel(self, model):
+        kernel = self.build(model)
+        if not isinstance(kernel, MCMCKernel):
+            raise ModelError(
+                f"Exchange: `auxiliary(model)` returned {kernel!r}, not a NumPyro `MCMCKernel`. (A "
+                "function of exact draws takes two arguments, `(rng_key, params)`.)"
+            )
+        return kernel
+
+    def _run(self, rng_key, target, params, values, num_steps):
+        """Values half way and at the end."""
+        free = release(_HideOutside(target.model, target.joint.plate), target.joint.visible)
+        sites, kwargs = target.conditioned
+
+        def auxiliary_model(params, sites, *args, **kwargs):
+            # The sites that a `Gibbs` conditions come as an argument: kernels take initial values
+            # for constrained ones where they see them among the keywords.
+            if sites:
+                kwargs = {**kwargs, GIBBS_SITES_KWARG: sites}
+            return fixed(free, params)(*args, **kwargs)
+
+        args = ({**target.constants, **params}, sites, *target.args)
+        kernel = self._kernel(auxiliary_model)
+        joint = read_fixed(auxiliary_model, args, kwargs)
+        start = {
+            name: x if joint.sites[name].is_discrete else joint.sites[name].transform.inv(x)
+            for name, x in values.items()
+        }
+        key_init, rng_key = jax.random.split(rng_key)
+        state = kernel.init(key_init, 0, start, args, kwargs)
+
+        def steps(state, num):
+            return lax.fori_loop(0, num, lambda _, s: kernel.sample(s, args, kwargs), state)
+
+        constrain = kernel.get_constrain_fn(args, kwargs)
+        halfway = steps(state, num_steps // 2)
+        end = steps(halfway, num_steps - num_steps // 2)
+        return tuple(dict(constrain(getattr(s, kernel.sample_field))) for s in (halfway, end))
+
+
+def is_reversible(kernel):
+    """Whether a kernel says that its transitions are reversible."""
+    if isinstance(kernel, BlockGibbs):
+        return kernel.is_reversible
+    return isinstance(kernel, MALA | DiscreteLangevin) or getattr(kernel, "is_reversible", False)
+
+
+def _no_bridges(num_bridges, why):
+    if num_bridges:
+        raise ModelError(
+            f"Exchange: `num_bridges` needs a kernel as `auxiliary`, for {why}. Leave it at 0."
+        )

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""A doubly intractable posterior as functions of arrays, for :class:`~numpyro_ebm.Exchange`.
+
+.. math:: π(θ \mid x) \propto π(θ) \prod_n \frac{\tilde p(x_n; θ)}{Z_n(θ)}
+
+The parameters are flattened to (groups, dimension) in NumPyro's unconstrained coordinates: one
+group, or a group for every row of the data plate where the rows have parameters of their own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from numpyro.distributions import biject_to
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
+from numpyro.primitives import Messenger
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.joint import placeholder
+from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.priors import prior_part, read_with_priors
+
+__all__ = ["Target", "complete_prior"]
+
+
+class _UnsetParams(Messenger):
+    """Collect the `param` sites that nobody has given a value."""
+
+    def __init__(self, fn):
+        self.names = set()
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "param" and msg["value"] is None:
+            self.names.add(msg["name"])
+
+
+def complete_prior(model, args, kwargs):
+    """The prior part of a model, placeholders on the sites that nobody gives a value."""
+    joint = read_with_priors(model, args, {} if kwargs is None else kwargs, "Exchange")
+    prior = seed(prior_part(model, joint.plate), jax.random.key(0))
+    return substitute(prior, substitute_fn=placeholder)
+
+
+class Target:
+    """A model with priors, read for the exchange algorithm.
+
+    - **joint** - the rows.
+    - **prior** - the priors, an ordinary NumPyro model of the same arguments.
+    - **constants** - values of the `param` sites.
+
+    :param model: a model with energy statements.
+    :param tuple args: its arguments.
+    :param dict kwargs: its keyword arguments.
+    :param bool by_row: whether every row has parameters of its own.
+    :raises ModelError: if there is no posterior, or none for the exchange algorithm to sample.
+    """
+
+    def __init__(self, model, args, kwargs, by_row=False):
+        self.model, self.args = model, args
+        self.kwargs = {} if kwargs is None else kwargs
+        self.by_row = by_row
+        unset = _UnsetParams(model)
+        self.joint = read_with_priors(unset, args, self.kwargs, "Exchange")
+        self.joint.model = model
+        joint = self.joint
+        self.prior = prior_part(model, joint.plate)
+        self.constants = {k: x for k, x in joint.parameters.items() if k not in joint.priors}
+        self._check(unset.names)
+        self.marginal = self._marginal()
+
+    @property
+    def num_groups(self):
+        return self.joint.num_rows if self.by_row else 1
+
+    @property
+    def data(self):
+        """The observed values of the visible sites."""
+        return self.joint.visible_values
+
+    # Parameters
+
+    def flatten(self, z):
+        """A dict of unconstrained values as an array of shape (groups, dimension)."""
+        return jnp.concatenate([jnp.reshape(z[k], (self.num_groups, -1)) for k in sorted(z)], -1)
+
+    def unflatten(self, flat, like):
+        """Undo :meth:`flatten`; ``like`` has the shapes."""
+        values, start = {}, 0
+        for name in sorted(like):
+            width = jnp.size(like[name]) // self.num_groups
+            part = flat[:, start : start + width]
+            values[name] = jnp.reshape(part, jnp.shape(like[name])).astype(like[name].dtype)
+            start += width
+        return values
+
+    def constrain(self, z):
+        """Values of the parameters on their supports."""
+        return constrain_fn(self.prior, self.args, self.kwargs, z)
+
+    def unconstrain(self, values):
+        """Undo :meth:`constrain`."""
+        return unconstrain_fn(self.prior, self.args, self.kwargs, values)
+
+    def log_prior(self, z):
+        """log π(θ) in unconstrained coordinates, log-Jacobian included, of shape (groups,)."""
+        if not self.by_row:
+            return -potential_energy(self.prior, self.args, self.kwargs, z)[None]
+        values = self.constrain(z)
+        prepared = substitute(seed(self.prior, jax.random.key(0)), data=values)
+        model_trace = trace(prepared).get_trace(*self.args, **self.kwargs)
+        total = jnp.zeros(self.num_groups)
+        for name in z:
+            fn = model_trace[name]["fn"]
+            transform = biject_to(fn.support)
+            jacobian = transform.log_abs_det_jacobian(z[name], values[name])
+            for term in (fn.log_prob(values[name]), jacobian):
+                term = jnp.broadcast_to(term, (self.num_groups, *jnp.shape(term)[1:]))
+                total = total + jnp.sum(jnp.reshape(term, (self.num_groups, -1)), -1)
+        return total
+
+    # Rows
+
+    def log_rows(self, params, values):
+        """log p̃ of every row, (rows,): of the visible sites, and of latent ones if given."""
+        params = {**self.constants, **params}
+        if self.marginal is None or any(name in values for name in self.joint.latent):
+            return self.joint.log_density(params, values)
+        return self.marginal.log_density(self.joint, params, values)
+
+    def log_density(self, z, values):
+        """log p̃ of a data set, (groups,)."""
+        return self.group(self.log_rows(self.constrain(z), values))
+
+    def group(self, rows):
+        """Sums of an array of shape (rows,) over the rows of each group."""
+        return rows if self.by_row else jnp.sum(rows)[None]
+
+    def log_posterior(self, z, references, baselines):
+        r"""The log-posterior with Z estimated from fictitious data sets, of shape (groups,).
+
+        .. math:: \log\frac{Z(θ)}{Z(\hat θ)} ≈
+            \log \frac{1}{K}\sum_k \frac{\tilde p(u_k; θ)}{\tilde p(u_k; \hat θ)}
+
+        row by row where Z differs from row to row, else with the rows of all data sets together.
+
+        :param references: data sets u_k drawn at θ̂, K leading.
+        :param baselines: log p̃(u_k; θ̂), (K, rows).
+        """
+        params = self.constrain(z)
+        ratios = jax.vmap(lambda values: self.log_rows(params, values))(references) - baselines
+        if self.by_row or self.joint.covariates:
+            log_z = self.group(logsumexp(ratios, 0))
+        else:
+            log_z = self.joint.num_rows * logsumexp(ratios)[None]
+        return self.log_prior(z) + self.group(self.log_rows(params, self.data)) - log_z
+
+    # Checks
+
+    def _check(self, unset):
+        joint = self.joint
+        if unset:
+            names = sorted(unset)
+            raise ModelError(
+                f"Exchange: the `numpyro.param` site(s) {names} have no prior and no value. Give "
+                "them priors, `numpyro.sample(...)`, or hold them: "
+                f'`numpyro.handlers.substitute(model, data={{"{names[0]}": ...}})`.'
+            )
+        discrete = [name for name, fn in joint.priors.items() if fn.support.is_discrete]
+        if discrete:
+            raise ModelError(
+                f"Exchange: the parameter(s) {discrete} are discrete, and it moves continuous "
+                "ones. Draw them in another block of `numpyro.infer.Gibbs`, `(DiscreteGibbs(m), "
+                f"{discrete})` with `m = given(model, [...])`, or sum them out by hand."
+            )
+        if joint.num_rows != joint.total_rows:
+            raise ModelError(
+                f"Exchange: the plate '{joint.plate}' subsamples {joint.num_rows} of its "
+                f"{joint.total_rows} rows, and the ratio of acceptance needs all of them. Drop "
+                "`subsample_size`."
+            )
+        if not joint.visible:
+            raise ModelError("Exchange: the model observes nothing inside its data plate.")
+        if self.by_row:
+            for name, fn in joint.priors.items():
+                shape = fn.shape()
+                if not fn.batch_shape or shape[0] != joint.num_rows:
+                    raise ModelError(
+                        f"Exchange(by_row=True): the parameter '{name}' has shape {shape}, and a "
+                        f"value for each of the {joint.num_rows} rows should lead. Draw it in a "
+                        f'plate of that size, `with numpyro.plate("groups", {joint.num_rows})`, or '
+                        "give it to another block of `Gibbs`."
+                    )
+
+    def _marginal(self):
+        joint = self.joint
+        if not joint.latent:
+            return None
+        marginal = Enumerated()
+        try:
+            marginal.check(joint, None, 1)
+        except ModelError as error:
+            names, params = sorted(joint.latent), sorted(joint.priors)
+            raise ModelError(
+                f"Exchange: the latent site(s) {names} cannot be summed out of the ratio. Draw "
+                f"them in another block, which conditions them here: `m = given(model, {params})`, "
+                f"`numpyro.infer.Gibbs([(Exchange(m, ...), {params}), (BlockGibbs(m), {names})])`, "
+                f"with the kernel that suits them. ({error})"
+            ) from None
+        return marginal
+
+    @property
+    def conditioned(self):
+        """Values that an enclosing ``Gibbs`` conditions the model on, and the other arguments."""
+        others = {k: x for k, x in self.kwargs.items() if k != GIBBS_SITES_KWARG}
+        return self.kwargs.get(GIBBS_SITES_KWARG, {}), others
