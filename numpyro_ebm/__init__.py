@@ -11,6 +11,7 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 
 from numpyro_ebm import datasets, diagnostics, models
 from numpyro_ebm.diagnostics import (
+    auxiliary_adequacy,
     energy_gap,
     plots,
     posterior_gap,
@@ -25,6 +26,7 @@ from numpyro_ebm.errors import (
     NonFiniteLossWarning,
     NormalizerDisagreementWarning,
     QuadratureWarning,
+    ShortAuxiliaryWarning,
     UnhandledEnergyError,
 )
 from numpyro_ebm.given import given
@@ -117,11 +119,13 @@ __all__ = [
     "RelaxedELBO",
     "ReplicaExchange",
     "ScoreMatching",
+    "ShortAuxiliaryWarning",
     "SlicedScoreMatching",
     "UnderdampedLangevin",
     "UnhandledEnergyError",
     "Unrolled",
     "VaGES",
+    "auxiliary_adequacy",
     "datasets",
     "diagnostics",
     "emulate_log_normalizer",

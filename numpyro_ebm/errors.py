@@ -8,6 +8,7 @@ __all__ = [
     "NonFiniteLossWarning",
     "NormalizerDisagreementWarning",
     "QuadratureWarning",
+    "ShortAuxiliaryWarning",
     "UnhandledEnergyError",
 ]
 
@@ -51,3 +52,7 @@ class QuadratureWarning(RuntimeWarning):
 
 class NormalizerDisagreementWarning(RuntimeWarning):
     """Two ways to compute log Z differ by more than their errors: at least one of them is wrong."""
+
+
+class ShortAuxiliaryWarning(RuntimeWarning):
+    """Auxiliary chains of the exchange algorithm end while they still drift: they are too short."""
