@@ -65,20 +65,14 @@ def auxiliary_adequacy(mcmc):
     >>> import numpyro.distributions as dist
     >>> from numpyro.infer import MCMC
     >>> import numpyro_ebm as ebm
-    >>> def ising(data):
-    ...     beta = numpyro.sample("beta", dist.Uniform(0, 1))
+    >>> def model(data):
+    ...     precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
     ...     with numpyro.plate("data", len(data)):
-    ...         s = 2.0 * numpyro.sample("s", ebm.Counting(2, (4, 4)), obs=data) - 1
-    ...         bonds = s * (jnp.roll(s, 1, -1) + jnp.roll(s, 1, -2))
-    ...         ebm.energy("E", -beta * jnp.sum(bonds, (-1, -2)))
-    >>> data = jax.random.bernoulli(jax.random.key(0), 0.5, (3, 4, 4)).astype(int)
-    >>> mcmc = MCMC(
-    ...     ebm.Exchange(ising, ebm.BlockGibbs, 50),
-    ...     num_warmup=100,
-    ...     num_samples=200,
-    ...     progress_bar=False,
-    ... )
-    >>> mcmc.run(jax.random.key(1), data)
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * precision * v**2)
+    >>> kernel = ebm.Exchange(model, lambda m: ebm.MALA(m, step_size=0.5), 20, step_size=0.3)
+    >>> mcmc = MCMC(kernel, num_warmup=0, num_samples=200, progress_bar=False)
+    >>> mcmc.run(jax.random.key(1), jnp.linspace(-2.0, 2.0, 50))
     >>> ebm.auxiliary_adequacy(mcmc).is_adequate
     True
     """
