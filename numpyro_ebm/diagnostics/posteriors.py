@@ -57,7 +57,9 @@ def _dataset(group):
 
 
 def _replace(idata, group, data):
-    if hasattr(idata, "add_groups"):
+    if not data.data_vars:
+        del idata[group]
+    elif hasattr(idata, "add_groups"):
         setattr(idata, group, data)
     else:
         idata[group] = xr.DataTree(data)

@@ -177,6 +177,8 @@ class Exchange(RowKernel):
     True
     """
 
+    posterior_kind = "exchange"  # for `to_arviz`
+
     def __init__(
         self,
         model,
