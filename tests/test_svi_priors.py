@@ -202,6 +202,12 @@ def test_supports_may_be_computed_and_are_kept():
     assert upper < 1 / M2  # the mode is at the edge
     np.testing.assert_allclose(svi.get_params(fit.state)["precision"], upper, rtol=1e-2)
     assert fit.params["precision"] <= upper
+    # Of other data they are others, although nothing else has changed.
+    fit = svi.run(KEY, 500, DATA + 0.1, progress_bar=False)
+    edge, second = upper + 0.1, np.mean((DATA + 0.1) ** 2)
+    assert edge < 1 / second
+    loss = 0.5 * edge**2 * second - edge + np.log(edge - 0.5) / N
+    np.testing.assert_allclose(fit.losses[-1], loss, rtol=1e-3)
 
 
 # Variational posteriors

@@ -26,7 +26,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
-from numpyro.util import find_stack_level
+from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
 from numpyro_ebm.draws import scan_keys
@@ -190,6 +190,7 @@ class EnergySVI(SVI):
         self.num_rows = num_rows
         self._rows_seen = None  # by the latest `init` or `run`
         self._posterior = None  # the part of the guide that draws parameters
+        self._bounds = {}  # of the supports of penalised parameters
         self.player_optims = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
             for p in loss.players
@@ -469,6 +470,10 @@ class EnergySVI(SVI):
         for name, leaves in bounds.items():  # of supports, which the model may have computed
             tree = jax.tree.structure(constraint_of[name])
             constraint_of[name] = jax.tree.unflatten(tree, leaves)
+        if not _equal(bounds, self._bounds):  # compiled rounds hold them as constants
+            self._run_chunk.clear_cache()
+            self._run_statistics.clear_cache()
+        self._bounds = bounds
         self.constrain_fn = partial(
             transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
         )
@@ -626,3 +631,11 @@ class EnergySVI(SVI):
                 f"the discrete latent site(s) {discrete}. Use RelaxedELBO (Bernoulli guides) or "
                 "numpyro.infer.TraceGraph_ELBO."
             )
+
+
+def _equal(left, right):
+    """Whether two pytrees hold the same concrete arrays."""
+    left, tree = jax.tree.flatten(left)
+    right, other = jax.tree.flatten(right)
+    concrete = all(map(not_jax_tracer, [*left, *right]))
+    return tree == other and concrete and all(map(jnp.array_equal, left, right))
