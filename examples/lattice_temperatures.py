@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unknown temperature of a lattice: Ising and Potts, by exchange and by pseudo-likelihood.
 
-A 4 x 4 torus of Ising spins is small enough for the exact posterior (all 65,536 states). A 12 x 12
+A 4 x 4 torus of Ising spins is small enough for the exact posterior (all 65,536 states). An 8 x 8
 one of Potts spins is not, and there exchange with block Gibbs draws stands beside the generalised
 posterior of the pseudo-likelihood.
 
-    python examples/lattice_temperatures.py --num-samples 2000 --out lattice_temperatures.png
+    python examples/lattice_temperatures.py --num-samples 500 --out lattice_temperatures.png
 """
 
 import argparse
@@ -48,9 +48,9 @@ def run(kernel, rng_key, num_samples, *args, **kwargs):
     return mcmc
 
 
-def main(num_samples=2_000, seed=0, out="lattice_temperatures.png"):
+def main(num_samples=500, seed=0, out="lattice_temperatures.png"):
     keys = jax.random.split(jax.random.key(seed), 6)
-    small, large = {"size": 4}, {"size": 12, "num_values": 3}
+    small, large = {"size": 4}, {"size": 8, "num_values": 3}
     truth = {"small": 0.3, "large": 0.4}
     spins = ebm.sample(
         keys[0], ebm.fixed(lattice, {"beta": truth["small"]}), 1, num_rows=5, **small
@@ -75,9 +75,9 @@ def main(num_samples=2_000, seed=0, out="lattice_temperatures.png"):
                 **small,
             ),
         },
-        "Potts 12 x 12, one lattice": {
+        "Potts 8 x 8, one lattice": {
             "exchange": run(
-                ebm.Exchange(lattice, ebm.BlockGibbs, 50), keys[3], num_samples, colours, **large
+                ebm.Exchange(lattice, ebm.BlockGibbs, 300), keys[3], num_samples, colours, **large
             ),
             "pseudo-likelihood, β = 1": run(
                 NUTS(ebm.generalized(lattice, ebm.PseudoLikelihood())),
@@ -107,7 +107,7 @@ def main(num_samples=2_000, seed=0, out="lattice_temperatures.png"):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--num-samples", type=int, default=2_000)
+    parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="lattice_temperatures.png")
     main(**vars(parser.parse_args()))

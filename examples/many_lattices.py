@@ -67,7 +67,8 @@ def main(num_samples=2_000, num_lattices=12, seed=0, out="many_lattices.png"):
     ax.plot(at, np.asarray(truth)[order], "k_", ms=12, label="truth")
     ax.axhspan(*np.quantile(draws["mu"], [0.05, 0.95]), alpha=0.2, label="their mean, 90%")
     ax.set(xlabel="lattice", ylabel="inverse temperature", title=f"{SIZE} x {SIZE} Ising lattices")
-    ax.legend(fontsize=8)
+    ax.set_ylim(top=0.5)
+    ax.legend(fontsize=8, loc="upper left")
     fig.savefig(out, dpi=150)
     plt.close(fig)
     return np.asarray(truth), draws
