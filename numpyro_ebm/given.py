@@ -2,7 +2,7 @@
 """Hierarchies over the parameters of an energy: what does not reach it directly is ordinary."""
 
 import jax
-from numpyro.handlers import block, seed, substitute, trace
+from numpyro.handlers import seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
@@ -10,6 +10,7 @@ from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer
 from numpyro_ebm.primitives import NORMALIZER
+from numpyro_ebm.priors import apart
 
 __all__ = ["given"]
 
@@ -96,7 +97,7 @@ class given(Messenger):
             model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
             return {name: _unwrap(model_trace[name]["fn"]).energy for name in energies}
 
-        with block():  # the handlers around see the run itself only
+        with apart():  # the handlers around see the run itself only
             reached = eval_provenance(run, **free)
         for name, labels in reached.items():
             if labels:

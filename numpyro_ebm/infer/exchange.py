@@ -144,8 +144,10 @@ class Exchange(RowKernel):
            {\tilde p(u_{kn}; \hat θ)}\Big)
 
        is a deterministic function of θ. Its gradient shapes the proposal and nothing else, and the
-       ratio of proposals corrects for it. It pays with several parameters, at K + 1 evaluations
-       of the model a step; with one or two a random walk is as good.
+       ratio of proposals corrects for it, at K + 1 evaluations of the model a step. The noise of
+       the fictitious data in the ratio grows with the length of a move, and holds long ones back
+       whatever their direction: alone the drift is no better than a random walk, and it pays
+       together with bridges, which take that noise off.
 
     .. note:: ``potential_energy`` would lack log Z(θ), and is not among the fields.
 

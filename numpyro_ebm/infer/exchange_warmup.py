@@ -191,9 +191,11 @@ class Warmup:
         groups, dimension, _ = sums.shape
         count = jnp.reshape(counts, (-1, 1, 1))
         covariance = sums / jnp.maximum(count - 1, 1)
-        # Towards the variances: correlations of few draws, of which many are equal, are noise.
-        diagonal = covariance * jnp.eye(dimension)
-        covariance = (count * covariance + 5 * diagonal + 5e-3 * jnp.eye(dimension)) / (count + 5)
+        # Towards the variances: a random walk has about one effective draw in ten times the
+        # dimension, and correlations of few draws are noise.
+        diagonal, effective = covariance * jnp.eye(dimension), count / (10 * dimension)
+        covariance = (effective * covariance + 5 * diagonal) / (effective + 5)
+        covariance = (count * covariance + 5e-3 * jnp.eye(dimension)) / (count + 5)  # Stan's
         moments = jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(groups))
         new = state._replace(scale=jnp.linalg.cholesky(covariance), moments=moments)
         if self.adapt_step_size:
