@@ -252,7 +252,6 @@ CASES = {
     "counts-enumerate": ("counts", "enumerate", {}),
     "counts-langevin": ("counts", "enumerate", {"proposal": "langevin"}),
     "counts-gibbs": ("counts", ebm.BlockGibbs, {"num_auxiliary_steps": 1}),
-    "pairs-gibbs": ("pairs", ebm.BlockGibbs, {"num_auxiliary_steps": 15}),
     "pairs-gibbs-bridges": (
         "pairs",
         reversible_gibbs,
@@ -274,6 +273,8 @@ def check_case(name, seed=0):
     size = {"num_steps": 1_000}
     if name == "ising4-enumerate":  # 65,536 states a row and step
         size = {"num_steps": 400, "num_chains": 4}
+    elif name == "gaussian-mala-bridges":
+        size = {"num_steps": 400}
     elif problem == "counts":
         size = {"num_steps": 1_500, "num_warmup": 600}
     draws, _, _ = chains(kernel, (jnp.asarray(data),), seed=seed, **size)
@@ -572,8 +573,8 @@ def group_rows(rng_key, params):
 
 def hierarchy_moments():
     """Posterior means and sds, on a grid of τ, everything else in closed form or on grids."""
-    mu, tau = np.linspace(-2, 2.5, 181), np.linspace(0.02, 2.0, 150)
-    z = np.linspace(-2.5, 3.5, 601)
+    mu, tau = np.linspace(-2, 2.5, 91), np.linspace(0.02, 2.0, 100)
+    z = np.linspace(-2.5, 3.5, 401)
     squares = np.sum(GROUPS**2, -1)
     rows = 0.5 * NUM_UNITS * z - 0.5 * np.exp(z) * squares[:, None]  # (groups, z)
     prior = stats.norm(mu[:, None, None], tau[:, None]).logpdf(z)  # (mu, tau, z)
