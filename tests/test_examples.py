@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worked posteriors find what made their data, and draw a picture."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(request, tmp_path):
+    """What the example's `main` returns, run short; its picture is there."""
+    pytest.importorskip("matplotlib").use("Agg")
+    name, options = request.param
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result = module.main(**options, out=tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    return result
+
+
+def run(name, **options):
+    return pytest.mark.parametrize("example", [(name, options)], indirect=True)
+
+
+@run("posterior_routes", num_samples=1_500)
+def test_every_route_finds_the_precision(example):
+    exact, draws = example
+    mean, deviation = float(exact.mean), float(exact.variance) ** 0.5
+    for name, theta in draws.items():
+        off = abs(theta.mean() - mean) / deviation
+        if name == "plain NumPyro":
+            assert off > 8
+        elif name.startswith("generalized"):
+            assert off < 1 and 0.6 < theta.std() / deviation < 1.5
+        else:
+            assert off < 0.2 and 0.85 < theta.std() / deviation < 1.15
+
+
+@run("counts", num_samples=1_000, num_rows=300)
+def test_counts_are_dispersed_as_they_were(example):
+    truth, found = example
+    exact = found["exact (series)"]
+    for draws in found.values():
+        for name, x in draws.items():
+            assert abs(x.mean() - truth[name]) < 4 * x.std()
+            assert abs(x.mean() - exact[name].mean()) < 0.6 * exact[name].std()
+
+
+@run("nonnegative_graph", num_samples=400, num_rows=1_000)
+def test_edges_of_the_graph_are_told_from_pairs_without_one(example):
+    truth, exact, draws = example
+    is_edge = np.asarray(truth["pairs"]) < 0
+    mean = np.asarray(exact.mean["pairs"])
+    assert mean[is_edge].max() < mean[~is_edge].min()
+    gap = np.abs(draws["pairs"].mean(0) - mean) / exact.standard_deviation["pairs"]
+    assert gap.max() < 0.5
+
+
+@run("many_lattices", num_samples=300, num_lattices=6)
+def test_lattices_share_their_mean(example):
+    truth, draws = example
+    assert abs(draws["mu"].mean() - truth.mean()) < 4 * draws["mu"].std() < 0.3
+    z = (draws["beta"].mean(0) - truth) / draws["beta"].std(0)
+    assert np.abs(z).max() < 4
