@@ -62,11 +62,11 @@ def main(num_samples=4_000, num_rows=500, seed=0, out="counts.png"):
         text = ", ".join(f"{k} {x.mean():.3f} ± {x.std():.3f}" for k, x in draws.items())
         print(f"{name:28} {text}")
         axes[0].plot(
-            draws["log_rate"][::10], draws["nu"][::10], ".", ms=2, color=f"C{i}", label=name
+            draws["log_rate"][::10], draws["nu"][::10], ".", ms=3, color=f"C{i}", label=name
         )
     axes[0].plot(*truth.values(), "k+", ms=14, label="truth")
     axes[0].set(xlabel="log λ", ylabel="ν", title="Posterior draws")
-    axes[0].legend(fontsize=8, markerscale=3)
+    axes[0].legend(fontsize=8)
 
     counts = np.bincount(np.asarray(data), minlength=25)[:25] / num_rows
     axes[1].bar(np.arange(25), counts, color="0.8", label="data")

@@ -96,7 +96,7 @@ def main(num_samples=500, seed=0, out="lattice_temperatures.png"):
             print(f"{title}, {name:30} {draws.mean():.3f} ± {draws.std():.3f}")
             if name == "exchange":
                 print("   ", ebm.auxiliary_adequacy(mcmc))
-            ax.hist(draws, bins=50, density=True, histtype="step", label=name)
+            ax.hist(draws, bins=25, density=True, histtype="step", label=name)
         ax.axvline(beta, color="k", lw=1, label="truth")
         ax.set(title=title, xlabel="inverse temperature", yticks=[])
         ax.legend(fontsize=8)
