@@ -8,13 +8,10 @@ derivatives in θ) then belongs to one deterministic function, as Hamiltonian Mo
 derivatives are those of self-normalised VaES and VaGES, consistent as L grows.
 """
 
-import math
-
-import jax
 from jax.lax import stop_gradient
-from jax.scipy.special import logsumexp
 
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginal.importance import weighted_mean
 
 __all__ = ["CommonParticles"]
 
@@ -36,15 +33,7 @@ class CommonParticles(Marginal):
         pass  # what stands for it, `VaGES`, has been checked
 
     def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        constants = stop_gradient(params)
         visible, _ = joint.constrain(stop_gradient(unconstrained))
-        latent = guide.draw(rng_key, constants, visible, self.num_particles)
-        log_q = jax.vmap(lambda h: guide.log_density(constants, visible, h))(latent)
-
-        def log_density(params, unconstrained):
-            log_joint = jax.vmap(
-                lambda h: joint.unconstrained_log_density(params, unconstrained, h)
-            )(latent)
-            return logsumexp(log_joint - log_q, axis=0) - math.log(self.num_particles)
-
-        return Estimate(log_density, score_of(log_density, params))
+        constants = stop_gradient(params)
+        density = weighted_mean(rng_key, joint, guide, constants, visible, self.num_particles)
+        return Estimate(density, score_of(density, params))

@@ -81,16 +81,27 @@ class ImportanceBound(Marginal):
         constants = stop_gradient(params)
 
         def bound(rng_key):
-            latent = guide.draw(rng_key, constants, visible, self.num_particles)
-            log_q = jax.vmap(lambda h: guide.log_density(constants, visible, h))(latent)
-
-            def log_density(params, unconstrained):
-                log_joint = jax.vmap(
-                    lambda h: joint.unconstrained_log_density(params, unconstrained, h)
-                )(latent)
-                return logsumexp(log_joint - log_q, axis=0) - math.log(self.num_particles)
-
-            return log_density
+            return weighted_mean(rng_key, joint, guide, constants, visible, self.num_particles)
 
         key_value, key_derivative = jax.random.split(rng_key)
         return Estimate(bound(key_derivative), score_of(bound(key_value), constants))
+
+
+def weighted_mean(rng_key, joint, guide, params, visible, num_particles):
+    """log of the mean weight of particles of q(h | v), as a function of θ and v around them.
+
+    :param rng_key: key of the particles.
+    :param dict params: parameters of the guide, constants.
+    :param dict visible: values of the visible sites at which it is drawn from.
+    :return: ``(params, unconstrained) -> (rows,)``.
+    """
+    latent = guide.draw(rng_key, params, visible, num_particles)
+    log_q = jax.vmap(lambda h: guide.log_density(params, visible, h))(latent)
+
+    def log_density(params, unconstrained):
+        log_joint = jax.vmap(lambda h: joint.unconstrained_log_density(params, unconstrained, h))(
+            latent
+        )
+        return logsumexp(log_joint - log_q, axis=0) - math.log(num_particles)
+
+    return log_density
