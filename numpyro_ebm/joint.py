@@ -91,8 +91,8 @@ class Joint:
     - **constraints** - constraints of the `param` sites by name.
     - **priors** - distributions of the parameters that are sample sites, by name.
     - **energies** - names of the energy sites.
-    - **covariates** - arguments, other than the visible values, that give every row an energy (and
-      so a normalizer) of its own.
+    - **covariates** - arguments other than the visible values, and parameters, that give every row
+      an energy (and so a normalizer) of its own.
     """
 
     def __init__(self, model, args, kwargs, model_trace, frame):

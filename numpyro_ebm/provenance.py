@@ -10,9 +10,11 @@ traced through the computation itself, without running it.
 
 import jax
 import jax.numpy as jnp
+from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
+from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer, set_visible
@@ -97,6 +99,78 @@ def check_model(joint, model, args, kwargs):
                     f"objective. {_write_this(name)}"
                 )
     joint.covariates = sorted(per_row & frozenset().union(*terms.values()))
+    joint.covariates += _row_parameters(joint, model, arrays, rebuild)
+
+
+def _row_parameters(joint, model, arrays, rebuild):
+    """Parameters of which every row has a value of its own.
+
+    An axis as long as the plate may be one by chance; whether rows differ at random parameters,
+    with everything else the same in all of them, tells.
+    """
+    rows = joint.num_rows
+    shaped = [
+        name
+        for name, x in joint.parameters.items()
+        if rows > 1 and hasattr(x, "shape") and rows in x.shape
+    ]
+    if not shaped:
+        return []
+    shapes = jax.eval_shape(joint.unconstrain_visible)
+
+    def alike(x):
+        """The same in all rows, and known even where the argument is traced."""
+        x = jnp.ones(x.shape, x.dtype) if not not_jax_tracer(x) else jnp.asarray(x)
+        return jnp.broadcast_to(x[:1], x.shape) if x.shape[0] in (rows, joint.total_rows) else x
+
+    def at_random(rng_key, shape, dtype):
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jax.random.uniform(rng_key, shape, dtype, 0.5, 1.5)
+        return jnp.ones(shape, dtype)
+
+    def differ(name):
+        key_visible, key_parameter = jax.random.split(jax.random.key(0))
+        z = {}
+        for key, site in zip(jax.random.split(key_visible, len(shapes)), shapes, strict=True):
+            x = shapes[site]
+            axis = joint.row_axis(site, x)
+            one = at_random(key, (*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
+            z[site] = jnp.broadcast_to(one, x.shape)
+        values, _ = joint.constrain(z)
+        values |= {k: _first_row(joint, k, site.value) for k, site in joint.latent.items()}
+        parameters = {
+            k: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), jnp.result_type(x)), x)
+            for k, x in joint.parameters.items()
+        }
+        for k, support in {**joint.constraints, **_supports(joint)}.items():
+            if hasattr(parameters[k], "shape") and not support.is_discrete:
+                transform = biject_to(support)
+                shape = transform.inverse_shape(parameters[k].shape)
+                spread = 1.0 if k == name else 0.0
+                z = at_random(key_parameter, shape, parameters[k].dtype) - 1.0
+                parameters[k] = transform(spread * z)
+        args, kwargs = rebuild({label: alike(x) for label, x in arrays.items()})
+        plates = {k: jnp.arange(len(x)) for k, x in joint.plates.items()}
+        data = {**plates, **parameters, **values}
+        prepared = answer_for_normalizer(substitute(model, data=data))
+        model_trace = trace(prepared).get_trace(*args, **kwargs)
+        densities = sum(joint.site_log_densities(model_trace).values())
+        gap = jnp.abs(densities - densities[0])
+        return jnp.max(gap) > 1e-3 * (1 + jnp.abs(densities[0]))
+
+    with jax.ensure_compile_time_eval():
+        return [name for name in shaped if differ(name)]
+
+
+def _supports(joint):
+    return {name: fn.support for name, fn in joint.priors.items()}
+
+
+def _first_row(joint, name, value):
+    if not not_jax_tracer(value):
+        value = jnp.ones(value.shape, value.dtype)
+    axis = jnp.ndim(value) + joint.dim - joint.latent[name].event_dim
+    return jnp.broadcast_to(jnp.take(jnp.asarray(value), jnp.array([0]), axis), jnp.shape(value))
 
 
 def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False):

@@ -277,6 +277,39 @@ def test_the_law_of_the_model_is_invariant(name, precision):
                 assert abs(square.mean() - 1 / beta) < 4.5 * error
 
 
+@pytest.mark.parametrize("name", ["MALA", slow("UnderdampedLangevin"), slow("MCLMC")])
+def test_geweke_data_and_hidden_units_have_their_joint_law(grbm, name):
+    """h | v drawn by its formula, v | h by a step of the kernel: the joint law is found."""
+    num_rows, oracle = 10_000, grbm.oracle
+
+    def conditional(h):
+        model = ebm.fixed(ebm.models.grbm, grbm.params)
+        return handlers.condition(model, {"h": h})(num_hidden=3, num_rows=num_rows)
+
+    kernel = make(name, conditional, ADJUSTED, step_size=0.8)
+    W, c = jnp.asarray(grbm.params["W"]), jnp.asarray(grbm.params["c"])
+
+    def both(_, carry):
+        key, _, state = carry
+        key, key_h = jax.random.split(key)
+        h = jax.random.bernoulli(key_h, jax.nn.sigmoid(c + state.z["v"] @ W)).astype(int)
+        state = kernel.sample(kernel.refresh(state, (), {"h": h}), (), {"h": h})
+        return key, h, state
+
+    h = jnp.zeros((num_rows, 3), int)
+    state = kernel.init(jax.random.key(0), 0, None, (), {"h": h})
+    _, h, state = jax.jit(lambda x: lax.fori_loop(0, 80, both, x))((jax.random.key(1), h, state))
+    v, h = np.asarray(state.z["v"]), np.asarray(h)
+    expected = num_rows * oracle.state_probabilities()
+    counts = np.bincount(h @ [1, 2, 4], minlength=8)
+    assert np.sum((counts - expected) ** 2 / expected) < 7 + 4.5 * 14**0.5
+    mean, second, _ = oracle.moments()
+    for x, moment in ((v, mean), (v[:, :, None] * v[:, None], second)):
+        assert np.all(np.abs(x.mean(0) - moment) < 4.5 * x.std(0) / num_rows**0.5)
+    product = v[:, :, None] * (h - oracle.posterior_mean(v))[:, None]
+    assert np.all(np.abs(product.mean(0)) < 4.5 * product.std(0) / num_rows**0.5)
+
+
 @pytest.mark.parametrize(
     "name", ["ReplicaExchange", slow("UnderdampedLangevin"), slow("MCLMC"), slow("MALA-mass")]
 )

@@ -199,6 +199,34 @@ def test_rows_with_a_normalizer_of_their_own(x64):
         density(ebm.normalized(model, lambda p: 1.0), {"slope": 0.8}, x, ROWS[:20])
 
 
+def test_rows_with_parameters_of_their_own(x64):
+    """Found as covariates are, traced or not; an axis of the plate's length alone is none."""
+
+    def model(data, *, mixed=False):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([4]).to_event(1))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (jnp.sum(scale) if mixed else scale) * v**2)
+
+    scale, data = np.array([0.5, 1.0, 2.0, 4.0]), ROWS[:4]
+    exact = scipy.stats.norm.logpdf(data, scale=scale**-0.5)
+    for method in ("enumerate", "quadrature"):
+        rows = jax.jit(
+            lambda scale, m=method: rows_of(ebm.normalized(model, m), {"scale": scale}, data)["v"]
+        )(scale)
+        np.testing.assert_allclose(rows, exact, rtol=1e-6)
+    loss = jax.jit(
+        lambda scale, data: ebm.MaximumLikelihood().loss(KEY, {"scale": scale}, model, None, data)
+    )(scale, data)
+    np.testing.assert_allclose(loss, -exact.mean(), rtol=1e-6)
+    with pytest.raises(ModelError, match="a log Z of its own"):
+        density(ebm.normalized(model, lambda p: 1.0), {"scale": scale}, data)
+    with pytest.raises(ModelError, match="differs from row to row"):
+        ebm.KernelSteinDiscrepancy().loss(KEY, {"scale": scale}, model, None, data)
+    mixed = lambda data: model(data, mixed=True)  # noqa: E731
+    ebm.KernelSteinDiscrepancy().loss(KEY, {"scale": scale}, mixed, None, data)
+
+
 def test_several_visible_sites_and_further_plates(x64):
     def two(data):
         a = numpyro.sample("a", dist.Normal(0.0, 1.0))
@@ -250,6 +278,31 @@ def test_nuts_svi_and_loo_run_on_a_normalized_model():
     # The posterior of the logarithm is close to normal.
     found = guide.quantiles(fit.params, [0.5])["precision"][0]
     assert abs(found / (shape / rate) - 1) < 0.03
+
+
+@pytest.mark.slow
+def test_normalized_posteriors_are_calibrated():
+    """Simulation-based calibration: 400 data sets at once, each a row with a θ of its own."""
+    num_sets, size = 400, 5
+    rng = np.random.default_rng(3)
+    truth = np.exp(0.5 * rng.standard_normal(num_sets))
+    data = rng.standard_normal((num_sets, size)) / np.sqrt(truth)[:, None]
+
+    def sets(data):
+        with numpyro.plate("sets", num_sets):
+            precision = numpyro.sample("precision", dist.LogNormal(0.0, 0.5))
+        with numpyro.plate("data", num_sets):
+            v = numpyro.sample("v", ebm.Lebesgue(event_shape=(size,)), obs=data)
+            ebm.energy("E", 0.5 * precision * jnp.sum(v**2, -1))
+
+    mcmc = MCMC(NUTS(ebm.normalized(sets)), num_warmup=300, num_samples=1_900, progress_bar=False)
+    mcmc.run(KEY, jnp.asarray(data))
+    thinned = np.asarray(mcmc.get_samples()["precision"])[::100]  # 19 nearly independent draws
+    ranks = np.sum(thinned < truth, 0)
+    counts = np.bincount(ranks, minlength=20)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+    wrong = np.bincount(np.sum(thinned < 1.3 * truth, 0), minlength=20)
+    assert scipy.stats.chisquare(wrong).pvalue < 1e-6  # the test would see a bias of a third
 
 
 def test_normalized_refuses():

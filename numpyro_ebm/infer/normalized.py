@@ -13,7 +13,8 @@ import numpyro.distributions as dist
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.handlers import fixed
-from numpyro_ebm.infer.normalizing import log_normalizer as log_z_of
+from numpyro_ebm.infer.normalizing.front import Options, run_method
+from numpyro_ebm.infer.normalizing.target import read_target
 from numpyro_ebm.joint import read
 from numpyro_ebm.marginal import Enumerated, Exact
 from numpyro_ebm.objectives.base import Problem
@@ -129,9 +130,7 @@ class normalized:
                 )
             return log_z
         if self.log_normalizer == "enumerate":
-            model = fixed(self.model, {**params})
-            method = {"method": "enumerate", "max_states": self._max_states}
-            return log_z_of(jax.random.key(0), model, *args, **method, **kwargs).value
+            return self._enumerated(joint, params, args, kwargs)
         if joint.latent and not all(site.is_discrete for site in joint.latent.values()):
             raise ModelError(
                 "normalized: log_normalizer='quadrature' integrates visible sites, and the latent "
@@ -142,6 +141,12 @@ class normalized:
         marginal.check(joint, None, 1)
         problem = Problem(joint, None, marginal, joint.unconstrain_visible())
         return self._quadrature.log_normalizer(params, problem)
+
+    def _enumerated(self, joint, params, args, kwargs):
+        model, options = fixed(self.model, params), Options(max_states=self._max_states)
+        key, is_shared = jax.random.key(0), not joint.covariates
+        target = read_target(key, model, args, kwargs, is_shared=is_shared)
+        return run_method(key, target, "enumerate", options).value
 
 
 class NormalizedRow(dist.Distribution):

@@ -263,7 +263,7 @@ class Target:
         return mapped
 
 
-def read_target(rng_key, model, args, kwargs, *, released=True):
+def read_target(rng_key, model, args, kwargs, *, released=True, is_shared=None):
     """Read a fixed model for its log Z.
 
     :param rng_key: random key.
@@ -272,6 +272,8 @@ def read_target(rng_key, model, args, kwargs, *, released=True):
     :param dict kwargs: its keyword arguments.
     :param bool released: whether observed sites are integrated over as well; else they stay, and
         every row has a log Z of its own.
+    :param is_shared: whether all rows share their log Z; looked for if ``None``, which finds no
+        difference between parameters that are traced.
     :return: a :class:`Target`.
     :raises ModelError: if the model has free parameters, or nothing to integrate over.
     """
@@ -288,7 +290,8 @@ def read_target(rng_key, model, args, kwargs, *, released=True):
     free = release(model, seen.visible)
     joint = read_fixed(free, args, kwargs)
     covariates = seen.covariates if seen.visible else _covariates(joint, args, kwargs)
-    is_shared = not covariates and not _rows_differ(joint)
+    if is_shared is None:
+        is_shared = not covariates and not _rows_differ(joint)
     if is_shared and joint.num_rows > 1:
         joint = _one_row(seen, free, args, kwargs) or joint
     return Target(joint, is_shared, data)
