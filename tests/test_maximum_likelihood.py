@@ -519,3 +519,19 @@ def test_an_energy_that_is_no_number_among_the_data_is_not_hidden():
         jax.random.key(0), {"a": 1.0}, broken, None, jnp.array([-1.0, 1.0])
     )
     assert np.isnan(loss)
+
+
+def test_energy_svi_learns_a_discrete_model():
+    """A pair of spins: E[s₀ s₁] = tanh J; 200 rows in a plate that the four states do not fill."""
+
+    def pair(data):
+        coupling = numpyro.param("J", 0.0)
+        with numpyro.plate("data", len(data)):
+            x = numpyro.sample("x", ebm.Counting(event_shape=(2,)), obs=data)
+            s = 2 * x - 1
+            ebm.energy("E", -coupling * s[:, 0] * s[:, 1])
+
+    data = jnp.array([[0, 0], [1, 1], [1, 1], [0, 1]] * 50)
+    svi = ebm.EnergySVI(pair, None, numpyro.optim.Adam(0.05), ebm.MaximumLikelihood())
+    fit = svi.run(jax.random.key(0), 300, data, progress_bar=False)
+    assert abs(fit.params["J"] - np.arctanh(0.5)) < 1e-3

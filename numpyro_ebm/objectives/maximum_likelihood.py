@@ -116,7 +116,7 @@ class MaximumLikelihood(Objective):
                 if joint.visible[name].is_discrete:
                     values = _values(joint.visible[name])
                     columns.append(jnp.asarray(values, flat.dtype))
-                    log_weights.append(jnp.zeros(len(values), flat.dtype))
+                    log_weights.append(jnp.zeros(len(values), jnp.result_type(float)))
                 else:
                     # Of a single row, or equal ones, there is no spread to scale to.
                     spread = jnp.std(flat[:, i])
