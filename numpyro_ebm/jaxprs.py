@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-__all__ = ["at_zero", "needed", "variables", "written_out"]
+__all__ = ["at_zero", "constants_of", "needed", "variables", "written_out"]
 
 JITS = ("jit", "pjit")
 
@@ -55,6 +55,37 @@ def written_out(fn, *args):
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     flat = jax.make_jaxpr(partial(_evaluate_leaves, closed))(*jax.tree.leaves(args))
     return flat, shape
+
+
+def constants_of(fn, *args):
+    """Arrays that ``fn`` reads besides its arguments: closed over, written down, or counted up.
+
+    :param fn: a function of pytrees of arrays.
+    :param args: its arguments, or their shapes and types.
+    :return: list of arrays, or of shapes of those that the function itself makes.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.jaxprs import constants_of
+    >>> [x.shape for x in constants_of(lambda x: x + jnp.arange(3), jnp.ones(3))]
+    [(3,)]
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    found = list(closed.consts)
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            found.extend(v.val for v in eqn.invars if isinstance(v, Literal) and v.aval.shape)
+            if eqn.primitive.name == "iota":
+                found.append(eqn.outvars[0].aval)
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+                if _is_jaxpr(inner):
+                    found.extend(getattr(inner, "consts", ()))
+                    visit(getattr(inner, "jaxpr", inner))
+
+    visit(closed.jaxpr)
+    return found
 
 
 def needed(jaxpr):
@@ -112,6 +143,10 @@ def _vanishes(eqn, vanished):
     if name in ("add", "sub"):
         return all(vanished)
     return name == "div" and vanished[0]
+
+
+def _is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
 def _zeros(variable):

@@ -338,3 +338,49 @@ def test_learns_an_ising_model():
         found = error(svi.run(KEY, 300, data, progress_bar=False).params["J"])
         print(f"{objective!r}: {found:.4f}")
         assert found < 1.3 * least
+
+
+ROW_FIELDS = np.linspace(-1.0, 1.0, 12)
+
+
+@pytest.mark.parametrize("rows_differ", ["no", "closed over", "counted", "few rows"])
+@pytest.mark.parametrize("objective", [ebm.PseudoLikelihood(), ebm.RatioMatching()])
+def test_quadratic_energies_take_one_gradient_and_no_less(x64, objective, rows_differ):
+    """Against all neighbours one by one, curvature of single coordinates included."""
+    num_values = 2 if isinstance(objective, ebm.RatioMatching) else 3
+    rng = np.random.default_rng(0)
+    num_rows = 3 if rows_differ == "few rows" else 12
+    data = rng.integers(0, num_values, (num_rows, 4))
+    params = {"J": rng.normal(size=(4, 4)), "field": rng.normal(size=4)}  # J has a diagonal
+
+    def log_density(J, field, v, rows):
+        if rows_differ == "closed over":
+            scale = ROW_FIELDS[rows]
+        else:
+            scale = rows / 5.0 if rows_differ == "counted" else 1.0 + 0 * rows
+        return scale * ((v @ J) * v).sum(-1) + v @ field
+
+    def model(data):
+        J, field = (numpyro.param(k, jnp.zeros_like(params[k])) for k in ("J", "field"))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Counting(num_values, event_shape=(4,)), obs=data)
+            if rows_differ == "closed over":
+                scale = jnp.asarray(ROW_FIELDS)
+            else:
+                scale = jnp.arange(len(data)) / 5.0 if rows_differ == "counted" else 1.0
+            ebm.energy("E", -scale * jnp.sum((v @ J) * v, -1) - v @ field)
+
+    rows, expected = np.arange(num_rows), 0.0
+    here = log_density(params["J"], params["field"], data, rows)
+    for d in range(4):
+        ratios = []
+        for shift in range(1, num_values):
+            moved = data.copy()
+            moved[:, d] = (moved[:, d] + shift) % num_values
+            ratios.append(log_density(params["J"], params["field"], moved, rows) - here)
+        if num_values == 2:
+            expected += np.mean((1 / (1 + np.exp(-ratios[0]))) ** 2)
+        else:
+            expected += np.mean(np.log(1 + np.sum(np.exp(ratios), 0)))
+    loss = jax.jit(lambda p: objective.loss(jax.random.key(0), p, model, None, data))
+    np.testing.assert_allclose(loss(params), expected, rtol=1e-9)

@@ -16,11 +16,14 @@ from abc import abstractmethod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.jaxprs import constants_of
 from numpyro_ebm.joint import lowest_value
 from numpyro_ebm.marginal.enumerated import num_values_of
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.polynomial import structure
 
 __all__ = ["PseudoLikelihood", "RatioMatching", "finite_values"]
 
@@ -51,14 +54,16 @@ class _SingleCoordinate(Objective):
 
     @abstractmethod
     def coordinate_loss(self, log_ratios):
-        """Loss of one coordinate, of shape (rows,).
+        """Loss of one coordinate, of shape (rows,), or of several, (rows, coordinates).
 
-        :param log_ratios: log p̃ at the other values minus log p̃ at the value of the row, of shape
-            (values - 1, rows).
+        :param log_ratios: log p̃ at the other values minus log p̃ at the value of the row; other
+            values lead.
         """
 
     def energy_loss(self, rng_key, params, problem):
         estimate = self.estimate(rng_key, params, problem)
+        if _is_quadratic(estimate, problem):
+            return jnp.mean(self._quadratic_loss(params, estimate, problem))
         here = estimate.log_density(params, problem.unconstrained)
 
         def log_ratio(changed):
@@ -67,6 +72,41 @@ class _SingleCoordinate(Objective):
 
         sites = problem.joint.visible.values()
         return jnp.mean(sum(self._site_loss(site, problem, log_ratio) for site in sites))
+
+    def _quadratic_loss(self, params, estimate, problem):
+        r"""The same, of shape (rows,), where log p̃ is quadratic in the values of a row.
+
+        .. math:: \log\tilde p(x + δ e_d) - \log\tilde p(x) = δ\, ∂_d \log\tilde p(x)
+            + \tfrac12 δ^2\, ∂_d^2 \log\tilde p
+
+        exactly: one gradient, and the constant diagonal of one Hessian, for all neighbours.
+        """
+        joint, name = problem.joint, type(self).__name__
+        point = _as_floats(problem)
+        sizes = {k: np.size(x) // joint.num_rows for k, x in joint.to_rows(point).items()}
+        total = sum(sizes.values())
+
+        def log_density(u):
+            return estimate.log_density(params, u)
+
+        gradient = joint.flatten(jax.grad(lambda u: jnp.sum(log_density(u)))(point))
+        # Every row goes along an axis of its own: the curvature is the same in all of them.
+        axes = jax.nn.one_hot(jnp.arange(joint.num_rows) % total, total, dtype=gradient.dtype)
+        axes = _from_flat(joint, axes, point)
+        slope = lambda u: jax.jvp(log_density, (u,), (axes,))[1]  # noqa: E731
+        curvature = jax.jvp(slope, (point,), (axes,))[1][:total]
+        flat, losses, start = joint.flatten(point), [], 0
+        for site in sorted(sizes):
+            part = slice(start, start + sizes[site])
+            lowest, num_values = finite_values(joint.visible[site], name)
+            here = flat[:, part]
+            step = [shifted(here, k, lowest, num_values) - here for k in range(1, num_values)]
+            if step:
+                step = jnp.stack(step)
+                ratios = step * gradient[:, part] + 0.5 * step**2 * curvature[part]
+                losses.append(jnp.sum(self.coordinate_loss(ratios), -1))
+            start += sizes[site]
+        return sum(losses, jnp.zeros(joint.num_rows))
 
     def _site_loss(self, site, problem, log_ratio):
         """Sum over the coordinates of one site, of shape (rows,)."""
@@ -175,6 +215,44 @@ class RatioMatching(_SingleCoordinate):
 
     def coordinate_loss(self, log_ratios):
         return jnp.sum(jax.nn.sigmoid(log_ratios) ** 2, 0)
+
+
+def _as_floats(problem):
+    float_type = jnp.result_type(float)
+    return {k: jnp.asarray(x, float_type) for k, x in problem.unconstrained.items()}
+
+
+def _from_flat(joint, flat, like):
+    """Vectors of rows, (rows, coordinates), as a dict like ``like``."""
+    rows, parts, start = joint.to_rows(like), {}, 0
+    for name in sorted(rows):
+        size = np.size(rows[name]) // joint.num_rows
+        parts[name] = jnp.reshape(flat[:, start : start + size], rows[name].shape)
+        start += size
+    return joint.from_rows(parts)
+
+
+def _is_quadratic(estimate, problem):
+    """Whether log p̃ of a row is a polynomial of degree two in its values, the same for all rows."""
+    joint = problem.joint
+    if joint.latent or joint.covariates:
+        return False
+    point = _as_floats(problem)
+    if sum(np.size(x) for x in point.values()) > joint.num_rows**2:
+        return False  # too few rows for one of the axes each
+
+    def log_density(u):
+        return estimate.log_density(joint.parameters, u)
+
+    try:
+        found = structure(log_density, point)
+    except TypeError:  # values that serve as indices or flags, and not as numbers
+        return False
+    if found.degree > 2 or not found.true_gradient:
+        return False
+    given = {id(x) for x in jax.tree.leaves(joint.parameters)}
+    constants = [x for x in constants_of(log_density, point) if id(x) not in given]
+    return not any(joint.num_rows in np.shape(x) for x in constants)
 
 
 def finite_values(site, owner):
