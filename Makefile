@@ -21,7 +21,7 @@ format:  ## mend what can be mended
 test:  ## the default suite, with the docstring examples
 	$(PYTHON) -m pytest -n 2
 
-slow:  ## the long-running laws
+slow:  ## the long-running laws, the longest too
 	$(PYTHON) -m pytest -n 2 -m slow
 
 docs:  ## the manual, in docs/_build/html

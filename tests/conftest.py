@@ -23,6 +23,36 @@ from numpyro.diagnostics import effective_sample_size
 
 import numpyro_ebm as ebm
 
+# Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
+LONGEST = (
+    "test_annealed_ising[",
+    "test_annealed_supports[",
+    "test_calibrated_intervals_cover_at_their_nominal_rate",
+    "test_chain_methods[",
+    "test_chains_in_parallel[names1",
+    "test_checkerboard_reaches_the_optimum[1",
+    "test_checkerboard_reaches_the_optimum[2",
+    "test_counts_are_dispersed_as_they_were",
+    "test_divergent_integrals_are_found[out of",
+    "test_edges_of_the_graph",
+    "test_error_bars_cover_at_their_nominal_rate",
+    "test_larger_models_with_latents[200",
+    "test_loss_and_gradient_are_unbiased_for_the_other_pairs",
+    "test_more_particles_take_more_of_the_bias_away",
+    "test_rows_of_a_chain_want_rare_flips",
+    "test_stationary_law_in_double_precision",
+    "test_stein_test_with_draws_of_a_kernel_has_its_size",
+    "test_the_posterior_is_the_exact_one_for_five_seeds",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are picked by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        if is_slow and any(name in item.nodeid for name in LONGEST):
+            item.add_marker(pytest.mark.longest)
+
 
 def enable_x64():
     """Double precision inside of a ``with``, under the names of older and newer JAX."""
