@@ -75,7 +75,7 @@ def constants_of(fn, *args):
     found = list(closed.consts)
 
     def visit(jaxpr):
-        for eqn in jaxpr.eqns:
+        for eqn in needed(jaxpr):
             found.extend(v.val for v in eqn.invars if isinstance(v, Literal) and v.aval.shape)
             if eqn.primitive.name == "iota":
                 found.append(eqn.outvars[0].aval)

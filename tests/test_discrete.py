@@ -18,6 +18,7 @@ from oracles import jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.objectives import discrete
 from numpyro_ebm.objectives.discrete import PseudoLikelihood, RatioMatching
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 
@@ -345,7 +346,7 @@ ROW_FIELDS = np.linspace(-1.0, 1.0, 12)
 
 @pytest.mark.parametrize("rows_differ", ["no", "closed over", "counted", "few rows"])
 @pytest.mark.parametrize("objective", [ebm.PseudoLikelihood(), ebm.RatioMatching()])
-def test_quadratic_energies_take_one_gradient_and_no_less(x64, objective, rows_differ):
+def test_quadratic_energies_take_one_gradient_and_no_less(x64, monkeypatch, objective, rows_differ):
     """Against all neighbours one by one, curvature of single coordinates included."""
     num_values = 2 if isinstance(objective, ebm.RatioMatching) else 3
     rng = np.random.default_rng(0)
@@ -382,5 +383,13 @@ def test_quadratic_energies_take_one_gradient_and_no_less(x64, objective, rows_d
             expected += np.mean((1 / (1 + np.exp(-ratios[0]))) ** 2)
         else:
             expected += np.mean(np.log(1 + np.sum(np.exp(ratios), 0)))
+    taken, is_quadratic = [], discrete._is_quadratic
+
+    def spy(*args):
+        taken.append(is_quadratic(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(discrete, "_is_quadratic", spy)
     loss = jax.jit(lambda p: objective.loss(jax.random.key(0), p, model, None, data))
     np.testing.assert_allclose(loss(params), expected, rtol=1e-9)
+    assert taken == [rows_differ == "no"]

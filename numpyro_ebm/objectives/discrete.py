@@ -17,6 +17,7 @@ from abc import abstractmethod
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.jaxprs import constants_of
@@ -252,7 +253,16 @@ def _is_quadratic(estimate, problem):
         return False
     given = {id(x) for x in jax.tree.leaves(joint.parameters)}
     constants = [x for x in constants_of(log_density, point) if id(x) not in given]
-    return not any(joint.num_rows in np.shape(x) for x in constants)
+    return not any(_may_differ(x, joint.num_rows) for x in constants)
+
+
+def _may_differ(x, rows):
+    """Whether an array, or one of this shape, may have other values in one row than in another."""
+    axes = [i for i, size in enumerate(np.shape(x)) if size == rows]
+    if not axes or isinstance(x, jax.core.ShapedArray) or not not_jax_tracer(x):
+        return bool(axes)
+    x = np.asarray(x)
+    return any(np.any(x != np.take(x, [0], axis)) for axis in axes)
 
 
 def finite_values(site, owner):
