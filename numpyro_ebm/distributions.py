@@ -34,6 +34,13 @@ def is_real(support):
     return support is constraints.real
 
 
+def lowest_value(support):
+    """The smallest value of a discrete support."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return int(getattr(support, "lower_bound", 0))
+
+
 def is_enumerating():
     """Whether NumPyro's funsor handlers are enumerating the model that is running now."""
     from numpyro.contrib.funsor.enum_messenger import BaseEnumMessenger

@@ -24,7 +24,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm import provenance
-from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real
+from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real, lowest_value
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer
 
@@ -387,13 +387,6 @@ def placeholder(site):
         return jnp.full(fn.shape(), lowest_value(fn.support), dtype=jnp.result_type(int))
     transform = biject_to(fn.support)
     return transform(jnp.zeros(transform.inverse_shape(fn.shape())))
-
-
-def lowest_value(support):
-    """The smallest value of a discrete support."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return int(getattr(support, "lower_bound", 0))
 
 
 def _checked_value(site):

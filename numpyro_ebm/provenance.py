@@ -16,6 +16,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 from numpyro.util import not_jax_tracer
 
+from numpyro_ebm.distributions import lowest_value
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer, set_visible
 
@@ -137,7 +138,8 @@ def _row_parameters(joint, model, arrays, rebuild):
             one = at_random(key, (*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
             z[site] = jnp.broadcast_to(one, x.shape)
         values, _ = joint.constrain(z)
-        values |= {k: _first_row(joint, k, site.value) for k, site in joint.latent.items()}
+        others = {k: x for k, x in joint.sites.items() if k in joint.latent or x.is_discrete}
+        values |= {k: _same_in_all_rows(joint, site) for k, site in others.items()}
         parameters = {
             k: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), jnp.result_type(x)), x)
             for k, x in joint.parameters.items()
@@ -166,11 +168,16 @@ def _supports(joint):
     return {name: fn.support for name, fn in joint.priors.items()}
 
 
-def _first_row(joint, name, value):
-    if not not_jax_tracer(value):
-        value = jnp.ones(value.shape, value.dtype)
-    axis = jnp.ndim(value) + joint.dim - joint.latent[name].event_dim
-    return jnp.broadcast_to(jnp.take(jnp.asarray(value), jnp.array([0]), axis), jnp.shape(value))
+def _same_in_all_rows(joint, site):
+    """A value on the support of a site, known even where its own is traced."""
+    shape = jnp.shape(site.value)
+    if not_jax_tracer(site.value):
+        axis = len(shape) + joint.dim - site.event_dim
+        first = jnp.take(jnp.asarray(site.value), jnp.array([0]), axis)
+        return jnp.broadcast_to(first, shape)
+    if site.is_discrete:
+        return jnp.full(shape, lowest_value(site.fn.support))
+    return site.transform(jnp.zeros(site.transform.inverse_shape(shape)))
 
 
 def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False):

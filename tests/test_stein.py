@@ -237,7 +237,7 @@ def test_energy_svi_learns_with_it(pairs):
         ({"bandwidth": -0.5}, "`bandwidth` must be a positive number"),
         ({"bandwidth": float("nan")}, "`bandwidth` must be a positive number"),
         ({"bandwidth": "mean"}, "positive number or 'median', got 'mean'"),
-        ({"pairs": "some"}, "`pairs` must be 'all' or 'halves', got 'some'"),
+        ({"pairs": "some"}, "`pairs` must be 'all', 'square' or 'halves', got 'some'"),
         ({"marginal": "exact"}, "`marginal` must be a marginal"),
     ],
 )
