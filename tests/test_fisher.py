@@ -152,6 +152,7 @@ def check_grbm(dimension, perturbation, num_steps, tolerance):
     assert abs(found.value - truth) <= tolerance * truth + 3 * found.standard_error
 
 
+@pytest.mark.slow
 def test_a_model_with_latents_by_vages():
     check_grbm(8, 0.5, 1_500, 0.03)
 

@@ -289,6 +289,7 @@ def test_a_player_named_as_the_model_is_refused_or_shared(name):
         svi.init(jax.random.key(0), rows(MEMBERS["NCE"], 10))
 
 
+@pytest.mark.slow
 def test_states_pickle_and_resume_with_everything():
     """Flow, its optimiser, log Z and chains are all in the state."""
     data = rows(MEMBERS["NCE"], 60)

@@ -914,6 +914,7 @@ def biases(samples, expected):
 LINEAR_NAMES, GRBM_NAMES = ("A", "b", "scale"), ("W", "b", "c", "scale")
 
 
+@pytest.mark.slow
 def test_unrolled_steps_make_the_gradient_of_a_linear_gaussian_model_exact():
     """From the exact posterior, by steps of `PosteriorScore`, whose gradient vanishes there.
 

@@ -553,6 +553,7 @@ def test_svi_and_nuts_find_the_closed_form():
     assert np.all(np.abs(found.mean(0) - exact.mean["theta"]) < 0.2 * deviation)
 
 
+@pytest.mark.slow
 def test_common_particles_are_consistent(x64):
     """VaGES with importance weights against the sum over the hidden units, at one set of draws."""
     params = {"W": jnp.array([0.7, -1.1])}

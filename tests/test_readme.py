@@ -13,7 +13,7 @@ PAGES = [
     "README.md",
     "docs/quickstart.md",
     "docs/language.md",
-    "docs/marginals.md",
+    pytest.param("docs/marginals.md", marks=pytest.mark.slow),
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
     pytest.param("docs/priors.md", marks=pytest.mark.slow),
     pytest.param("docs/sampling.md", marks=pytest.mark.slow),

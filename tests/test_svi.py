@@ -107,6 +107,7 @@ def test_agrees_with_numpyros_svi_on_the_deterministic_objective(batch_size):
     np.testing.assert_allclose(fit.params["precision"], reference.params["precision"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_round_agrees_with_numpyros_svi_in_the_mean():
     """One guide step a round from the same state: the same expected step in all parameters."""
     objective = ebm.DenoisingScoreMatching(0.2, marginal=ebm.VaGES(4))
