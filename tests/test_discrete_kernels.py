@@ -3,6 +3,10 @@
 
 import itertools
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -813,3 +817,42 @@ def step(kernel):
 def test_bad_input(make, message):
     with pytest.raises(ebm.ModelError, match=message):
         make()
+
+
+PARALLEL = """
+import sys
+sys.path.insert(0, {here!r})
+import jax, jax.numpy as jnp, numpy as np, numpyro
+from numpyro.infer import MCMC
+import numpyro_ebm as ebm
+assert jax.local_device_count() == 2
+
+def chain(num_rows=3):
+    with numpyro.plate("data", num_rows):
+        s = numpyro.sample("s", ebm.Counting(2, (6,)))
+        ebm.energy("E", -jnp.sum(s[:, 1:] * s[:, :-1], -1))
+
+model = ebm.fixed(chain, {{}})
+for kernel in (ebm.DiscreteLangevin(model), ebm.BlockGibbs(model)):
+    mcmc = MCMC(kernel, num_warmup=8, num_samples=10, num_chains=2, chain_method="parallel",
+                progress_bar=False)
+    mcmc.run(jax.random.key(0))
+    draws = np.asarray(mcmc.get_samples(group_by_chain=True)["s"])
+    assert draws.shape == (2, 10, 3, 6), draws.shape
+    assert np.any(draws[0] != draws[1])
+"""
+
+
+@pytest.mark.slow
+def test_chains_in_parallel():
+    """On two host devices, which have to be asked for before JAX starts."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    script = PARALLEL.format(here=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -801,6 +801,7 @@ REFUSED = {
     "subsampled": (subsampled, ebm.BlockGibbs, {}, V, "'data' subsamples 10"),
     "infinite": (infinite, ebm.BlockGibbs, {}, V, r"row\(s\) \[3\] is not finite.*init_params"),
     "latent": (real_latent, ebm.BlockGibbs, {}, V, "'h'.*given.*Gibbs"),
+    "bare MALA on spins": (ising, ebm.MALA, {}, S, "MALA cannot draw.*'s'.*discrete"),
     "MALA on spins": (ising, MALA, {}, S, "MALA cannot draw.*'s'.*discrete"),
     "MALA without step": (gaussian, ebm.MALA, {}, V, "step_size.*lambda model"),
     "Gibbs on quartic": (quartic, ebm.BlockGibbs, {}, V, "BlockGibbs cannot draw.*'v'"),

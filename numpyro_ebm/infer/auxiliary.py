@@ -24,6 +24,7 @@ from numpyro_ebm.handlers import fixed, release
 from numpyro_ebm.infer.annealed import AnnealedLangevin
 from numpyro_ebm.infer.block_gibbs import BlockGibbs, support_values
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.infer.kernels import ChainKernel
 from numpyro_ebm.infer.langevin import MALA, ULA
 from numpyro_ebm.joint import read_fixed
 
@@ -183,6 +184,13 @@ class Chain:
     def check(self, target, z, num_bridges):
         free = release(_HideOutside(target.model, target.joint.plate), target.joint.visible)
         kernel = self._kernel(fixed(free, {}))
+        discrete = sorted(k for k, site in target.joint.visible.items() if site.is_discrete)
+        if discrete and isinstance(kernel, ChainKernel):
+            raise ModelError(
+                f"Exchange: {type(kernel).__name__} cannot draw fictitious data of {discrete}, "
+                "which are discrete: it moves continuous sites. Use `BlockGibbs`, "
+                '`DiscreteLangevin` or "enumerate".'
+            )
         adjusted = getattr(kernel, "_adjusted", True)
         if isinstance(kernel, ULA | AnnealedLangevin) or not adjusted:
             raise ModelError(
