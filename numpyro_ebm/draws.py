@@ -6,8 +6,8 @@ alone, from splitting it to the last transformation of the noise, does not wait 
 can be done for many steps in one vectorised pass before the loop. On a CPU every split and every
 draw is a loop of its own, and inside of a quick step they are most of its time.
 
-:func:`split_off_draws` finds those operations in the jaxpr of a step. Nothing else changes: each
-step still sees the numbers of its own key.
+:func:`split_off_draws` finds those operations in the jaxpr of a step, and draws what a step asks for
+twice, by the same key, once. Nothing else changes: each step still sees the numbers of its own key.
 """
 
 import math
@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.jaxprs import needed, variables, written_out
+from numpyro_ebm.jaxprs import needed, variables, without_repeats, written_out
 
 __all__ = ["scan_keys", "split_off_draws"]
 
@@ -44,7 +44,7 @@ def split_off_draws(fn, key, *args):
     12
     """
     closed, shape = written_out(fn, key, *args)
-    jaxpr = closed.jaxpr
+    jaxpr = without_repeats(closed.jaxpr)
     of_key, of_rest = {jaxpr.invars[0]}, set(jaxpr.invars[1:])
     early, late, kept = [], [], []
     for eqn in needed(jaxpr):

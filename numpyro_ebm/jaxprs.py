@@ -9,9 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["at_zero", "constants_of", "needed", "variables", "written_out"]
+__all__ = ["at_zero", "constants_of", "needed", "variables", "without_repeats", "written_out"]
 
 JITS = ("jit", "pjit")
 
@@ -98,9 +99,47 @@ def needed(jaxpr):
     return eqns[::-1]
 
 
+def without_repeats(jaxpr):
+    """The same jaxpr, with operations that repeat an earlier one on the same operands left out.
+
+    A compiler merges them as well, but not loops, and a draw of random numbers is one on a CPU.
+    """
+    first, same, eqns = {}, {}, []
+
+    def named(atom):
+        return atom if isinstance(atom, Literal) else same.get(atom, atom)
+
+    for eqn in jaxpr.eqns:
+        eqn = eqn.replace(invars=[named(v) for v in eqn.invars])
+        signature = _signature(eqn)
+        if signature is None:
+            eqns.append(eqn)
+        elif signature in first:
+            same.update(zip(eqn.outvars, first[signature], strict=True))
+        else:
+            first[signature] = eqn.outvars
+            eqns.append(eqn)
+    return jaxpr.replace(eqns=eqns, outvars=[named(v) for v in jaxpr.outvars])
+
+
 def variables(atoms):
     """Those of the atoms that are not literals."""
     return [v for v in atoms if not isinstance(v, Literal)]
+
+
+def _signature(eqn):
+    """What two equal operations have in common; `None` where that cannot be said."""
+    if eqn.effects:
+        return None
+    operands = tuple(
+        (v.aval, np.asarray(v.val).tobytes()) if isinstance(v, Literal) else v for v in eqn.invars
+    )
+    signature = eqn.primitive, operands, tuple(sorted(eqn.params.items()))
+    try:
+        hash(signature)
+    except TypeError:
+        return None
+    return signature
 
 
 def _evaluate_leaves(closed, *leaves):

@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from numpyro_ebm.draws import scan_keys, split_off_draws
-from numpyro_ebm.jaxprs import at_zero, needed, written_out
+from numpyro_ebm.jaxprs import at_zero, needed, without_repeats, written_out
 
 
 def primitives(jaxpr):
@@ -37,6 +37,35 @@ def test_draws_are_split_off_without_a_change():
     assert size == 4 * (3 + 1 + 2)
     late = jax.make_jaxpr(finish)(draw(jax.random.key(0)), x, scale).jaxpr
     assert not any("random" in name or "threefry" in name for name in primitives(late))
+
+
+def test_what_a_step_draws_twice_by_the_same_key_is_drawn_once():
+    def twice(key, x):
+        noise = lambda: jax.random.normal(jax.random.fold_in(key, 3), x.shape)  # noqa: E731
+        other = jax.random.normal(jax.random.fold_in(key, 4), x.shape)
+        return x * noise() + jnp.sin(x) * noise() + other
+
+    x = jnp.array([0.3, -0.7])
+    draw, finish, size = split_off_draws(twice, jax.random.key(0), x)
+    assert size == 4 * (2 + 2)
+    found = jax.jit(lambda key, x: finish(draw(key), x))(jax.random.key(1), x)
+    np.testing.assert_array_equal(found, jax.jit(twice)(jax.random.key(1), x))
+
+
+def test_repeats_are_left_out_and_nothing_else():
+    def repeated(x, y):
+        a, b = jnp.sin(x) * 2.0, jnp.sin(x) * 2.0
+        return a + jnp.sin(y), b, jnp.sin(x) * 3.0, jnp.sin(y) * 2.0
+
+    closed = jax.make_jaxpr(repeated)(1.0, 2.0)
+    once = without_repeats(closed.jaxpr)
+    assert sorted(primitives(closed.jaxpr)) == ["add", "mul", "mul", "mul", "mul", *["sin"] * 5]
+    assert sorted(primitives(once)) == ["add", "mul", "mul", "mul", "sin", "sin"]
+    for args in ((1.0, 2.0), (0.3, -0.4)):
+        np.testing.assert_array_equal(
+            jax.core.eval_jaxpr(once, closed.consts, *args),
+            jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *args),
+        )
 
 
 def test_draws_of_many_steps_at_once_are_those_of_every_step():
