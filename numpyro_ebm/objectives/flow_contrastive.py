@@ -124,9 +124,7 @@ class FlowContrastive(NCE):
         flow = self.read_noise(problem.joint)
         params = {**stop_gradient(params), **own}
         draws = flow.draw(key_draw, own, self.noise_ratio)
-        contrast = self.contrast_at(params, problem, flow, draws, key_data, key_noise)
-        loss = -jnp.mean(self._rows(params, *contrast))
-        if self.likelihood_weight:
-            log_density = flow.log_density(params, problem.unconstrained)
-            loss = loss - self.likelihood_weight * jnp.mean(log_density)
-        return loss
+        log_model, log_flow = self.densities(params, problem, flow, draws, key_data, key_noise)
+        contrast = log_model - log_flow
+        rows = self._rows(params, contrast[0], contrast[1:])
+        return -jnp.mean(rows) - self.likelihood_weight * jnp.mean(log_flow[0])

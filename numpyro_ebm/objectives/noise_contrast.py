@@ -80,14 +80,16 @@ class _NoiseContrast(Objective):
         noise = self.read_noise(problem.joint)
         constants = stop_gradient(params)
         draws = stop_gradient(noise.draw(key_draw, constants, self.noise_ratio))
-        return self.contrast_at(params, problem, noise, draws, key_data, key_noise)
+        log_model, log_noise = self.densities(params, problem, noise, draws, key_data, key_noise)
+        found = log_model - log_noise
+        return found[0], found[1:]
 
-    def contrast_at(self, params, problem, noise, draws, key_data, key_noise):
-        """The same at given draws of the noise."""
+    def densities(self, params, problem, noise, draws, key_data, key_noise):
+        """log p̃ and log q at the data and at draws of the noise, each (1 + noise_ratio, rows)."""
 
         def one(rng_key, point):
             estimate = self.estimate(rng_key, params, problem._replace(unconstrained=point))
-            return estimate.log_density(params, point) - noise.log_density(params, point)
+            return estimate.log_density(params, point), noise.log_density(params, point)
 
         # Data and noise in one evaluation of the model.
         points = {
@@ -95,8 +97,7 @@ class _NoiseContrast(Objective):
             for name, x in problem.unconstrained.items()
         }
         keys = jnp.concatenate([key_data[None], jax.random.split(key_noise, self.noise_ratio)])
-        found = jax.vmap(one)(keys, points)
-        return found[0], found[1:]
+        return jax.vmap(one)(keys, points)
 
 
 class NCE(_NoiseContrast):
