@@ -6,8 +6,9 @@ alone, from splitting it to the last transformation of the noise, does not wait 
 can be done for many steps in one vectorised pass before the loop. On a CPU every split and every
 draw is a loop of its own, and inside of a quick step they are most of its time.
 
-:func:`split_off_draws` finds those operations in the jaxpr of a step, and draws what a step asks for
-twice, by the same key, once. Nothing else changes: each step still sees the numbers of its own key.
+:func:`split_off_draws` finds those operations in the jaxpr of a step, and draws only once what a
+step asks for twice by the same key. Nothing else changes: each step still sees the numbers of its
+own key.
 """
 
 import math

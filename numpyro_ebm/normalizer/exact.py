@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
@@ -53,10 +54,16 @@ def quadrature_nodes(center, scale, num_nodes):
     >>> float(logsumexp(log_weights - 0.5 * x**2))  # ½ log 2π
     0.918938...
     """
+    nodes, log_weights = standard_nodes(num_nodes)
+    return center + scale * nodes, jnp.log(scale) + log_weights
+
+
+def standard_nodes(num_nodes):
+    """The same for center 0 and scale 1, as NumPy arrays."""
     limit = math.asinh(REACH)
-    t = jnp.linspace(-limit, limit, num_nodes)
+    t = np.linspace(-limit, limit, num_nodes)
     step = 2 * limit / (num_nodes - 1)
-    return center + scale * jnp.sinh(t), jnp.log(scale * step) + jnp.log(jnp.cosh(t))
+    return np.sinh(t), np.log(step * np.cosh(t))
 
 
 def grid_nodes(columns, log_weights):
@@ -64,15 +71,15 @@ def grid_nodes(columns, log_weights):
 
     :param list columns: nodes of each coordinate.
     :param list log_weights: their log-weights.
-    :return: nodes, of shape (nodes, coordinates), and log-weights, of shape (nodes,).
+    :return: nodes, of shape (nodes, coordinates), and log-weights, of shape (nodes,); NumPy arrays.
     """
     shape = [len(x) for x in columns]
 
-    def spread(i, x):  # by broadcasting, which costs nothing where looking up indices does
-        x = jnp.asarray(x).reshape([-1 if i == j else 1 for j in range(len(shape))])
-        return jnp.broadcast_to(x, shape).reshape(-1)
+    def spread(i, x):
+        x = np.reshape(x, [-1 if i == j else 1 for j in range(len(shape))])
+        return np.broadcast_to(x, shape).reshape(-1)
 
-    nodes = jnp.stack([spread(i, x) for i, x in enumerate(columns)], -1)
+    nodes = np.stack([spread(i, x) for i, x in enumerate(columns)], -1)
     weights = [spread(i, w) for i, w in enumerate(log_weights)]
     return nodes, sum(weights)
 
@@ -93,7 +100,7 @@ def log_sum_over_rows(log_density, nodes, log_weights, num_rows):
     log_weights = jnp.pad(log_weights, (0, missing), constant_values=-jnp.inf)
     nodes = nodes.reshape(groups, num_rows, coordinates)
     if groups * num_rows <= AT_ONCE:
-        values = jax.vmap(log_density)(nodes)
+        values = log_density(nodes[0]) if groups == 1 else jax.vmap(log_density)(nodes)
     else:  # too many to be kept for the backward pass, which evaluates them again
         batch_size = max(1, AT_ONCE // num_rows)
         values = lax.map(jax.checkpoint(log_density), nodes, batch_size=batch_size)

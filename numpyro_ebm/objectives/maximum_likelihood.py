@@ -18,9 +18,16 @@ from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import ModelError, QuadratureWarning
-from numpyro_ebm.normalizer.exact import REACH, grid_nodes, log_sum_over_rows, quadrature_nodes
+from numpyro_ebm.normalizer.exact import (
+    AT_ONCE,
+    REACH,
+    grid_nodes,
+    log_sum_over_rows,
+    standard_nodes,
+)
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.objectives.discrete import finite_values
+from numpyro_ebm.resize import with_rows
 
 __all__ = ["MaximumLikelihood"]
 
@@ -108,76 +115,73 @@ class MaximumLikelihood(Objective):
 
         Of a real coordinate every ``every``-th node counts, out to ``reach`` standard deviations.
         """
-        flat = stop_gradient(joint.flatten(joint.unconstrain_visible()))
-        columns, log_weights, start = [], [], 0
+        at, log_weights = standard_nodes(self.num_nodes)
+        log_weights = np.where(np.abs(at) <= reach, log_weights, -np.inf) + np.log(every)
+        columns, is_real = [], []
         for name, x in sorted(jax.eval_shape(joint.unconstrain_visible).items()):
-            size = np.size(x) // joint.num_rows
-            for i in range(start, start + size):
-                if joint.visible[name].is_discrete:
-                    values = _values(joint.visible[name])
-                    columns.append(jnp.asarray(values, flat.dtype))
-                    log_weights.append(jnp.zeros(len(values), jnp.result_type(float)))
-                else:
-                    # Of a single row, or equal ones, there is no spread to scale to.
-                    spread = jnp.std(flat[:, i])
-                    spread = jnp.where(spread > 0, spread, 1.0)
-                    center = jnp.mean(flat[:, i])
-                    nodes, weights = quadrature_nodes(center, spread, self.num_nodes)
-                    inside = jnp.abs(nodes - center) <= reach * spread
-                    weights = jnp.where(inside, weights, -jnp.inf)
-                    columns.append(nodes[::every])
-                    log_weights.append(weights[::every] + np.log(every))
-            start += size
-        return grid_nodes(columns, log_weights)
+            site, size = joint.visible[name], np.size(x) // joint.num_rows
+            is_real += [not site.is_discrete] * size
+            if site.is_discrete:
+                values = _values(site)
+                columns += [(values, np.zeros(len(values)))] * size
+            else:
+                columns += [(at[::every], log_weights[::every])] * size
+        nodes, log_weights = grid_nodes(*zip(*columns, strict=True))
+        flat = stop_gradient(joint.flatten(joint.unconstrain_visible()))
+        nodes = jnp.asarray(nodes, flat.dtype)
+        log_weights = jnp.asarray(log_weights, jnp.result_type(float))
+        if any(is_real):
+            spread = jnp.std(flat, 0)
+            # Of a single row, or equal ones, there is no spread to scale to.
+            spread = jnp.where(np.array(is_real) & (spread > 0), spread, 1.0)
+            nodes = jnp.where(np.array(is_real), jnp.mean(flat, 0), 0.0) + spread * nodes
+            log_weights = log_weights + jnp.sum(jnp.log(spread))
+        return nodes, log_weights
 
     def log_normalizer(self, params, problem, every=1, reach=np.inf):
         """log Z(θ) of every row, of shape (rows,), or a scalar if all rows share it."""
-        joint = problem.joint
-        estimate = self.estimate(jax.random.key(0), params, problem)
-        nodes, log_weights = self._nodes(joint, every, reach)
-
-        at_data = stop_gradient(joint.flatten(problem.unconstrained))
+        nodes, log_weights = self._nodes(problem.joint, every, reach)
+        at_data = stop_gradient(problem.joint.flatten(problem.unconstrained))
         low, high = jnp.min(at_data, 0), jnp.max(at_data, 0)
+        if not problem.joint.covariates:  # a plate of as many rows as there are nodes
+            joint = with_rows(problem.joint, min(len(nodes), AT_ONCE))
+            if joint is not None:
+                problem = problem._replace(joint=joint, unconstrained=joint.unconstrain_visible())
+                at_data = jnp.broadcast_to(at_data[:1], (joint.num_rows, at_data.shape[1]))
+        joint, rows = problem.joint, problem.joint.num_rows
+        estimate = self.estimate(jax.random.key(0), params, problem)
         has_real = self._coordinates(joint)[1] > 0
 
         def log_density(params, flat):
             return estimate.log_density(params, joint.unflatten(flat))
 
-        # Far out an energy may overflow. Such a node counts as zero; among the data there is no
-        # excuse for NaN.
-        def has_mass(flat, values):
+        def with_mass(params, flat):
+            # Far out an energy may overflow. Such a node counts as zero; among the data there is
+            # no excuse for NaN. A weight of zero times an infinite derivative is no number: nodes
+            # without mass are moved to the data first.
+            values = log_density(stop_gradient(params), flat)
             among = jnp.all((flat >= low) & (flat <= high), -1)
-            return (values > -jnp.inf) | (jnp.isnan(values) & among)
-
-        def in_one_pass(params, flat):
-            values = log_density(params, flat)
-            return jnp.where(has_mass(flat, values), values, -jnp.inf) if has_real else values
-
-        def in_two_passes(params, flat):
-            # A weight of zero times an infinite derivative is no number: nodes without mass are
-            # moved to the data first.
-            massive = has_mass(flat, log_density(stop_gradient(params), flat))
+            massive = (values > -jnp.inf) | (jnp.isnan(values) & among)
             values = log_density(params, jnp.where(massive[:, None], flat, at_data))
             return jnp.where(massive, values, -jnp.inf)
 
         if not joint.covariates:
-            rows = joint.num_rows
+
+            def log_sum(density, params):
+                return log_sum_over_rows(partial(density, params), nodes, log_weights, rows)
+
             if not has_real:
-                density = partial(in_one_pass, params)
-                return log_sum_over_rows(density, nodes, log_weights, rows)
+                return log_sum(log_density, params)
             own = {name: params[name] for name in joint.parameters}
             other = {name: x for name, x in params.items() if name not in own}
+            fast = lambda own: log_sum(log_density, {**other, **own})  # noqa: E731
+            safe = lambda own: log_sum(with_mass, {**other, **own})  # noqa: E731
+            return _guarded(fast, safe)(own)
 
-            def log_sum(density, own):
-                density = partial(density, {**other, **own})
-                return log_sum_over_rows(density, nodes, log_weights, rows)
-
-            return _guarded(partial(log_sum, in_one_pass), partial(log_sum, in_two_passes))(own)
-
-        density = in_two_passes if has_real else in_one_pass
+        density = with_mass if has_real else log_density
 
         def at_node(node):
-            return density(params, jnp.broadcast_to(node, (joint.num_rows, node.size)))
+            return density(params, jnp.broadcast_to(node, (rows, node.size)))
 
         values = jax.lax.map(jax.checkpoint(at_node), nodes, batch_size=64)
         return logsumexp(values + log_weights[:, None], 0)
@@ -221,16 +225,15 @@ def _values(site):
 
 
 def _guarded(fast, safe):
-    """A function of parameters whose derivative is that of ``safe`` where ``fast`` has none."""
+    """A function of parameters: ``fast``, or ``safe`` where that or its derivative is no number."""
 
     def guarded(params):
         # No rule of its own: that would close over values which a `jit` around it has left behind.
         constants = stop_gradient(params)
-        value, gradient = jax.value_and_grad(fast)(constants)
-        is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient)]
-        gradient = jax.lax.cond(
-            jnp.all(jnp.stack(is_finite)), lambda: gradient, lambda: jax.grad(safe)(constants)
-        )
+        found = jax.value_and_grad(fast)(constants)
+        is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]
+        again = lambda: jax.value_and_grad(safe)(constants)  # noqa: E731
+        value, gradient = jax.lax.cond(jnp.all(jnp.stack(is_finite)), lambda: found, again)
         steps = jax.tree.map(jnp.subtract, params, constants)
         along = jax.tree.map(jnp.vdot, stop_gradient(gradient), steps)
         return stop_gradient(value) + sum(jax.tree.leaves(along))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model read at another number of rows, where that can be shown to be the same model of a row.
+
+Sums over states evaluate the energy at points of their own, as many as there are states, and the
+plate has as many rows as there are data. Models are written for any number of rows, ``len(data)``
+of them: the same model is read again with as many rows as there are states, and the programs of
+both are compared, operation by operation. An energy that counts its rows is found out by that.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.jaxprs import needed
+from numpyro_ebm.joint import read
+
+__all__ = ["with_rows"]
+
+
+def with_rows(joint, num_rows):
+    """The same model of a row, with another number of them.
+
+    Arguments with a row each repeat their first one; only the visible sites read them.
+
+    :param Joint joint: the model, read; its energy reads no covariates.
+    :param int num_rows: how many rows are wanted.
+    :return: a :class:`~numpyro_ebm.joint.Joint`, or ``None``: the number of rows is not that of an
+        argument, or the energy of a row depends on it.
+    """
+    if num_rows == joint.num_rows:
+        return joint
+    if joint.covariates or joint.total_rows != joint.num_rows:
+        return None
+
+    def first_row(x):
+        if not hasattr(x, "shape") or x.shape[:1] != (joint.num_rows,):
+            return x
+        return jnp.broadcast_to(x[:1], (num_rows, *x.shape[1:]))
+
+    args, kwargs = jax.tree.map(first_row, (joint.args, joint.kwargs))
+    try:
+        other = read(joint.model, args, kwargs, joint.parameters)
+    except Exception:  # whatever a model says that was made for these rows alone
+        return None
+    if (other.num_rows, other.total_rows) != (num_rows, num_rows) or other.covariates:
+        return None
+    return other if _is_same_of_a_row(joint, other) else None
+
+
+def _is_same_of_a_row(joint, other):
+    programs = []
+    for one in (joint, other):
+        values = {name: site.value for name, site in one.sites.items()}
+        programs.append(jax.make_jaxpr(one.log_density)(one.parameters, values))
+    return _Comparison(joint.num_rows, other.num_rows).programs(*programs)
+
+
+class _Comparison:
+    """Whether two jaxprs are the same but for their rows, n in one and m in the other."""
+
+    def __init__(self, n, m):
+        self.n, self.m = n, m
+
+    def programs(self, a, b):
+        return _all(_equal, a.consts, b.consts) and self.operations(a.jaxpr, b.jaxpr)
+
+    def operations(self, a, b):
+        twin = dict(zip([*a.constvars, *a.invars], [*b.constvars, *b.invars], strict=True))
+
+        def atom(x, y):
+            if isinstance(x, Literal) or isinstance(y, Literal):
+                both = isinstance(x, Literal) and isinstance(y, Literal)
+                return both and _equal(x.val, y.val)
+            return twin[x] is y
+
+        first, second = needed(a), needed(b)  # the indices of a plate are made and not used
+        if len(first) != len(second):
+            return False
+        for p, q in zip(first, second, strict=True):
+            if p.primitive is not q.primitive or not _all(atom, p.invars, q.invars):
+                return False
+            counts_rows = p.primitive.name == "iota" and self.n in p.params["shape"]
+            if counts_rows or not self.values(p.params, q.params):
+                return False
+            twin.update(zip(p.outvars, q.outvars, strict=True))
+        return _all(atom, a.outvars, b.outvars)
+
+    def values(self, a, b):
+        """Parameters of operations: sizes, jaxprs, and whatever can be compared."""
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(self.values(a[k], b[k]) for k in a)
+        if isinstance(a, tuple | list):
+            return type(a) is type(b) and _all(self.values, a, b)
+        if hasattr(a, "eqns"):
+            return self.operations(a, b)
+        if hasattr(a, "jaxpr") and hasattr(a, "consts"):
+            return self.programs(a, b)
+        if isinstance(a, int) and isinstance(b, int):
+            return a == b or (not isinstance(a, bool) and a * self.m == b * self.n)
+        if hasattr(a, "shape") and hasattr(a, "dtype"):  # a type of arrays
+            return a.dtype == b.dtype and self.values(tuple(a.shape), tuple(b.shape))
+        # Rules of derivatives are made anew with every program, and say nothing it does not.
+        return callable(a) or hasattr(a, "call_wrapped") or a == b
+
+
+def _all(fn, xs, ys):
+    return len(xs) == len(ys) and all(map(fn, xs, ys))
+
+
+def _equal(x, y):
+    if x is y:
+        return True
+    concrete = not_jax_tracer(x) and not_jax_tracer(y)
+    return concrete and np.shape(x) == np.shape(y) and bool(np.all(np.asarray(x) == np.asarray(y)))

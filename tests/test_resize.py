@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model read with another number of rows: the same rows, or none at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax.scipy.special import logsumexp
+
+import numpyro_ebm as ebm
+from numpyro_ebm.joint import read
+from numpyro_ebm.models import grbm
+from numpyro_ebm.resize import with_rows
+
+DATA = jax.random.normal(jax.random.key(0), (4, 2))
+MIXING = jnp.array([[1.0, 0.3, -0.2, 0.1], [0.0, 0.8, 0.4, -0.5]])
+
+
+def declared(energy, data=None):
+    """A model of rows of two numbers with this energy; its data are an argument unless given."""
+
+    def model(rows):
+        rows = rows if data is None else data
+        scale = numpyro.param("scale", jnp.array(1.5), constraint=dist.constraints.positive)
+        with numpyro.plate("data", len(rows)):
+            v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=rows)
+            ebm.energy("E", scale * energy(v))
+
+    return model
+
+
+def network(v):
+    """As many features as there are rows, and a function with a derivative rule of its own."""
+    return jnp.sum(jax.nn.softplus(v @ MIXING), -1) + jnp.sum(v**2, -1)
+
+
+def looped(v):
+    def step(x, _):
+        return jnp.tanh(x @ MIXING[:, :2]) + x, None
+
+    return logsumexp(jax.jit(lambda v: jax.lax.scan(step, v, length=3)[0])(v), -1) ** 2
+
+
+SAME = {
+    "quadratic": lambda v: jnp.sum(v**2, -1),
+    "network": network,
+    "loop": looped,
+    "reshaped": lambda v: jnp.sum((2.0 * v.reshape(-1)).reshape(v.shape) ** 4, -1),
+}
+OTHER = {
+    "counts its rows": lambda v: jnp.sum(v**2, -1) / len(v),
+    "numbers its rows": lambda v: jnp.sum(v**2, -1) * (1 + jnp.arange(len(v))),
+    "has a constant for every row": lambda v: jnp.sum((v - DATA) ** 2, -1),
+    "unrolls its rows": lambda v: jnp.stack([jnp.sum(x**2) for x in v]),
+    "is made for four rows": lambda v: jnp.sum(v**2, -1).reshape(4),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_rows_have_the_density_they_had(name):
+    joint = read(declared(SAME[name]), (DATA,))
+    other = with_rows(joint, 7)
+    assert (other.num_rows, other.total_rows) == (7, 7)
+    rows = jax.random.normal(jax.random.key(1), (7, 2))
+    params = {"scale": jnp.array(0.7)}
+    expected = [joint.log_density(params, {"v": rows[i : i + 4]}) for i in (0, 3)]
+    expected = np.concatenate([expected[0], expected[1][1:]])
+    np.testing.assert_allclose(other.log_density(params, {"v": rows}), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_energies_that_depend_on_the_number_of_rows_keep_theirs(name):
+    assert with_rows(read(declared(OTHER[name]), (DATA,)), 7) is None
+
+
+def test_rows_that_are_no_argument_stay():
+    joint = read(declared(network, data=DATA), (None,))
+    assert with_rows(joint, 7) is None
+    assert with_rows(joint, 4) is joint
+
+
+def test_an_argument_that_is_as_long_as_the_data_is_not_taken_for_rows():
+    def model(rows, weights):
+        with numpyro.plate("data", len(rows)):
+            v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=rows)
+            ebm.energy("E", jnp.sum((v @ weights.T) ** 2, -1))
+
+    weights = jax.random.normal(jax.random.key(2), (4, 2))
+    joint = read(model, (DATA, weights))
+    # It is: an argument with a number for every row may be one that the energy reads row by row.
+    assert joint.covariates and with_rows(joint, 7) is None
+
+
+def test_latent_sites_are_resized_along():
+    other = with_rows(read(grbm, (DATA,)), 9)
+    assert {name: site.value.shape for name, site in other.sites.items()} == {
+        "v": (9, 2),
+        "h": (9, 4),
+    }
+
+
+@pytest.mark.parametrize("data", [None, DATA], ids=["an argument", "closed over"])
+def test_maximum_likelihood_with_and_without(data):
+    """log Z of the Gaussian: 2 · ½ log(π/scale)."""
+    model = declared(SAME["quadratic"], data)
+
+    def loss(scale):
+        objective = ebm.MaximumLikelihood(num_nodes=48)
+        return objective.loss(jax.random.key(0), {"scale": scale}, model, None, DATA)
+
+    for scale in (0.6, 2.0):
+        value, slope = jax.value_and_grad(loss)(jnp.array(scale))
+        square = jnp.mean(jnp.sum(DATA**2, -1))
+        np.testing.assert_allclose(value, np.log(np.pi / scale) + scale * square, rtol=1e-5)
+        np.testing.assert_allclose(slope, square - 1 / scale, rtol=1e-4)
