@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["at_zero", "constants_of", "needed", "variables", "without_repeats", "written_out"]
+__all__ = [
+    "JITS",
+    "applied",
+    "at_zero",
+    "constants_of",
+    "needed",
+    "vanishes",
+    "variables",
+    "without_repeats",
+    "written_out",
+]
 
 JITS = ("jit", "pjit")
 
@@ -89,6 +99,14 @@ def constants_of(fn, *args):
     return found
 
 
+def applied(jaxpr, eqn, operands):
+    """The results of one operation of a jaxpr, on these operands."""
+    pairs = zip(eqn.invars, operands, strict=True)
+    given = {v: x for v, x in pairs if not isinstance(v, Literal)}
+    one = jaxpr.replace(eqns=[eqn], constvars=(), invars=list(given), outvars=eqn.outvars)
+    return jax.core.eval_jaxpr(one, (), *given.values())
+
+
 def needed(jaxpr):
     """The operations of a jaxpr that its results depend on."""
     wanted, eqns = set(variables(jaxpr.outvars)), []
@@ -159,21 +177,20 @@ def _evaluate(jaxpr, consts, args):
         if eqn.primitive.name in JITS:
             inner = eqn.params["jaxpr"]
             results = _evaluate(inner.jaxpr, inner.consts, operands)
-        elif any(vanished) and _vanishes(eqn, vanished):
+        elif any(vanished) and vanishes(eqn, vanished):
             results = [None]
         elif any(vanished) and eqn.primitive.name in ("add", "sub"):
             other = operands[0] if vanished[1] else operands[1]
             results = [-other if vanished[0] and eqn.primitive.name == "sub" else other]
         else:
-            invars = list(dict.fromkeys(variables(eqn.invars)))
-            one = jaxpr.replace(eqns=[eqn], constvars=(), invars=invars, outvars=eqn.outvars)
-            inputs = [_zeros(v) if read(v) is None else read(v) for v in invars]
-            results = jax.core.eval_jaxpr(one, (), *inputs)
+            filled = [_zeros(v) if x is None else x for v, x in zip(eqn.invars, operands)]  # noqa: B905
+            results = applied(jaxpr, eqn, filled)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _vanishes(eqn, vanished):
+def vanishes(eqn, vanished):
+    """Whether the result of an operation is zero, given which of its operands are."""
     name = eqn.primitive.name
     if name in ("mul", "dot_general"):
         return True

@@ -18,7 +18,6 @@ from oracles import jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives import discrete
 from numpyro_ebm.objectives.discrete import PseudoLikelihood, RatioMatching
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 
@@ -342,54 +341,61 @@ def test_learns_an_ising_model():
 
 
 ROW_FIELDS = np.linspace(-1.0, 1.0, 12)
+WAYS = {  # how the energy is written, the rows, and what that lets the objective do
+    "a matrix": ("matrix", 12, ["_by_products"]),
+    "a matrix, few rows": ("matrix", 3, ["_by_products"]),
+    "pairs": ("pairs", 12, ["_by_products", "_by_gradient"]),
+    "pairs, few rows": ("pairs", 3, ["_by_products"]),
+    "rows that differ by a constant": ("closed over", 12, []),
+    "rows that differ by their number": ("counted", 12, []),
+}
 
 
-@pytest.mark.parametrize("rows_differ", ["no", "closed over", "counted", "few rows"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("objective", [ebm.PseudoLikelihood(), ebm.RatioMatching()])
-def test_quadratic_energies_take_one_gradient_and_no_less(x64, monkeypatch, objective, rows_differ):
+def test_quadratic_energies_take_less_than_all_neighbours(x64, monkeypatch, objective, way):
     """Against all neighbours one by one, curvature of single coordinates included."""
+    form, num_rows, expected_ways = WAYS[way]
     num_values = 2 if isinstance(objective, ebm.RatioMatching) else 3
     rng = np.random.default_rng(0)
-    num_rows = 3 if rows_differ == "few rows" else 12
     data = rng.integers(0, num_values, (num_rows, 4))
     params = {"J": rng.normal(size=(4, 4)), "field": rng.normal(size=4)}  # J has a diagonal
 
-    def log_density(J, field, v, rows):
-        if rows_differ == "closed over":
-            scale = ROW_FIELDS[rows]
+    def log_density(J, field, v, scale):
+        if form == "pairs":
+            pairs = jnp.sum(J * v[:, :, None] * v[:, None, :], (1, 2))
         else:
-            scale = rows / 5.0 if rows_differ == "counted" else 1.0 + 0 * rows
-        return scale * ((v @ J) * v).sum(-1) + v @ field
+            pairs = jnp.sum((v @ J) * v, -1)
+        return scale * pairs + v @ field
 
     def model(data):
         J, field = (numpyro.param(k, jnp.zeros_like(params[k])) for k in ("J", "field"))
         with numpyro.plate("data", len(data)):
             v = numpyro.sample("v", ebm.Counting(num_values, event_shape=(4,)), obs=data)
-            if rows_differ == "closed over":
-                scale = jnp.asarray(ROW_FIELDS)
-            else:
-                scale = jnp.arange(len(data)) / 5.0 if rows_differ == "counted" else 1.0
-            ebm.energy("E", -scale * jnp.sum((v @ J) * v, -1) - v @ field)
+            scale = {"closed over": jnp.asarray(ROW_FIELDS), "counted": jnp.arange(len(data)) / 5}
+            ebm.energy("E", -log_density(J, field, v, scale.get(form, 1.0)))
 
-    rows, expected = np.arange(num_rows), 0.0
-    here = log_density(params["J"], params["field"], data, rows)
+    scale = {"closed over": ROW_FIELDS, "counted": np.arange(num_rows) / 5}.get(form, 1.0)
+    here, expected = log_density(params["J"], params["field"], data, scale), 0.0
     for d in range(4):
         ratios = []
         for shift in range(1, num_values):
             moved = data.copy()
             moved[:, d] = (moved[:, d] + shift) % num_values
-            ratios.append(log_density(params["J"], params["field"], moved, rows) - here)
+            ratios.append(log_density(params["J"], params["field"], moved, scale) - here)
         if num_values == 2:
             expected += np.mean((1 / (1 + np.exp(-ratios[0]))) ** 2)
         else:
-            expected += np.mean(np.log(1 + np.sum(np.exp(ratios), 0)))
-    taken, is_quadratic = [], discrete._is_quadratic
+            expected += np.mean(np.log(1 + np.sum(np.exp(np.array(ratios)), 0)))
+    tried = []
+    for name in ("_by_products", "_by_gradient"):
+        method = getattr(type(objective), name)
 
-    def spy(*args):
-        taken.append(is_quadratic(*args))
-        return taken[-1]
+        def spy(*args, name=name, method=method):
+            tried.append(name)
+            return method(*args)
 
-    monkeypatch.setattr(discrete, "_is_quadratic", spy)
+        monkeypatch.setattr(type(objective), name, spy)
     loss = jax.jit(lambda p: objective.loss(jax.random.key(0), p, model, None, data))
     np.testing.assert_allclose(loss(params), expected, rtol=1e-9)
-    assert taken == [rows_differ == "no"]
+    assert tried == expected_ways

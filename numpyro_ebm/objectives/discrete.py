@@ -25,11 +25,16 @@ from numpyro_ebm.joint import lowest_value
 from numpyro_ebm.marginal.enumerated import num_values_of
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.polynomial import structure
+from numpyro_ebm.quadratic import quadratic_form
+from numpyro_ebm.resize import with_rows
 
 __all__ = ["PseudoLikelihood", "RatioMatching", "finite_values"]
 
 NEIGHBOURS_AT_ONCE = 64
 """About how many neighbours of every row are evaluated together, which bounds the memory."""
+
+MOST_COORDINATES = 2_048
+"""Of a row, for a Hessian of log p̃ to be written down."""
 
 
 class _SingleCoordinate(Objective):
@@ -64,7 +69,11 @@ class _SingleCoordinate(Objective):
     def energy_loss(self, rng_key, params, problem):
         estimate = self.estimate(rng_key, params, problem)
         if _is_quadratic(estimate, problem):
-            return jnp.mean(self._quadratic_loss(params, estimate, problem))
+            log_ratios = self._by_products(params, problem)
+            if log_ratios is None and _has_a_row_for_each_axis(problem):
+                log_ratios = self._by_gradient(params, estimate, problem)
+            if log_ratios is not None:
+                return jnp.mean(self._quadratic_loss(log_ratios, problem))
         here = estimate.log_density(params, problem.unconstrained)
 
         def log_ratio(changed):
@@ -74,18 +83,56 @@ class _SingleCoordinate(Objective):
         sites = problem.joint.visible.values()
         return jnp.mean(sum(self._site_loss(site, problem, log_ratio) for site in sites))
 
-    def _quadratic_loss(self, params, estimate, problem):
-        r"""The same, of shape (rows,), where log p̃ is quadratic in the values of a row.
+    def _by_products(self, params, problem):
+        r"""log p̃ after a step δ along a coordinate minus before, where log p̃ is quadratic.
+
+        .. math:: δ\, \big[ b + (x - m) (H - \operatorname{diag} H)
+            + (x - m + \tfrac12 δ) \operatorname{diag} H \big]
+
+        with b the gradient at the middle m of the values. For binary coordinates the last term is
+        zero. ``None`` where H has no simple form.
+        """
+        sizes = _sizes(problem.joint, _as_floats(problem))
+        total = sum(sizes.values())
+        joint = with_rows(problem.joint, total) if total <= MOST_COORDINATES else None
+        if joint is None:
+            return None
+        own = problem._replace(joint=joint, unconstrained=joint.unconstrain_visible())
+        estimate, like = self.estimate(jax.random.key(0), params, own), _as_floats(own)
+
+        def log_density(flat):
+            return jnp.sum(estimate.log_density(params, _from_flat(joint, flat, like)))
+
+        center, num_values = [], []
+        for site, size in sizes.items():
+            lowest, num = finite_values(joint.visible[site], type(self).__name__)
+            center += [lowest + 0.5 * (num - 1)] * size
+            num_values += [num] * size
+        center, num_values = np.array(center, jnp.result_type(float)), np.array(num_values)
+        form = quadratic_form(jax.grad(log_density), center)
+        if form is None:
+            return None
+        b, H = form
+        away = problem.joint.flatten(_as_floats(problem)) - center
+        slope = away @ (H * (1 - np.eye(len(center), dtype=center.dtype)))
+        slope = slope if b is None else b + slope
+
+        def log_ratios(step, part):
+            if np.all(num_values[part] == 2):
+                return step * slope[:, part]
+            own = (away[:, part] + 0.5 * step) * jnp.diagonal(H)[part]
+            return step * (slope[:, part] + own)
+
+        return log_ratios
+
+    def _by_gradient(self, params, estimate, problem):
+        r"""The same, by one gradient and the constant diagonal of one Hessian.
 
         .. math:: \log\tilde p(x + δ e_d) - \log\tilde p(x) = δ\, ∂_d \log\tilde p(x)
             + \tfrac12 δ^2\, ∂_d^2 \log\tilde p
-
-        exactly: one gradient, and the constant diagonal of one Hessian, for all neighbours.
         """
-        joint, name = problem.joint, type(self).__name__
-        point = _as_floats(problem)
-        sizes = {k: np.size(x) // joint.num_rows for k, x in joint.to_rows(point).items()}
-        total = sum(sizes.values())
+        joint, point = problem.joint, _as_floats(problem)
+        total = sum(_sizes(joint, point).values())
 
         def log_density(u):
             return estimate.log_density(params, u)
@@ -96,17 +143,21 @@ class _SingleCoordinate(Objective):
         axes = _from_flat(joint, axes, point)
         slope = lambda u: jax.jvp(log_density, (u,), (axes,))[1]  # noqa: E731
         curvature = jax.jvp(slope, (point,), (axes,))[1][:total]
+        return lambda step, part: step * gradient[:, part] + 0.5 * step**2 * curvature[part]
+
+    def _quadratic_loss(self, log_ratios, problem):
+        """The loss from log-ratios as a function of steps and coordinates, of shape (rows,)."""
+        joint, name = problem.joint, type(self).__name__
+        point = _as_floats(problem)
         flat, losses, start = joint.flatten(point), [], 0
-        for site in sorted(sizes):
-            part = slice(start, start + sizes[site])
+        for site, size in _sizes(joint, point).items():
+            part = slice(start, start + size)
             lowest, num_values = finite_values(joint.visible[site], name)
             here = flat[:, part]
             step = [shifted(here, k, lowest, num_values) - here for k in range(1, num_values)]
             if step:
-                step = jnp.stack(step)
-                ratios = step * gradient[:, part] + 0.5 * step**2 * curvature[part]
-                losses.append(jnp.sum(self.coordinate_loss(ratios), -1))
-            start += sizes[site]
+                losses.append(jnp.sum(self.coordinate_loss(log_ratios(jnp.stack(step), part)), -1))
+            start += size
         return sum(losses, jnp.zeros(joint.num_rows))
 
     def _site_loss(self, site, problem, log_ratio):
@@ -223,11 +274,20 @@ def _as_floats(problem):
     return {k: jnp.asarray(x, float_type) for k, x in problem.unconstrained.items()}
 
 
+def _sizes(joint, point):
+    """Coordinates of a row by site, in the order of `Joint.flatten`."""
+    rows = joint.to_rows(point)
+    return {name: np.size(rows[name]) // joint.num_rows for name in sorted(rows)}
+
+
+def _has_a_row_for_each_axis(problem):
+    return sum(np.size(x) for x in problem.unconstrained.values()) <= problem.joint.num_rows**2
+
+
 def _from_flat(joint, flat, like):
     """Vectors of rows, (rows, coordinates), as a dict like ``like``."""
     rows, parts, start = joint.to_rows(like), {}, 0
-    for name in sorted(rows):
-        size = np.size(rows[name]) // joint.num_rows
+    for name, size in _sizes(joint, like).items():
         parts[name] = jnp.reshape(flat[:, start : start + size], rows[name].shape)
         start += size
     return joint.from_rows(parts)
@@ -239,8 +299,6 @@ def _is_quadratic(estimate, problem):
     if joint.latent or joint.covariates:
         return False
     point = _as_floats(problem)
-    if sum(np.size(x) for x in point.values()) > joint.num_rows**2:
-        return False  # too few rows for one of the axes each
 
     def log_density(u):
         return estimate.log_density(joint.parameters, u)
@@ -288,6 +346,8 @@ def finite_values(site, owner):
 
 
 def shifted(values, shift, lowest, num_values):
-    """Move the values lowest, …, lowest + K - 1 on by ``shift`` places, round and round."""
-    index = jnp.asarray(values, jnp.result_type(int)) - lowest
-    return ((index + shift) % num_values + lowest).astype(jnp.result_type(values))
+    """Move the values lowest, …, lowest + K - 1 on by ``shift`` < K places, round and round."""
+    dtype = jnp.result_type(values)
+    wide = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(int)  # no overflow
+    moved = jnp.asarray(values, wide) + jnp.asarray(shift, wide)
+    return jnp.where(moved >= lowest + num_values, moved - num_values, moved).astype(dtype)

@@ -164,7 +164,7 @@ class EnergyDiscrepancy(Objective):
             shift = jax.random.randint(key_where, x.shape, 1, num_values)
             return jnp.where(moves, shifted(x, shift, lowest, num_values), x)
         up = jax.random.bernoulli(key_where, 0.5, x.shape)
-        other = shifted(x, jnp.where(up, 1, -1), lowest, num_values)
+        other = shifted(x, jnp.where(up, 1, num_values - 1), lowest, num_values)
         if self.perturbation == "ordinal":  # staying at the ends keeps the kernel symmetric
             end = jnp.where(up, lowest + num_values - 1, lowest)
             moves = moves & (x != end)
