@@ -15,11 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, sigmoid, softplus
 from jax.scipy.special import logsumexp
+from numpyro.distributions import biject_to
 
 EPSILON = 1e-8
 NUM_HIDDEN, GUIDE_STEPS, PARTICLES, UNROLLED, BOUND_PARTICLES = 4, 5, 2, 5, 5
@@ -448,21 +450,17 @@ def conditional_nce(free, noise_scale=0.3):
 
 
 def flow_contrastive(free, likelihood_weight=0.1):
-    def cholesky(f):
-        low, first, second = f["flow_scale"][0], *jnp.exp(f["flow_scale"][1:])
-        return low, first, second
+    """The flow is NumPyro's distribution, as in the library's program: it is not the loop's."""
+
+    def flow(f):
+        scale_tril = biject_to(dist.constraints.lower_cholesky)(f["flow_scale"])
+        return dist.MultivariateNormal(f["flow_loc"], scale_tril=scale_tril)
 
     def flow_draw(f, noise):
-        low, first, second = cholesky(f)
-        moved = jnp.stack([first * noise[:, 0], low * noise[:, 0] + second * noise[:, 1]], -1)
-        return f["flow_loc"] + moved
+        return f["flow_loc"] + noise @ flow(f).scale_tril.T
 
     def flow_log_density(f, v):
-        low, first, second = cholesky(f)
-        away = v - f["flow_loc"]
-        x = away[:, 0] / first
-        y = (away[:, 1] - low * x) / second
-        return -0.5 * (x**2 + y**2) - jnp.log(first * second) - math.log(2 * math.pi)
+        return flow(f).log_prob(v)
 
     def both(p, f, at, noise):
         def contrast(v):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.jaxprs import needed, variables, without_repeats, written_out
 
-__all__ = ["scan_keys", "split_off_draws"]
+__all__ = ["at", "scan_keys", "split_off_draws"]
 
 
 def split_off_draws(fn, key, *args):
@@ -89,6 +89,11 @@ def scan_keys(step, carry, keys):
     draw, finish, _ = split_off_draws(step, keys[0], carry)
     draws = jax.vmap(draw)(keys)
     return jax.lax.scan(lambda x, d: (finish(d, x), None), carry, draws, length=len(keys))[0]
+
+
+def at(x, i):
+    """``x[i]`` for an index that is known not to be negative, which is asked at every step else."""
+    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
 
 
 def _num_bytes(aval):

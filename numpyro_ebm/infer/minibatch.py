@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_ebm.draws import at
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.shuffle import shuffled
 
@@ -111,7 +112,8 @@ class Minibatches(NamedTuple):
                 leaves.append(next(static))
             elif kind == "rows":
                 # In bounds by construction; a check would cost a pass over the batch.
-                leaves.append(next(arrays).at[indices[i]].get(mode="promise_in_bounds"))
+                rows = next(arrays).at[at(indices, i)]
+                leaves.append(rows.get(mode="promise_in_bounds", wrap_negative_indices=False))
             else:
                 leaves.append(next(arrays))
         return jax.tree.unflatten(self.tree, leaves)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.draws import split_off_draws
+from numpyro_ebm.draws import at, split_off_draws
 
 __all__ = ["CHUNK", "compiled", "compiler_options", "next_length", "select", "take_rounds"]
 
@@ -48,7 +48,7 @@ def take_rounds(one_round, is_finite, state, length, *, watched, stable):
     def looked_at(step_key, state, i):
         new_state, loss = one_round(step_key, state, i)
         if not watched:
-            return new_state, loss, jnp.array(True)
+            return new_state, loss, None
         ok = is_finite(new_state, loss)
         new_state = select(ok, new_state, state)
         if stable:
@@ -58,8 +58,12 @@ def take_rounds(one_round, is_finite, state, length, *, watched, stable):
     draw, finish, size = split_off_draws(looked_at, state.rng_key, state, jnp.array(0))
     ahead = max(1, min(CHUNK, DRAWN_AHEAD // max(size, 1)))
 
+    def goes_on(carry, end):
+        i, ok, *_ = carry
+        return i < end if ok is None else ok & (i < end)
+
     def rounds(carry):
-        start, _, state, _ = carry
+        start, ok, state, losses = carry
         # A state that stays keeps its step and so its key: the step counts, not the round.
         step = state.optim_state[0]
         keys = jax.vmap(partial(jax.random.fold_in, state.rng_key))(step + jnp.arange(ahead))
@@ -67,18 +71,18 @@ def take_rounds(one_round, is_finite, state, length, *, watched, stable):
 
         def one(carry):
             i, _, state, losses = carry
-            mine = [x[state.optim_state[0] - step] for x in draws]
+            mine = [at(x, state.optim_state[0] - step) for x in draws]
             state, loss, ok = finish(mine, state, i)
-            return i + ok, ok, state, losses.at[i].set(loss)
+            losses = losses.at[i].set(loss, mode="promise_in_bounds", wrap_negative_indices=False)
+            return i + (1 if ok is None else ok), ok, state, losses
 
         end = jnp.minimum(start + ahead, length)
-        return lax.while_loop(lambda carry: carry[1] & (carry[0] < end), one, carry)
+        return lax.while_loop(partial(goes_on, end=end), one, carry)
 
     losses = jnp.zeros(CHUNK, jnp.result_type(float))
+    ok = jnp.array(True) if watched else None
     taken, ok, state, losses = lax.while_loop(
-        lambda carry: carry[1] & (carry[0] < length),
-        rounds,
-        (jnp.array(0), jnp.array(True), state, losses),
+        partial(goes_on, end=length), rounds, (jnp.array(0), ok, state, losses)
     )
     if not watched:
         ok = is_finite(state, losses)

@@ -42,7 +42,7 @@ from numpyro_ebm.errors import FarNoiseWarning, ModelError
 from numpyro_ebm.joint import read
 from numpyro_ebm.noise import Noise
 from numpyro_ebm.normalizer.result import LogNormalizer
-from numpyro_ebm.objectives.base import Objective, Player
+from numpyro_ebm.objectives.base import Objective, Player, each
 
 __all__ = ["NCE", "ConditionalNCE", "RankingNCE"]
 
@@ -435,7 +435,7 @@ class ConditionalNCE(Objective):
             }
             return estimate.log_density(params, moved)
 
-        moved = jax.vmap(there)(jax.random.split(key_noise, self.noise_ratio))
+        moved = each(there, jax.random.split(key_noise, self.noise_ratio))
         return jnp.mean(softplus(moved - here))
 
 

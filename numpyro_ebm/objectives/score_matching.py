@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives.base import Objective, half_square
+from numpyro_ebm.objectives.base import Objective, each, half_square
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
 
@@ -89,11 +89,11 @@ class SlicedScoreMatching(Objective):
         key_slices, key_marginal = jax.random.split(rng_key)
         estimate = self.estimate(key_marginal, params, problem)
         slices = _rademacher(key_slices, self.num_slices, problem.unconstrained)
-        curvature = jax.vmap(lambda e: second_derivative(params, estimate, problem, e))(slices)
+        curvature = each(lambda e: second_derivative(params, estimate, problem, e), slices)
         if self.variance_reduction:
             square = half_square(params, estimate, problem)
         else:
-            square = jax.vmap(lambda e: _sliced_half_square(params, estimate, problem, e))(slices)
+            square = each(lambda e: _sliced_half_square(params, estimate, problem, e), slices)
             square = jnp.mean(square, 0)
         return jnp.mean(square + jnp.mean(curvature, 0))
 
