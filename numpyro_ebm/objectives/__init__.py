@@ -2,6 +2,7 @@
 """Objectives: losses over rows that learn the parameters of an energy."""
 
 from numpyro_ebm.objectives.base import Objective, Player, Problem
+from numpyro_ebm.objectives.conditional_nce import ConditionalNCE
 from numpyro_ebm.objectives.contrastive_divergence import ContrastiveDivergence
 from numpyro_ebm.objectives.denoising import (
     DenoisingScoreMatching,
@@ -12,7 +13,8 @@ from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 from numpyro_ebm.objectives.fisher import FisherDivergence, mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
-from numpyro_ebm.objectives.noise_contrast import NCE, ConditionalNCE, RankingNCE
+from numpyro_ebm.objectives.nce import NCE
+from numpyro_ebm.objectives.ranking_nce import RankingNCE
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
 

@@ -21,14 +21,13 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.jaxprs import constants_of
-from numpyro_ebm.joint import lowest_value
-from numpyro_ebm.marginal.enumerated import num_values_of
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.finite import finite_values, shifted
 from numpyro_ebm.polynomial import structure
 from numpyro_ebm.quadratic import quadratic_form
 from numpyro_ebm.resize import with_rows
 
-__all__ = ["PseudoLikelihood", "RatioMatching", "finite_values"]
+__all__ = ["PseudoLikelihood", "RatioMatching"]
 
 NEIGHBOURS_AT_ONCE = 64
 """About how many neighbours of every row are evaluated together, which bounds the memory."""
@@ -321,33 +320,3 @@ def _may_differ(x, rows):
         return bool(axes)
     x = np.asarray(x)
     return any(np.any(x != np.take(x, [0], axis)) for axis in axes)
-
-
-def finite_values(site, owner):
-    """Values of one coordinate of a discrete site: lowest, lowest + 1, …, lowest + K - 1.
-
-    :param RowSite site: the site.
-    :param str owner: who asks, for the error.
-    :return: the lowest value and K.
-    :raises ModelError: if there are infinitely many values, or not the same in all elements.
-    """
-    if not site.fn.has_enumerate_support:
-        raise ModelError(
-            f"{owner}: the visible site '{site.name}' has infinitely many values, or none that "
-            "NumPyro can enumerate. Use NCE, or a finite base measure such as `Counting(K)`."
-        )
-    try:
-        return lowest_value(site.fn.support), num_values_of(site.fn)
-    except (NotImplementedError, TypeError):
-        raise ModelError(
-            f"{owner}: the values of the visible site '{site.name}' must be the same for all its "
-            "elements, and known before the model runs."
-        ) from None
-
-
-def shifted(values, shift, lowest, num_values):
-    """Move the values lowest, …, lowest + K - 1 on by ``shift`` < K places, round and round."""
-    dtype = jnp.result_type(values)
-    wide = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(int)  # no overflow
-    moved = jnp.asarray(values, wide) + jnp.asarray(shift, wide)
-    return jnp.where(moved >= lowest + num_values, moved - num_values, moved).astype(dtype)

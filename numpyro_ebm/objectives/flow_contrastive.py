@@ -20,7 +20,7 @@ from jax.lax import stop_gradient
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.noise import Noise
 from numpyro_ebm.objectives.base import Player
-from numpyro_ebm.objectives.noise_contrast import NCE
+from numpyro_ebm.objectives.nce import NCE
 
 __all__ = ["FlowContrastive"]
 

@@ -26,7 +26,7 @@ from numpyro_ebm.normalizer.exact import (
     standard_nodes,
 )
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.objectives.discrete import finite_values
+from numpyro_ebm.objectives.finite import finite_values
 from numpyro_ebm.resize import with_rows
 
 __all__ = ["MaximumLikelihood"]

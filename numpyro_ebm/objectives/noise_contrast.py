@@ -10,13 +10,13 @@ is the loss of a classifier whose optimum is the data's density, normalised: log
 like any other. Nothing is sampled from the model and no derivative in v is taken, so that v may be
 of any kind. Three members of the family:
 
-- :class:`NCE`: the loss above; with ``ImportanceBound`` it is variational NCE.
-- :class:`RankingNCE`: which of ν + 1 points is the row? It needs no log Z, and so stays right where
+- ``NCE``: the loss above; with ``ImportanceBound`` it is variational NCE.
+- ``RankingNCE``: which of ν + 1 points is the row? It needs no log Z, and so stays right where
   covariates give every row a normalizer of its own.
-- :class:`ConditionalNCE`: the noise is the row itself, moved; no noise to choose, no log Z.
+- ``ConditionalNCE``: the noise is the row itself, moved; no noise to choose, no log Z.
 
 The known failure: where the noise is far from the data every point is told apart without effort,
-and the loss is flat. :class:`NCE` warns when a run ends so.
+and the loss is flat. ``NCE`` warns when a run ends so.
 
 Reference: Gutmann, Hyvärinen, *Noise-contrastive estimation of unnormalized statistical models*,
 JMLR 2012; Rhodes, Gutmann, *Variational noise-contrastive estimation*, AISTATS 2019; Ma, Collins,
@@ -24,45 +24,24 @@ JMLR 2012; Rhodes, Gutmann, *Variational noise-contrastive estimation*, AISTATS 
 Ceylan, Gutmann, *Conditional noise-contrastive estimation*, ICML 2018.
 """
 
-import math
-import warnings
-
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
-from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
-from jax.nn import sigmoid, softplus
-from jax.scipy.special import logsumexp
-from numpyro.distributions import constraints
-from numpyro.ops.provenance import eval_provenance
-from numpyro.util import find_stack_level, not_jax_tracer
 
-from numpyro_ebm.errors import FarNoiseWarning, ModelError
-from numpyro_ebm.joint import read
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.noise import Noise
-from numpyro_ebm.normalizer.result import LogNormalizer
-from numpyro_ebm.objectives.base import Objective, Player, each
+from numpyro_ebm.objectives.base import Objective
 
-__all__ = ["NCE", "ConditionalNCE", "RankingNCE"]
-
-LOG_NORMALIZER = "log_normalizer"
-"""Name of the parameter log Z of :class:`NCE`."""
-
-LOW_OVERLAP = 0.02
-"""Overlap of noise and data, 1 at best, under which :class:`NCE` warns."""
-
-MOST_PARAMETERS = 2_000
-"""The most parameters whose joint covariance is inverted for a standard error."""
+__all__ = ["NoiseContrast", "check_ratio"]
 
 
-class _NoiseContrast(Objective):
+class NoiseContrast(Objective):
     """What objectives with a noise distribution share."""
 
     order = 1
 
     def __init__(self, noise, noise_ratio, marginal):
-        _check_ratio(self, noise_ratio)
+        check_ratio(self, noise_ratio)
         self.noise = noise
         self.noise_ratio = noise_ratio
         super().__init__(marginal)
@@ -100,367 +79,8 @@ class _NoiseContrast(Objective):
         return jax.vmap(one)(keys, points)
 
 
-class NCE(_NoiseContrast):
-    r"""Noise-contrastive estimation (NCE), and with ``ImportanceBound`` variational NCE (VNCE).
-
-    .. math:: \mathcal L(θ, \log Z) = E_{\text{data}}\, \mathrm{softplus}(-G(v)) +
-        ν\,E_q\, \mathrm{softplus}(G(v)), \qquad
-        G(v) = \log\tilde p(v; θ) - \log Z - \log ν - \log q(v)
-
-    The objective's own parameter ``log_normalizer``, among the results of
-    :class:`~numpyro_ebm.EnergySVI`, is an estimate of log Z(θ); :meth:`log_normalizer` adds its
-    standard error.
-
-    With ``ImportanceBound`` the data term is an upper bound of the loss's (a lower bound on log p̃
-    enters a decreasing function), and the noise term the importance-sampled one of VNCE, consistent
-    as the number of particles grows.
-
-    :param noise: q, a NumPyro distribution over one row of the visible site, a dict of them by site
-        name, or a NumPyro function which returns one or samples the visible sites. Parameters of a
-        function are fitted to the data by maximum likelihood beside the energy.
-    :param int noise_ratio: ν, noise draws for each row.
-    :param marginal: how latent sites are integrated out: ``Exact``, ``Enumerated`` or
-        ``ImportanceBound``.
-    :param float init_log_normalizer: where log Z starts; the importance-sampling estimate by the
-        noise if ``None``. The checkerboard of the VaGES paper starts at 0, far above the noise, and
-        leaves the first plateau sooner for it.
-    :param noise_optim: optimiser of a noise with parameters; a copy of the energy's if ``None``.
-    :param int num_noise_steps: its steps in each round.
-    :raises ModelError: if ``noise_ratio`` is not a positive integer; when used, if the noise does
-        not fit the visible sites, the marginal has no values, or the energy reads covariates: each
-        row then has a log Z of its own, and :class:`RankingNCE` or a score-based objective is
-        right.
-
-    Warns :class:`~numpyro_ebm.errors.FarNoiseWarning` at the end of a run if the noise is so far
-    from the data that the loss is flat.
-
-    Reference: Gutmann, Hyvärinen, JMLR 2012; Rhodes, Gutmann, AISTATS 2019.
-
-    **Example**
-
-    >>> import jax, numpyro, optax
-    >>> import numpyro.distributions as dist
-    >>> import numpyro_ebm as ebm
-    >>> def gaussian(data):
-    ...     precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
-    ...     with numpyro.plate("data", len(data)):
-    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-    ...         ebm.energy("E", 0.5 * precision * v**2)
-    >>> data = 0.5 * jax.random.normal(jax.random.key(0), (5_000,))
-    >>> objective = ebm.NCE(dist.Normal(0, 1))
-    >>> svi = ebm.EnergySVI(gaussian, None, optax.adam(0.03), objective)
-    >>> fit = svi.run(jax.random.key(1), 500, data, progress_bar=False)
-    >>> log_z = objective.log_normalizer(jax.random.key(2), fit.params, gaussian, None, data)
-    >>> exact = 0.5 * jax.numpy.log(2 * jax.numpy.pi / fit.params["precision"])
-    >>> bool(abs(log_z.value - exact) < 4 * log_z.mcse)
-    True
-    """
-
-    needs = "bound"
-
-    def __init__(
-        self,
-        noise,
-        noise_ratio=1,
-        marginal=None,
-        *,
-        noise_optim=None,
-        num_noise_steps=1,
-        init_log_normalizer=None,
-    ):
-        super().__init__(noise, noise_ratio, marginal)
-        self.init_log_normalizer = init_log_normalizer
-        if not isinstance(num_noise_steps, int) or num_noise_steps < 1:
-            raise ModelError(
-                f"{type(self).__name__}: `num_noise_steps` must be a positive integer, got "
-                f"{num_noise_steps!r}."
-            )
-        if noise_optim is not None and (
-            isinstance(noise, dist.Distribution) or not callable(noise)
-        ):
-            raise ModelError(
-                f"{type(self).__name__}: `noise_optim` is given, and this noise has no parameters "
-                "to train. Declare them with `numpyro.param` in a function that returns the noise."
-            )
-        # A NumPyro distribution is callable as well.
-        if callable(noise) and not isinstance(noise, dist.Distribution):
-            self.players = (
-                Player(
-                    "noise", self._noise_parameters, _fit_noise(self), noise_optim, num_noise_steps
-                ),
-            )
-
-    def check_sites(self, joint):
-        super().check_sites(joint)
-        if joint.covariates:
-            raise ModelError(
-                f"{type(self).__name__} learns one log Z, and the energy reads an argument besides "
-                "the visible values which differs from row to row, so that every row has a log Z "
-                "of its own. Use RankingNCE, ConditionalNCE, or a score-based objective such as "
-                "DenoisingScoreMatching."
-            )
-
-        if LOG_NORMALIZER in joint.parameters and _reads(joint, LOG_NORMALIZER):
-            raise ModelError(
-                f"The model's parameter '{LOG_NORMALIZER}' is part of its energy, and "
-                f"{type(self).__name__} calls its own log Z so; rename the model's."
-            )
-
-    def _noise_parameters(self, rng_key, problem):
-        return self.read_noise(problem.joint).parameters(rng_key)
-
-    def noise_distribution(self, params, model, *args, **kwargs):
-        """The noise as it is at given parameters, to draw from and to evaluate.
-
-        :param dict params: learned parameters, as a run of :class:`~numpyro_ebm.EnergySVI` returns
-            them.
-        :param model: the model.
-        :param args: arguments of the model.
-        :param kwargs: keyword arguments of the model.
-        :return: what the noise was written as, with its trained parameters: a distribution, a dict
-            of distributions by site name, or a flow; ``None`` for a function that samples the sites
-            itself, which serves with ``numpyro.handlers.substitute(noise, data=params)``.
-        """
-        return self.read_noise(read(model, args, kwargs, params)).distribution(params)
-
-    def own_parameters(self, rng_key, params, problem):
-        if LOG_NORMALIZER in params:
-            return {LOG_NORMALIZER: (params[LOG_NORMALIZER], constraints.real)}
-        if self.init_log_normalizer is not None:
-            return {
-                LOG_NORMALIZER: (jnp.asarray(self.init_log_normalizer, float), constraints.real)
-            }
-        _, at_noise = self.contrast(rng_key, params, problem)
-        start = logsumexp(at_noise) - math.log(at_noise.size)
-        return {LOG_NORMALIZER: (start, constraints.real)}
-
-    def energy_loss(self, rng_key, params, problem):
-        at_data, at_noise = self.contrast(rng_key, params, problem)
-        return jnp.mean(self._rows(params, at_data, at_noise))
-
-    def _rows(self, params, at_data, at_noise):
-        shift = params[LOG_NORMALIZER] + math.log(self.noise_ratio)
-        return softplus(shift - at_data) + jnp.sum(softplus(at_noise - shift), 0)
-
-    def overlap(self, rng_key, params, problem):
-        """How much noise and data mix, between 0 (told apart without error) and 1 (the same)."""
-        at_data, at_noise = self.contrast(rng_key, params, problem)
-        shift = params[LOG_NORMALIZER] + math.log(self.noise_ratio)
-        doubt = lambda x: sigmoid(x - shift) * sigmoid(shift - x)  # noqa: E731
-        mixed = jnp.mean(doubt(at_data)) + self.noise_ratio * jnp.mean(doubt(at_noise))
-        return mixed * (1 + self.noise_ratio) / self.noise_ratio
-
-    def statistics(self, rng_key, params, problem):
-        return self.overlap(rng_key, params, problem)
-
-    def review(self, statistics):
-        overlap = statistics
-        if not_jax_tracer(overlap) and not overlap > LOW_OVERLAP:
-            warnings.warn(
-                FarNoiseWarning(
-                    f"{type(self).__name__}: the noise is far from the data (overlap "
-                    f"{float(overlap):.2g} of 1): almost every point is told apart without doubt, "
-                    "the loss is flat, and log Z and the parameters are hardly determined. Choose "
-                    "a noise closer to the data (a fitted Gaussian, a flow), or FlowContrastive, "
-                    "ConditionalNCE or a score-based objective."
-                ),
-                stacklevel=find_stack_level(),
-            )
-
-    def log_normalizer(
-        self, rng_key, params, model, guide=None, *args, parameters_known=False, **kwargs
-    ):
-        r"""The learned log Z with its standard error.
-
-        The error is that of :math:`\widehat{\log Z} - \log Z(\hat θ)`, from the sandwich covariance
-        of all parameters learned together on these rows and as many fresh noise draws:
-
-        .. math:: g^\top J^{-1} S J^{-\top} g / n, \qquad g = (-E\,∂_θ \log\tilde p,\ 1)
-
-        with J the Hessian of the loss and S the covariance of its gradient over rows; where
-        training has stopped more than three standard errors before the optimum of these rows, the
-        Newton step that is left counts as well.
-
-        :param rng_key: random key.
-        :param dict params: learned parameters, ``log_normalizer`` among them.
-        :param model: the model.
-        :param guide: the guide, for ``ImportanceBound``.
-        :param args: arguments of the model, with the rows that were learned from.
-        :param bool parameters_known: take θ as given and only log Z as learned, which needs no
-            covariance of all parameters.
-        :param kwargs: keyword arguments of the model.
-        :return: :class:`~numpyro_ebm.normalizer.LogNormalizer`; its ``ess`` is that of the noise
-            draws as importance samples of the model.
-        :raises ModelError: if ``params`` lacks ``log_normalizer``, or there are more parameters
-            than a covariance can be inverted for.
-        """
-        if LOG_NORMALIZER not in params:
-            raise ModelError(f"`params` lacks '{LOG_NORMALIZER}', the log Z that NCE learns.")
-        key_pose, key_draw = jax.random.split(rng_key)
-        read_once = self.pose(key_pose, params, model, guide, args, kwargs)
-        learned = {LOG_NORMALIZER}
-        if not parameters_known:
-            learned |= {name for name in read_once.joint.parameters if name in params}
-        own = {name: jnp.asarray(params[name]) for name in sorted(learned)}
-        flat, unravel = ravel_pytree(own)
-        if flat.size > MOST_PARAMETERS:
-            raise ModelError(
-                f"The standard error needs the covariance of {flat.size} parameters. Pass "
-                "`parameters_known=True` for the error of log Z at the given parameters."
-            )
-
-        @jax.jit
-        def moments(flat):
-            problem = self.pose(key_pose, params, model, guide, args, kwargs)
-
-            def contrast(flat):
-                return self.contrast(key_draw, {**params, **unravel(flat)}, problem)
-
-            def rows(flat):
-                return self._rows({**params, **unravel(flat)}, *contrast(flat))
-
-            gradients = jax.jacfwd(rows)(flat)
-            hessian = jax.jacfwd(jax.grad(lambda x: jnp.mean(rows(x))))(flat)
-            to_model = jnp.mean(jax.jacfwd(lambda x: contrast(x)[0])(flat), 0)
-            direction = jax.grad(lambda x: unravel(x)[LOG_NORMALIZER])(flat) - to_model
-            # Parameters in units of their own curvature, so that the cut of pinv means the same.
-            unit = 1.0 / jnp.sqrt(jnp.maximum(jnp.abs(jnp.diag(hessian)), 1e-30))
-            solve = unit[:, None] * jnp.linalg.pinv(unit[:, None] * hessian * unit) * unit
-            influence = gradients @ solve @ direction
-            num, step = influence.shape[0], jnp.mean(influence)
-            variance = jnp.sum((influence - step) ** 2) / (num * (num - 1))
-            # What is left of the way to the optimum of these rows counts, if it is more than noise.
-            mcse = jnp.sqrt(variance + jnp.where(step**2 > 9.0 * variance, step**2, 0.0))
-            return mcse, contrast(flat)[1], self.overlap(key_draw, params, problem)
-
-        mcse, at_noise, overlap = moments(flat)
-        self.review(overlap)
-        ess = jnp.exp(2 * logsumexp(at_noise) - logsumexp(2 * at_noise))
-        return LogNormalizer(params[LOG_NORMALIZER], mcse, ess, "NCE")
-
-
-class RankingNCE(_NoiseContrast):
-    r"""Ranking (InfoNCE-like) noise contrast, without log Z.
-
-    .. math:: \mathcal L(θ) = -E \log\frac{w(v_0)}{\sum_{k=0}^{ν} w(v_k)}, \qquad
-        w(v) = \tilde p(v; θ)/q(v),
-
-    where v₀ is the row and v₁ … v_ν are its own draws of the noise. Normalizers cancel in every
-    row, so that energies may read covariates.
-
-    :param noise: as for :class:`NCE`, without parameters.
-    :param int noise_ratio: ν, noise draws for each row. The loss is near log(ν + 1) where noise and
-        data cannot be told apart, and more draws are more efficient.
-    :param marginal: how latent sites are integrated out: ``Exact`` or ``Enumerated``.
-    :raises ModelError: if ``noise_ratio`` is not a positive integer; when used, if the noise does
-        not fit the visible sites or the marginal has no exact values.
-
-    Reference: Ma, Collins, EMNLP 2018.
-
-    **Example**
-
-    >>> import numpyro.distributions as dist
-    >>> import numpyro_ebm as ebm
-    >>> objective = ebm.RankingNCE(dist.Normal(0, 1), noise_ratio=10)
-    >>> objective.noise_ratio
-    10
-    """
-
-    needs = "value"
-
-    def __init__(self, noise, noise_ratio=10, marginal=None):
-        super().__init__(noise, noise_ratio, marginal)
-
-    def check_sites(self, joint):
-        super().check_sites(joint)
-        names = sorted(self.read_noise(joint).parameters(jax.random.key(0)))
-        if names:
-            raise ModelError(
-                f"RankingNCE: the noise has the parameter(s) {', '.join(map(repr, names))}, and "
-                "RankingNCE trains no noise. Give it fixed, or use NCE."
-            )
-
-    def energy_loss(self, rng_key, params, problem):
-        at_data, at_noise = self.contrast(rng_key, params, problem)
-        everyone = jnp.concatenate([at_data[None], at_noise])
-        return jnp.mean(logsumexp(everyone, 0) - at_data)
-
-
-class ConditionalNCE(Objective):
-    r"""Conditional noise contrast (CNCE): the noise is the row, moved by a symmetric kernel.
-
-    .. math:: \mathcal L(θ) = E \log\big(1 + \tilde p(y; θ)/\tilde p(v; θ)\big), \qquad
-        y = v + σε,\ ε \sim N(0, I)
-
-    The kernel cancels and so does log Z, covariates or not. As σ falls the gradient tends to σ²/4
-    times that of score matching; a σ of the order of the data's own scale tells most.
-
-    :param float noise_scale: σ, in the units of v (of its unconstrained coordinates on other
-        supports than the reals).
-    :param int noise_ratio: moved copies of each row.
-    :param marginal: how latent sites are integrated out: ``Exact`` or ``Enumerated``.
-    :raises ModelError: if the arguments are not positive; when used, if a visible site is discrete
-        or the marginal has no exact values.
-
-    Reference: Ceylan, Gutmann, ICML 2018.
-
-    **Example**
-
-    >>> import numpyro_ebm as ebm
-    >>> ebm.ConditionalNCE(noise_scale=0.5, noise_ratio=4)
-    ConditionalNCE(noise_scale=0.5, noise_ratio=4, marginal=None)
-    """
-
-    order = 1
-    needs = "value"
-
-    def __init__(self, noise_scale, noise_ratio=1, marginal=None):
-        if not noise_scale > 0:
-            raise ModelError(f"ConditionalNCE: `noise_scale` must be positive, got {noise_scale}.")
-        _check_ratio(self, noise_ratio)
-        self.noise_scale = noise_scale
-        self.noise_ratio = noise_ratio
-        super().__init__(marginal)
-
-    def energy_loss(self, rng_key, params, problem):
-        key_noise, key_marginal = jax.random.split(rng_key)
-        estimate = self.estimate(key_marginal, params, problem)
-        here = estimate.log_density(params, problem.unconstrained)
-
-        def there(rng_key):
-            keys = jax.random.split(rng_key, len(problem.unconstrained))
-            moved = {
-                name: x + self.noise_scale * jax.random.normal(key, jnp.shape(x), x.dtype)
-                for key, (name, x) in zip(keys, problem.unconstrained.items(), strict=True)
-            }
-            return estimate.log_density(params, moved)
-
-        moved = each(there, jax.random.split(key_noise, self.noise_ratio))
-        return jnp.mean(softplus(moved - here))
-
-
-def _reads(joint, name):
-    """Whether the row log-joint depends on a parameter."""
-    latent = {site.name: site.value for site in joint.latent.values()}
-
-    def density(**value):
-        params = {**joint.parameters, **value}
-        return joint.log_density(params, {**joint.visible_values, **latent})
-
-    return name in eval_provenance(density, **{name: jnp.asarray(joint.parameters[name])})
-
-
-def _fit_noise(objective):
-    """The loss of a noise with parameters: minus the log-likelihood of the data."""
-
-    def loss(rng_key, params, own, problem):
-        noise = objective.read_noise(problem.joint)
-        return -jnp.mean(noise.log_density({**params, **own}, problem.unconstrained))
-
-    return loss
-
-
-def _check_ratio(objective, noise_ratio):
+def check_ratio(objective, noise_ratio):
+    """Raise unless the number of noise draws for each row is a positive integer."""
     if not isinstance(noise_ratio, int) or noise_ratio < 1:
         raise ModelError(
             f"{type(objective).__name__}: `noise_ratio` must be a positive integer, got "

@@ -22,7 +22,7 @@ from numpyro_ebm.handlers import answer_for_normalizer, release
 from numpyro_ebm.joint import read, read_fixed
 from numpyro_ebm.marginal import Enumerated
 from numpyro_ebm.normalizer.path import flatten, unflatten
-from numpyro_ebm.objectives.discrete import finite_values
+from numpyro_ebm.objectives.finite import finite_values
 
 __all__ = ["Target", "read_target"]
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranking noise contrast: find the row among draws of the noise."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.objectives.noise_contrast import NoiseContrast
+
+__all__ = ["RankingNCE"]
+
+
+class RankingNCE(NoiseContrast):
+    r"""Ranking (InfoNCE-like) noise contrast, without log Z.
+
+    .. math:: \mathcal L(θ) = -E \log\frac{w(v_0)}{\sum_{k=0}^{ν} w(v_k)}, \qquad
+        w(v) = \tilde p(v; θ)/q(v),
+
+    where v₀ is the row and v₁ … v_ν are its own draws of the noise. Normalizers cancel in every
+    row, so that energies may read covariates.
+
+    :param noise: as for :class:`~numpyro_ebm.NCE`, without parameters.
+    :param int noise_ratio: ν, noise draws for each row. The loss is near log(ν + 1) where noise and
+        data cannot be told apart, and more draws are more efficient.
+    :param marginal: how latent sites are integrated out: ``Exact`` or ``Enumerated``.
+    :raises ModelError: if ``noise_ratio`` is not a positive integer; when used, if the noise does
+        not fit the visible sites or the marginal has no exact values.
+
+    Reference: Ma, Collins, EMNLP 2018.
+
+    **Example**
+
+    >>> import numpyro.distributions as dist
+    >>> import numpyro_ebm as ebm
+    >>> objective = ebm.RankingNCE(dist.Normal(0, 1), noise_ratio=10)
+    >>> objective.noise_ratio
+    10
+    """
+
+    needs = "value"
+
+    def __init__(self, noise, noise_ratio=10, marginal=None):
+        super().__init__(noise, noise_ratio, marginal)
+
+    def check_sites(self, joint):
+        super().check_sites(joint)
+        names = sorted(self.read_noise(joint).parameters(jax.random.key(0)))
+        if names:
+            raise ModelError(
+                f"RankingNCE: the noise has the parameter(s) {', '.join(map(repr, names))}, and "
+                "RankingNCE trains no noise. Give it fixed, or use NCE."
+            )
+
+    def energy_loss(self, rng_key, params, problem):
+        at_data, at_noise = self.contrast(rng_key, params, problem)
+        everyone = jnp.concatenate([at_data[None], at_noise])
+        return jnp.mean(logsumexp(everyone, 0) - at_data)
