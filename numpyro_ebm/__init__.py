@@ -20,6 +20,7 @@ from numpyro_ebm.diagnostics import (
 )
 from numpyro_ebm.distributions import Counting, Lebesgue
 from numpyro_ebm.errors import (
+    EmulationWarning,
     FarNoiseWarning,
     ImproperSamplingError,
     ModelError,
@@ -98,6 +99,7 @@ __all__ = [
     "Enumerated",
     "Exact",
     "Exchange",
+    "EmulationWarning",
     "FarNoiseWarning",
     "FisherDivergence",
     "FlowContrastive",

@@ -54,5 +54,9 @@ class NormalizerDisagreementWarning(RuntimeWarning):
     """Two ways to compute log Z differ by more than their errors: at least one of them is wrong."""
 
 
+class EmulationWarning(RuntimeWarning):
+    """A posterior lies where the emulated log Z in it is hardly known."""
+
+
 class ShortAuxiliaryWarning(RuntimeWarning):
     """Auxiliary chains of the exchange algorithm end while they still drift: they are too short."""

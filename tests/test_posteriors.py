@@ -17,7 +17,12 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
-from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnhandledEnergyError
+from numpyro_ebm.errors import (
+    EmulationWarning,
+    ImproperSamplingError,
+    ModelError,
+    UnhandledEnergyError,
+)
 
 KEY = jax.random.key(0)
 ROWS = np.random.default_rng(0).standard_normal(200)
@@ -366,10 +371,29 @@ def test_an_emulated_normalizer_knows_its_error(x64):
     model_trace = trace(substitute(seed(model, KEY), data=params)).get_trace(SPINS)
     error = model_trace["log_normalizer_error"]["value"]
     np.testing.assert_allclose(error, 30 * emulated.mcse(params), rtol=1e-6)
+    doubt = model_trace["log_normalizer_doubt"]["fn"].log_prob(jnp.zeros(0))
+    np.testing.assert_allclose(doubt, -0.5 * error**2)
     rows = rows_of(model, params, SPINS)["v"]
     np.testing.assert_allclose(
         rows.sum(), ring_log_likelihood(0.9, 0.1, SPINS).sum(), atol=5 * float(error)
     )
+
+
+@pytest.mark.parametrize("center", [0.3, -3.0])
+def test_a_posterior_outside_of_the_design_is_found_out(center):
+    near = center + 0.3 * jax.random.normal(jax.random.key(3), (30,))
+    design = {"beta": near, "field": 0.3 * jax.random.normal(jax.random.key(4), (30,))}
+    emulated = ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design=design)
+    kernel = NUTS(ebm.normalized(ring_model, emulated))
+    mcmc = MCMC(kernel, num_warmup=50, num_samples=50, progress_bar=False)
+    mcmc.run(jax.random.key(5), SPINS)
+    if center == 0.3:
+        idata = ebm.to_arviz(mcmc)
+        assert idata.posterior["log_normalizer_error"].median() < 0.5
+        assert list(idata.log_likelihood.data_vars) == ["v"]
+    else:
+        with pytest.warns(EmulationWarning, match="a larger `design`, one around the posterior"):
+            ebm.to_arviz(mcmc)
 
 
 def test_an_emulated_normalizer_weighs_noise_and_refuses():

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posteriors of parameters as ArviZ data: a log-likelihood only where log Z was in it."""
 
+import warnings
 from functools import partial
 
+import numpy as np
 import xarray as xr
+from numpyro.util import find_stack_level
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import EmulationWarning, ModelError
 
 __all__ = ["kind_of_posterior", "posterior_to_arviz"]
+
+MOST_ERROR = 0.5
+"""Nats of the log-likelihood that an emulated log Z may be wrong by at most draws."""
 
 
 def kind_of_posterior(kernel):
@@ -35,17 +41,35 @@ def posterior_to_arviz(mcmc, others, observed, fantasies):
     if mcmc.last_state is None:
         raise ModelError("to_arviz: this MCMC has not been run.")
     has_likelihood = kind_of_posterior(mcmc.sampler) == "likelihood"
+    _check_emulation(mcmc.get_samples().get("log_normalizer_error"))
     idata = az.from_numpyro(mcmc, log_likelihood=has_likelihood)
-    for group in ("observed_data", "log_likelihood"):
-        if group in _groups(idata):
-            data = _dataset(idata[group])
-            # Energies and losses are observed sites without a value; of several visible sites the
-            # first has the log-likelihood of the row.
-            empty = [k for k, x in data.data_vars.items() if x.size == 0]
-            if group == "log_likelihood":
-                empty = list(data.data_vars)[1:]
-            _replace(idata, group, data.drop_vars(empty))
+    if "observed_data" in _groups(idata):
+        # Energies, losses and factors are observed sites without a value; of several visible sites
+        # the first has the log-likelihood of the row.
+        data = _dataset(idata["observed_data"])
+        empty = [k for k, x in data.data_vars.items() if x.size == 0]
+        _replace(idata, "observed_data", data.drop_vars(empty))
+        if "log_likelihood" in _groups(idata):
+            data = _dataset(idata["log_likelihood"])
+            others = [k for k in data.data_vars if k not in empty][1:]
+            _replace(idata, "log_likelihood", data.drop_vars([*others, *empty], errors="ignore"))
     return idata
+
+
+def _check_emulation(error):
+    """Warn of an emulated log Z outside of its design."""
+    if error is None or not np.median(error) > MOST_ERROR:
+        return
+    warnings.warn(
+        EmulationWarning(
+            "to_arviz: half of the draws have a log-likelihood that is known to "
+            f"{np.median(error):.3g} nats or worse ('log_normalizer_error'): they lie where log Z "
+            "was not estimated. Give `emulate_log_normalizer` a larger `design`, one around the "
+            "posterior (draws of this run, of `generalized`, or of a guide in `EnergySVI`), or "
+            "take another route."
+        ),
+        stacklevel=find_stack_level(),
+    )
 
 
 def _groups(idata):
