@@ -213,6 +213,9 @@ def draw(results, out):
         axis.axhline(0.335, color="0.4", linestyle=":", linewidth=1)
         axis.set(title=title, ylim=(-0.8, 0.38))
         axis.legend(fontsize=8, loc="lower right", frameon=False)
+    last = axes[1, 1]  # where importance sampling falls off, and leaves room on the left
+    last.set_ylim(-1.6, 0.38)
+    last.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.08, 0.0), frameon=False)
     for axis in axes[1]:
         axis.set_xlabel("thousand steps")
     for axis in axes[:, 0]:
