@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import DropVar, Literal
 
 __all__ = [
     "JITS",
@@ -130,7 +130,7 @@ def without_repeats(jaxpr):
     for eqn in jaxpr.eqns:
         eqn = eqn.replace(invars=[named(v) for v in eqn.invars])
         signature = _signature(eqn)
-        if signature is None:
+        if signature is None or _is_dropped(first.get(signature, ()), eqn.outvars):
             eqns.append(eqn)
         elif signature in first:
             same.update(zip(eqn.outvars, first[signature], strict=True))
@@ -143,6 +143,11 @@ def without_repeats(jaxpr):
 def variables(atoms):
     """Those of the atoms that are not literals."""
     return [v for v in atoms if not isinstance(v, Literal)]
+
+
+def _is_dropped(earlier, later):
+    """Whether an operation threw a result away that the later one keeps."""
+    return any(isinstance(v, DropVar) for v in earlier) and len(later) > 1
 
 
 def _signature(eqn):
@@ -181,7 +186,8 @@ def _evaluate(jaxpr, consts, args):
             results = [None]
         elif any(vanished) and eqn.primitive.name in ("add", "sub"):
             other = operands[0] if vanished[1] else operands[1]
-            results = [-other if vanished[0] and eqn.primitive.name == "sub" else other]
+            other = -other if vanished[0] and eqn.primitive.name == "sub" else other
+            results = [jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
         else:
             filled = [_zeros(v) if x is None else x for v, x in zip(eqn.invars, operands)]  # noqa: B905
             results = applied(jaxpr, eqn, filled)

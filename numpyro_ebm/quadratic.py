@@ -95,7 +95,9 @@ def _results(jaxpr, eqn, operands):
             return [None]
         if name in ADDITIONS:
             other = operands[0] if vanished[1] else operands[1]
-            return [_scaled(other, -1.0) if vanished[0] and name == "sub" else other]
+            other = _scaled(other, -1.0) if vanished[0] and name == "sub" else other
+            is_diagonal = isinstance(other, Diagonal)
+            return [other if is_diagonal else jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
     if any(isinstance(x, Diagonal) for x in operands):
         return [_of_diagonals(eqn, operands)]
     operands = [
@@ -126,7 +128,7 @@ def _of_diagonals(eqn, operands):
     if name == "mul":
         return Diagonal(_along(x) * _along(y))
     if name == "div" and not isinstance(y, Diagonal):
-        return Diagonal(_along(x) / _along(y))
+        return Diagonal(x.vector / _along(y))
     if name == "dot_general":
         (left, right), batch = eqn.params["dimension_numbers"]
         if len(left) == 1 and batch == ((), ()):
@@ -142,12 +144,14 @@ def _of_diagonals(eqn, operands):
 
 
 def _along(x):
-    """The diagonal of a square matrix; vectors and numbers as they are."""
+    """The diagonal of a matrix, an axis of length one repeated; vectors and numbers as they are."""
     if isinstance(x, Diagonal):
         return x.vector
     if np.ndim(x) > 2:
         raise NoSimpleForm
-    return jnp.diagonal(x) if np.ndim(x) == 2 else x
+    if np.ndim(x) < 2:
+        return x
+    return jnp.diagonal(jnp.broadcast_to(x, (max(x.shape), max(x.shape))))
 
 
 def _scaled(x, factor, axis=0):

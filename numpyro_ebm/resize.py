@@ -7,6 +7,8 @@ of them: the same model is read again with as many rows as there are states, and
 both are compared, operation by operation. An energy that counts its rows is found out by that.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,9 @@ from numpyro_ebm.jaxprs import needed
 from numpyro_ebm.joint import read
 
 __all__ = ["with_rows"]
+
+SIZES = ("limit_indices", "new_sizes", "shape", "sizes", "slice_sizes")
+"""Parameters of operations that hold sizes of arrays, which may be numbers of rows."""
 
 
 def with_rows(joint, num_rows):
@@ -81,28 +86,32 @@ class _Comparison:
         for p, q in zip(first, second, strict=True):
             if p.primitive is not q.primitive or not _all(atom, p.invars, q.invars):
                 return False
-            counts_rows = p.primitive.name == "iota" and self.n in p.params["shape"]
-            if counts_rows or not self.values(p.params, q.params):
+            if not self.parameters(p.primitive.name, p.params, q.params):
                 return False
             twin.update(zip(p.outvars, q.outvars, strict=True))
         return _all(atom, a.outvars, b.outvars)
 
-    def values(self, a, b):
-        """Parameters of operations: sizes, jaxprs, and whatever can be compared."""
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(self.values(a[k], b[k]) for k in a)
-        if isinstance(a, tuple | list):
-            return type(a) is type(b) and _all(self.values, a, b)
+    def parameters(self, name, a, b):
+        """Parameters of an operation: sizes may be rows, and all else is the same."""
+        if a.keys() != b.keys():
+            return False
+        # What counts up, or draws, gives every row a value of its own.
+        is_sized = name != "iota" and not name.startswith(("random", "threefry"))
+        return all(self.values(a[k], b[k], is_sized and k in SIZES) for k in a)
+
+    def values(self, a, b, are_sizes):
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+            return _all(partial(self.values, are_sizes=are_sizes), a, b)
         if hasattr(a, "eqns"):
             return self.operations(a, b)
         if hasattr(a, "jaxpr") and hasattr(a, "consts"):
             return self.programs(a, b)
-        if isinstance(a, int) and isinstance(b, int):
-            return a == b or (not isinstance(a, bool) and a * self.m == b * self.n)
-        if hasattr(a, "shape") and hasattr(a, "dtype"):  # a type of arrays
-            return a.dtype == b.dtype and self.values(tuple(a.shape), tuple(b.shape))
+        if isinstance(a, jax.core.ShapedArray):
+            return a.dtype == b.dtype and self.values(a.shape, b.shape, True)
+        if are_sizes and isinstance(a, int | np.integer):
+            return a == b or a * self.m == b * self.n
         # Rules of derivatives are made anew with every program, and say nothing it does not.
-        return callable(a) or hasattr(a, "call_wrapped") or a == b
+        return callable(a) or hasattr(a, "call_wrapped") or _equal(a, b)
 
 
 def _all(fn, xs, ys):
@@ -112,5 +121,7 @@ def _all(fn, xs, ys):
 def _equal(x, y):
     if x is y:
         return True
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        return bool(x == y)
     concrete = not_jax_tracer(x) and not_jax_tracer(y)
     return concrete and np.shape(x) == np.shape(y) and bool(np.all(np.asarray(x) == np.asarray(y)))

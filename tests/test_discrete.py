@@ -399,3 +399,34 @@ def test_quadratic_energies_take_less_than_all_neighbours(x64, monkeypatch, obje
     loss = jax.jit(lambda p: objective.loss(jax.random.key(0), p, model, None, data))
     np.testing.assert_allclose(loss(params), expected, rtol=1e-9)
     assert tried == expected_ways
+
+
+SCALE = np.array([1.0, 2.0, 3.0])
+SPINS = {
+    "scaled": lambda x: (2.0 * x - 1.0) * SCALE,
+    "biased": lambda x: 2.0 * x - 1.0 + 0.5,
+    "biased each": lambda x: 2.0 * x - 1.0 + SCALE,
+}
+
+
+@pytest.mark.parametrize("name", SPINS)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_spins_of_any_scale_and_bias(x64, name, hidden):
+    """Visible, or hidden beside them: zeros and diagonal matrices meet rows and numbers."""
+    spins, W = SPINS[name], RNG.normal(size=(3, 3))
+    data = RNG.integers(0, 2, (5, 3))
+
+    def model(data):
+        coupling = numpyro.param("W", jnp.zeros((3, 3)))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Counting(event_shape=(3,)), obs=data)
+            h = numpyro.sample("h", ebm.Counting(event_shape=(3,))) if hidden else v
+            ebm.energy("E", -jnp.sum((spins(v) @ coupling) * spins(h), -1))
+
+    pairs = spins(BITS) @ W @ spins(BITS).T
+    table = (np.logaddexp.reduce(pairs, -1) if hidden else np.diag(pairs)).reshape(2, 2, 2)
+    for objective, formula in CASES[0][:2], (RatioMatching, ratio_matching):
+        loss = jit(lambda W, make=objective: make().loss(KEY, {"W": W}, model, None, data))
+        assert_close(loss(W), jnp.mean(formula(jnp.asarray(table), data)))
+    loss = ebm.MaximumLikelihood().loss(KEY, {"W": W}, model, None, data)
+    assert_close(loss, np.mean(np.logaddexp.reduce(table, None) - table[tuple(data.T)]))

@@ -490,3 +490,21 @@ def clash():
 def test_bad_arguments(make, message):
     with pytest.raises(ModelError, match=message):
         train(gaussian, make(), jnp.asarray(DATA[:10], jnp.float32), 1)
+
+
+def test_a_likelihood_that_is_not_asked_for_is_not_in_the_loss():
+    """At the last row the log-density of the flow is minus infinity."""
+
+    def model(data):
+        slope = numpyro.param("slope", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", slope * jnp.abs(v))
+
+    def flow():
+        positive = dist.constraints.positive
+        return dist.Normal(0.0, numpyro.param("scale", 1.0, constraint=positive))
+
+    params = {"slope": 1.0, "scale": 1.0, "log_normalizer": 0.0}
+    loss = ebm.FlowContrastive(flow, likelihood_weight=0.0).loss
+    assert jnp.isfinite(loss(jax.random.key(0), params, model, None, jnp.array([0.1, 3e19])))

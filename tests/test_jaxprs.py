@@ -68,6 +68,28 @@ def test_repeats_are_left_out_and_nothing_else():
         )
 
 
+def test_a_result_thrown_away_is_not_taken_for_one_that_is_needed():
+    def largest(x):
+        values, _ = lax.top_k(jnp.sin(x), 2)
+        _, indices = lax.top_k(jnp.sin(x), 2)
+        return values, indices
+
+    x = jnp.array([0.3, 1.2, -0.4])
+    closed = jax.make_jaxpr(largest)(x)
+    found = jax.core.eval_jaxpr(without_repeats(closed.jaxpr), closed.consts, x)
+    for left, right in zip(found, largest(x), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_zeros_keep_their_shape_where_a_number_is_added():
+    for fn in (
+        lambda h: jnp.sum(h + 1.0),
+        lambda h: jnp.sum(jnp.ones(3) * (2.0 * h - 1.0)),
+        lambda h: (h.reshape(1, 3) - jnp.arange(3.0).reshape(1, 3)).sum(),
+    ):
+        np.testing.assert_allclose(at_zero(fn, jnp.ones(3)), fn(jnp.zeros(3)))
+
+
 def test_draws_of_many_steps_at_once_are_those_of_every_step():
     keys = jax.random.split(jax.random.key(1), 50)
     scale = jnp.array(0.1)

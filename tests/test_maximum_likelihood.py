@@ -535,3 +535,40 @@ def test_energy_svi_learns_a_discrete_model():
     svi = ebm.EnergySVI(pair, None, numpyro.optim.Adam(0.05), ebm.MaximumLikelihood())
     fit = svi.run(jax.random.key(0), 300, data, progress_bar=False)
     assert abs(fit.params["J"] - np.arctanh(0.5)) < 1e-3
+
+
+def test_derivatives_of_every_order(x64):
+    """log Z of the Gaussian is -½ log p and a constant: 1/(2p²), and -1/p³, by quadrature."""
+
+    def gaussian(data):
+        p = numpyro.param("p", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * p * v**2)
+
+    data = jnp.array([-1.0, 3.0])
+
+    def loss(p, data=data):
+        return ebm.MaximumLikelihood().loss(jax.random.key(0), {"p": p}, gaussian, None, data)
+
+    for wrap in (lambda f: f, jax.jit):
+        slope = jax.grad(wrap(loss))
+        np.testing.assert_allclose(slope(2.0), 2.5 - 0.25, rtol=1e-6)
+        np.testing.assert_allclose(wrap(jax.grad(slope))(2.0), 0.125, rtol=1e-6)
+        np.testing.assert_allclose(wrap(jax.jacfwd(jax.grad(slope)))(2.0), -0.125, rtol=1e-6)
+    many = jax.vmap(jax.grad(loss))(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(many, [2.0, 2.25], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss, 1)(2.0, data), data, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e5])
+def test_equal_rows_have_no_spread_but_for_rounding(value):
+    def gaussian(data):
+        loc = numpyro.param("loc", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (v - loc) ** 2)
+
+    data = jnp.full(3, value)
+    loss = ebm.MaximumLikelihood().loss(KEY, {"loc": value}, gaussian, None, data)
+    np.testing.assert_allclose(loss, 0.5 * np.log(2 * np.pi), atol=1e-3)

@@ -13,7 +13,7 @@ import scipy.stats
 from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
@@ -351,6 +351,17 @@ def test_priors_have_to_be_there_and_proper(make):
     for prior in improper:
         with pytest.raises(ModelError, match="prior of 'precision' is improper"):
             density(make(lambda data, p=prior: precision_model(data, p)), {"precision": 1.0}, ROWS)
+
+
+def test_laplace_sees_the_curvature_of_a_quadrature():
+    variances = []
+    for method in ("enumerate", "quadrature"):
+        model = ebm.normalized(precision_model, method)
+        guide = AutoLaplaceApproximation(model)
+        svi = SVI(model, guide, numpyro.optim.Adam(0.02), Trace_ELBO())
+        params = svi.run(KEY, 800, ROWS, progress_bar=False).params
+        variances.append(float(guide.get_posterior(params).covariance_matrix.squeeze()))
+    np.testing.assert_allclose(variances[1], variances[0], rtol=1e-3)
 
 
 # An emulated log Z

@@ -28,6 +28,14 @@ SIMPLE = {
     "squares": lambda x: jnp.sum(FIELD * (x - 0.3) ** 2, -1),
     "factors": lambda x: 0.5 * jnp.sum((x @ W - BIAS) ** 2, -1),
     "linear": lambda x: x @ FIELD + 1.0,
+    "scaled": lambda x: jnp.sum(((spins(x) * FIELD) @ J) * (spins(x) / FIELD), -1),
+    "scaled squares": lambda x: jnp.sum(((x - 0.3) * FIELD) ** 2, -1) + jnp.sum(x * FIELD * x, -1),
+    "one factor": lambda x: jnp.sum(x * FIELD, -1) ** 2 / 3.0,
+    "a kept axis": lambda x: jnp.sum(x * jnp.sum(x * FIELD, -1, keepdims=True), -1),
+    "a bias of spins": lambda x: jnp.sum(((spins(x) + 0.5) @ J) * (spins(x) + 0.5), -1),
+    "biases of spins": lambda x: jnp.einsum("ni,ij,nj->n", spins(x) + FIELD, J, FIELD - spins(x)),
+    "scaled by NumPy's": lambda x: jnp.sum(((x * np.arange(1.0, 6.0)) @ J) * x, -1),
+    "row by row": jax.vmap(lambda x: (x * FIELD) @ J @ (x * FIELD)),
     "sum": lambda x: jnp.sum(x, -1) ** 2,
 }
 OTHERWISE = {

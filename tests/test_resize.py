@@ -14,7 +14,8 @@ from numpyro_ebm.joint import read
 from numpyro_ebm.models import grbm
 from numpyro_ebm.resize import with_rows
 
-DATA = jax.random.normal(jax.random.key(0), (4, 2))
+KEY = jax.random.key(0)
+DATA = jax.random.normal(KEY, (4, 2))
 MIXING = jnp.array([[1.0, 0.3, -0.2, 0.1], [0.0, 0.8, 0.4, -0.5]])
 
 
@@ -54,6 +55,12 @@ OTHER = {
     "numbers its rows": lambda v: jnp.sum(v**2, -1) * (1 + jnp.arange(len(v))),
     "has a constant for every row": lambda v: jnp.sum((v - DATA) ** 2, -1),
     "unrolls its rows": lambda v: jnp.stack([jnp.sum(x**2) for x in v]),
+    "raises to the number of its rows": lambda v: jnp.sum(v ** len(v), -1),
+    "repeats by its rows": lambda v: jnp.sum(
+        jax.lax.fori_loop(0, len(v), lambda i, x: 1.1 * x, v) ** 2, -1
+    ),
+    "counts to twice its rows": lambda v: jnp.sum(v**2, -1) * jnp.arange(2.0 * len(v))[: len(v)],
+    "draws for every row": lambda v: jnp.sum((v - jax.random.normal(KEY, v.shape)) ** 2, -1),
     "is made for four rows": lambda v: jnp.sum(v**2, -1).reshape(4),
 }
 

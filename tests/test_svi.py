@@ -14,6 +14,7 @@ import pytest
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 import numpyro_ebm as ebm
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.minibatch import Minibatches
 from numpyro_ebm.infer.shuffle import shuffled
 from numpyro_ebm.joint import read
@@ -83,6 +84,21 @@ def test_a_run_is_a_function_of_its_key(long_run):
     svi, whole = long_run
     other = svi.run(jax.random.key(1), 70, DATA, batch_size=300, progress_bar=False)
     assert not np.allclose(other.losses, whole.losses)
+
+
+def test_a_run_inside_of_jit_says_what_to_do_instead():
+    svi, data = ebm.EnergySVI(gaussian, None, optax.adam(0.1), ebm.ScoreMatching()), jnp.ones(8)
+    for wrap in (jax.jit, jax.vmap):
+        with pytest.raises(ModelError, match="update` into `jax.lax.scan`"):
+            wrap(lambda key: svi.run(key, 3, data).params)(jax.random.split(jax.random.key(0), 2))
+
+    @jax.jit
+    def updates(key):
+        state = svi.init(key, data)
+        return jax.lax.scan(lambda state, _: svi.update(state, data), state, length=3)[1]
+
+    expected = svi.run(jax.random.key(1), 3, data, progress_bar=False).losses
+    np.testing.assert_allclose(updates(jax.random.key(1)), expected, rtol=1e-6)
 
 
 def test_result_is_numpyros():

@@ -111,7 +111,8 @@ def select(condition, new, old):
 
 def compiled(fn, argument, *closed_over):
     """``fn(argument)`` as one program; inside of a user's own ``jit``, as a part of that."""
-    if all(map(not_jax_tracer, jax.tree.leaves((argument, closed_over)))):
+    # Inside of a `jit` new arrays are traced, whatever the arguments are.
+    if all(map(not_jax_tracer, jax.tree.leaves((argument, closed_over, jnp.zeros(()))))):
         fn = jax.jit(fn, compiler_options=compiler_options())
     return fn(argument)
 

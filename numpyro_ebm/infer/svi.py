@@ -342,7 +342,8 @@ class EnergySVI(SVI):
         :param dict init_params: initial values of parameters.
         :param kwargs: keyword arguments of model and guide.
         :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``.
-        :raises ModelError: if ``batch_size`` does not fit the data.
+        :raises ModelError: if ``batch_size`` does not fit the data; under `jit`, `vmap` or `grad`,
+            for which there is :meth:`update`.
 
         Where a loss or a parameter is not finite the run stops with a
         :class:`~numpyro_ebm.errors.NonFiniteLossWarning` that names the step, and returns the last
@@ -350,6 +351,13 @@ class EnergySVI(SVI):
         """
         if num_steps < 1:
             raise ValueError("num_steps must be a positive integer.")
+        given = jax.tree.leaves((rng_key, args, kwargs, init_state, init_params, jnp.zeros(())))
+        if not all(map(not_jax_tracer, given)):
+            raise ModelError(
+                "EnergySVI.run compiles its rounds itself and looks at their losses in between, so "
+                "it cannot be a part of `jit`, `vmap` or `grad`. Call it outside, or put "
+                "`EnergySVI.update` into `jax.lax.scan`."
+            )
         fresh = None
         if init_state is None or self.constrain_fn is None:
             fresh = self._init(rng_key, init_params, args, kwargs)

@@ -127,4 +127,7 @@ class FlowContrastive(NCE):
         log_model, log_flow = self.densities(params, problem, flow, draws, key_data, key_noise)
         contrast = log_model - log_flow
         rows = self._rows(params, contrast[0], contrast[1:])
-        return -jnp.mean(rows) - self.likelihood_weight * jnp.mean(log_flow[0])
+        loss = -jnp.mean(rows)
+        if self.likelihood_weight:
+            loss = loss - self.likelihood_weight * jnp.mean(log_flow[0])
+        return loss

@@ -132,8 +132,9 @@ class MaximumLikelihood(Objective):
         log_weights = jnp.asarray(log_weights, jnp.result_type(float))
         if any(is_real):
             spread = jnp.std(flat, 0)
-            # Of a single row, or equal ones, there is no spread to scale to.
-            spread = jnp.where(np.array(is_real) & (spread > 0), spread, 1.0)
+            # Of a single row, or equal ones (but for rounding), there is no spread to scale to.
+            rounding = 8 * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(flat), 0)
+            spread = jnp.where(np.array(is_real) & (spread > rounding), spread, 1.0)
             nodes = jnp.where(np.array(is_real), jnp.mean(flat, 0), 0.0) + spread * nodes
             log_weights = log_weights + jnp.sum(jnp.log(spread))
         return nodes, log_weights
@@ -225,17 +226,35 @@ def _values(site):
 
 
 def _guarded(fast, safe):
-    """A function of parameters: ``fast``, or ``safe`` where that or its derivative is no number."""
+    """A function of parameters: ``fast``, or ``safe`` where that or its derivative is no number.
+
+    With a rule for its derivative, which can be differentiated in turn. The rule may be asked for
+    after a `jit` around it has left; so what the functions close over goes with the arguments.
+    """
 
     def guarded(params):
-        # No rule of its own: that would close over values which a `jit` around it has left behind.
-        constants = stop_gradient(params)
-        found = jax.value_and_grad(fast)(constants)
-        is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]
-        again = lambda: jax.value_and_grad(safe)(constants)  # noqa: E731
-        value, gradient = jax.lax.cond(jnp.all(jnp.stack(is_finite)), lambda: found, again)
-        steps = jax.tree.map(jnp.subtract, params, constants)
-        along = jax.tree.map(jnp.vdot, stop_gradient(gradient), steps)
-        return stop_gradient(value) + sum(jax.tree.leaves(along))
+        programs = [jax.make_jaxpr(fn)(params) for fn in (fast, safe)]
+
+        def run(which, consts, params):
+            leaves = jax.tree.leaves(params)
+            return jax.core.eval_jaxpr(programs[which].jaxpr, consts[which], *leaves)[0]
+
+        def checked(derive, consts, params):
+            found = derive(partial(run, 0, consts))(params)
+            is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(found)]
+            again = lambda: derive(partial(run, 1, consts))(params)  # noqa: E731
+            return jax.lax.cond(jnp.all(jnp.stack(is_finite)), lambda: found, again)
+
+        @jax.custom_jvp
+        def value(consts, params):
+            return checked(lambda fn: fn, consts, params)
+
+        @value.defjvp
+        def value_and_slope(primals, tangents):
+            found, gradient = checked(jax.value_and_grad, *primals)
+            along = jax.tree.map(jnp.vdot, gradient, tangents[1])
+            return found, sum(jax.tree.leaves(along))
+
+        return value(stop_gradient([program.consts for program in programs]), params)
 
     return guarded
