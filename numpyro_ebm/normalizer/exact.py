@@ -28,6 +28,7 @@ __all__ = [
     "log_sum_in_chunks",
     "log_sum_over_rows",
     "quadrature_nodes",
+    "standard_nodes",
 ]
 
 REACH = 100.0
@@ -71,15 +72,15 @@ def grid_nodes(columns, log_weights):
 
     :param list columns: nodes of each coordinate.
     :param list log_weights: their log-weights.
-    :return: nodes, of shape (nodes, coordinates), and log-weights, of shape (nodes,); NumPy arrays.
+    :return: nodes, of shape (nodes, coordinates), and log-weights, of shape (nodes,).
     """
     shape = [len(x) for x in columns]
 
-    def spread(i, x):
-        x = np.reshape(x, [-1 if i == j else 1 for j in range(len(shape))])
-        return np.broadcast_to(x, shape).reshape(-1)
+    def spread(i, x):  # by broadcasting, which costs nothing where looking up indices does
+        x = jnp.asarray(x).reshape([-1 if i == j else 1 for j in range(len(shape))])
+        return jnp.broadcast_to(x, shape).reshape(-1)
 
-    nodes = np.stack([spread(i, x) for i, x in enumerate(columns)], -1)
+    nodes = jnp.stack([spread(i, x) for i, x in enumerate(columns)], -1)
     weights = [spread(i, w) for i, w in enumerate(log_weights)]
     return nodes, sum(weights)
 
