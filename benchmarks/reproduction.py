@@ -54,9 +54,13 @@ def flow():
 KSD, DSM = ebm.KernelSteinDiscrepancy, partial(ebm.DenoisingScoreMatching, 0.05)
 
 
-def multiscale(low, high):
+def multiscale(low, high, noise_scale=0.05):
     return partial(
-        ebm.MultiscaleDenoisingScoreMatching, 0.05, min_noise_scale=low, max_noise_scale=high
+        ebm.MultiscaleDenoisingScoreMatching,
+        noise_scale,
+        min_noise_scale=low,
+        max_noise_scale=high,
+        spacing="geometric",
     )
 
 
@@ -71,8 +75,15 @@ METHODS = {
     "MDSM, levels .04 to .06": (multiscale(0.04, 0.06), None),
     "MDSM, levels .03 to .07": (multiscale(0.03, 0.07), None),
     "MDSM, levels .05 to 1": (multiscale(0.05, 1.0), None),
+    "MDSM, each its own, .05 to 1": (multiscale(0.05, 1.0, None), None),
+    "MDSM, each its own, .015 to 1": (multiscale(0.015, 1.0, None), None),
+    "MDSM, each its own, .01 to 1": (multiscale(0.01, 1.0, None), None),
     "VaGES-DSM": (lambda: DSM(ebm.VaGES(2)), grbm_guide),
     "VaGES-MDSM, levels .04 to .06": (lambda: multiscale(0.04, 0.06)(ebm.VaGES(2)), grbm_guide),
+    "VaGES-MDSM, each its own, .01 to 1": (
+        lambda: multiscale(0.01, 1.0, None)(ebm.VaGES(2)),
+        grbm_guide,
+    ),
     "VaGES-SSM": (lambda: ebm.SlicedScoreMatching(1, ebm.VaGES(3)), grbm_guide),
     "BiDSM, N=5": (lambda: DSM(ebm.Unrolled(5)), grbm_guide),
     "BiDSM, N=0": (lambda: DSM(ebm.Unrolled(0)), grbm_guide),
@@ -160,7 +171,16 @@ def run(methods, seeds, num_steps, learning_rate, results=RESULTS):
 
 
 PANELS = {
-    "likelihood and scores": ["ML", "CD-1", "PCD-1", "SM", "SSM", "DSM", "Fisher"],
+    "likelihood and scores": [
+        "ML",
+        "CD-1",
+        "PCD-1",
+        "SM",
+        "SSM",
+        "DSM",
+        "MDSM, each its own, .015 to 1",
+        "Fisher",
+    ],
     "latents by a guide": ["DSM", "VaGES-DSM", "VaGES-SSM", "BiDSM, N=5", "BiSSM, N=5", "VNCE"],
     "noise contrast and energy discrepancy": ["NCE", "RankingNCE", "ConditionalNCE", "FCE", "ED"],
     "Stein discrepancies": [

@@ -382,21 +382,22 @@ def score_matching(system):
 
 
 def denoising(system, levels, noise, noise_scale=None, variance_reduction=False):
-    """½‖s(u + σε)/c + ε/d‖² at given noise: c = 1, d = σ, or c = σ, d = σ₀² for many levels.
+    """½‖s(u + σε)/c + ε/d‖² at given noise: c = 1, d = σ, or for many levels c = σ, d = σ₀².
 
-    With variance reduction what is of first order in the noise is taken off, which has mean zero:
-    (ε/σ)·s(u) + (‖ε‖² - D)/(2σ²).
+    A ``noise_scale`` of "level" is σ₀ = σ. With variance reduction what is of first order in the
+    noise is taken off, which has mean zero: (ε/σ)·s(u) + (‖ε‖² - D)/(2σ²).
     """
     points = jnp.asarray(system.unconstrain(system.data))
 
     def row(p, u, level, e):
         score = system.score(p, u + level * e)
-        scale, offset = (1.0, e / level) if noise_scale is None else (1 / level, e / noise_scale**2)
+        one_level = noise_scale is None
+        divisor = level if one_level else (level if noise_scale == "level" else noise_scale) ** 2
+        scale, offset = 1.0 if one_level else 1 / level, e / divisor
         loss = 0.5 * jnp.sum((scale * score + offset) ** 2)
         if variance_reduction:
-            variance = level**-2 if noise_scale is None else noise_scale**-4
             control = scale * jnp.sum(offset * system.score(p, u))
-            loss = loss - control - 0.5 * (jnp.sum(offset**2) - jnp.size(e) * variance)
+            loss = loss - control - 0.5 * (jnp.sum(offset**2) - jnp.size(e) / divisor**2)
         return loss
 
     return lambda p: jnp.mean(jax.vmap(partial(row, p))(points, levels, noise))

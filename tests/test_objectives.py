@@ -58,18 +58,20 @@ def _expected_dsm(system):
     return oracles.expected_denoising(system, levels, weights, degree=_degree(system))
 
 
-def _multiscale(spacing):
+def _multiscale(spacing, noise_scale=SIGMA_0):
+    of_oracle = "level" if noise_scale is None else noise_scale
+
     def expected(system):
         quadrature = oracles.level_quadrature(LOW, HIGH, spacing, degree=10)
-        return oracles.expected_denoising(system, *quadrature, SIGMA_0, degree=_degree(system))
+        return oracles.expected_denoising(system, *quadrature, of_oracle, degree=_degree(system))
 
     def make(marginal=None):
         return ebm.MultiscaleDenoisingScoreMatching(
-            SIGMA_0, marginal, min_noise_scale=LOW, max_noise_scale=HIGH, spacing=spacing
+            noise_scale, marginal, min_noise_scale=LOW, max_noise_scale=HIGH, spacing=spacing
         )
 
     return Law(
-        make, expected, partial(oracles.denoising, noise_scale=SIGMA_0, variance_reduction=True)
+        make, expected, partial(oracles.denoising, noise_scale=of_oracle, variance_reduction=True)
     )
 
 
@@ -105,6 +107,8 @@ REGISTRY = {
     "DSM, plain": _denoising(False),
     "MDSM, linear": _multiscale("linear"),
     "MDSM, geometric": _multiscale("geometric"),
+    "MDSM, own, linear": _multiscale("linear", None),
+    "MDSM, own, geometric": _multiscale("geometric", None),
     "KSD, RBF": _stein(kernel="rbf", bandwidth=0.9),
     "KSD, IMQ": _stein(kernel="imq", bandwidth=1.3),
     "KSD, median": _stein(),
@@ -493,16 +497,20 @@ def precision_model(data):
 
 @pytest.mark.parametrize("name", DENOISING)
 def test_gaussian_precision_has_its_closed_form(name):
-    """For v ~ N(0, τ²): 1/(τ² + σ²), and 1/σ₀² / E[1 + τ²/σ²] with many levels."""
+    """For v ~ N(0, τ²): 1/(τ² + σ²), with σ⁻² its mean over the levels where there are many.
+
+    Many levels and one σ₀: 1/σ₀² / E[1 + τ²/σ²].
+    """
     tau = 0.8
     system = oracles.gaussian_system()._replace(model=precision_model)
     if "MDSM" in name:
         spread = 2 * np.log(HIGH / LOW)
         inverse_square = {
-            "MDSM, linear": 1 / (LOW * HIGH),
-            "MDSM, geometric": (LOW**-2 - HIGH**-2) / spread,
-        }[name]
-        precision = 1 / SIGMA_0**2 / (1 + tau**2 * inverse_square)
+            "linear": 1 / (LOW * HIGH),
+            "geometric": (LOW**-2 - HIGH**-2) / spread,
+        }[name.split(", ")[-1]]
+        squared = 1 / inverse_square if "own" in name else SIGMA_0**2
+        precision = 1 / squared / (1 + tau**2 * inverse_square)
     else:
         precision = 1 / (tau**2 + SIGMA**2)
     data = tau * np.random.default_rng(10).normal(size=60_000)
@@ -514,6 +522,54 @@ def test_gaussian_precision_has_its_closed_form(name):
 
 
 # Many noise levels
+
+
+@pytest.mark.parametrize("noise_scale", [1.0, None], ids=["one", "own"])
+def test_the_score_that_minimises_at_many_levels(noise_scale):
+    """E[∇p_σ] / (σ₀² E[p_σ/σ²]), and ∇ log E[p_σ/σ²] where each level is its own σ₀.
+
+    The data are two modes, 80% at -1 and 20% at 1, of width 0.3. An energy with that score and two
+    parameters that move it, its slope and its tilt, has no gradient in either.
+    """
+    low, high = 0.3, 1.0
+    levels, weights = oracles.level_quadrature(low, high, "geometric", degree=8)
+    fraction, width = oracles.level_quadrature(0.0, 1.0, "linear", degree=16)
+
+    def mean_over_levels(v, power):
+        variance = 0.3**2 + levels**2
+        modes = [(0.8, -1.0), (0.2, 1.0)]
+        logits = jnp.stack([jnp.log(w) - 0.5 * (v - m) ** 2 / variance for w, m in modes])
+        return jnp.sum(weights * levels**power * jnp.exp(logits).sum(0) / jnp.sqrt(variance))
+
+    if noise_scale is None:
+        log_density = lambda v: jnp.log(mean_over_levels(v, -2))  # noqa: E731
+    else:
+
+        def log_density(v):  # the integral of the score from 0 to v
+            slope = jax.vmap(jax.grad(lambda t: mean_over_levels(t, 0)))(v * fraction)
+            below = noise_scale**2 * jax.vmap(lambda t: mean_over_levels(t, -2))(v * fraction)
+            return v * jnp.sum(width * slope / below)
+
+    def model(data):
+        slope, tilt = numpyro.param("slope", 1.0), numpyro.param("tilt", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", tilt * jnp.sin(v) - slope * jax.vmap(log_density)(v))
+
+    law = Law(
+        lambda: ebm.MultiscaleDenoisingScoreMatching(
+            noise_scale, min_noise_scale=low, max_noise_scale=high, spacing="geometric"
+        ),
+        None,
+    )
+    rng = np.random.default_rng(12)
+    data = np.where(rng.uniform(size=30_000) < 0.8, -1.0, 1.0) + 0.3 * rng.normal(size=30_000)
+    system = oracles.gaussian_system()._replace(model=model)
+    minimum = {"slope": 1.0, "tilt": 0.0}
+    assert_unbiased(gradients_at_the_truth(law, system, minimum, data), np.zeros(2), "levels")
+    for moved in ({"slope": 1.3}, {"tilt": 0.3}):
+        away = gradients_at_the_truth(law, system, {**minimum, **moved}, data)
+        assert np.max(np.abs(z_scores(away, np.zeros(2)))) > 5
 
 
 def test_one_level_is_denoising_score_matching():

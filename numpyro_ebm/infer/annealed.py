@@ -28,8 +28,8 @@ class AnnealedLangevin(RowKernel):
     - **A noise-conditional energy**: ``noise_argument="sigma"`` names the keyword argument by which
       the model takes its noise scale; s_k is the score of ``model(..., sigma=σ_k)``.
     - **One energy learned by** :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`: give its
-      ``noise_scale`` σ₀ as ``noise_scale``. That objective fits s(z)/σ to -ε/σ₀² at z = v + σε, and
-      the score of the density at level σ is -ε/σ in the mean, hence
+      ``noise_scale`` σ₀, a number, as ``noise_scale``. That objective fits s(z)/σ to -ε/σ₀² at
+      z = v + σε, and the score of the density at level σ is -ε/σ in the mean, hence
 
       .. math:: s_k(z) = (σ_0/σ_k)^2\, s(z)
 

@@ -65,11 +65,6 @@ class DenoisingScoreMatching(Objective):
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
 
-    @property
-    def offset_variance(self):
-        """Variance of a coordinate of ε/σ."""
-        return 1.0 / self.noise_scale**2
-
     def perturb(self, rng_key, joint):
         clean = joint.unconstrain_visible()
         noise = _noise_like(rng_key, clean)
@@ -81,7 +76,8 @@ class DenoisingScoreMatching(Objective):
         offset = {name: noise / self.noise_scale for name, noise in problem.noise.items()}
         rows = half_square(params, estimate, problem, offset)
         if self.variance_reduction:
-            rows = rows - _control_variate(self, rng_key, params, problem, offset, 1.0)
+            variance = 1.0 / self.noise_scale**2
+            rows = rows - _control_variate(self, rng_key, params, problem, offset, 1.0, variance)
         return jnp.mean(rows)
 
 
@@ -92,15 +88,32 @@ class MultiscaleDenoisingScoreMatching(Objective):
         \qquad \tilde v = v + σε
 
     where σ runs over a range of levels, one a row: the rows of a batch take stratified levels, in
-    an order independent of their position. One energy is trained for all levels, at the fixed σ₀.
+    an order independent of their position. One energy is trained for all levels.
 
-    :param float noise_scale: σ₀, the noise scale whose smoothed density the energy approximates.
-    :param float min_noise_scale: lowest level of σ.
+    Which density that energy stands for depends on σ₀. With :math:`p_σ` the data smoothed at level
+    σ, and the mean over the levels, the score that minimises the loss is
+
+    .. math:: s^* = \frac{E_σ[∇p_σ]}{σ_0^2\, E_σ[p_σ/σ^2]}
+        \quad\text{(one σ₀)}, \qquad
+        s^* = ∇ \log E_σ\!\left[p_σ/σ^2\right] \quad\text{(σ₀ = σ)}.
+
+    *One σ₀ for all levels*, as published, is for many dimensions, where a noised point tells its
+    level: then s* is the score of the data smoothed at σ₀. In few dimensions it does not tell, and
+    a wide range makes s* too steep: modes come out far too sharp.
+
+    *Each level its own* (``noise_scale=None``) is right in any dimension: s* is the score of the
+    data under a noise of all levels, weighted by :math:`1/σ^2`. It has the variance
+    :math:`2\ln(b/a)/(a^{-2} - b^{-2})` with geometric levels from a to b, and :math:`ab` with
+    linear ones: start low enough that it is small beside the data's.
+
+    :param noise_scale: σ₀, the noise scale whose smoothed density the energy approximates, or
+        ``None`` for σ₀ = σ.
+    :param marginal: how latent sites are integrated out; with ``VaGES`` this is VaGES-MDSM.
+    :param float min_noise_scale: lowest level of σ, in the units of v.
     :param float max_noise_scale: highest level of σ.
     :param str spacing: ``"linear"`` or ``"geometric"`` levels.
     :param bool variance_reduction: whether to take off the control variate of
         :class:`DenoisingScoreMatching`, of mean zero at every level.
-    :param marginal: how latent sites are integrated out; with ``VaGES`` this is VaGES-MDSM.
     :raises ModelError: if the scales are not positive and ordered, or the spacing is unknown.
 
     The guide's loss is divided by σ, row by row, as in VaGES-MDSM.
@@ -111,8 +124,11 @@ class MultiscaleDenoisingScoreMatching(Objective):
     **Example**
 
     >>> import numpyro_ebm as ebm
-    >>> objective = ebm.MultiscaleDenoisingScoreMatching(
+    >>> images = ebm.MultiscaleDenoisingScoreMatching(
     ...     0.1, min_noise_scale=0.05, max_noise_scale=1.2, spacing="geometric"
+    ... )
+    >>> plane = ebm.MultiscaleDenoisingScoreMatching(
+    ...     None, min_noise_scale=0.02, max_noise_scale=1.0, spacing="geometric"
     ... )
     """
 
@@ -126,9 +142,10 @@ class MultiscaleDenoisingScoreMatching(Objective):
         spacing="linear",
         variance_reduction=True,
     ):
-        if not noise_scale > 0:
+        if noise_scale is not None and not noise_scale > 0:
             raise ModelError(
-                f"MultiscaleDenoisingScoreMatching: `noise_scale` must be positive: {noise_scale}."
+                "MultiscaleDenoisingScoreMatching: `noise_scale` must be positive, or None for "
+                f"each level its own, got {noise_scale}."
             )
         if not 0 < min_noise_scale <= max_noise_scale:
             raise ModelError(
@@ -146,11 +163,6 @@ class MultiscaleDenoisingScoreMatching(Objective):
         self.spacing = spacing
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
-
-    @property
-    def offset_variance(self):
-        """Variance of a coordinate of ε/σ₀²."""
-        return 1.0 / self.noise_scale**4
 
     def levels(self, rng_key, num_rows):
         """Noise levels of the rows, one uniform draw in each of ``num_rows`` strata, shuffled."""
@@ -173,16 +185,23 @@ class MultiscaleDenoisingScoreMatching(Objective):
     def energy_loss(self, rng_key, params, problem):
         estimate = self.estimate(rng_key, params, problem)
         levels, noise = problem.noise
-        offset = {name: e / self.noise_scale**2 for name, e in noise.items()}
-        scale = {k: problem.joint.rows_like(1.0 / levels, k, e) for k, e in noise.items()}
+        squared = levels**2 if self.noise_scale is None else self.noise_scale**2  # σ₀², a row
+        weight = jnp.broadcast_to(1.0 / squared, levels.shape)
+        rows_like = problem.joint.rows_like
+        offset = {name: rows_like(weight, name, e) * e for name, e in noise.items()}
+        scale = {name: rows_like(1.0 / levels, name, e) for name, e in noise.items()}
         rows = half_square(params, estimate, problem, offset, scale)
         if self.variance_reduction:
-            rows = rows - _control_variate(self, rng_key, params, problem, offset, scale)
+            variance = weight**2
+            rows = rows - _control_variate(self, rng_key, params, problem, offset, scale, variance)
         return jnp.mean(rows)
 
 
-def _control_variate(objective, rng_key, params, problem, offset, scale):
-    """What ½‖c·s(ṽ) + o‖² owes to the noise at first order, c·s(v)·o + (‖o‖² - E‖o‖²)/2."""
+def _control_variate(objective, rng_key, params, problem, offset, scale, variance):
+    """What ½‖c·s(ṽ) + o‖² owes to the noise at first order, c·s(v)·o + (‖o‖² - E‖o‖²)/2.
+
+    ``variance`` is that of a coordinate of o, a number or an array of shape (rows,).
+    """
     joint, clean = problem.joint, problem.joint.unconstrain_visible()
     # The key of the noised point: the same random numbers draw (nearly) the same particles.
     estimate = objective.estimate(rng_key, params, problem._replace(unconstrained=clean))
@@ -190,8 +209,7 @@ def _control_variate(objective, rng_key, params, problem, offset, scale):
     direction = {name: scale[name] * offset[name] for name in offset}
     _, along = jax.jvp(lambda u: estimate.log_density(params, u), (clean,), (direction,))
     dimension = sum(jnp.size(x) for x in clean.values()) / joint.num_rows
-    expected = dimension * objective.offset_variance
-    return along + 0.5 * (joint.row_dot(offset, offset) - expected)
+    return along + 0.5 * (joint.row_dot(offset, offset) - dimension * variance)
 
 
 def _noise_like(rng_key, sites):
