@@ -434,12 +434,12 @@ def test_gap_of_continuous_latents():
 
 def test_tails_of_weights():
     """The shape of Pareto weights is 1/α, and that of ArviZ, whose own functions have moved."""
-    from numpyro_ebm.diagnostics.gap import _pareto_k
+    from numpyro_ebm.diagnostics.pareto import pareto_shapes
 
     rng = np.random.default_rng(0)
     shapes = np.array([0.2, 0.5, 0.9])
     log_w = shapes * rng.exponential(size=(20_000, 3))
-    found = _pareto_k(log_w)
+    found = pareto_shapes(log_w)
     np.testing.assert_allclose(found, shapes, atol=0.15)
     try:
         from arviz import psislw
@@ -450,8 +450,8 @@ def test_tails_of_weights():
     else:
         by_arviz = psislw(log_w.T)[1]
     np.testing.assert_allclose(found, by_arviz, atol=0.02)
-    assert np.all(_pareto_k(np.zeros((100, 2))) == -np.inf)
-    assert np.all(np.isnan(_pareto_k(np.zeros((20, 2)))))
+    assert np.all(pareto_shapes(np.zeros((100, 2))) == -np.inf)
+    assert np.all(np.isnan(pareto_shapes(np.zeros((20, 2)))))
 
 
 def test_gap_of_discrete_visibles_has_no_scores():

@@ -5,7 +5,8 @@ from numpyro_ebm.diagnostics import plots
 from numpyro_ebm.diagnostics.arviz import to_arviz
 from numpyro_ebm.diagnostics.auxiliary import AuxiliaryAdequacy, auxiliary_adequacy
 from numpyro_ebm.diagnostics.energies import EnergyGap, energy_gap
-from numpyro_ebm.diagnostics.gap import BiasBound, PosteriorGap, posterior_gap
+from numpyro_ebm.diagnostics.gap import PosteriorGap, posterior_gap
+from numpyro_ebm.diagnostics.gap_bias import BiasBound
 from numpyro_ebm.diagnostics.stein import SteinTest, stein_test
 
 __all__ = [

@@ -9,24 +9,9 @@ Elsewhere the importance-weighted bound of Burda et al. stands for it, which is 
 mean, so that the estimate of KL is too small, by less and less as the weights have a finite
 variance and their number grows.
 
-What it means for VaES and VaGES: for :math:`f_i = ∂_{v_i} \log\tilde p(v, h)` and
-:math:`\mathrm{TV} ≤ \sqrt{\mathrm{KL}/2}` the total variation,
+What the gap does to VaES and VaGES is the subject of :mod:`numpyro_ebm.diagnostics.gap_bias`.
 
-.. math:: |E_q f_i - E_p f_i| ≤ \operatorname{range}_h(f_i)\, \mathrm{TV}, \qquad
-    \|E_q f - E_p f\| ≤ 2 F\, \mathrm{TV}, \qquad F = \sup_h \|f\|
-
-and with :math:`g_j = ∂_{θ_j} \log\tilde p` and :math:`m_{ij} = ∂_{v_i} ∂_{θ_j} \log\tilde p` the
-bias of VaGES, whose mean is :math:`E_q m_{ij} + \operatorname{Cov}_q(f_i, g_j)`, is at most
-
-.. math:: \big[\operatorname{range}(m_{ij}) + \tfrac32 \operatorname{range}(f_i)
-    \operatorname{range}(g_j)\big]\, \mathrm{TV} \quad \text{and} \quad (2 M + 6 F G)\, \mathrm{TV}
-
-(the first by taking the middles of their ranges off f and g, which no covariance notices).
-
-Reference: Bao et al., ICML 2021 (the rates); Burda, Grosse, Salakhutdinov, *Importance weighted
-autoencoders*, ICLR 2016; Vehtari, Simpson, Gelman, Yao, Gabry, *Pareto smoothed importance
-sampling*, JMLR 2024; Zhang, Stephens, *A new and efficient estimation method for the generalized
-Pareto distribution*, Technometrics 2009.
+Reference: Burda, Grosse, Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016.
 """
 
 import math
@@ -35,40 +20,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.scipy.special import logsumexp
 from numpyro.util import not_jax_tracer
 
+from numpyro_ebm.diagnostics.gap_bias import BiasBound, bias_bounds
+from numpyro_ebm.diagnostics.gap_weights import (
+    all_states,
+    choose_method,
+    weigh_particles,
+    weigh_states,
+)
+from numpyro_ebm.diagnostics.pareto import pareto_shapes
 from numpyro_ebm.diagnostics.rows import map_leading, read_guide
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import lowest_value, read
+from numpyro_ebm.joint import read
 from numpyro_ebm.marginal import Enumerated
-from numpyro_ebm.marginal.enumerated import num_values_of
 
-__all__ = ["BiasBound", "PosteriorGap", "posterior_gap"]
-
-FEWEST_IN_TAIL = 5
-"""Weights that a tail is fitted to."""
-
-ROUNDING = 1e-6
-"""Difference of weights, the largest being one, that is none."""
-
-
-class BiasBound(NamedTuple):
-    """The bias that a guide brings into an estimate, by row, (rows,) each.
-
-    - **bias** - norm of the bias, in units of the score (or of its gradient in θ).
-    - **range_bound** - norm of the bounds by coordinate, from the ranges of what is averaged.
-    - **norm_bound** - the bound from the largest norms of what is averaged.
-
-    Where the latents were enumerated all three are exact, and the bounds bound. Else the bias is an
-    importance estimate, and ranges and norms are those over the particles, which may miss larger
-    ones, times an estimate of the total variation: estimates of the bounds, and themselves none.
-    """
-
-    bias: jax.Array
-    range_bound: jax.Array
-    norm_bound: jax.Array
+__all__ = ["PosteriorGap", "posterior_gap"]
 
 
 class PosteriorGap(NamedTuple):
@@ -162,9 +129,7 @@ def posterior_gap(
     True
     """
     joint, reader = _read(model, guide, params, args, kwargs, num_particles, gradient)
-    states = _states(joint, max_states)
-    log_marginal_of = None if states is not None else _exact_marginal(joint, params)
-    method = "enumerate" if states is not None else "marginal" if log_marginal_of else "importance"
+    method = choose_method(joint, max_states)
     visible = joint.visible_values
 
     def log_p(latent):
@@ -176,145 +141,47 @@ def posterior_gap(
     @jax.jit
     def run():
         particles = reader.draw(rng_key, params, visible, num_particles)
-        points = particles if states is None else states(joint)
+        points = all_states(joint) if method == "enumerate" else particles
         log_joint = map_leading(log_p, points)
         log_guide = map_leading(log_q, points)
-        log_w = log_joint - log_guide
-        num = len(log_w)
         if method == "enumerate":
-            log_marginal = logsumexp(log_joint, 0)
-            q, p = jnp.exp(log_guide), jnp.exp(log_joint - log_marginal)
-            terms = jnp.where(q > 0, q * log_w, 0.0)
-            elbo, error = jnp.sum(terms, 0), jnp.zeros(joint.num_rows)
-            # Of draws of q, as their number grows: E_q[w]² / E_q[w²].
-            ess = num_particles / jnp.sum(
-                jnp.where(q > 0, p * p / q, jnp.where(p > 0, jnp.inf, 0)), 0
-            )
+            weights = weigh_states(log_joint, log_guide, num_particles)
         else:
-            q, p = jnp.full_like(log_w, 1 / num), jax.nn.softmax(log_w, 0)
-            elbo, influence = jnp.mean(log_w, 0), log_w
+            exact = None
             if method == "marginal":
-                log_marginal = log_marginal_of()
-            else:
-                log_marginal = logsumexp(log_w, 0) - math.log(num)
-                influence = jnp.exp(log_w - log_marginal) - log_w
-            error = jnp.std(influence, 0, ddof=1) / math.sqrt(num)
-            ess = 1 / jnp.sum(p * p, 0)
-        kl = log_marginal - elbo
-        tv = 0.5 * jnp.sum(jnp.abs(q - p), 0)
+                exact = Enumerated().log_density(joint, params, visible)
+            weights = weigh_particles(log_joint, log_guide, exact)
+        kl = weights.log_marginal - weights.elbo
+        tv = 0.5 * jnp.sum(jnp.abs(weights.q - weights.p), 0)
         tv_bound = jnp.minimum(jnp.sqrt(jnp.maximum(kl, 0.0) / 2), 1.0)
-        fisher = _fisher(joint, particles, log_p, log_q)
+        fisher, fisher_error = _fisher(joint, particles, log_p, log_q)
         reach = tv if method == "enumerate" else tv_bound
-        vaes, vages = _bias(joint, params, points, q, p, reach, gradient)
+        vaes, vages = bias_bounds(joint, params, points, weights.q, weights.p, reach, gradient)
         result = PosteriorGap(
             value=jnp.mean(kl),
-            standard_error=jnp.sqrt(jnp.sum(error**2)) / joint.num_rows,
+            standard_error=jnp.sqrt(jnp.sum(weights.error**2)) / joint.num_rows,
             kl=kl,
-            kl_error=error,
+            kl_error=weights.error,
             method=None,
-            elbo=elbo,
-            log_marginal=log_marginal,
+            elbo=weights.elbo,
+            log_marginal=weights.log_marginal,
             tv=tv,
             tv_bound=tv_bound,
-            fisher=fisher[0],
-            fisher_error=fisher[1],
-            ess=ess,
+            fisher=fisher,
+            fisher_error=fisher_error,
+            ess=weights.ess,
             pareto_k=None,
             vaes=vaes,
             vages=vages,
         )
-        return result, log_w, log_guide
+        return result, log_joint - log_guide, log_guide
 
     result, log_w, log_guide = run()
     pareto_k = None
     if not_jax_tracer(log_w):
         _check_finite(log_w, log_guide, method)
-        pareto_k = None if method == "enumerate" else _pareto_k(np.asarray(log_w, float))
+        pareto_k = None if method == "enumerate" else pareto_shapes(np.asarray(log_w, float))
     return result._replace(method=method, pareto_k=pareto_k)
-
-
-# Bias of VaES and VaGES
-
-
-def _bias(joint, params, points, q, p, tv, gradient):
-    """Biases and their bounds from points with weights under q and p, one pass over the points."""
-    if any(site.is_discrete for site in joint.visible.values()):
-        return None, None
-    here = joint.unconstrain_visible()
-
-    def score(params, latent):
-        def total(u):
-            return jnp.sum(joint.unconstrained_log_density(params, u, latent))
-
-        return joint.flatten(jax.grad(total)(here))
-
-    own = {name: params[name] for name in joint.parameters}
-
-    def terms(latent):
-        """f, and g and m where they are asked for: (rows, D), (rows, P), (rows, D P)."""
-        f = score(params, latent)
-        if not gradient:
-            return (f,)
-        g = _per_row(jax.jacrev(lambda t: joint.log_density({**params, **t}, at(latent)))(own), 1)
-        m = _per_row(jax.jacrev(lambda t: score({**params, **t}, latent))(own), 2)
-        return (
-            f,
-            g,
-            jnp.reshape(m, (len(m), -1)),
-            jnp.reshape(f[:, :, None] * g[:, None], m.shape[:1] + (-1,)),
-        )
-
-    def at(latent):
-        return {**joint.visible_values, **latent}
-
-    first = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], points))
-    blank = lambda value: [jnp.full(x.shape, value, x.dtype) for x in first]  # noqa: E731
-    rows = joint.num_rows
-    start = (
-        blank(0.0),
-        blank(0.0),
-        blank(jnp.inf),
-        blank(-jnp.inf),
-        [jnp.zeros(rows) for _ in first],
-    )
-
-    def step(carry, point):
-        latent, at_q, at_p = point
-        under_q, under_p, low, high, norm = carry
-        new = terms(latent)
-        each = list(zip(new, range(len(new)), strict=True))
-        return (
-            [under_q[i] + at_q[:, None] * x for x, i in each],
-            [under_p[i] + at_p[:, None] * x for x, i in each],
-            [jnp.minimum(low[i], x) for x, i in each],
-            [jnp.maximum(high[i], x) for x, i in each],
-            [jnp.maximum(norm[i], jnp.linalg.norm(x, axis=1)) for x, i in each],
-        ), None
-
-    (under_q, under_p, low, high, norm), _ = lax.scan(step, start, (points, q, p))
-    width = [b - a for a, b in zip(low, high, strict=True)]
-    length = lambda x: jnp.linalg.norm(jnp.reshape(x, (rows, -1)), axis=1)  # noqa: E731
-    vaes = BiasBound(length(under_q[0] - under_p[0]), length(width[0]) * tv, 2 * norm[0] * tv)
-    if not gradient:
-        return vaes, None
-
-    def mean_gradient(mean):
-        f, g, m, products = mean
-        return m + products - jnp.reshape(f[:, :, None] * g[:, None], products.shape)
-
-    products = jnp.reshape(width[0][:, :, None] * width[1][:, None], width[2].shape)
-    return vaes, BiasBound(
-        length(mean_gradient(under_q) - mean_gradient(under_p)),
-        length(width[2] + 1.5 * products) * tv,
-        (2 * norm[2] + 6 * norm[0] * norm[1]) * tv,
-    )
-
-
-def _per_row(jacobian, batch_dims):
-    """Jacobians of a dict of parameters, side by side: (rows, P) or (rows, D, P)."""
-    leaves = [jacobian[name] for name in sorted(jacobian)]
-    parts = [jnp.reshape(x, (*jnp.shape(x)[:batch_dims], -1)) for x in leaves]
-    return jnp.concatenate(parts, -1)
 
 
 def _fisher(joint, particles, log_p, log_q):
@@ -334,10 +201,8 @@ def _fisher(joint, particles, log_p, log_q):
     return jnp.mean(squares, 0), jnp.std(squares, 0, ddof=1) / math.sqrt(len(squares))
 
 
-# Reading
-
-
 def _read(model, guide, params, args, kwargs, num_particles, gradient):
+    """The model and the guide beside it, or what is wrong with them."""
     if not isinstance(num_particles, int) or num_particles < 2:
         raise ModelError(
             f"posterior_gap: `num_particles` must be an integer of at least 2: {num_particles!r}."
@@ -385,45 +250,8 @@ def _read(model, guide, params, args, kwargs, num_particles, gradient):
     return joint, reader
 
 
-def _states(joint, max_states):
-    """A function to all joint states of the latent sites, states leading; None if too many."""
-    sizes, counts, lowest, shapes = {}, [], [], {}
-    for name, site in joint.latent.items():
-        if not (site.is_discrete and site.fn.has_enumerate_support):
-            return None
-        shapes[name] = jnp.shape(joint.to_rows({name: jnp.asarray(site.value)})[name])
-        sizes[name] = math.prod(shapes[name][1:])
-        counts += [num_values_of(site.fn)] * sizes[name]
-        lowest += [lowest_value(site.fn.support)] * sizes[name]
-    if math.prod(counts) > max_states:
-        return None
-
-    def states(joint):
-        grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
-        columns = np.split(grid, np.cumsum(list(sizes.values()))[:-1], axis=1)
-
-        def one(parts):
-            rows = {
-                name: jnp.broadcast_to(jnp.reshape(x, shapes[name][1:]), shapes[name])
-                for name, x in zip(sizes, parts, strict=True)
-            }
-            return joint.from_rows(rows)
-
-        return jax.vmap(one)([jnp.asarray(x) for x in columns])
-
-    return states
-
-
-def _exact_marginal(joint, params):
-    """log p̃(v) of every row as a function of nothing; None if it has no closed form."""
-    try:
-        Enumerated().check(joint, None, 1)
-    except ModelError:
-        return None
-    return lambda: Enumerated().log_density(joint, params, joint.visible_values)
-
-
 def _check_finite(log_w, log_guide, method):
+    """Refuse a guide that draws where the model has no density."""
     if method == "enumerate":
         bad = np.any(np.isnan(log_w), 0) | ~np.any(np.isfinite(log_guide), 0)
     else:
@@ -434,29 +262,3 @@ def _check_finite(log_w, log_guide, method):
             f"{np.sum(bad)} of {len(bad)} rows, the first of them row {np.argmax(bad)}. Does the "
             "guide draw where the model has no density?"
         )
-
-
-def _pareto_k(log_w):
-    """Shape of the generalised Pareto law of the largest weights, of every row."""
-    num = len(log_w)
-    weights = np.sort(np.exp(log_w - log_w.max(0)), axis=0)
-    size = math.ceil(min(0.2 * num, 3 * math.sqrt(num)))
-    if size < FEWEST_IN_TAIL:
-        return np.full(log_w.shape[1], np.nan)
-    above = weights[-size:] - weights[-size - 1]
-    return np.array([_pareto_shape(x[x > ROUNDING]) for x in above.T])
-
-
-def _pareto_shape(x):
-    """Fit of Zhang and Stephens (2009), with the weak prior of Vehtari et al.; ``x`` ascends."""
-    num = len(x)
-    if num < FEWEST_IN_TAIL or x[-1] - x[0] < ROUNDING:
-        return -np.inf  # the largest weights are many and equal: no tail
-    count = 30 + math.isqrt(num)
-    quartile = x[int(num / 4 + 0.5) - 1]
-    b = 1 / x[-1] + (1 - np.sqrt(count / (np.arange(count) + 0.5))) / (3 * quartile)
-    shape = np.mean(np.log1p(-b[:, None] * x), 1)
-    profile = num * (np.log(-b / shape) - shape - 1)
-    posterior = np.exp(profile - profile.max())
-    b = np.sum(b * posterior) / np.sum(posterior)
-    return (num * np.mean(np.log1p(-b * x)) + 5) / (num + 10)

@@ -6,17 +6,22 @@
 ``pip install "numpyro-ebm[examples]"`` brings it.
 """
 
-import math
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import MCMC
 
-from numpyro_ebm.diagnostics.rows import pick_marginal, read_rows
+from numpyro_ebm.diagnostics.plot_arrays import (
+    as_images,
+    image_sheet,
+    log_density_on_grid,
+    log_trapezoid,
+    make_grid,
+    paths_of_chains,
+)
 from numpyro_ebm.errors import ModelError
 
 __all__ = ["chains", "density", "energies", "samples", "training"]
+
+COLOR_MAPS = {"density": "viridis", "energy": "viridis_r"}
+"""Colour maps of the plane, bright where the model is."""
 
 
 def density(
@@ -72,13 +77,9 @@ def density(
     """
     if kind not in ("density", "energy"):
         raise ModelError(f"plots.density: `kind` must be 'density' or 'energy', got {kind!r}.")
-    x, y, log_p = _log_density_on_grid(
-        "plots.density",
-        model,
-        args,
-        kwargs,
-        (xlim, ylim, num),
-        (marginal, guide, guide_params, rng_key),
+    grid = make_grid("plots.density", xlim, ylim, num)
+    log_p = log_density_on_grid(
+        "plots.density", grid, model, args, kwargs, marginal, guide, guide_params, rng_key
     )
     if kind == "energy":
         shown, label = np.max(log_p) - log_p, "energy above the lowest, nats"
@@ -86,12 +87,13 @@ def density(
         log_z = getattr(log_normalizer, "value", log_normalizer)
         label = "density" if log_z is not None else "density, normalised in the frame"
         if log_z is None:
-            log_z = _log_trapezoid(x, y, log_p)
+            log_z = log_trapezoid(grid, log_p)
         elif np.ndim(log_z):
             raise ModelError("plots.density: `log_normalizer` must be one number.")
         shown = np.exp(log_p - np.asarray(log_z, float))
     ax = _axes(ax)
-    image = ax.pcolormesh(x, y, shown, shading="gouraud", rasterized=True, cmap=_CMAPS[kind])
+    colors = COLOR_MAPS[kind]
+    image = ax.pcolormesh(*grid, shown, shading="gouraud", rasterized=True, cmap=colors)
     if colorbar:
         ax.figure.colorbar(image, ax=ax, label=label)
     _frame(ax, xlim, ylim)
@@ -139,29 +141,24 @@ def chains(
     >>> path = jnp.cumsum(jnp.ones((1, 50, 2)), 1)
     >>> ax = ebm.plots.chains(path)  # doctest: +SKIP
     """
-    paths = _paths(draws, site)
+    paths = paths_of_chains(draws, site)
     low, high = paths.min((0, 1)), paths.max((0, 1))
     margin = 0.1 * np.maximum(high - low, 1e-3)
     frame = np.stack([low - margin, high + margin], -1)
     xlim = tuple(frame[0]) if xlim is None else xlim
     ylim = tuple(frame[1]) if ylim is None else ylim
-    grid = None
+    log_p = None
     if model is not None:
-        grid = _log_density_on_grid(
-            "plots.chains",
-            model,
-            args,
-            kwargs,
-            (xlim, ylim, num),
-            (marginal, guide, guide_params, rng_key),
+        grid = make_grid("plots.chains", xlim, ylim, num)
+        log_p = log_density_on_grid(
+            "plots.chains", grid, model, args, kwargs, marginal, guide, guide_params, rng_key
         )
     ax = _axes(ax)
-    if grid is not None:
-        x, y, log_p = grid
+    if log_p is not None:
         levels = np.arange(11.0)
         above = np.max(log_p) - log_p
-        ax.contourf(x, y, above, levels=levels, cmap="Greys_r", alpha=0.6)
-        ax.contour(x, y, above, levels=levels, colors="0.5", linewidths=0.4)
+        ax.contourf(*grid, above, levels=levels, cmap="Greys_r", alpha=0.6)
+        ax.contour(*grid, above, levels=levels, colors="0.5", linewidths=0.4)
     for i, path in enumerate(paths[:max_chains]):
         ax.plot(*path.T, "-", lw=0.6, marker=".", ms=3, alpha=0.8, label=f"chain {i}")
         ax.plot(*path[0], "o", ms=6, mfc="none", color=ax.lines[-1].get_color())
@@ -224,30 +221,7 @@ def samples(draws, *, shape=None, num_columns=None, num=64, gap=1, cmap="gray", 
     >>> import numpyro_ebm as ebm
     >>> ax = ebm.plots.samples(np.random.default_rng(0).random((16, 8, 8)))  # doctest: +SKIP
     """
-    images = np.asarray(draws, float)
-    if images.ndim > 1:
-        axes = tuple(i for i in range(1, images.ndim) if images.shape[i] == 1)
-        images = np.squeeze(images, axes) if images.ndim - len(axes) > 1 else images
-    if images.ndim == 2:
-        side = math.isqrt(images.shape[1])
-        height, width = (side, side) if shape is None else shape
-        if height * width == images.shape[1]:
-            images = images.reshape(-1, height, width)
-    if images.ndim != 3 or shape is not None and images.shape[1:] != tuple(shape):
-        raise ModelError(
-            f"plots.samples: draws of shape {np.shape(draws)} are no images"
-            f"{'' if shape is None else f' of shape {tuple(shape)}'}. Pass (samples, height, "
-            "width), or (samples, height * width) with `shape=(height, width)`."
-        )
-    images = images[:num]
-    count, height, width = images.shape
-    num_columns = math.ceil(math.sqrt(count)) if num_columns is None else num_columns
-    num_rows = math.ceil(count / num_columns)
-    sheet = np.full((num_rows * num_columns, height + gap, width + gap), np.nan)
-    sheet[:count, :height, :width] = images
-    sheet = sheet.reshape(num_rows, num_columns, height + gap, width + gap).swapaxes(1, 2)
-    sheet = sheet.reshape(num_rows * (height + gap), -1)
-    sheet = sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
+    sheet = image_sheet(as_images(draws, shape)[:num], num_columns, gap)
     ax = _axes(ax)
     ax.imshow(sheet, cmap=cmap, interpolation="nearest")
     ax.set_axis_off()
@@ -296,10 +270,8 @@ def training(fit, *, window=None, label=None, ax=None):
     return ax
 
 
-_CMAPS = {"density": "viridis", "energy": "viridis_r"}
-
-
 def _axes(ax):
+    """``ax``, or those of a new figure."""
     if ax is not None:
         return ax
     try:
@@ -314,78 +286,3 @@ def _axes(ax):
 
 def _frame(ax, xlim, ylim):
     ax.set(xlim=xlim, ylim=ylim, aspect="equal", xlabel="$v_1$", ylabel="$v_2$")
-
-
-def _log_density_on_grid(who, model, args, kwargs, frame, how):
-    """log p̃ at the points of a grid: its axes, and an array of shape (num, num), y leading."""
-    (xlim, ylim, num), (marginal, guide, guide_params, rng_key) = frame, how
-    for name, limits in (("xlim", xlim), ("ylim", ylim)):
-        if len(limits) != 2 or not limits[0] < limits[1]:
-            raise ModelError(f"{who}: `{name}` must be (low, high), got {limits}.")
-    if not isinstance(num, int) or num < 2:
-        raise ModelError(f"{who}: `num` must be an integer of at least 2, got {num!r}.")
-    x, y = np.linspace(*xlim, num), np.linspace(*ylim, num)
-    grid = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
-    joint = read_rows(who, model, jnp.asarray(grid, float), args, kwargs)
-    shapes = {k: jnp.shape(joint.to_rows({k: s.value})[k])[1:] for k, s in joint.visible.items()}
-    if list(shapes.values()) != [(2,)] or any(s.is_discrete for s in joint.visible.values()):
-        raise ModelError(
-            f"{who}: draws models with one visible site of two real coordinates, and this one has "
-            f"{shapes}."
-        )
-    marginal, reader, params = pick_marginal(who, joint, marginal, guide, guide_params)
-    if marginal.value is None:
-        raise ModelError(
-            f"{who}: needs values of log p̃(v), and {type(marginal).__name__} estimates derivatives "
-            "only. Use `ImportanceBound(num_particles)` with a guide."
-        )
-    if marginal.needs_guide and rng_key is None:
-        raise ModelError(f"{who}: the particles of {marginal!r} need an `rng_key`.")
-
-    @jax.jit
-    def log_density():
-        u = joint.unconstrain_visible()
-        key = jax.random.key(0) if rng_key is None else rng_key
-        estimate = marginal.bind(key, joint, reader, params, u, order=1)
-        _, log_det = joint.constrain(u)
-        return estimate.log_density(params, u) - log_det
-
-    log_p = np.asarray(log_density(), float).reshape(num, num)
-    if np.any(np.isnan(log_p)) or np.any(log_p == np.inf) or not np.any(np.isfinite(log_p)):
-        at = grid[np.argmin(np.isfinite(log_p).ravel())]
-        raise ModelError(f"{who}: the energy is not a number at {tuple(at)}. Narrow the frame.")
-    return x, y, log_p
-
-
-def _log_trapezoid(x, y, log_p):
-    """log of the integral of exp(log_p) over the grid by the trapezoidal rule."""
-    highest = np.max(log_p)
-    integral = np.trapezoid(np.trapezoid(np.exp(log_p - highest), x, axis=1), y)
-    return highest + np.log(integral)
-
-
-def _paths(draws, site):
-    """Draws of one site with two coordinates as (chains, draws, 2), rows as chains."""
-    if isinstance(draws, MCMC):
-        if draws.last_state is None:
-            raise ModelError("plots.chains: this MCMC has not been run.")
-        draws = draws.get_samples(group_by_chain=True)
-    if isinstance(draws, dict):
-        names = [k for k, x in draws.items() if np.ndim(x) >= 3 and np.shape(x)[-1] == 2]
-        if site is None and len(names) != 1:
-            raise ModelError(
-                f"plots.chains: the sites {sorted(draws)} have {len(names)} with two coordinates; "
-                "name one, `site=`."
-            )
-        site = names[0] if site is None else site
-        if site not in draws:
-            raise ModelError(f"plots.chains: there are no draws of '{site}', only {sorted(draws)}.")
-        draws = draws[site]
-    x = np.asarray(draws, float)
-    if x.ndim < 3 or x.shape[-1] != 2:
-        raise ModelError(
-            f"plots.chains: draws must have the shape (chains, draws, 2) or (chains, draws, rows, "
-            f"2), got {x.shape}."
-        )
-    x = x.reshape(*x.shape[:2], -1, 2)
-    return np.swapaxes(x, 1, 2).reshape(-1, x.shape[1], 2)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws of a fixed model, their energies and what the kernel collected, as arrays for ArviZ."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpyro.infer import MCMC
+
+from numpyro_ebm.diagnostics.arviz_groups import Converted
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.joint import read_fixed
+from numpyro_ebm.marginal import Enumerated
+
+__all__ = ["convert_draws"]
+
+ENERGY_BATCH = 256
+"""Draws whose energies are evaluated at once."""
+
+RENAMED = {
+    "accept_prob": "acceptance_rate",
+    "potential_energy": "lp",
+    "num_steps": "n_steps",
+    "energy": "hamiltonian_energy",
+}
+"""ArviZ's words for the fields of kernels; others keep their names."""
+
+BY_ROW = {"lp": np.sum, "hamiltonian_energy": np.sum, "acceptance_rate": np.mean}
+BY_ROW |= {"diverging": np.any}
+"""Statistics that are brought together where there is one for every row."""
+
+FINAL = ("step_size", "mean_swap_prob")
+"""Fields of the last state that hold for all draws of a chain."""
+
+
+def convert_draws(posterior, model, args, kwargs):
+    """Groups *posterior* and *sample_stats* of an ``MCMC`` that has run, or of a dict of draws.
+
+    :param model: the fixed model; read off the kernel of an ``MCMC`` if ``None``.
+    :param args, kwargs: arguments of the model; an ``MCMC`` brings its own.
+    :return: :class:`~numpyro_ebm.diagnostics.arviz_groups.Converted`.
+    """
+    extra, final = {}, {}
+    if isinstance(posterior, MCMC):
+        _check_run(posterior, args, kwargs)
+        model = posterior.sampler.model if model is None else model
+        args, kwargs = posterior._args, posterior._kwargs
+        draws = posterior.get_samples(group_by_chain=True)
+        extra = posterior.get_extra_fields(group_by_chain=True)
+        shape = jnp.shape(jax.tree.leaves(draws)[0])[:2]
+        final = _final_fields(posterior.last_state, posterior.num_chains, shape)
+    elif isinstance(posterior, dict):
+        draws = jax.tree.map(lambda x: jnp.asarray(x)[None], posterior)
+    else:
+        raise ModelError(
+            "to_arviz: takes an MCMC that has run, the dict of draws of `numpyro_ebm.sample`, or "
+            f"what `EnergySVI.run` returned, got {type(posterior).__name__}."
+        )
+    if model is None:
+        raise ModelError("to_arviz: give the model of the draws, `to_arviz(draws, model)`.")
+    joint = read_fixed(model, args, kwargs)
+    dims = {name: list(site.dims) for name, site in joint.sites.items()}
+    dims |= {"row_energy": [joint.plate], "row_acceptance_rate": [joint.plate]}
+    stats = {**final, **_kernel_stats(extra, joint.num_rows)}
+    groups = {
+        "posterior": {name: np.asarray(x) for name, x in draws.items()},
+        "sample_stats": {**_energies(joint, draws), **stats},
+    }
+    return Converted(groups, dims, model, joint)
+
+
+def _check_run(mcmc, args, kwargs):
+    if mcmc.last_state is None:
+        raise ModelError("to_arviz: this MCMC has not been run.")
+    if args or kwargs:
+        raise ModelError(
+            "to_arviz: an MCMC brings the arguments of its run; give none beside it, got "
+            f"{[*args, *kwargs]}."
+        )
+
+
+def _energies(joint, draws):
+    """Energies of all draws, by row and in sum; latent sites without draws are summed out."""
+    given = {k: x for k, x in draws.items() if k in joint.sites}
+    missing = [name for name in joint.visible if name not in given]
+    if missing:
+        raise ModelError(f"to_arviz: the draws lack the site(s) {missing} of the model.")
+    summed_out = {name: site for name, site in joint.latent.items() if name not in given}
+    joint.latent = summed_out
+
+    def negative_log_density(values):
+        if summed_out:
+            return -Enumerated().log_density(joint, {}, values)
+        return -joint.log_density({}, values)
+
+    shape = jnp.shape(next(iter(given.values())))[:2]
+    flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), given)
+    rows = jax.jit(lambda x: lax.map(negative_log_density, x, batch_size=ENERGY_BATCH))(flat)
+    rows = np.asarray(rows).reshape(*shape, -1)
+    return {"energy": rows.sum(-1), "row_energy": rows}
+
+
+def _kernel_stats(extra, num_rows):
+    """Sample statistics in ArviZ's words; those of single rows are brought together."""
+    stats = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(dict(extra)):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            continue
+        name, x = _name(path), np.asarray(x)
+        x = -x if name == "lp" else x
+        by_row = x.ndim == 3 and x.shape[2] == num_rows
+        if by_row and name == "acceptance_rate":
+            stats["row_acceptance_rate"] = x
+        stats[name] = BY_ROW[name](x, -1) if by_row and name in BY_ROW else x
+    return stats
+
+
+def _name(path):
+    """``adapt_state.step_size`` -> ``step_size``, ``block_states.0.accept_prob`` with its block."""
+    words = [word for key in path for word in jax.tree_util.keystr((key,), simple=True).split(".")]
+    words[-1] = RENAMED.get(words[-1], words[-1])
+    return "_".join(word for word in words if word != "adapt_state")
+
+
+def _final_fields(state, num_chains, shape):
+    """What the kernel, or the blocks of ``Gibbs``, ended with, the same for all draws."""
+    blocks = {f"block_states_{i}_": s for i, s in enumerate(getattr(state, "block_states", ()))}
+    found = {}
+    for prefix, block in (blocks or {"": state}).items():
+        for place in (block, getattr(block, "adapt_state", None)):
+            for field in FINAL:
+                if getattr(place, field, None) is not None:
+                    x = np.asarray(getattr(place, field))
+                    x = x if num_chains > 1 else x[None]
+                    x = np.broadcast_to(x[:, None], (*shape, *x.shape[1:]))
+                    found[prefix + field] = x
+    return found

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fit by ``EnergySVI``, its parameters, losses and persistent chains, as arrays for ArviZ."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ebm.diagnostics.arviz_groups import Converted
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.handlers import fixed
+from numpyro_ebm.joint import read
+from numpyro_ebm.objectives.contrastive_divergence import Chains, remembered_rounds
+
+__all__ = ["convert_fit"]
+
+
+def convert_fit(fit, model, args, kwargs):
+    """Groups *training* and *posterior*; those of chains as well if the fit has persistent ones.
+
+    :param fit: what ``EnergySVI.run`` returned.
+    :param model: the model that was trained, whose sites name the coordinates of the chains;
+        ``None`` if it is not at hand.
+    :param args, kwargs: its arguments.
+    :return: :class:`~numpyro_ebm.diagnostics.arviz_groups.Converted`.
+    """
+    chains = getattr(fit.state, "objective_state", None)
+    params = {name: np.asarray(x) for name, x in fit.params.items()}
+    groups, dims = {"training": {"loss": np.asarray(fit.losses)}}, {}
+    if model is not None:
+        model = fixed(model, fit.params)
+    elif args or kwargs:
+        raise ModelError("to_arviz: arguments of the model need the model, `to_arviz(fit, model)`.")
+    rounds = remembered_rounds(chains) if isinstance(chains, Chains) else ()
+    if not len(rounds):
+        groups["posterior"] = {name: x[None, None] for name, x in params.items()}
+        return Converted(groups, dims, model, None)
+    history = np.swapaxes(rounds, 0, 1)  # one chain a row
+    draws = {"visible": history[..., :-1]}
+    if model is not None:
+        joint = read(model, args, kwargs)
+        if not joint.visible:
+            raise ModelError(
+                "to_arviz: to name the coordinates of the chains the model needs its data: "
+                "`to_arviz(fit, model, data)`."
+            )
+        draws = _sites_of_chains(joint, history[..., :-1])
+        dims |= {name: [d for d in joint.visible[name].dims if d != joint.plate] for name in draws}
+    groups["posterior"] = draws
+    groups["sample_stats"] = {"energy": history[..., -1]}
+    groups["constant_data"] = params
+    return Converted(groups, dims, model, None)
+
+
+def _sites_of_chains(joint, flat):
+    """Site values of the coordinates of rows, (chains, draws, coordinates)."""
+    like = jax.eval_shape(lambda: joint.to_rows(joint.unconstrain_visible()))
+    start, draws = 0, {}
+    for name in sorted(like):
+        shape = like[name].shape[1:]
+        stop = start + int(np.prod(shape))
+        if stop > flat.shape[-1]:
+            break
+        u = np.reshape(flat[..., start:stop], (*flat.shape[:2], *shape))
+        site = joint.visible[name]
+        v = np.asarray(u if site.is_unconstrained else site.transform(jnp.asarray(u)))
+        v = v.astype(jnp.asarray(site.value).dtype)
+        draws[name] = np.expand_dims(v, 2 + site.dims.index(joint.plate))  # a plate of one row
+        start = stop
+    if start != flat.shape[-1] or set(draws) != set(like):
+        raise ModelError(
+            f"to_arviz: the chains have {flat.shape[-1]} coordinates, and a row of this model has "
+            f"{sum(int(np.prod(x.shape[1:])) for x in like.values())}. Is it the model of the fit?"
+        )
+    return draws

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of arrays as the data of the installed ArviZ: ``InferenceData``, or from 1 on a tree."""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from numpyro_ebm.joint import Joint
+
+__all__ = ["Converted", "Likelihood", "to_data"]
+
+
+class Converted(NamedTuple):
+    """Draws or a fit as arrays, and the model that they are of.
+
+    - **groups** - arrays by group and by name.
+    - **dims** - names of the dimensions of an array after chains and draws, by name of the array.
+    - **model** - the fixed model; ``None`` for a fit that came without.
+    - **joint** - that model as it was run; ``None`` for a fit, which is no run.
+    """
+
+    groups: dict
+    dims: dict
+    model: object
+    joint: Joint | None
+
+
+class Likelihood(NamedTuple):
+    """The log-likelihood of observed rows.
+
+    - **name** - of the array.
+    - **values** - (chains, draws, rows).
+    - **plate** - name of the rows' dimension.
+    - **attrs** - what there is to know of its log Z.
+    """
+
+    name: str
+    values: np.ndarray
+    plate: str
+    attrs: dict
+
+
+def to_data(groups, dims, likelihood=None):
+    """Arrays by group and name, as ArviZ data.
+
+    :param dict groups: what :class:`Converted` has; the group *training* is not one of draws.
+    :param dict dims: names of dimensions, also of arrays that are not there.
+    :param likelihood: a :class:`Likelihood`, for the group *log_likelihood*.
+    """
+    of_draws = {group: arrays for group, arrays in groups.items() if group != "training"}
+    present = {name for arrays in of_draws.values() for name in arrays}
+    data = _convert(of_draws, {name: d for name, d in dims.items() if name in present})
+    if likelihood is not None:
+        # By itself, because there the name of the site is the name of its rows' log-likelihoods.
+        name, values, plate, attrs = likelihood
+        rows = _convert({"log_likelihood": {name: values}}, {name: [plate]})["log_likelihood"]
+        rows.attrs.update(attrs)
+        _add(data, "log_likelihood", rows)
+    if "training" in groups:
+        _add(data, "training", xr.Dataset({"loss": ("step", groups["training"]["loss"])}))
+    return data
+
+
+def _convert(groups, dims):
+    import arviz as az
+
+    with warnings.catch_warnings():
+        # A guess at transposed axes, wrong for the many persistent chains of a fit.
+        warnings.filterwarnings("ignore", "More chains|Found chain dimension", UserWarning)
+        if int(az.__version__.split(".")[0]) < 1:
+            return az.from_dict(**groups, dims=dims)
+        return az.from_dict(groups, dims=dims)
+
+
+def _add(data, name, group):
+    if hasattr(data, "add_groups"):
+        data.add_groups({name: group}, warn_on_custom_groups=False)
+    elif isinstance(group, xr.Dataset):
+        data[name] = xr.DataTree(group)
+    else:
+        data[name] = group

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The log-likelihood of observed rows under a fixed model, in the form that ArviZ works with.
+
+.. math:: \log p(v) = \log\tilde p(v) - \log Z
+
+With fixed parameters it is one number a row. ArviZ wants one for every draw, and its Pareto
+smoothing fails on equal ones: so they are told apart by a rounding error.
+"""
+
+import jax
+import numpy as np
+from scipy.stats import norm
+
+from numpyro_ebm.diagnostics.rows import pick_marginal
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.normalizer import LogNormalizer
+
+__all__ = ["log_likelihood_of_rows", "spread_over_draws"]
+
+ROUNDING = 1e-6
+"""Standard deviation, in nats, of log-likelihoods over draws on which they do not depend."""
+
+FEWEST_DRAWS, ENOUGH_DRAWS = 30, 100
+"""Draws that Pareto smoothing needs, and draws of a log-likelihood where there are not as many."""
+
+
+def log_likelihood_of_rows(seen, log_normalizer, given):
+    """Log-likelihood of every observed row, and what there is to know of its log Z.
+
+    :param seen: the model read at the rows; ``None`` if there are none, which is an error.
+    :param log_normalizer: log Z, a number, one for each row, or a ``LogNormalizer``.
+    :param given: instead, the log-likelihoods themselves, with or without their error.
+    :return: array (rows,), and a dict of attributes.
+    """
+    if seen is None:
+        raise ModelError(
+            "to_arviz: a log-likelihood is one of observed rows, and there are none. Pass "
+            "`observed=rows` (or the model's data, for a fit)."
+        )
+    if given is None:
+        log_normalizer = _with_error(log_normalizer)
+        values = _log_densities(seen, log_normalizer) - np.asarray(log_normalizer.value, float)
+    elif log_normalizer is not None:
+        raise ModelError("to_arviz: give `log_normalizer` or `log_likelihood`, not both.")
+    else:
+        log_normalizer = _with_error(getattr(given, "log_normalizer", None))
+        values = np.asarray(getattr(given, "value", given), float)
+        if values.shape != (seen.num_rows,):
+            raise ModelError(
+                f"to_arviz: `log_likelihood` has shape {values.shape}, and {seen.num_rows} rows "
+                "are observed."
+            )
+    return values, {
+        "log_normalizer": np.asarray(log_normalizer.value, float).tolist(),
+        "log_normalizer_mcse": np.asarray(log_normalizer.mcse, float).tolist(),
+        "log_normalizer_method": log_normalizer.method,
+        "log_normalizer_bias": log_normalizer.bias,
+    }
+
+
+def spread_over_draws(values, shape):
+    """(rows,) -> (chains, draws, rows), apart by a rounding error that is the same for all rows."""
+    if np.prod(shape) < FEWEST_DRAWS:
+        shape = (1, ENOUGH_DRAWS)
+    num = int(np.prod(shape))
+    quantiles = norm.ppf((np.arange(num) + 0.5) / num)
+    order = np.random.default_rng(0).permutation(num)
+    return values + ROUNDING * np.reshape(quantiles[order], (*shape, 1))
+
+
+def _with_error(log_normalizer):
+    """Log Z as a ``LogNormalizer``, of an unknown error if it came without."""
+    if isinstance(log_normalizer, LogNormalizer):
+        return log_normalizer
+    value = np.nan if log_normalizer is None else log_normalizer
+    return LogNormalizer(value, np.nan, np.nan, "given")
+
+
+def _log_densities(seen, log_normalizer):
+    """log p̃(v) of every row, once it is known that this log Z belongs to these rows."""
+    rows, shape = seen.num_rows, np.shape(log_normalizer.value)
+    if shape not in ((), (rows,)):
+        raise ModelError(
+            f"to_arviz: `log_normalizer` has shape {shape}; it is a number, or one for each of "
+            f"the {rows} observed rows."
+        )
+    if seen.covariates and shape == () and rows > 1:
+        raise ModelError(
+            "to_arviz: the energy reads an argument that differs from row to row, so every row "
+            "has a log Z of its own, and one number was given for all of them."
+        )
+    try:
+        marginal, _, _ = pick_marginal("to_arviz", seen, None, None, None)
+    except ModelError as error:
+        raise ModelError(
+            "to_arviz: the latent sites cannot be summed out. Pass `log_likelihood="
+            "numpyro_ebm.log_likelihood(rng_key, model, ..., log_normalizer=log_z, "
+            f"with_error=True)` instead of `log_normalizer`. ({error})"
+        ) from None
+
+    @jax.jit
+    def log_density():
+        u = seen.unconstrain_visible()
+        _, log_det = seen.constrain(u)
+        bound = marginal.bind(jax.random.key(0), seen, None, {}, u, order=1)
+        return bound.log_density({}, u) - log_det
+
+    return np.asarray(log_density(), float)

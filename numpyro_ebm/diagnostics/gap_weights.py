@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Values of the latent sites, weighted under a guide and under the posterior.
+
+.. math:: w = \frac{\tilde p(v, h)}{q(h | v)}, \qquad \log\tilde p(v) = \log E_q\, w
+    \ge E_q \log w = \mathrm{ELBO}
+
+The values are either all states of discrete latents, so that sums over them are exact, or draws of
+the guide. Of draws the ELBO is a mean without bias, and :math:`\log\tilde p(v)` is given in closed
+form or bounded from below by the logarithm of the mean weight (Burda et al., ICLR 2016).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.joint import lowest_value
+from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.marginal.enumerated import num_values_of
+
+__all__ = ["Weights", "all_states", "choose_method", "weigh_particles", "weigh_states"]
+
+
+class Weights(NamedTuple):
+    """Weights of points, that is of values of the latent sites, and what follows from them.
+
+    - **q** - under the guide, (points, rows), with sum one over the points.
+    - **p** - under the posterior, the same.
+    - **elbo** - mean under the guide of log p̃(v, h) - log q, (rows,).
+    - **log_marginal** - log p̃(v), or its importance-weighted bound, (rows,).
+    - **error** - standard error of ``log_marginal - elbo``, (rows,).
+    - **ess** - effective number of draws of the guide as weighted draws of the posterior, (rows,).
+    """
+
+    q: jax.Array
+    p: jax.Array
+    elbo: jax.Array
+    log_marginal: jax.Array
+    error: jax.Array
+    ess: jax.Array
+
+
+def choose_method(joint, max_states):
+    """How log p̃(v) is found.
+
+    :return: ``"enumerate"``, from all states; ``"marginal"``, in closed form; ``"importance"``,
+        from the weights of draws.
+    """
+    num = _num_states(joint)
+    if num is not None and num <= max_states:
+        return "enumerate"
+    try:
+        Enumerated().check(joint, None, 1)
+    except ModelError:
+        return "importance"
+    return "marginal"
+
+
+def weigh_states(log_joint, log_guide, num_particles):
+    """Weigh all states, (states, rows): sums over them are exact.
+
+    :param num_particles: draws of the guide of which to give the effective number.
+    """
+    log_w = log_joint - log_guide
+    log_marginal = logsumexp(log_joint, 0)
+    q, p = jnp.exp(log_guide), jnp.exp(log_joint - log_marginal)
+    elbo = jnp.sum(jnp.where(q > 0, q * log_w, 0.0), 0)
+    # Of draws of q, as their number grows: E_q[w]² / E_q[w²].
+    square = jnp.where(q > 0, p * p / q, jnp.where(p > 0, jnp.inf, 0))
+    ess = num_particles / jnp.sum(square, 0)
+    return Weights(q, p, elbo, log_marginal, jnp.zeros(log_w.shape[1]), ess)
+
+
+def weigh_particles(log_joint, log_guide, log_marginal=None):
+    """Weigh draws of the guide, (draws, rows); log p̃(v) from them as well if it is not given."""
+    log_w = log_joint - log_guide
+    num = len(log_w)
+    q, p = jnp.full_like(log_w, 1 / num), jax.nn.softmax(log_w, 0)
+    # What a draw contributes to the difference of log p̃(v) and the ELBO, to first order.
+    influence = log_w
+    if log_marginal is None:
+        log_marginal = logsumexp(log_w, 0) - math.log(num)
+        influence = jnp.exp(log_w - log_marginal) - log_w
+    error = jnp.std(influence, 0, ddof=1) / math.sqrt(num)
+    return Weights(q, p, jnp.mean(log_w, 0), log_marginal, error, 1 / jnp.sum(p * p, 0))
+
+
+def all_states(joint):
+    """All joint states of the latent sites, every one in all rows, states leading."""
+    shapes, sizes = _row_shapes(joint)
+    counts, lowest = [], []
+    for name, site in joint.latent.items():
+        counts += [num_values_of(site.fn)] * sizes[name]
+        lowest += [lowest_value(site.fn.support)] * sizes[name]
+    grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
+    columns = np.split(grid, np.cumsum(list(sizes.values()))[:-1], axis=1)
+
+    def in_all_rows(state):
+        rows = {
+            name: jnp.broadcast_to(jnp.reshape(x, shapes[name][1:]), shapes[name])
+            for name, x in zip(sizes, state, strict=True)
+        }
+        return joint.from_rows(rows)
+
+    return jax.vmap(in_all_rows)([jnp.asarray(x) for x in columns])
+
+
+def _num_states(joint):
+    """Number of joint states of the latent sites of a row; ``None`` if they cannot be counted."""
+    if not all(s.is_discrete and s.fn.has_enumerate_support for s in joint.latent.values()):
+        return None
+    _, sizes = _row_shapes(joint)
+    return math.prod(num_values_of(site.fn) ** sizes[name] for name, site in joint.latent.items())
+
+
+def _row_shapes(joint):
+    """Shapes of the latent sites, rows leading, and their numbers of coordinates in a row."""
+    values = {name: jnp.asarray(site.value) for name, site in joint.latent.items()}
+    shapes = {name: jnp.shape(joint.to_rows({name: x})[name]) for name, x in values.items()}
+    return shapes, {name: math.prod(shape[1:]) for name, shape in shapes.items()}
