@@ -25,7 +25,8 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 from scipy.sparse import csr_matrix, vstack
 
-from numpyro_ebm.polynomial import CALLS, _is_integer, _keeps_values
+from numpyro_ebm.jaxprs import CALLS, ELEMENTWISE
+from numpyro_ebm.polynomial import _is_integer, _keeps_values
 
 __all__ = ["greedy_colors", "interactions"]
 
@@ -39,12 +40,6 @@ MOVES_BY = {"dynamic_slice": 1, "gather": 1, "dynamic_update_slice": 2, "scatter
 LINEAR = {"add", "add_any", "convert_element_type", "neg", "sub"}
 REDUCTIONS = set(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
-)
-ELEMENTWISE = set(
-    "abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz cos "
-    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le "
-    "lgamma log log1p logistic lt max min ne nextafter not or pow reduce_precision rem round rsqrt "
-    "select_n sign sin sinh sqrt square stop_gradient tan tanh xor".split()
 )
 
 

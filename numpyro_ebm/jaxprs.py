@@ -13,10 +13,14 @@ import numpy as np
 from jax.extend.core import DropVar, Literal
 
 __all__ = [
+    "CALLS",
+    "CUSTOM_RULES",
+    "ELEMENTWISE",
     "JITS",
     "applied",
     "at_zero",
     "constants_of",
+    "inner_jaxpr",
     "needed",
     "vanishes",
     "variables",
@@ -25,6 +29,21 @@ __all__ = [
 ]
 
 JITS = ("jit", "pjit")
+
+CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", *CUSTOM_RULES}
+"""Operations that call one function on all of their operands; see :func:`inner_jaxpr`."""
+
+ELEMENTWISE = set(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
+    "clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv "
+    "erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le "
+    "lgamma log log1p log2 logistic lt max min mul mulhi ne neg nextafter not one_minus_square or "
+    "polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round "
+    "rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
+    "square stop_gradient sub tan tanh xor zeta".split()
+)
+"""Operations on arrays of one shape, or scalars, element by element."""
 
 VANISH = {
     *("add_any", "broadcast_in_dim", "convert_element_type", "copy", "cumsum", "expand_dims"),
@@ -105,6 +124,14 @@ def applied(jaxpr, eqn, operands):
     given = {v: x for v, x in pairs if not isinstance(v, Literal)}
     one = jaxpr.replace(eqns=[eqn], constvars=(), invars=list(given), outvars=eqn.outvars)
     return jax.core.eval_jaxpr(one, (), *given.values())
+
+
+def inner_jaxpr(eqn):
+    """The jaxpr of a function that an operation calls, or ``None``."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            return getattr(eqn.params[name], "jaxpr", eqn.params[name])
+    return None
 
 
 def needed(jaxpr):

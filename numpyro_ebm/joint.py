@@ -13,6 +13,7 @@ visible sites may be several and of any event shape, and may sit in further plat
 parameters; :class:`~numpyro_ebm.guide.Guide` does the same for a guide.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from numpyro_ebm import provenance
 from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real, lowest_value
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import answer_for_normalizer
+from numpyro_ebm.rows import check_rows
 
 __all__ = ["Joint", "RowSite", "lowest_value", "placeholder", "read", "read_fixed"]
 
@@ -294,6 +296,7 @@ def read(model, args=(), kwargs=None, params=None, *, rng_key=None, may_observe_
     params = {} if params is None else params
     joint = _traced(model, args, kwargs, params, rng_key, may_observe_outside)
     provenance.check_model(joint, model, args, kwargs)
+    check_rows(joint, partial(_traced, model, outside=True), params)
     return joint
 
 
@@ -310,7 +313,8 @@ def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
     :return: a :class:`Joint`.
     :raises ModelError: if the model has free parameters, or nothing to sample.
     """
-    joint = _traced(model, args, {} if kwargs is None else kwargs, {}, rng_key)
+    kwargs = {} if kwargs is None else kwargs
+    joint = _traced(model, args, kwargs, {}, rng_key)
     if joint.parameters or not joint.is_fixed:
         free = ", ".join(map(repr, joint.parameters)) or "none, but nobody said so"
         raise ModelError(
@@ -322,14 +326,15 @@ def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
     sites, joint.observed = joint.latent, joint.visible
     joint.visible = {name: site for name, site in sites.items() if not site.is_discrete}
     joint.latent = {name: site for name, site in sites.items() if site.is_discrete}
+    check_rows(joint, partial(_traced, model, outside=True), {})
     return joint
 
 
-def _traced(model, args, kwargs, params, rng_key, may_observe_outside=False):
+def _traced(model, args, kwargs, params, rng_key=None, outside=False):
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     prepared = substitute(substitute(seed(model, rng_key), data=params), substitute_fn=placeholder)
     model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
-    outside = None if may_observe_outside else kwargs.get(GIBBS_SITES_KWARG, {})
+    outside = None if outside else kwargs.get(GIBBS_SITES_KWARG, {})
     return Joint(model, args, kwargs, model_trace, _data_plate(model_trace, outside))
 
 

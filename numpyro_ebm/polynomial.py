@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from numpyro_ebm.jaxprs import CALLS, CUSTOM_RULES, inner_jaxpr
+
 __all__ = ["Structure", "degree", "structure"]
 
 CONSTANT = -1  # the label of an element that reads no input
@@ -31,8 +33,6 @@ LINEAR = set(
 )
 LINEAR_IN_FIRST = {"div", "dynamic_slice", "gather"}  # the other operands must be constant
 BILINEAR = {"conv_general_dilated", "dot_general", "mul"}
-CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", *CUSTOM_RULES}
 
 
 class Structure(NamedTuple):
@@ -132,7 +132,7 @@ class _Walker:
         if truth is not None or not inputs:
             value = _Value(0 if not inputs else math.inf, None, not inputs, truth)
         elif name in CALLS:
-            inner = _inner_jaxpr(eqn)
+            inner = inner_jaxpr(eqn)
             if inner is not None and len(inner.invars) == len(operands):
                 self.met_custom_rule |= name in CUSTOM_RULES
                 return self.walk(inner, operands)
@@ -159,13 +159,6 @@ class _Walker:
 
 def _unknown():
     return _Value(math.inf, None, False)
-
-
-def _inner_jaxpr(eqn):
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in eqn.params:
-            return getattr(eqn.params[name], "jaxpr", eqn.params[name])
-    return None
 
 
 def _is_integer(var):

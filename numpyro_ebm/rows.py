@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Whether the energy of a row is a function of that row alone.
+
+.. math:: \frac{∂ E_i}{∂ v_j} = 0 \quad (i \neq j)
+
+Rows are independent draws of one density: objectives average over them, kernels move and accept
+them one by one, and log Z is that of one row. An energy that subtracts the mean of the batch, or
+takes differences of neighbouring rows, has another normalizer, and every method would go on without
+a word. The axis of the rows is followed through the operations of the energy, without running it
+(:mod:`~numpyro_ebm.row_axes`). Where they are not known to keep rows apart, the energy is evaluated
+at few rows, some of them moved.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import biject_to, constraints
+from numpyro.handlers import trace
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.row_axes import MIXED, row_axes
+
+__all__ = ["check_rows"]
+
+FEW = 8
+"""Rows at which an energy is evaluated, if its model can be read at as many."""
+
+
+def check_rows(joint, read_again, params):
+    """Raise if the density of a row depends on the values of other rows.
+
+    :param Joint joint: the model.
+    :param read_again: ``(args, kwargs, params) -> Joint``, the same model at other arguments.
+    :param dict params: the parameters at which it was read.
+    :raises ModelError: naming the energy and what to write instead.
+    """
+    if joint.num_rows < 2:
+        return
+    values = {name: site.value for name, site in joint.sites.items()}
+    axes = [
+        jnp.ndim(values[name]) + joint.dim - joint.sites[name].event_dim for name in sorted(values)
+    ]
+    names = []
+
+    def terms(values):
+        found = _terms(joint, joint.parameters, values)
+        names[:] = sorted(found)
+        return [found[name] for name in names]
+
+    states = row_axes(terms, values, axes)
+    doubtful = [name for name, state in zip(names, states, strict=True) if state is MIXED]
+    for name in _coupled(joint, read_again, params, doubtful) if doubtful else ():
+        kind = "energy" if name in joint.energies else "site"
+        raise ModelError(
+            f"The {kind} '{name}' of a row depends on other rows of the plate '{joint.plate}' "
+            "(through a mean over the rows, or a difference of neighbours, say). Rows are "
+            "independent draws, and their normalizer is that of one row. Put coordinates that "
+            "interact into one row, as event dimensions (`event_shape=`), and compute statistics "
+            "of the data outside the model."
+        )
+
+
+def _terms(joint, params, values):
+    """Log-densities per row of the sites of the data plate, the energies among them."""
+    prepared = joint.substituted({**params, **values})
+    return joint.site_log_densities(trace(prepared).get_trace(*joint.args, **joint.kwargs))
+
+
+def _coupled(joint, read_again, params, names):
+    """Those of the terms that change in some rows when the values of others do.
+
+    Rows are moved by the digits of their numbers, of which any two rows have one that differs.
+    """
+    with jax.ensure_compile_time_eval():  # whatever is traced around it
+        joint = _at_few_rows(joint, read_again, params)
+        supports = {**joint.constraints, **{name: fn.support for name, fn in joint.priors.items()}}
+        keys = iter(jax.random.split(jax.random.key(0), len(supports) + 2 * len(joint.sites)))
+        params = {
+            name: _somewhere(next(keys), joint.parameters[name], supports[name])
+            for name in sorted(supports)
+        }
+        sites = [(name, joint.sites[name]) for name in sorted(joint.sites)]
+        here = {name: _somewhere(next(keys), x.value, x.fn.support) for name, x in sites}
+        there = {name: _elsewhere(next(keys), here[name], x.fn.support) for name, x in sites}
+        before, found = _terms(joint, params, here), set()
+        for moves in _halves(joint.num_rows):
+            values = {}
+            for name, site in sites:
+                rank = jnp.ndim(site.value)
+                axis = rank + joint.dim - site.event_dim
+                mask = moves.reshape(-1, *[1] * (rank - axis - 1))
+                values[name] = jnp.where(mask, there[name], here[name])
+            after = _terms(joint, params, values)
+            found |= {x for x in names if _differs(before[x][~moves], after[x][~moves])}
+    return [name for name in names if name in found]
+
+
+def _at_few_rows(joint, read_again, params):
+    """The model at the first rows of its arguments, or at all where it cannot be read there."""
+
+    def first(x):
+        has_rows = hasattr(x, "shape") and x.shape[:1] in ((joint.num_rows,), (joint.total_rows,))
+        return x[:FEW] if has_rows else x
+
+    args, kwargs, params = jax.tree.map(_known, (joint.args, joint.kwargs, params))
+    if joint.num_rows > FEW:
+        try:
+            few = read_again(*jax.tree.map(first, (args, kwargs)), params)
+        except Exception:  # whatever a model says that was made for these rows alone
+            pass
+        else:
+            if few.num_rows == FEW:
+                return few
+    return read_again(args, kwargs, params)
+
+
+def _halves(num_rows):
+    """Sets of rows such that of any two rows either is in one without the other."""
+    rows = np.arange(num_rows)
+    for digit in range((num_rows - 1).bit_length()):
+        bit = (rows >> digit & 1).astype(bool)
+        yield from (bit, ~bit)
+
+
+def _differs(before, after):
+    if not (not_jax_tracer(before) and not_jax_tracer(after)):
+        return False  # a model that reads traced values from elsewhere
+    return bool(jnp.any(jnp.abs(after - before) > 1e-4 * (1 + jnp.abs(before))))
+
+
+def _known(x):
+    """An argument, or ones in the place of one that is traced."""
+    return x if not_jax_tracer(x) or not hasattr(x, "shape") else np.ones(x.shape, x.dtype)
+
+
+def _somewhere(rng_key, value, support):
+    """A random value on a support, of the shape of another."""
+    if not hasattr(value, "shape"):
+        leaves, tree = jax.tree.flatten(value)
+        keys = jax.random.split(rng_key, max(len(leaves), 1))
+        return tree.unflatten(_near_zero(k, x) for k, x in zip(keys, leaves))  # noqa: B905
+    if support.is_discrete:
+        low = jnp.asarray(getattr(_of_numbers(support), "lower_bound", 0))
+        up = low + jax.random.bernoulli(rng_key, 0.5, jnp.shape(value))
+        return _if_supported(support, up, low).astype(jnp.result_type(value, low))
+    transform = biject_to(support)
+    shape = transform.inverse_shape(value.shape)
+    return transform(_near_zero(rng_key, jax.ShapeDtypeStruct(shape, value.dtype)))
+
+
+def _elsewhere(rng_key, value, support):
+    """Another value on a support; its next or previous number on a discrete one."""
+    if support.is_discrete:
+        return _if_supported(support, value + 1, value - 1)
+    return _somewhere(rng_key, value, support)
+
+
+def _if_supported(support, wanted, other):
+    """What is wanted, and the other where it is not on a discrete support."""
+    inside = _of_numbers(support)(wanted)
+    return jnp.where(
+        inside.reshape(inside.shape + (1,) * (wanted.ndim - inside.ndim)), wanted, other
+    )
+
+
+def _of_numbers(support):
+    """The support of one number of an array."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _near_zero(rng_key, like):
+    dtype = jnp.result_type(like)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.ones(jnp.shape(like), dtype)
+    return jax.random.uniform(rng_key, jnp.shape(like), dtype, -1.0, 1.0)
