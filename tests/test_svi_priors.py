@@ -24,8 +24,8 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 import numpyro_ebm as ebm
-from numpyro_ebm.infer import svi as svi_module
 from numpyro_ebm.infer.minibatch import Minibatches
+from numpyro_ebm.infer.one_round import THETA_STREAM
 from numpyro_ebm.joint import read
 
 DATA = 0.5 * jax.random.normal(jax.random.key(0), (40,))
@@ -260,7 +260,7 @@ def test_the_loss_at_a_draw(name):
     svi = ebm.EnergySVI(line, guide, optax.sgd(0.1), ebm.ScoreMatching())
     state = svi.init(KEY, DATA)
     step_key = jax.random.fold_in(state.rng_key, 0)
-    key = jax.random.fold_in(step_key, svi_module.THETA_STREAM)
+    key = jax.random.fold_in(step_key, THETA_STREAM)
     drawn = numpyro.handlers.substitute(seed(guide, key), svi.get_params(state))
     sites = trace(drawn).get_trace(DATA)
     theta = np.asarray(sites["theta"]["value"])
@@ -370,7 +370,7 @@ def test_a_round_with_latents():
     svi = ebm.EnergySVI(grbm, guide, optax.adam(0.01), loss, num_guide_steps=2)
     state = svi.init(KEY, ROWS)
     new, value = jax.jit(svi.update)(state, ROWS)
-    key = jax.random.fold_in(jax.random.fold_in(state.rng_key, 0), svi_module.THETA_STREAM)
+    key = jax.random.fold_in(jax.random.fold_in(state.rng_key, 0), THETA_STREAM)
     params = svi.get_params(state)
     draw = trace(numpyro.handlers.substitute(seed(guide, key), params)).get_trace(ROWS[:1])
     W, c = (np.asarray(draw[k]["value"], float) for k in ("W", "c"))

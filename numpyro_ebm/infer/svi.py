@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""EnergySVI: NumPyro's ``SVI`` for energy-based models and their guides.
+"""EnergySVI: NumPyro's ``SVI`` for energy-based models and their guides.
 
-A round fits the guide q(h | v; φ) for a few steps of its own loss, then takes one step on the
-energy's parameters θ:
-
-.. math:: φ \leftarrow φ - η_φ ∇_φ \mathcal G(φ; θ) \ (\text{``num\_guide\_steps'' times}), \qquad
-    θ \leftarrow θ - η_θ \widehat{∇_θ \mathcal L}(θ; φ)
-
-all at the visible values the objective uses in this round. Networks that the objective brings (a
-flow, a critic) take their own steps in between, and what it keeps (persistent chains) is part of
-the state. :meth:`EnergySVI.run` compiles whole chunks of rounds, minibatches included, and shows
-its progress between chunks. Parameters with priors add to the loss; see
-:mod:`~numpyro_ebm.infer.posterior`.
+:mod:`~numpyro_ebm.infer.start` finds the parameters of model, guide and objective and their initial
+values; :mod:`~numpyro_ebm.infer.one_round` holds the equations of a round, and its steps.
+:meth:`EnergySVI.run` compiles whole chunks of rounds, minibatches included, and shows its progress
+between chunks; see :mod:`~numpyro_ebm.infer.rounds`.
 """
 
 import time
@@ -21,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
@@ -29,12 +21,9 @@ from numpyro.infer.util import transform_fn
 from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
-from numpyro_ebm.draws import scan_keys
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
-from numpyro_ebm.guide import Guide
-from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
 from numpyro_ebm.infer.minibatch import Minibatches
-from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, log_prior, start_at_median
+from numpyro_ebm.infer.one_round import Round
 from numpyro_ebm.infer.rounds import (
     CHUNK,
     compiled,
@@ -43,6 +32,7 @@ from numpyro_ebm.infer.rounds import (
     select,
     take_rounds,
 )
+from numpyro_ebm.infer.start import find_start, same_bounds
 from numpyro_ebm.joint import read
 from numpyro_ebm.objectives.base import Objective
 
@@ -53,9 +43,6 @@ REVIEW_ROWS = 2_048
 
 STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
 """Folded into the run's key for what happens outside the rounds."""
-
-THETA_STREAM = 0x7E7A
-"""Folded into the key of a round for its draw of the parameters."""
 
 
 class EnergySVIState(NamedTuple):
@@ -224,12 +211,7 @@ class EnergySVI(SVI):
 
         :param EnergySVIState svi_state: a state.
         """
-        params = dict(self.optim.get_params(svi_state.optim_state))
-        if svi_state.guide_optim_state is not None:
-            params.update(self.guide_optim.get_params(svi_state.guide_optim_state))
-        for optim, state in self._player_states(svi_state):
-            params.update(optim.get_params(state))
-        return self.constrain_fn(params)
+        return self._round().params(svi_state)
 
     def update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
         """One round: ``num_guide_steps`` steps of the guide, then one of the energy.
@@ -241,42 +223,7 @@ class EnergySVI(SVI):
         :return: the next state and the loss of the energy, a mean over rows.
         """
         step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
-        return self._round(step_key, svi_state, args, kwargs, forward_mode_differentiation)
-
-    def _round(
-        self, step_key, svi_state, args, kwargs, forward_mode_differentiation=False, num_rows=None
-    ):
-        kwargs = {**kwargs, **self.static_kwargs}
-        optim_state, guide_optim_state, rng_key, _, _ = svi_state
-        key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
-        params, theta, guide = self._at_theta(step_key, svi_state, args, kwargs)
-        problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
-        if guide_optim_state is not None:
-            own = {**self.constrain_fn(self.optim.get_params(optim_state)), **theta}
-            guide_optim_state = self._fit_guide(key_guide, own, guide_optim_state, problem)
-            params.update(self.constrain_fn(self.guide_optim.get_params(guide_optim_state)))
-        player_optim_states = []
-        for i, (optim, state) in enumerate(self._player_states(svi_state)):
-            key_player = jax.random.fold_in(key_guide, i)
-            state = self._train_player(key_player, i, params, optim, state, problem)
-            params.update(self.constrain_fn(optim.get_params(state)))
-            player_optim_states.append(state)
-        key_advance = jax.random.fold_in(key_energy, 1)
-        problem, objective_state = self.loss.advance(
-            key_advance, lax.stop_gradient(params), problem, svi_state.objective_state
-        )
-
-        def loss_fn(unconstrained):
-            energy = {**params, **self.constrain_fn(unconstrained)}
-            return self._energy_loss(step_key, key_energy, energy, problem, num_rows), None
-
-        (loss, _), optim_state = self.optim.eval_and_update(
-            loss_fn, optim_state, forward_mode_differentiation=forward_mode_differentiation
-        )
-        state = EnergySVIState(
-            optim_state, guide_optim_state, rng_key, tuple(player_optim_states), objective_state
-        )
-        return state, loss
+        return self._round().take(step_key, svi_state, args, kwargs, forward_mode_differentiation)
 
     def stable_update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
         """Like :meth:`update`, but keeps the current state where the next one is not finite.
@@ -290,7 +237,7 @@ class EnergySVI(SVI):
         new_state, loss = self.update(
             svi_state, *args, forward_mode_differentiation=forward_mode_differentiation, **kwargs
         )
-        finite = self._is_finite(new_state, loss)
+        finite = self._round().is_finite(new_state, loss)
         return select(finite, new_state, svi_state), jnp.where(finite, loss, jnp.nan)
 
     def evaluate(self, svi_state, *args, **kwargs):
@@ -301,14 +248,8 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: scalar loss.
         """
-        kwargs = {**kwargs, **self.static_kwargs}
         step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
-        key_pose, key_energy, _ = jax.random.split(step_key, 3)
-        params, theta, guide = self._at_theta(step_key, svi_state, args, kwargs)
-        problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
-        key_advance = jax.random.fold_in(key_energy, 1)
-        problem, _ = self.loss.advance(key_advance, params, problem, svi_state.objective_state)
-        return self._energy_loss(step_key, key_energy, params, problem)
+        return self._round().evaluate(step_key, svi_state, args, kwargs)
 
     def run(
         self,
@@ -414,158 +355,59 @@ class EnergySVI(SVI):
 
     def _init(self, rng_key, init_params, args, kwargs):
         """The state of :meth:`init`, but for what the objective keeps."""
-        kwargs = {**kwargs, **self.static_kwargs}
-        init_params = {} if init_params is None else init_params
         key_init, rng_key = jax.random.split(rng_key)
-        constraint_of, guide_names, names_of_players = {}, set(), []
-
-        def add(values, found, owner):
-            """Add parameters of the guide or the objective to the values; return their names."""
-            names = [name for name in found if name not in values]
-            if owner is not None and len(names) < len(found):
-                raise ModelError(
-                    f"The {owner} has parameters named {sorted(found.keys() - set(names))}, as the "
-                    "model or the guide does; rename them."
-                )
-            constraint_of.update({name: found[name][1] for name in names})
-            values.update({name: init_params.get(name, found[name][0]) for name in names})
-            return names
-
-        def initial_values(rng_key):
-            # Traced, not run: only the initial values of parameters are ever computed.
-            key_model, key_guide, key_check = jax.random.split(rng_key, 3)
-            joint = read(self.model, args, kwargs, init_params, rng_key=key_model)
-            constraint_of.update(joint.constraints)
-            values = {k: x for k, x in joint.parameters.items() if k not in joint.priors}
-            theta, guide = {}, self.guide
-            self._rows_seen, self._posterior = joint.total_rows, None
-            if joint.priors:
-                check_supports(joint)
-                self._posterior = GlobalGuide.find(guide, joint, init_params)
-            if self._posterior is not None:
-                add(values, self._posterior.start(key_guide, joint, init_params), None)
-                draw = self._posterior.draw(key_guide, values, args, kwargs)
-                theta, guide = draw.params, self._posterior.given(draw, values)
-            elif joint.priors:
-                add(values, start_at_median(joint, key_model, init_params), None)
-            if guide is not None:
-                reader = Guide(guide, joint, args, kwargs)
-                found = reader.parameters(key_guide, {**values, **theta, **init_params})
-                guide_names.update(add(values, found, None))
-            given = {**values, **theta}
-            problem = self.loss.pose(key_check, given, self.model, guide, args, kwargs)
-            self._check_guide_loss(problem, guide_names)
-            names_of_players.clear()
-            for i, player in enumerate(self.loss.players):
-                found = player.parameters(jax.random.fold_in(key_guide, i), problem)
-                names_of_players.append(add(values, found, player.name))
-            given = {**values, **theta}
-            own = self.loss.own_parameters(jax.random.fold_in(key_model, 1), given, problem)
-            add(values, own, None)
-            # Weak types become plain ones, so that nothing is compiled twice.
-            start = {
-                name: jax.tree.map(
-                    lambda x: lax.convert_element_type(x, jnp.result_type(x)),
-                    biject_to(constraint_of[name]).inv(value),
-                )
-                for name, value in values.items()
-            }
-            return start, {
-                k: jax.tree.leaves(constraint_of[k]) for k in values if k in joint.priors
-            }
-
-        values, bounds = compiled(initial_values, key_init, args, kwargs)
-        for name, leaves in bounds.items():  # of supports, which the model may have computed
-            tree = jax.tree.structure(constraint_of[name])
-            constraint_of[name] = jax.tree.unflatten(tree, leaves)
-        if not _equal(bounds, self._bounds):  # compiled rounds hold them as constants
+        kwargs = {**kwargs, **self.static_kwargs}
+        start = find_start(
+            key_init, self.model, self.guide, self.loss, self.guide_loss, init_params, args, kwargs
+        )
+        if not same_bounds(start.bounds, self._bounds):  # compiled rounds hold them as constants
             self._run_chunk.clear_cache()
             self._run_statistics.clear_cache()
-        self._bounds = bounds
-        self.constrain_fn = partial(
-            transform_fn, {name: biject_to(c) for name, c in constraint_of.items()}
-        )
-        guide_params = {name: values.pop(name) for name in sorted(guide_names)}
-        of_players = [{name: values.pop(name) for name in names} for names in names_of_players]
+        self._bounds, self._posterior = start.bounds, start.posterior
+        self._rows_seen = start.total_rows
+        transforms = {name: biject_to(c) for name, c in start.constraints.items()}
+        self.constrain_fn = partial(transform_fn, transforms)
         return EnergySVIState(
-            self.optim.init(values),
-            self.guide_optim.init(guide_params) if guide_params else None,
+            self.optim.init(start.of_energy),
+            self.guide_optim.init(start.of_guide) if start.of_guide else None,
             rng_key,
             tuple(
                 optim.init(params)
-                for optim, params in zip(self.player_optims, of_players, strict=True)
+                for optim, params in zip(self.player_optims, start.of_players, strict=True)
             ),
+        )
+
+    def _round(self, num_rows=None):
+        """A round as things stand; ``num_rows`` is N where the user gives none."""
+        return Round(
+            model=self.model,
+            guide=self.guide,
+            objective=self.loss,
+            static_kwargs=self.static_kwargs,
+            optim=self.optim,
+            guide_optim=self.guide_optim,
+            player_optims=self.player_optims,
+            guide_loss=self.guide_loss,
+            num_guide_steps=self.num_guide_steps,
+            constrain=self.constrain_fn,
+            posterior=self._posterior,
+            num_rows=num_rows if self.num_rows is None else self.num_rows,
+            rows_seen=self._rows_seen,
         )
 
     def _with_objective_state(self, state, args, kwargs):
         """The state with what the objective keeps, at the batch in hand."""
         if not self.loss.has_state:
             return state
-        kwargs = {**kwargs, **self.static_kwargs}
 
         def first(state):
             key = jax.random.fold_in(state.rng_key, STATE_STREAM)
             key_pose, key_state = jax.random.split(key)
-            params, _, guide = self._at_theta(key, state, args, kwargs)
-            problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
+            params, _, problem = self._round().pose(key, key_pose, state, args, kwargs)
             return self.loss.init_state(key_state, params, problem)
 
         kept = compiled(first, state, args, kwargs)
         return state._replace(objective_state=kept)
-
-    def _at_theta(self, rng_key, state, args, kwargs):
-        """All parameters, those among them that a guide drew, and what is left of the guide."""
-        params = self.get_params(state)
-        if self._posterior is None:
-            return params, {}, self.guide
-        rng_key = jax.random.fold_in(rng_key, THETA_STREAM)
-        draw = self._posterior.draw(rng_key, params, args, kwargs)
-        return {**params, **draw.params}, draw.params, self._posterior.given(draw, params)
-
-    def _energy_loss(self, step_key, key_energy, params, problem, num_rows=None):
-        """The objective, and the share of a row in what the priors say."""
-        joint = problem.joint
-        if not joint.priors:
-            return self.loss.energy_loss(key_energy, params, problem)
-        log_q = 0.0
-        if self._posterior is not None:
-            rng_key = jax.random.fold_in(step_key, THETA_STREAM)
-            draw = self._posterior.draw(rng_key, params, joint.args, joint.kwargs)
-            # The objective knows θ alone: φ acts through the draw.
-            params = {k: x for k, x in params.items() if k not in self._posterior.parameters}
-            params, log_q = {**params, **draw.params}, draw.log_density
-        log_ratio = log_q - log_prior(joint, params)
-        loss = self.loss.energy_loss(key_energy, params, problem)
-        return loss + log_ratio / self._rows_in_all(joint, num_rows)
-
-    def _rows_in_all(self, joint, num_rows):
-        """N, against which a prior is weighed once: not the rows of a minibatch."""
-        if self.num_rows is not None:
-            return self.num_rows
-        if num_rows is None and joint.total_rows != self._rows_seen:
-            raise ModelError(
-                f"EnergySVI: the data plate '{joint.plate}' had {self._rows_seen} rows and has "
-                f"{joint.total_rows} now, and the priors of {sorted(joint.priors)} are weighed "
-                "against all rows once. Say how many there are: `EnergySVI(..., num_rows=N)`."
-            )
-        return joint.total_rows if num_rows is None else num_rows
-
-    def _player_states(self, state):
-        return list(zip(self.player_optims, state.player_optim_states, strict=True))
-
-    def _train_player(self, rng_key, index, params, optim, optim_state, problem):
-        player = self.loss.players[index]
-
-        def step(rng_key, optim_state):
-            def loss_fn(unconstrained):
-                own = self.constrain_fn(unconstrained)
-                return player.loss(rng_key, lax.stop_gradient(params), own, problem), None
-
-            return optim.eval_and_update(loss_fn, optim_state)[1]
-
-        steps = jnp.arange(player.num_steps)
-        keys = jax.vmap(partial(jax.random.fold_in, rng_key))(steps)
-        return scan_keys(step, optim_state, keys)
 
     def _review(self, result, minibatches, arrays):
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
@@ -577,73 +419,25 @@ class EnergySVI(SVI):
 
     def _statistics(self, state, arrays, *, minibatches):
         args, kwargs = minibatches.batch(arrays, minibatches.indices(state.rng_key, 0, 1), 0)
-        kwargs = {**kwargs, **self.static_kwargs}
         key = jax.random.fold_in(state.rng_key, REVIEW_STREAM)
         key_pose, key_look = jax.random.split(key)
-        params, _, guide = self._at_theta(key, state, args, kwargs)
-        problem = self.loss.pose(key_pose, params, self.model, guide, args, kwargs)
+        params, _, problem = self._round().pose(key, key_pose, state, args, kwargs)
         return self.loss.statistics(key_look, params, problem)
-
-    def _fit_guide(self, rng_key, params, guide_optim_state, problem):
-        guide_loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
-
-        def step(rng_key, guide_optim_state):
-            def loss_fn(unconstrained):
-                guide_params = self.constrain_fn(unconstrained)
-                return row_guide_loss(
-                    guide_loss, rng_key, params, guide_params, problem, problem.guide.function
-                ), None
-
-            return self.guide_optim.eval_and_update(loss_fn, guide_optim_state)[1]
-
-        if self.num_guide_steps == 1:
-            return step(rng_key, guide_optim_state)  # the key itself, not the one split off it
-        return scan_keys(step, guide_optim_state, jax.random.split(rng_key, self.num_guide_steps))
 
     def _chunk(self, state, arrays, length, *, minibatches, watched):
         """Up to CHUNK rounds on their minibatches; see :mod:`~numpyro_ebm.infer.rounds`."""
         batch_indices = minibatches.indices(state.rng_key, state.optim_state[0], CHUNK)
+        a_round = self._round(minibatches.total_rows)
 
         def one_round(step_key, state, i):
             args, kwargs = minibatches.batch(arrays, batch_indices, i)
-            return self._round(
-                step_key, state, args, kwargs, minibatches.forward_mode, minibatches.total_rows
-            )
+            return a_round.take(step_key, state, args, kwargs, minibatches.forward_mode)
 
         return take_rounds(
             one_round,
-            self._is_finite,
+            a_round.is_finite,
             state,
             length,
             watched=watched,
             stable=minibatches.stable_update,
         )
-
-    def _is_finite(self, state, loss):
-        leaves = [loss, *jax.tree.leaves(self.optim.get_params(state.optim_state))]
-        if state.guide_optim_state is not None:
-            leaves += jax.tree.leaves(self.guide_optim.get_params(state.guide_optim_state))
-        for optim, optim_state in self._player_states(state):
-            leaves += jax.tree.leaves(optim.get_params(optim_state))
-        kept = jax.tree.leaves(state.objective_state)
-        leaves += [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-    def _check_guide_loss(self, problem, guide_params):
-        discrete = [name for name, site in problem.joint.latent.items() if site.is_discrete]
-        if self.guide_loss is None or not guide_params or not discrete:
-            return
-        if not getattr(self.guide_loss, "can_infer_discrete", False):
-            raise ModelError(
-                f"The guide loss {type(self.guide_loss).__name__} drops part of the gradient for "
-                f"the discrete latent site(s) {discrete}. Use RelaxedELBO (Bernoulli guides) or "
-                "numpyro.infer.TraceGraph_ELBO."
-            )
-
-
-def _equal(left, right):
-    """Whether two pytrees hold the same concrete arrays."""
-    left, tree = jax.tree.flatten(left)
-    right, other = jax.tree.flatten(right)
-    concrete = all(map(not_jax_tracer, [*left, *right]))
-    return tree == other and concrete and all(map(jnp.array_equal, left, right))

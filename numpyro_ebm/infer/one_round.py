@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""One round of EnergySVI: steps of the guide and of other networks, then one of the energy.
+
+A round fits the guide q(h | v; φ) for a few steps of its own loss, then takes one step on the
+energy's parameters θ:
+
+.. math:: φ \leftarrow φ - η_φ ∇_φ \mathcal G(φ; θ) \ (\text{``num\_guide\_steps'' times}), \qquad
+    θ \leftarrow θ - η_θ \widehat{∇_θ \mathcal L}(θ; φ)
+
+all at the visible values the objective uses in this round. Networks that the objective brings (a
+flow, a critic) take their own steps in between, and what it keeps (persistent chains) is part of
+the state. Parameters with priors add to the loss; see :mod:`~numpyro_ebm.infer.posterior`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_ebm.draws import scan_keys
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
+from numpyro_ebm.infer.posterior import GlobalGuide, log_prior
+from numpyro_ebm.objectives.base import Objective
+
+__all__ = ["THETA_STREAM", "Round"]
+
+THETA_STREAM = 0x7E7A
+"""Folded into the key of a round for its draw of the parameters."""
+
+
+class Round(NamedTuple):
+    """A round as a function of its key, a state and a batch; and what it is made of.
+
+    - **model, guide, objective, static_kwargs** - as :class:`~numpyro_ebm.EnergySVI` has them.
+    - **optim, guide_optim, player_optims** - optimisers of the energy, the guide, and each of the
+      objective's networks.
+    - **guide_loss, num_guide_steps** - the loss of the guide, ``None`` for the default one, and its
+      steps.
+    - **constrain** - from unconstrained parameters to their values, dicts by name.
+    - **posterior** - the part of the guide that draws parameters, or ``None``.
+    - **num_rows** - N, against which a prior is weighed once: not the rows of a minibatch. If
+      ``None``, the rows of the data plate, which then has to have ``rows_seen``.
+    - **rows_seen** - rows of the data plate where the run started.
+    """
+
+    model: Callable
+    guide: Callable | None
+    objective: Objective
+    static_kwargs: dict
+    optim: object
+    guide_optim: object
+    player_optims: tuple
+    guide_loss: object
+    num_guide_steps: int
+    constrain: Callable
+    posterior: GlobalGuide | None
+    num_rows: int | None
+    rows_seen: int | None
+
+    def take(self, step_key, state, args, kwargs, forward_mode_differentiation=False):
+        """Take the round.
+
+        :param step_key: key of the round.
+        :param EnergySVIState state: where it starts.
+        :param tuple args: arguments of model and guide, the batch.
+        :param dict kwargs: keyword arguments of model and guide.
+        :param bool forward_mode_differentiation: differentiate the energy's loss forward.
+        :return: the next state and the loss of the energy.
+        """
+        key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
+        params, theta, problem = self.pose(step_key, key_pose, state, args, kwargs)
+        guide_optim_state = state.guide_optim_state
+        if guide_optim_state is not None:
+            own = {**self.constrain(self.optim.get_params(state.optim_state)), **theta}
+            guide_optim_state = self._fit_guide(key_guide, own, guide_optim_state, problem)
+            params.update(self.constrain(self.guide_optim.get_params(guide_optim_state)))
+        player_optim_states = []
+        for i, (player, optim, optim_state) in enumerate(self._players(state)):
+            key_player = jax.random.fold_in(key_guide, i)
+            optim_state = self._train(key_player, player, params, optim, optim_state, problem)
+            params.update(self.constrain(optim.get_params(optim_state)))
+            player_optim_states.append(optim_state)
+        key_advance = jax.random.fold_in(key_energy, 1)
+        problem, objective_state = self.objective.advance(
+            key_advance, lax.stop_gradient(params), problem, state.objective_state
+        )
+
+        def loss_fn(unconstrained):
+            energy = {**params, **self.constrain(unconstrained)}
+            return self._energy_loss(step_key, key_energy, energy, problem), None
+
+        (loss, _), optim_state = self.optim.eval_and_update(
+            loss_fn, state.optim_state, forward_mode_differentiation=forward_mode_differentiation
+        )
+        state = state._replace(
+            optim_state=optim_state,
+            guide_optim_state=guide_optim_state,
+            player_optim_states=tuple(player_optim_states),
+            objective_state=objective_state,
+        )
+        return state, loss
+
+    def evaluate(self, step_key, state, args, kwargs):
+        """The loss of the energy with the random numbers of the round, before anyone's step."""
+        key_pose, key_energy, _ = jax.random.split(step_key, 3)
+        params, _, problem = self.pose(step_key, key_pose, state, args, kwargs)
+        key_advance = jax.random.fold_in(key_energy, 1)
+        problem, _ = self.objective.advance(key_advance, params, problem, state.objective_state)
+        return self._energy_loss(step_key, key_energy, params, problem)
+
+    def params(self, state):
+        """Values of all parameters that are trained, by name."""
+        groups = self._unconstrained(state)
+        return self.constrain({name: x for group in groups for name, x in group.items()})
+
+    def pose(self, step_key, key_pose, state, args, kwargs):
+        """Place the batch.
+
+        :return: values of all parameters, those among them that a guide drew, and the objective's
+            :class:`~numpyro_ebm.objectives.base.Problem` at them.
+        """
+        kwargs = {**kwargs, **self.static_kwargs}
+        params, theta, guide = self.params(state), {}, self.guide
+        if self.posterior is not None:
+            draw = self._draw(step_key, params, args, kwargs)
+            guide = self.posterior.given(draw, params)
+            params, theta = {**params, **draw.params}, draw.params
+        problem = self.objective.pose(key_pose, params, self.model, guide, args, kwargs)
+        return params, theta, problem
+
+    def is_finite(self, state, loss):
+        """Whether the loss, all parameters and what the objective keeps are finite."""
+        kept = jax.tree.leaves(state.objective_state)
+        leaves = [loss, *jax.tree.leaves(self._unconstrained(state))]
+        leaves += [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+    def _unconstrained(self, state):
+        """Parameters in unconstrained coordinates, a dict for each optimiser."""
+        groups = [self.optim.get_params(state.optim_state)]
+        if state.guide_optim_state is not None:
+            groups.append(self.guide_optim.get_params(state.guide_optim_state))
+        return groups + [optim.get_params(x) for _, optim, x in self._players(state)]
+
+    def _players(self, state):
+        optims, states = self.player_optims, state.player_optim_states
+        return list(zip(self.objective.players, optims, states, strict=True))
+
+    def _draw(self, step_key, params, args, kwargs):
+        rng_key = jax.random.fold_in(step_key, THETA_STREAM)
+        return self.posterior.draw(rng_key, params, args, kwargs)
+
+    def _fit_guide(self, rng_key, params, optim_state, problem):
+        guide_loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
+
+        def step(rng_key, optim_state):
+            def loss_fn(unconstrained):
+                guide_params = self.constrain(unconstrained)
+                return row_guide_loss(
+                    guide_loss, rng_key, params, guide_params, problem, problem.guide.function
+                ), None
+
+            return self.guide_optim.eval_and_update(loss_fn, optim_state)[1]
+
+        if self.num_guide_steps == 1:
+            return step(rng_key, optim_state)  # the key itself, not the one split off it
+        return scan_keys(step, optim_state, jax.random.split(rng_key, self.num_guide_steps))
+
+    def _train(self, rng_key, player, params, optim, optim_state, problem):
+        def step(rng_key, optim_state):
+            def loss_fn(unconstrained):
+                own = self.constrain(unconstrained)
+                return player.loss(rng_key, lax.stop_gradient(params), own, problem), None
+
+            return optim.eval_and_update(loss_fn, optim_state)[1]
+
+        steps = jnp.arange(player.num_steps)
+        keys = jax.vmap(partial(jax.random.fold_in, rng_key))(steps)
+        return scan_keys(step, optim_state, keys)
+
+    def _energy_loss(self, step_key, key_energy, params, problem):
+        """The objective, and the share of a row in what the priors say."""
+        joint = problem.joint
+        if not joint.priors:
+            return self.objective.energy_loss(key_energy, params, problem)
+        log_q = 0.0
+        if self.posterior is not None:
+            draw = self._draw(step_key, params, joint.args, joint.kwargs)
+            # The objective knows θ alone: φ acts through the draw.
+            params = {k: x for k, x in params.items() if k not in self.posterior.parameters}
+            params, log_q = {**params, **draw.params}, draw.log_density
+        log_ratio = log_q - log_prior(joint, params)
+        loss = self.objective.energy_loss(key_energy, params, problem)
+        return loss + log_ratio / self._rows_in_all(joint)
+
+    def _rows_in_all(self, joint):
+        if self.num_rows is not None:
+            return self.num_rows
+        if joint.total_rows != self.rows_seen:
+            raise ModelError(
+                f"EnergySVI: the data plate '{joint.plate}' had {self.rows_seen} rows and has "
+                f"{joint.total_rows} now, and the priors of {sorted(joint.priors)} are weighed "
+                "against all rows once. Say how many there are: `EnergySVI(..., num_rows=N)`."
+            )
+        return joint.total_rows

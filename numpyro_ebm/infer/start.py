@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run of EnergySVI starts: initial values of all parameters, and who trains which.
+
+Model, guide, objective and the networks that the objective brings are asked for their parameters
+one after the other, each at the values of those before it. What does not go together is found out
+on the way.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from numpyro.distributions import biject_to
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.guide import Guide
+from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, start_at_median
+from numpyro_ebm.infer.rounds import compiled
+from numpyro_ebm.joint import read
+
+__all__ = ["Start", "find_start", "same_bounds"]
+
+
+class Start(NamedTuple):
+    """All parameters before the first round, by name and in unconstrained coordinates.
+
+    - **of_energy** - those that the energy's optimiser trains: of the model, of q(θ) and of the
+      objective itself.
+    - **of_guide** - those of q(h | v).
+    - **of_players** - those of the objective's networks, a dict each.
+    - **constraints** - the constraints of all of them.
+    - **bounds** - numbers in the supports of penalised parameters, which the model may compute.
+    - **posterior** - the part of the guide that draws parameters, or ``None``.
+    - **total_rows** - rows of the data plate, before any subsampling.
+    """
+
+    of_energy: dict
+    of_guide: dict
+    of_players: tuple
+    constraints: dict
+    bounds: dict
+    posterior: GlobalGuide | None
+    total_rows: int
+
+
+def find_start(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs):
+    """Ask model, guide and objective for their parameters.
+
+    :param rng_key: random key of initial values that are drawn.
+    :param model: a NumPyro model with energy statements.
+    :param guide: a NumPyro guide, or ``None``.
+    :param Objective objective: the objective.
+    :param guide_loss: the loss of the guide; ``None`` for the default one.
+    :param dict init_params: values to take instead of the initial ones, by name, or ``None``.
+    :param tuple args: arguments of model and guide.
+    :param dict kwargs: keyword arguments of model and guide.
+    :return: a :class:`Start`.
+    :raises ModelError: if model, guide, objective and ``guide_loss`` do not go together.
+    """
+    init_params = {} if init_params is None else init_params
+    traced = None
+
+    def initial_values(rng_key):
+        # Traced, not run: only the initial values of parameters are ever computed.
+        nonlocal traced
+        values, traced = _ask(
+            rng_key, model, guide, objective, guide_loss, init_params, args, kwargs
+        )
+        # Weak types become plain ones, so that nothing is compiled twice.
+        values = {
+            name: jax.tree.map(
+                lambda x: lax.convert_element_type(x, jnp.result_type(x)),
+                biject_to(traced.constraints[name]).inv(value),
+            )
+            for name, value in values.items()
+        }
+        bounds = {name: jax.tree.leaves(traced.constraints[name]) for name in traced.penalised}
+        return values, bounds
+
+    values, bounds = compiled(initial_values, rng_key, args, kwargs)
+    constraints = dict(traced.constraints)
+    for name, leaves in bounds.items():
+        tree = jax.tree.structure(constraints[name])
+        constraints[name] = jax.tree.unflatten(tree, leaves)
+    of_guide = {name: values.pop(name) for name in sorted(traced.of_guide)}
+    of_players = tuple({name: values.pop(name) for name in names} for names in traced.of_players)
+    return Start(
+        values, of_guide, of_players, constraints, bounds, traced.posterior, traced.total_rows
+    )
+
+
+def same_bounds(left, right):
+    """Whether the bounds of two starts are the same concrete arrays."""
+    left, tree = jax.tree.flatten(left)
+    right, other = jax.tree.flatten(right)
+    concrete = all(map(not_jax_tracer, [*left, *right]))
+    return tree == other and concrete and all(map(jnp.array_equal, left, right))
+
+
+class _Traced(NamedTuple):
+    """What is found beside the values: mostly not arrays, so no output of what is traced."""
+
+    constraints: dict
+    penalised: list
+    of_guide: list
+    of_players: list
+    posterior: GlobalGuide | None
+    total_rows: int
+
+
+class _Parameters:
+    """Values and constraints by name; those of the model, and what others add to them."""
+
+    def __init__(self, joint, init_params):
+        self.values = {k: x for k, x in joint.parameters.items() if k not in joint.priors}
+        self.constraints = dict(joint.constraints)
+        self.init_params = init_params
+
+    def add(self, found, owner=None):
+        """Add the new ones of ``{name: (value, constraint)}``, and return their names.
+
+        :raises ModelError: if there is an owner, who shares none with others, and not all are new.
+        """
+        names = [name for name in found if name not in self.values]
+        if owner is not None and len(names) < len(found):
+            raise ModelError(
+                f"The {owner} has parameters named {sorted(found.keys() - set(names))}, as the "
+                "model or the guide does; rename them."
+            )
+        self.constraints.update({name: found[name][1] for name in names})
+        self.values.update({name: self.init_params.get(name, found[name][0]) for name in names})
+        return names
+
+
+def _ask(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs):
+    """Initial values of all parameters, and what else is found on the way."""
+    key_model, key_guide, key_check = jax.random.split(rng_key, 3)
+    joint = read(model, args, kwargs, init_params, rng_key=key_model)
+    parameters = _Parameters(joint, init_params)
+    values = parameters.values  # grows with every `add`
+    theta, posterior, of_guide, of_players = {}, None, [], []
+    if joint.priors:
+        check_supports(joint)
+        posterior = GlobalGuide.find(guide, joint, init_params)
+    if posterior is not None:
+        parameters.add(posterior.start(key_guide, joint, init_params))
+        draw = posterior.draw(key_guide, values, args, kwargs)
+        theta, guide = draw.params, posterior.given(draw, values)
+    elif joint.priors:
+        parameters.add(start_at_median(joint, key_model, init_params))
+    if guide is not None:
+        reader = Guide(guide, joint, args, kwargs)
+        found = reader.parameters(key_guide, {**values, **theta, **init_params})
+        of_guide = parameters.add(found)
+    problem = objective.pose(key_check, {**values, **theta}, model, guide, args, kwargs)
+    if of_guide:
+        _check_guide_loss(guide_loss, problem)
+    for i, player in enumerate(objective.players):
+        found = player.parameters(jax.random.fold_in(key_guide, i), problem)
+        of_players.append(parameters.add(found, player.name))
+    own_key = jax.random.fold_in(key_model, 1)
+    parameters.add(objective.own_parameters(own_key, {**values, **theta}, problem))
+    penalised = [name for name in values if name in joint.priors]
+    return values, _Traced(
+        parameters.constraints, penalised, of_guide, of_players, posterior, joint.total_rows
+    )
+
+
+def _check_guide_loss(guide_loss, problem):
+    discrete = [name for name, site in problem.joint.latent.items() if site.is_discrete]
+    if guide_loss is None or not discrete:
+        return
+    if not getattr(guide_loss, "can_infer_discrete", False):
+        raise ModelError(
+            f"The guide loss {type(guide_loss).__name__} drops part of the gradient for "
+            f"the discrete latent site(s) {discrete}. Use RelaxedELBO (Bernoulli guides) or "
+            "numpyro.infer.TraceGraph_ELBO."
+        )
