@@ -22,10 +22,11 @@ from numpyro.primitives import Messenger
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import fixed, release
 from numpyro_ebm.infer.annealed import AnnealedLangevin
-from numpyro_ebm.infer.block_gibbs import BlockGibbs, support_values
+from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.kernels import ChainKernel
 from numpyro_ebm.infer.langevin import MALA, ULA
+from numpyro_ebm.infer.site_values import support_values
 from numpyro_ebm.joint import read_fixed
 
 __all__ = ["Chain", "Enumeration", "Function", "make_auxiliary"]

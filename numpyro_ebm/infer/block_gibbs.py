@@ -18,17 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import MaskedDistribution
-from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_uniform
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer.block_gibbs_plan import (
+    check_colors,
+    check_order,
+    plan_blocks,
+    read_blocks,
+    read_colors,
+)
 from numpyro_ebm.infer.kernels import RowKernel
+from numpyro_ebm.infer.site_values import initial_values
 from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.samplers import block_gibbs
-from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
 
-__all__ = ["BlockGibbs", "BlockGibbsState", "initial_values", "support_values"]
+__all__ = ["BlockGibbs", "BlockGibbsState"]
 
 
 class BlockGibbsState(NamedTuple):
@@ -131,26 +137,9 @@ class BlockGibbs(RowKernel):
     def __init__(
         self, model, blocks=None, *, colors=None, reversible=False, init_strategy=init_to_uniform
     ):
-        if blocks is not None:
-            if isinstance(blocks, str) or any(isinstance(names, str) for names in blocks):
-                raise ModelError(
-                    "BlockGibbs: `blocks` is a sequence of sequences of site names, such as "
-                    f'[["v"], ["h"]], got {blocks!r}.'
-                )
-            blocks = tuple(tuple(names) for names in blocks if names)
-        if colors is not None and not isinstance(colors, dict):
-            raise ModelError(
-                "BlockGibbs: `colors` is a dict of arrays of integers by site name, got "
-                f"{type(colors).__name__}."
-            )
-        self._blocks = blocks
+        self._blocks = read_blocks(blocks)
+        self._colors = read_colors(colors)
         self.is_reversible = reversible
-        self._colors = {name: np.asarray(x) for name, x in (colors or {}).items()}
-        for name, x in self._colors.items():
-            if x.dtype.kind not in "iu":
-                raise ModelError(
-                    f"BlockGibbs: the `colors` of '{name}' must be integers, got {x.dtype}."
-                )
         super().__init__(model, init_strategy)
 
     @property
@@ -231,77 +220,21 @@ class BlockGibbs(RowKernel):
         return joint, log_density
 
     def _plan(self, joint, log_density, rows):
-        # Sites that lost their observations, and start at them, wait until the others follow them.
-        order = sorted(joint.sites, key=lambda name: name in joint.released)
-        blocks = self._blocks or tuple((name,) for name in order)
-        named = [name for names in blocks for name in names]
-        wrong = sorted(set(named) ^ set(joint.sites)) or sorted(
-            {name for name in named if named.count(name) > 1}
-        )
-        if wrong:
-            raise ModelError(
-                f"BlockGibbs: `blocks` must name each unobserved site once: {sorted(joint.sites)}; "
-                f"{wrong} are missing, unknown or named twice."
-            )
-        values = {name: support_values(site, "BlockGibbs") for name, site in joint.latent.items()}
-        for name, x in self._colors.items():
-            if name not in joint.latent:
-                raise ModelError(
-                    f"BlockGibbs: `colors` names '{name}', and the unobserved discrete sites are "
-                    f"{sorted(joint.latent)}."
-                )
-            if x.shape != (expected := rows[name].shape[1:]):
-                raise ModelError(
-                    f"BlockGibbs: the `colors` of '{name}' have shape {x.shape}, and a row of the "
-                    f"site has shape {expected}."
-                )
-        plans = []
-        for names in blocks:
-            apart = self._colors and set(names) & set(self._colors)
-            for part in [(name,) for name in names] if apart else [names]:
-                plan = block_gibbs.plan_block(log_density, rows, part, values, self._colors)
-                plans.append(plan)
-        return plans
+        return plan_blocks(joint, log_density, rows, self._blocks, self._colors)
 
     def _check_colors(self, rng_key, state, model_args, model_kwargs):
-        """Look for a pair of units of one declared colour that interacts."""
         joint, log_density = self._target(model_args, model_kwargs)
         z = state.z
         while not is_prng_key(rng_key):  # one of the vectorised chains will do
             rng_key, z = rng_key[0], {name: x[0] for name, x in z.items()}
         rows = joint.to_rows(z)
-        for block in self._plan(joint, log_density, rows):
-            if block.kind != "coloured" or block.names[0] not in self._colors:
-                continue
-            pair = find_interaction(rng_key, log_density, rows, block)
-            if pair is not None:
-                (name,) = block.names
-                shape = rows[name].shape[1:]
-                first, second = (tuple(map(int, np.unravel_index(i, shape))) for i in pair)
-                raise ModelError(
-                    f"BlockGibbs: the units {first} and {second} of '{name}' have the same colour "
-                    f"in `colors` ({self._colors[name][first]}), and they interact in the energy, "
-                    "so that they may not be drawn at once. Give them different colours, or leave "
-                    f"'{name}' out of `colors`."
-                )
-
-    def _check_order(self, joint, init_params):
-        """Values that a chain is to start from may not be drawn anew before the others follow."""
-        later = [name for names in self._blocks or () for name in names]
-        while later and joint.released:
-            name, *later = later
-            lost = [x for x in later if x not in joint.released and x not in (init_params or {})]
-            if name in joint.released and lost:
-                raise ModelError(
-                    f"BlockGibbs: the chain starts at the data of '{name}', and the block order "
-                    f"{self._blocks} draws '{name}' anew before {lost}, which have no start of "
-                    "their own. Put the latent sites first."
-                )
+        plan = self._plan(joint, log_density, rows)
+        check_colors(rng_key, log_density, rows, plan, self._colors)
 
     def _init(self, rng_key, init_params, model_args, model_kwargs, check):
         key_init, key_check, rng_key = jax.random.split(rng_key, 3)
         joint, log_density = self._target(model_args, model_kwargs)
-        self._check_order(joint, init_params)
+        check_order(joint, self._blocks, init_params)
         z = initial_values(key_init, joint, self._init_strategy, init_params)
         rows = joint.to_rows(z)
         blocks = self._plan(joint, log_density, rows)
@@ -346,39 +279,3 @@ def _unused(joint, rows):
         squares = jnp.where(mask, 0.0, 0.5 * x**2)
         total = total + joint.sum_to_rows(jnp.sum(squares, tuple(range(-site.event_dim, 0))))
     return total
-
-
-def initial_values(rng_key, joint, init_strategy, init_params):
-    """Initial values of all unobserved sites: those of the strategy, and those that are given."""
-    prepared = substitute(seed(joint.model, rng_key), substitute_fn=init_strategy)
-    model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
-    z = {name: jnp.asarray(model_trace[name]["value"]) for name in joint.sites}
-    for name, x in (init_params or {}).items():
-        if name not in z or jnp.shape(x) != z[name].shape:
-            shapes = {k: v.shape for k, v in z.items()}
-            raise ModelError(
-                f"`init_params` has '{name}' of shape {jnp.shape(x)}; the unobserved sites "
-                f"and their shapes are {shapes}."
-            )
-        z[name] = jnp.asarray(x, z[name].dtype)
-    return z
-
-
-def support_values(site, who):
-    """The values of one coordinate of a discrete site, as a NumPy array of shape (K,)."""
-    fn = site.fn
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    if not fn.has_enumerate_support:
-        raise ModelError(
-            f"{who}: the site '{site.name}' ({type(fn).__name__}) has no finite number of "
-            "values to weigh."
-        )
-    with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
-        values = np.asarray(fn.enumerate_support(expand=False))
-    if values.size != len(values):
-        raise ModelError(
-            f"{who}: the values of the site '{site.name}' ({type(fn).__name__}) are arrays, "
-            "not numbers; write it with `Counting(num_values)`."
-        )
-    return values.ravel()

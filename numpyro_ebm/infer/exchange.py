@@ -8,76 +8,27 @@ r"""The exchange algorithm as a NumPyro ``MCMCKernel``: posteriors of an energy'
 Reference: Murray, Ghahramani, MacKay, *MCMC for doubly-intractable distributions*, UAI 2006.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import init_to_uniform
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
-from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
-from numpyro.util import is_prng_key
+from numpyro.infer.util import constrain_fn
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.auxiliary import make_auxiliary
+from numpyro_ebm.infer.exchange_chain import (
+    AuxiliaryTrace,
+    ExchangeState,
+    refresh_chain,
+    start_chain,
+    step_chain,
+)
+from numpyro_ebm.infer.exchange_start import check_start, initial_parameters
 from numpyro_ebm.infer.exchange_target import Target, complete_prior
-from numpyro_ebm.infer.exchange_warmup import ExchangeAdaptState, Warmup
+from numpyro_ebm.infer.exchange_warmup import Warmup
 from numpyro_ebm.infer.kernels import RowKernel
-from numpyro_ebm.samplers import exchange
 
 __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
-
-
-class AuxiliaryTrace(NamedTuple):
-    """What the auxiliary chain of a step went through: at its start (the data), half way, its end.
-
-    If every row accepts on its own, the rows are the last axis of log-densities and ratios, and
-    lead in the proposal.
-
-    - **proposal** - θ', unconstrained, (dimension,).
-    - **log_density** - log p̃(y; θ') a row, (3,).
-    - **log_ratio** - log p̃(y; θ') - log p̃(y; θ), which enters the acceptance with a minus, (3,).
-    """
-
-    proposal: jax.Array
-    log_density: jax.Array
-    log_ratio: jax.Array
-
-
-class ExchangeState(NamedTuple):
-    """State of :class:`Exchange`; fields can be collected as ``extra_fields``.
-
-    With ``by_row`` the arrays that are scalars otherwise have the shape (rows,).
-
-    - **i** - step counter, warm-up included.
-    - **z** - dict of unconstrained values of the parameters.
-    - **log_prior** - log π(θ) in these coordinates.
-    - **log_density** - log p̃(x; θ) of the data, without log Z(θ).
-    - **gradient** - of the approximate log-posterior, (groups, dimension); zero for a random walk.
-    - **accept_prob** - acceptance probability of the last step.
-    - **mean_accept_prob** - its mean over the steps since the last phase began.
-    - **diverging** - whether the last ratio was not a number, and so rejected.
-    - **auxiliary** - :class:`AuxiliaryTrace` of the last step.
-    - **adapt_state** - :class:`~numpyro_ebm.infer.exchange_warmup.ExchangeAdaptState`.
-    - **rng_key** - key of the next step.
-    """
-
-    i: jax.Array
-    z: dict
-    log_prior: jax.Array
-    log_density: jax.Array
-    gradient: jax.Array
-    accept_prob: jax.Array
-    mean_accept_prob: jax.Array
-    diverging: jax.Array
-    auxiliary: AuxiliaryTrace
-    adapt_state: ExchangeAdaptState
-    rng_key: jax.Array
-
-    @property
-    def potential_energy(self):
-        """Minus the log-density of parameters and data, without log Z(θ)."""
-        return -self.log_prior - self.log_density
 
 
 class Exchange(RowKernel):
@@ -227,7 +178,6 @@ class Exchange(RowKernel):
         self._adapt_covariance = adapt_covariance
         self._target_accept_prob = target_accept_prob
         self._num_references = num_references
-        self._kernel = exchange.build_kernel(num_bridges)
         super().__init__(model, init_strategy)
 
     @property
@@ -239,10 +189,7 @@ class Exchange(RowKernel):
         return f"step size {step_size:.2e}. acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
 
     def refresh(self, state, model_args, model_kwargs):
-        target = self._target(model_args, model_kwargs)
-        _, functions = self._functions(target, state.z, state.adapt_state)
-        chain = exchange.init(target.flatten(state.z), target.data, **functions)
-        return self._cache(state, target, chain)
+        return refresh_chain(state, self._target(model_args, model_kwargs))
 
     def get_constrain_fn(self, model_args, model_kwargs):
         # `Gibbs` calls it without the sites of other blocks, which have placeholders here.
@@ -281,7 +228,8 @@ class Exchange(RowKernel):
         rows = 4 if self._by_row or target.joint.covariates else target.joint.num_rows
         return int(np.clip(-(-256 // rows), 1, min(128, self._num_warmup // 4 - 1)))
 
-    def _warmup(self, target, dimension):
+    def _warmup(self, target, z):
+        dimension = sum(jnp.size(x) for x in z.values()) // target.num_groups
         accept, step_size = self._target_accept_prob, self._step_size
         if self._is_langevin:
             accept = 0.4 if accept is None else accept
@@ -298,209 +246,18 @@ class Exchange(RowKernel):
             step_size,
         )
 
-    def _functions(self, target, like, adapt_state):
-        """Functions of flat positions: unflatten, and those that `samplers.exchange` wants."""
-
-        def unflatten(position):
-            return target.unflatten(position, like)
-
-        functions = {
-            "logprior_fn": lambda position: target.log_prior(unflatten(position)),
-            "logdensity_fn": lambda position, x: target.log_density(unflatten(position), x),
-        }
-        if adapt_state.references is not None:
-
-            def total(position):
-                z = unflatten(position)
-                surrogate = target.log_posterior(z, adapt_state.references, adapt_state.baselines)
-                return jnp.sum(surrogate)
-
-            functions["gradient_fn"] = lambda position: jnp.where(
-                adapt_state.has_gradient, jax.grad(total)(position), 0.0
-            )
-        return unflatten, functions
-
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
         target = self._target(model_args, model_kwargs)
-        z = self._initial_parameters(key_init, target, init_params)
+        z = initial_parameters(key_init, target, self._init_strategy, init_params)
         self._auxiliary.check(target, z, self._num_bridges)
-        position = target.flatten(z)
-        warmup = self._warmup(target, position.shape[1])
-        num, references, baselines = self._num_of_references(target), None, None
-        if num:  # to be drawn in warm-up
-            rows = target.log_rows(target.constrain(z), target.data)
-            references, baselines = jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), (target.data, rows)
-            )
-        adapt_state = warmup.init(position, references, baselines)
-        _, functions = self._functions(target, z, adapt_state)
-        chain = exchange.init(position, target.data, **functions)
-        per_group = jnp.zeros_like(self._per_group(chain.logprior))
-        state = ExchangeState(
-            i=jnp.array(0),
-            z=z,
-            log_prior=per_group,
-            log_density=per_group,
-            gradient=chain.gradient,
-            accept_prob=per_group,
-            mean_accept_prob=per_group,
-            diverging=per_group > 0,
-            auxiliary=AuxiliaryTrace(
-                position if self._by_row else position[0],
-                jnp.zeros((3, *per_group.shape), per_group.dtype),
-                jnp.zeros((3, *per_group.shape), per_group.dtype),
-            ),
-            adapt_state=adapt_state,
-            rng_key=rng_key,
-        )
-        return self._cache(state, target, chain)
-
-    def _initial_parameters(self, rng_key, target, init_params):
-        info = initialize_model(
-            rng_key,
-            target.prior,
-            init_strategy=self._init_strategy,
-            model_args=target.args,
-            model_kwargs=target.kwargs,
-            validate_grad=False,
-        )
-        z = dict(info.param_info.z)
-        if init_params is None:
-            return z
-        unknown = sorted(set(init_params) - set(z))
-        if unknown:
-            raise ModelError(
-                f"Exchange: `init_params` names {unknown}; the parameters are {sorted(z)}."
-            )
-        given = dict(init_params)
-        if GIBBS_SITES_KWARG in target.kwargs:  # Gibbs hands over constrained values
-            given = target.unconstrain({**target.constrain(z), **given})
-        return {k: jnp.asarray(given.get(k, x)).astype(x.dtype) for k, x in z.items()}
-
-    def _per_group(self, x):
-        return x if self._by_row else x[..., 0]
-
-    def _cache(self, state, target, chain):
-        return state._replace(
-            z=target.unflatten(chain.position, state.z),
-            log_prior=self._per_group(chain.logprior),
-            log_density=self._per_group(chain.logdensity),
-            gradient=chain.gradient,
-        )
+        num_references = self._num_of_references(target)
+        return start_chain(rng_key, z, target, self._warmup(target, z), num_references)
 
     def _step(self, state, model_args, model_kwargs):
         target = self._target(model_args, model_kwargs)
-        adapt_state = state.adapt_state
-        unflatten, functions = self._functions(target, state.z, adapt_state)
-        position = target.flatten(state.z)
-        warmup = self._warmup(target, position.shape[1])
-        rng_key, key_step = jax.random.split(state.rng_key)
-        holds = warmup.at(state.i, "holds")
-
-        def simulate(rng_key, position):
-            position = jnp.where(holds, adapt_state.reference, position)
-            params = target.constrain(unflatten(position))
-            keep_latent = self._num_bridges > 0  # the chain goes on where it is
-            return self._auxiliary.simulate(rng_key, target, params, target.data, keep_latent)
-
-        def transition(rng_key, position, data):
-            params = target.constrain(unflatten(position))
-            return self._auxiliary.transition(rng_key, target, params, data)
-
-        groups = (target.num_groups,)
-        chain = exchange.ExchangeState(
-            position,
-            jnp.reshape(state.log_prior, groups),
-            jnp.reshape(state.log_density, groups),
-            state.gradient,
-        )
-        chain, info = self._kernel(
-            key_step,
-            chain,
-            target.data,
-            simulate_fn=simulate,
-            step_size=jnp.where(holds, 0.0, adapt_state.step_size),
-            scale=adapt_state.scale,
-            transition_fn=transition,
-            **functions,
-        )
-        if adapt_state.references is not None:
-            drawn = {name: info.fictitious[name] for name in target.data}
-            params = target.constrain(unflatten(adapt_state.reference))
-            rows = target.log_rows(params, drawn)
-            adapt_state = warmup.remember(state.i, adapt_state, drawn, rows)
-        adapt_state = warmup.update(state.i, adapt_state, chain.position, info.acceptance_rate)
-        since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
-        accept_prob = self._per_group(info.acceptance_rate)
-        return self._cache(state, target, chain)._replace(
-            i=state.i + 1,
-            accept_prob=accept_prob,
-            mean_accept_prob=state.mean_accept_prob
-            + (accept_prob - state.mean_accept_prob) / since,
-            diverging=self._per_group(info.is_divergent),
-            auxiliary=AuxiliaryTrace(
-                info.proposal if self._by_row else info.proposal[0],
-                self._per_group(info.log_densities) * target.num_groups / target.joint.num_rows,
-                self._per_group(info.log_ratios),
-            ),
-            adapt_state=adapt_state,
-            rng_key=rng_key,
-        )
-
-    # Checks of what `init` found
+        warmup = self._warmup(target, state.z)
+        return step_chain(state, target, warmup, self._auxiliary, self._num_bridges)
 
     def _check_energy(self, state, model_args, model_kwargs):
-        z, log_prior, log_density = state.z, state.log_prior, state.log_density
-        bad = ~np.isfinite(np.asarray(log_prior + log_density))
-        if not is_prng_key(state.rng_key):  # vectorised chains lead: look at the first bad one
-            chain = int(np.argmax(bad.reshape(len(bad), -1).any(-1)))
-            z = {name: x[chain] for name, x in z.items()}
-            log_prior, log_density = log_prior[chain], log_density[chain]
-        target = self._target(model_args, model_kwargs)
-        if bad.any():
-            params = target.constrain(z)
-            rows = np.asarray(target.log_rows(params, target.data))
-            where = np.flatnonzero(~np.isfinite(rows))
-            shown = {name: np.asarray(x).tolist() for name, x in params.items()}
-            what = f"the energy of row(s) {where[:5].tolist()}" if where.size else "the prior"
-            raise ModelError(
-                f"Exchange: {what} is not finite at the initial parameters {shown}. Pass "
-                "`init_params` (unconstrained), or an `init_strategy` such as "
-                "`numpyro.infer.init_to_value(values=...)`."
-            )
-        if self._by_row:
-            self._check_rows(target, z)
-
-    def _check_rows(self, target, z, num_tries=4):
-        """Move the parameters of random rows: the densities of all others must stay."""
-        flat = target.flatten(z)
-        data = target.data
-
-        def densities(flat):
-            z = target.unflatten(flat, target_like)
-            total = -potential_energy(target.prior, target.args, target.kwargs, z)
-            return target.log_prior(z), target.log_density(z, data), total
-
-        target_like = z
-        prior, rows, total = densities(flat)
-        eps = 1_000 * float(jnp.finfo(flat.dtype).eps)
-        for key in jax.random.split(jax.random.key(0), num_tries):
-            key_rows, key_noise = jax.random.split(key)
-            moves = jax.random.bernoulli(key_rows, 0.5, (len(flat), 1))
-            noise = 0.1 * jax.random.normal(key_noise, flat.shape, flat.dtype)
-            new_prior, new_rows, new_total = densities(jnp.where(moves, flat + noise, flat))
-            stays = ~moves[:, 0]
-            for what, old, new in (("prior", prior, new_prior), ("energy", rows, new_rows)):
-                if np.any(stays & (jnp.abs(new - old) > eps * (1 + jnp.abs(old)))):
-                    raise ModelError(
-                        f"Exchange(by_row=True): the {what} of a row depends on the parameters of "
-                        "other rows, so that rows cannot accept on their own. Drop `by_row`."
-                    )
-            change = jnp.sum(new_prior - prior) - (new_total - total)
-            if abs(float(change)) > eps * (1 + float(jnp.sum(jnp.abs(prior)))):
-                raise ModelError(
-                    "Exchange(by_row=True): outside the data plate other sites depend on the "
-                    f"parameters {sorted(z)}, and couple the rows. Drop `by_row`, or give those "
-                    "sites to another block of `Gibbs`."
-                )
+        check_start(state, self._target(model_args, model_kwargs))

@@ -94,8 +94,10 @@ class Warmup:
 
     :param int num_warmup: its length.
     :param int num_references: K, or 0 for a random walk.
-    :param dict targets: acceptance to adapt to, of the walk and of the Langevin steps.
-    :param float step_size: the initial step size of the Langevin steps.
+    :param float target: acceptance probability to adapt to.
+    :param bool adapt_step_size: whether to adapt the step size.
+    :param bool adapt_covariance: whether to adapt the covariance.
+    :param float step_size: the initial step size.
     """
 
     def __init__(

@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from blackjax.adaptation.staged_adaptation import build_schedule
 from numpyro.handlers import trace
 from numpyro.infer import init_to_uniform
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
@@ -15,26 +13,11 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.handlers import temper
 from numpyro_ebm.infer.adaptation import acceptance_tuner
 from numpyro_ebm.infer.kernels import RowKernel
+from numpyro_ebm.infer.replica_ladder import LadderState, LadderWarmup, read_ladder
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.rows import per_row
 
 __all__ = ["LadderState", "ReplicaExchange", "ReplicaExchangeState"]
-
-
-class LadderState(NamedTuple):
-    """What :class:`ReplicaExchange` adapts in warm-up.
-
-    - **step_size** - ε of every replica, (K,).
-    - **inverse_temperatures** - β of every replica, (K,), the first is 1.
-    - **tuner** - states of BlackJAX's dual averaging, (K,).
-    - **rejection, count** - summed 1 - α of every pair in the present window, and its steps.
-    """
-
-    step_size: jax.Array
-    inverse_temperatures: jax.Array
-    tuner: object
-    rejection: jax.Array
-    count: jax.Array
 
 
 class ReplicaExchangeState(NamedTuple):
@@ -164,34 +147,10 @@ class ReplicaExchange(RowKernel):
                 "ReplicaExchange: `target_accept_prob` must be between 0 and 1, got "
                 f"{target_accept_prob}."
             )
-        if inverse_temperatures is None:
-            if not (isinstance(num_replicas, int) and num_replicas > 1):
-                raise ModelError(
-                    f"ReplicaExchange: `num_replicas` must be 2 at least, got {num_replicas!r}."
-                )
-            if not 0 < min_inverse_temperature < 1:
-                raise ModelError(
-                    "ReplicaExchange: `min_inverse_temperature` must be between 0 and 1, got "
-                    f"{min_inverse_temperature}; give `inverse_temperatures` to end with 0."
-                )
-            inverse_temperatures = np.geomspace(1.0, min_inverse_temperature, num_replicas)
-        ladder = np.asarray(inverse_temperatures, float)
-        if (
-            ladder.ndim != 1
-            or len(ladder) < 2
-            or ladder[0] != 1
-            or not np.all(np.diff(ladder) < 0)
-            or not ladder[-1] >= 0
-        ):
-            raise ModelError(
-                "ReplicaExchange: `inverse_temperatures` must be two or more numbers that decrease "
-                f"from 1 and stay above or at 0, got {ladder.tolist()}."
-            )
-        self._ladder = ladder
-        self._step_size = step_size
-        self._adapt_step_size = adapt_step_size
-        self._adapt_ladder = adapt_ladder and len(ladder) > 2
-        self._tuner = acceptance_tuner(target_accept_prob)
+        self._ladder = read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
+        tuner = acceptance_tuner(target_accept_prob)
+        adapt_ladder = adapt_ladder and len(self._ladder) > 2  # its ends stay
+        self._warmup = LadderWarmup(step_size, tuner, adapt_step_size, adapt_ladder)
         super().__init__(model, init_strategy)
 
     def get_diagnostics_str(self, state):
@@ -211,11 +170,7 @@ class ReplicaExchange(RowKernel):
     # Inside
 
     def _check_warmup(self, num_warmup):
-        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
-            raise ModelError(
-                "ReplicaExchange: without warm-up adaptation (`num_warmup` > 0 and "
-                "`adapt_step_size=True`) pass a `step_size`."
-            )
+        self._warmup.check(num_warmup)
 
     def _target(self, model_args, model_kwargs):
         """The joint, and the base and the tempered part of its row log-density."""
@@ -252,17 +207,15 @@ class ReplicaExchange(RowKernel):
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
         joint, base, likelihood = self._target(model_args, model_kwargs)
-        ladder = jnp.asarray(self._ladder, float)
+        num_replicas = len(self._ladder)
 
         def start(key):
             return joint.to_rows(self._initial_values(key, joint, init_params, model_kwargs))
 
-        positions = jax.vmap(start)(jax.random.split(key_init, len(ladder)))
+        positions = jax.vmap(start)(jax.random.split(key_init, num_replicas))
         replicas = _evaluate(positions, base, likelihood)
-        step_size = 0.1 if self._step_size is None else self._step_size
-        step_sizes = step_size / jnp.maximum(ladder, self._ladder[self._ladder > 0].min())
-        pairs, rows = jnp.zeros(len(ladder) - 1), jnp.zeros(joint.num_rows)
-        visited = jnp.zeros((len(ladder), joint.num_rows), bool)
+        pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(joint.num_rows)
+        visited = jnp.zeros((num_replicas, joint.num_rows), bool)
         state = ReplicaExchangeState(
             i=jnp.array(0),
             z=None,
@@ -273,13 +226,11 @@ class ReplicaExchange(RowKernel):
             mean_accept_prob=jnp.zeros(()),
             diverging=jnp.zeros(joint.num_rows, bool),
             num_steps=jnp.array(1),
-            replica_accept_prob=jnp.zeros(len(ladder)),
+            replica_accept_prob=jnp.zeros(num_replicas),
             swap_prob=pairs,
             mean_swap_prob=pairs,
             round_trips=jnp.zeros(joint.num_rows, int),
-            adapt_state=LadderState(
-                step_sizes, ladder, jax.vmap(self._tuner.init)(step_sizes), pairs, jnp.zeros(())
-            ),
+            adapt_state=self._warmup.init(self._ladder),
             memory=None,
             rng_key=rng_key,
         )
@@ -300,10 +251,9 @@ class ReplicaExchange(RowKernel):
     def _step(self, state, model_args, model_kwargs):
         joint, base, likelihood = self._target(model_args, model_kwargs)
         ladder = state.adapt_state
-        num_replicas = len(self._ladder)
         rng_key, key_move, key_swap = jax.random.split(state.rng_key, 3)
         replicas, visited = state.memory
-        keys = jax.random.split(key_move, (num_replicas, joint.num_rows))
+        keys = jax.random.split(key_move, (len(self._ladder), joint.num_rows))
 
         def move(key, replica, beta, step_size):
             return tempering.move(key, replica, base, likelihood, beta, step_size)
@@ -337,60 +287,13 @@ class ReplicaExchange(RowKernel):
             swap_prob=swap_prob.astype(dtype),
             mean_swap_prob=running(state.mean_swap_prob, swap_prob),
             round_trips=trips.astype(state.round_trips.dtype),
-            adapt_state=self._adapt(state.i, ladder, replica_accept, swap_prob),
+            adapt_state=self._warmup.update(
+                state.i, self._num_warmup, ladder, replica_accept, swap_prob
+            ),
             rng_key=rng_key,
         )
-
-    def _adapt(self, i, state, accept, swap_prob):
-        num_warmup = self._num_warmup
-        if num_warmup == 0 or not (self._adapt_step_size or self._adapt_ladder):
-            return state
-        new = jax.lax.cond(
-            i < num_warmup, lambda: self._adapted(i, state, accept, swap_prob), lambda: state
-        )
-        return new
-
-    def _adapted(self, i, state, accept, swap_prob):
-        new = state
-        if self._adapt_step_size:
-            tuner = jax.vmap(self._tuner.update)(state.tuner, accept)
-            is_last = i == self._num_warmup - 1
-            final, current = (
-                jax.vmap(self._tuner.final)(tuner),
-                jax.vmap(self._tuner.current)(tuner),
-            )
-            new = new._replace(step_size=jnp.where(is_last, final, current), tuner=tuner)
-        if self._adapt_ladder:
-            with jax.ensure_compile_time_eval():  # BlackJAX makes arrays of it
-                schedule = np.asarray(build_schedule(self._num_warmup), bool)
-            in_window, ends = (jnp.asarray(x)[i] for x in schedule.T)
-            new = new._replace(
-                rejection=state.rejection + in_window * (1 - swap_prob),
-                count=state.count + in_window,
-            )
-            moved = self._end_window(new)
-            new = jax.tree.map(lambda a, b: jnp.where(ends, a, b), moved, new)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, state)
-
-    def _end_window(self, state):
-        old = state.inverse_temperatures
-        rejection = state.rejection / jnp.maximum(state.count, 1)
-        ladder = tempering.equal_rejection_ladder(old, rejection)
-        state = state._replace(
-            inverse_temperatures=ladder,
-            rejection=jnp.zeros_like(state.rejection),
-            count=jnp.zeros_like(state.count),
-        )
-        if not self._adapt_step_size:
-            return state
-        step_size = jnp.exp(jnp.interp(-ladder, -old, jnp.log(state.step_size)))
-        return state._replace(step_size=step_size, tuner=jax.vmap(self._tuner.init)(step_size))
 
 
 def _evaluate(positions, base, likelihood):
     """Replicas of all rows, (K, rows, ...)."""
-
-    def evaluate(x):
-        return tempering.evaluate(x, base, likelihood)
-
-    return jax.vmap(jax.vmap(evaluate))(positions)
+    return jax.vmap(jax.vmap(lambda x: tempering.evaluate(x, base, likelihood)))(positions)

@@ -12,9 +12,10 @@ from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.block_gibbs import BlockGibbs, support_values
+from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.langevin import MALA
+from numpyro_ebm.infer.site_values import support_values
 from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.marginal.enumerated import (
     Enumerated,

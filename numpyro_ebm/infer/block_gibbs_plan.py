@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of :class:`~numpyro_ebm.BlockGibbs`: what was asked for, and whether it can be drawn.
+
+Every unobserved site is in one block, and the energy's operations say how
+:mod:`numpyro_ebm.samplers.block_gibbs` draws it. Declared colours say more than they do, and are
+tried before they are believed.
+"""
+
+import numpy as np
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.infer.site_values import support_values
+from numpyro_ebm.samplers.block_gibbs import plan_block
+from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
+
+__all__ = ["check_colors", "check_order", "plan_blocks", "read_blocks", "read_colors"]
+
+
+def read_blocks(blocks):
+    """The argument ``blocks`` as tuples of names, ``None`` for a block a site.
+
+    :raises ModelError: if it is something else.
+    """
+    if blocks is None:
+        return None
+    if isinstance(blocks, str) or any(isinstance(names, str) for names in blocks):
+        raise ModelError(
+            "BlockGibbs: `blocks` is a sequence of sequences of site names, such as "
+            f'[["v"], ["h"]], got {blocks!r}.'
+        )
+    return tuple(tuple(names) for names in blocks if names)
+
+
+def read_colors(colors):
+    """The argument ``colors`` as arrays by site name.
+
+    :raises ModelError: if it is something else.
+    """
+    if colors is not None and not isinstance(colors, dict):
+        raise ModelError(
+            "BlockGibbs: `colors` is a dict of arrays of integers by site name, got "
+            f"{type(colors).__name__}."
+        )
+    colors = {name: np.asarray(x) for name, x in (colors or {}).items()}
+    for name, x in colors.items():
+        if x.dtype.kind not in "iu":
+            raise ModelError(
+                f"BlockGibbs: the `colors` of '{name}' must be integers, got {x.dtype}."
+            )
+    return colors
+
+
+def plan_blocks(joint, log_density, rows, blocks, colors):
+    """How the blocks are drawn, a list of :class:`~numpyro_ebm.samplers.block_gibbs.Block`.
+
+    :param joint: the model.
+    :param log_density: of its rows.
+    :param dict rows: values of the unobserved sites, rows leading.
+    :param blocks: of :func:`read_blocks`.
+    :param dict colors: of :func:`read_colors`.
+    :raises ModelError: if they do not fit the sites.
+    """
+    # Sites that lost their observations, and start at them, wait until the others follow them.
+    order = sorted(joint.sites, key=lambda name: name in joint.released)
+    blocks = blocks or tuple((name,) for name in order)
+    named = [name for names in blocks for name in names]
+    wrong = sorted(set(named) ^ set(joint.sites)) or sorted(
+        {name for name in named if named.count(name) > 1}
+    )
+    if wrong:
+        raise ModelError(
+            f"BlockGibbs: `blocks` must name each unobserved site once: {sorted(joint.sites)}; "
+            f"{wrong} are missing, unknown or named twice."
+        )
+    values = {name: support_values(site, "BlockGibbs") for name, site in joint.latent.items()}
+    for name, x in colors.items():
+        if name not in joint.latent:
+            raise ModelError(
+                f"BlockGibbs: `colors` names '{name}', and the unobserved discrete sites are "
+                f"{sorted(joint.latent)}."
+            )
+        if x.shape != (expected := rows[name].shape[1:]):
+            raise ModelError(
+                f"BlockGibbs: the `colors` of '{name}' have shape {x.shape}, and a row of the "
+                f"site has shape {expected}."
+            )
+    plan = []
+    for names in blocks:
+        apart = colors and set(names) & set(colors)
+        for part in [(name,) for name in names] if apart else [names]:
+            plan.append(plan_block(log_density, rows, part, values, colors))
+    return plan
+
+
+def check_order(joint, blocks, init_params):
+    """Values that a chain is to start from may not be drawn anew before the others follow.
+
+    :raises ModelError: if they are.
+    """
+    later = [name for names in blocks or () for name in names]
+    while later and joint.released:
+        name, *later = later
+        lost = [x for x in later if x not in joint.released and x not in (init_params or {})]
+        if name in joint.released and lost:
+            raise ModelError(
+                f"BlockGibbs: the chain starts at the data of '{name}', and the block order "
+                f"{blocks} draws '{name}' anew before {lost}, which have no start of their own. "
+                "Put the latent sites first."
+            )
+
+
+def check_colors(rng_key, log_density, rows, plan, colors):
+    """Look for a pair of units of one declared colour that interacts.
+
+    :raises ModelError: if there is one.
+    """
+    for block in plan:
+        if block.kind != "coloured" or block.names[0] not in colors:
+            continue
+        pair = find_interaction(rng_key, log_density, rows, block)
+        if pair is not None:
+            (name,) = block.names
+            shape = rows[name].shape[1:]
+            first, second = (tuple(map(int, np.unravel_index(i, shape))) for i in pair)
+            raise ModelError(
+                f"BlockGibbs: the units {first} and {second} of '{name}' have the same colour "
+                f"in `colors` ({colors[name][first]}), and they interact in the energy, so that "
+                "they may not be drawn at once. Give them different colours, or leave "
+                f"'{name}' out of `colors`."
+            )

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chain of :class:`~numpyro_ebm.Exchange`: its state, how it starts, and what a step does.
+
+Pure functions of a :class:`~numpyro_ebm.infer.exchange_target.Target`. Here NumPyro's dicts of
+parameters, the fictitious data sets and the warm-up meet :mod:`numpyro_ebm.samplers.exchange`,
+which knows nothing but densities of arrays.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_ebm.infer.exchange_warmup import ExchangeAdaptState
+from numpyro_ebm.samplers import exchange
+
+__all__ = ["AuxiliaryTrace", "ExchangeState", "refresh_chain", "start_chain", "step_chain"]
+
+
+class AuxiliaryTrace(NamedTuple):
+    """What the auxiliary chain of a step went through: at its start (the data), half way, its end.
+
+    If every row accepts on its own, the rows are the last axis of log-densities and ratios, and
+    lead in the proposal.
+
+    - **proposal** - θ', unconstrained, (dimension,).
+    - **log_density** - log p̃(y; θ') a row, (3,).
+    - **log_ratio** - log p̃(y; θ') - log p̃(y; θ), which enters the acceptance with a minus, (3,).
+    """
+
+    proposal: jax.Array
+    log_density: jax.Array
+    log_ratio: jax.Array
+
+
+class ExchangeState(NamedTuple):
+    """State of :class:`~numpyro_ebm.Exchange`; fields can be collected as ``extra_fields``.
+
+    With ``by_row`` the arrays that are scalars otherwise have the shape (rows,).
+
+    - **i** - step counter, warm-up included.
+    - **z** - dict of unconstrained values of the parameters.
+    - **log_prior** - log π(θ) in these coordinates.
+    - **log_density** - log p̃(x; θ) of the data, without log Z(θ).
+    - **gradient** - of the approximate log-posterior, (groups, dimension); zero for a random walk.
+    - **accept_prob** - acceptance probability of the last step.
+    - **mean_accept_prob** - its mean over the steps since the last phase began.
+    - **diverging** - whether the last ratio was not a number, and so rejected.
+    - **auxiliary** - :class:`AuxiliaryTrace` of the last step.
+    - **adapt_state** - :class:`~numpyro_ebm.infer.exchange_warmup.ExchangeAdaptState`.
+    - **rng_key** - key of the next step.
+    """
+
+    i: jax.Array
+    z: dict
+    log_prior: jax.Array
+    log_density: jax.Array
+    gradient: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    diverging: jax.Array
+    auxiliary: AuxiliaryTrace
+    adapt_state: ExchangeAdaptState
+    rng_key: jax.Array
+
+    @property
+    def potential_energy(self):
+        """Minus the log-density of parameters and data, without log Z(θ)."""
+        return -self.log_prior - self.log_density
+
+
+def start_chain(rng_key, z, target, warmup, num_references):
+    """The first state of a chain.
+
+    :param dict z: unconstrained values of the parameters.
+    :param Target target: the posterior.
+    :param Warmup warmup: what adapts its proposal.
+    :param int num_references: data sets that warm-up is to draw, 0 for a random walk.
+    """
+    position = target.flatten(z)
+    references, baselines = None, None
+    if num_references:  # to be drawn in warm-up
+        rows = target.log_rows(target.constrain(z), target.data)
+        references, baselines = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (num_references, *jnp.shape(x))), (target.data, rows)
+        )
+    adapt_state = warmup.init(position, references, baselines)
+    _, functions = _functions(target, z, adapt_state)
+    chain = exchange.init(position, target.data, **functions)
+    per_group = jnp.zeros_like(_per_group(target, chain.logprior))
+    state = ExchangeState(
+        i=jnp.array(0),
+        z=z,
+        log_prior=per_group,
+        log_density=per_group,
+        gradient=chain.gradient,
+        accept_prob=per_group,
+        mean_accept_prob=per_group,
+        diverging=per_group > 0,
+        auxiliary=AuxiliaryTrace(
+            position if target.by_row else position[0],
+            jnp.zeros((3, *per_group.shape), per_group.dtype),
+            jnp.zeros((3, *per_group.shape), per_group.dtype),
+        ),
+        adapt_state=adapt_state,
+        rng_key=rng_key,
+    )
+    return _cache(target, state, chain)
+
+
+def refresh_chain(state, target):
+    """The state with its densities anew: what the model is conditioned on has changed."""
+    _, functions = _functions(target, state.z, state.adapt_state)
+    chain = exchange.init(target.flatten(state.z), target.data, **functions)
+    return _cache(target, state, chain)
+
+
+def step_chain(state, target, warmup, auxiliary, num_bridges):
+    """One step of a chain.
+
+    :param ExchangeState state: where it is.
+    :param Target target: the posterior.
+    :param Warmup warmup: what adapts its proposal.
+    :param auxiliary: what draws the fictitious data, of :mod:`numpyro_ebm.infer.auxiliary`.
+    :param int num_bridges: distributions that these cross on their way back.
+    """
+    adapt_state = state.adapt_state
+    unflatten, functions = _functions(target, state.z, adapt_state)
+    position = target.flatten(state.z)
+    rng_key, key_step = jax.random.split(state.rng_key)
+    holds = warmup.at(state.i, "holds")
+
+    def simulate(rng_key, position):
+        position = jnp.where(holds, adapt_state.reference, position)
+        params = target.constrain(unflatten(position))
+        keep_latent = num_bridges > 0  # the chain goes on where it is
+        return auxiliary.simulate(rng_key, target, params, target.data, keep_latent)
+
+    def transition(rng_key, position, data):
+        params = target.constrain(unflatten(position))
+        return auxiliary.transition(rng_key, target, params, data)
+
+    groups = (target.num_groups,)
+    chain = exchange.ExchangeState(
+        position,
+        jnp.reshape(state.log_prior, groups),
+        jnp.reshape(state.log_density, groups),
+        state.gradient,
+    )
+    chain, info = exchange.build_kernel(num_bridges)(
+        key_step,
+        chain,
+        target.data,
+        simulate_fn=simulate,
+        step_size=jnp.where(holds, 0.0, adapt_state.step_size),
+        scale=adapt_state.scale,
+        transition_fn=transition,
+        **functions,
+    )
+    if adapt_state.references is not None:
+        drawn = {name: info.fictitious[name] for name in target.data}
+        params = target.constrain(unflatten(adapt_state.reference))
+        rows = target.log_rows(params, drawn)
+        adapt_state = warmup.remember(state.i, adapt_state, drawn, rows)
+    adapt_state = warmup.update(state.i, adapt_state, chain.position, info.acceptance_rate)
+    num_warmup = warmup.num_warmup
+    since = jnp.where(state.i < num_warmup, state.i, state.i - num_warmup) + 1
+    accept_prob = _per_group(target, info.acceptance_rate)
+    return _cache(target, state, chain)._replace(
+        i=state.i + 1,
+        accept_prob=accept_prob,
+        mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / since,
+        diverging=_per_group(target, info.is_divergent),
+        auxiliary=AuxiliaryTrace(
+            info.proposal if target.by_row else info.proposal[0],
+            _per_group(target, info.log_densities) * target.num_groups / target.joint.num_rows,
+            _per_group(target, info.log_ratios),
+        ),
+        adapt_state=adapt_state,
+        rng_key=rng_key,
+    )
+
+
+def _functions(target, like, adapt_state):
+    """Functions of flat positions: unflatten, and those that `samplers.exchange` wants."""
+
+    def unflatten(position):
+        return target.unflatten(position, like)
+
+    functions = {
+        "logprior_fn": lambda position: target.log_prior(unflatten(position)),
+        "logdensity_fn": lambda position, x: target.log_density(unflatten(position), x),
+    }
+    if adapt_state.references is not None:
+
+        def total(position):
+            z = unflatten(position)
+            surrogate = target.log_posterior(z, adapt_state.references, adapt_state.baselines)
+            return jnp.sum(surrogate)
+
+        functions["gradient_fn"] = lambda position: jnp.where(
+            adapt_state.has_gradient, jax.grad(total)(position), 0.0
+        )
+    return unflatten, functions
+
+
+def _per_group(target, x):
+    """A scalar where there is one group: groups are the last axis."""
+    return x if target.by_row else x[..., 0]
+
+
+def _cache(target, state, chain):
+    return state._replace(
+        z=target.unflatten(chain.position, state.z),
+        log_prior=_per_group(target, chain.logprior),
+        log_density=_per_group(target, chain.logdensity),
+        gradient=chain.gradient,
+    )
