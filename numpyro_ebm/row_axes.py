@@ -96,6 +96,8 @@ def _apply(eqn, operands):
     if name == "broadcast_in_dim":
         return params["broadcast_dimensions"][axis]
     if name == "reshape":
+        if params["dimensions"] is not None:  # another order of elements
+            return MIXED
         return _reshaped(shapes[0], eqn.outvars[0].aval.shape, axis)
     if name == "transpose":
         return params["permutation"].index(axis)

@@ -136,10 +136,11 @@ def _known(x):
 
 def _somewhere(rng_key, value, support):
     """A random value on a support, of the shape of another."""
-    if not hasattr(value, "shape"):
-        leaves, tree = jax.tree.flatten(value)
+    leaves, tree = jax.tree.flatten(value)
+    if not jax.tree_util.treedef_is_leaf(tree):  # parameters of a network
         keys = jax.random.split(rng_key, max(len(leaves), 1))
         return tree.unflatten(_near_zero(k, x) for k, x in zip(keys, leaves))  # noqa: B905
+    value = jnp.asarray(value)
     if support.is_discrete:
         low = jnp.asarray(getattr(_of_numbers(support), "lower_bound", 0))
         up = low + jax.random.bernoulli(rng_key, 0.5, jnp.shape(value))

@@ -113,6 +113,7 @@ COUPLED = {
     "rows by number": lambda v: v[jnp.array([1, 0, 3, 2, 4])],
     "rows by a row's number": lambda v: v[index(v)],
     "flattened": lambda v: (v.reshape(-1)[::-1]).reshape(ROWS, WIDTH),
+    "elements in another order": lambda v: v.T.reshape(ROWS, WIDTH, order="F"),
     "another split of the elements": lambda v: v.reshape(WIDTH, ROWS).T * v,
     "scan over rows": lambda v: lax.scan(lambda c, x: (c + x, c * x), v[0], v)[1],
     "batch normalisation": lambda v: (v - v.mean(0)) / jnp.sqrt(v.var(0) + 1e-3),
@@ -239,6 +240,17 @@ def test_a_plate_of_a_size_of_its_own_is_looked_at_whole():
     with pytest.raises(ebm.ModelError, match="depends on other rows"):
         loss(model_of(COUPLED["mean"], size=40), data)
     assert np.isfinite(loss(model_of(UNKNOWN["there and back"], size=40), data))
+
+
+def test_parameters_are_tried_on_their_support():
+    def model(data):
+        rate = numpyro.param("rate", 1.0, constraint=dist.constraints.positive)
+        with numpyro.plate("rows", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", v**2 + jnp.log(rate) * jnp.mean(v) * v)
+
+    with pytest.raises(ebm.ModelError, match="depends on other rows"):
+        loss(model, jnp.ones(4))
 
 
 def test_latents_of_other_rows_are_refused():
