@@ -11,6 +11,9 @@ a word. The axis of the rows is followed through the operations of the energy, w
 at few rows, some of them moved.
 """
 
+from contextlib import suppress
+from copy import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,10 @@ __all__ = ["check_rows"]
 FEW = 8
 """Rows at which an energy is evaluated, if its model can be read at as many."""
 
+SPREADS = (1.0, 3.0)
+"""Values are tried within as much of zero in unconstrained coordinates; the first move all units
+of a discrete row, the second one in three."""
+
 
 def check_rows(joint, read_again, params):
     """Raise if the density of a row depends on the values of other rows.
@@ -38,9 +45,7 @@ def check_rows(joint, read_again, params):
     if joint.num_rows < 2:
         return
     values = {name: site.value for name, site in joint.sites.items()}
-    axes = [
-        jnp.ndim(values[name]) + joint.dim - joint.sites[name].event_dim for name in sorted(values)
-    ]
+    axes = [_axis(joint, joint.sites[name], jnp.ndim(values[name])) for name in sorted(values)]
     names = []
 
     def terms(values):
@@ -72,47 +77,70 @@ def _coupled(joint, read_again, params, names):
 
     Rows are moved by the digits of their numbers, of which any two rows have one that differs.
     """
+    found = set()
     with jax.ensure_compile_time_eval():  # whatever is traced around it
-        joint = _at_few_rows(joint, read_again, params)
-        supports = {**joint.constraints, **{name: fn.support for name, fn in joint.priors.items()}}
-        keys = iter(jax.random.split(jax.random.key(0), len(supports) + 2 * len(joint.sites)))
-        params = {
-            name: _somewhere(next(keys), joint.parameters[name], supports[name])
-            for name in sorted(supports)
-        }
-        sites = [(name, joint.sites[name]) for name in sorted(joint.sites)]
-        here = {name: _somewhere(next(keys), x.value, x.fn.support) for name, x in sites}
-        there = {name: _elsewhere(next(keys), here[name], x.fn.support) for name, x in sites}
-        before, found = _terms(joint, params, here), set()
-        for moves in _halves(joint.num_rows):
-            values = {}
-            for name, site in sites:
-                rank = jnp.ndim(site.value)
-                axis = rank + joint.dim - site.event_dim
-                mask = moves.reshape(-1, *[1] * (rank - axis - 1))
-                values[name] = jnp.where(mask, there[name], here[name])
-            after = _terms(joint, params, values)
-            found |= {x for x in names if _differs(before[x][~moves], after[x][~moves])}
+        joint = _at_few_rows(joint, read_again, params) or _with_known_arguments(joint)
+        for seed, spread in enumerate(SPREADS):
+            with suppress(Exception):  # whatever a model says of values that it was not made for
+                found |= _changed(joint, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
 
 
+def _changed(joint, rng_key, spread, names):
+    supports = {**joint.constraints, **{name: fn.support for name, fn in joint.priors.items()}}
+    sites = [(name, joint.sites[name]) for name in sorted(joint.sites)]
+    keys = iter(jax.random.split(rng_key, len(supports) + 2 * len(sites)))
+    params = {
+        name: _somewhere(next(keys), joint.parameters[name], supports[name])
+        for name in sorted(supports)
+    }
+    here = {name: _somewhere(next(keys), x.value, x.fn.support, spread) for name, x in sites}
+    there = {name: _elsewhere(next(keys), here[name], x.fn.support, spread) for name, x in sites}
+    before, found = _terms(joint, params, here), set()
+    for moves in _halves(joint.num_rows):
+        values = {}
+        for name, site in sites:
+            rank = jnp.ndim(site.value)
+            mask = moves.reshape(-1, *[1] * (rank - _axis(joint, site, rank) - 1))
+            values[name] = jnp.where(mask, there[name], here[name])
+        after = _terms(joint, params, values)
+        found |= {x for x in names if _differs(before[x][~moves], after[x][~moves])}
+    return found
+
+
+def _axis(joint, site, rank):
+    """Axis of the rows in a value of a site."""
+    return rank + joint.dim - site.event_dim
+
+
 def _at_few_rows(joint, read_again, params):
-    """The model at the first rows of its arguments, or at all where it cannot be read there."""
+    """The model at the first rows of its arguments; ``None`` where it cannot be read there."""
 
     def first(x):
         has_rows = hasattr(x, "shape") and x.shape[:1] in ((joint.num_rows,), (joint.total_rows,))
         return x[:FEW] if has_rows else x
 
-    args, kwargs, params = jax.tree.map(_known, (joint.args, joint.kwargs, params))
-    if joint.num_rows > FEW:
-        try:
-            few = read_again(*jax.tree.map(first, (args, kwargs)), params)
-        except Exception:  # whatever a model says that was made for these rows alone
-            pass
-        else:
-            if few.num_rows == FEW:
-                return few
-    return read_again(args, kwargs, params)
+    if joint.num_rows <= FEW:
+        return None
+    try:
+        args, kwargs, params = jax.tree.map(_known, (joint.args, joint.kwargs, params))
+        values = {}
+        for name, site in joint.visible.items():  # a support may not have what is put for the data
+            shape = list(jnp.shape(site.value))
+            shape[_axis(joint, site, len(shape))] = FEW
+            like = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(site.value))
+            values[name] = _somewhere(jax.random.key(0), like, site.fn.support)
+        few = read_again(*jax.tree.map(first, (args, kwargs)), {**params, **values})
+    except Exception:  # whatever a model says that was made for these rows alone
+        return None
+    return few if few.num_rows == FEW else None
+
+
+def _with_known_arguments(joint):
+    known = copy(joint)
+    known.args, known.kwargs = jax.tree.map(_known, (joint.args, joint.kwargs))
+    known.plates = {name: jnp.arange(len(x)) for name, x in joint.plates.items()}
+    return known
 
 
 def _halves(num_rows):
@@ -126,35 +154,37 @@ def _halves(num_rows):
 def _differs(before, after):
     if not (not_jax_tracer(before) and not_jax_tracer(after)):
         return False  # a model that reads traced values from elsewhere
-    return bool(jnp.any(jnp.abs(after - before) > 1e-4 * (1 + jnp.abs(before))))
+    gap = jnp.abs(after - before) > 64 * jnp.finfo(before.dtype).eps * (1 + jnp.abs(before))
+    return bool(jnp.any(gap | (jnp.isnan(before) != jnp.isnan(after))))
 
 
 def _known(x):
     """An argument, or ones in the place of one that is traced."""
-    return x if not_jax_tracer(x) or not hasattr(x, "shape") else np.ones(x.shape, x.dtype)
+    return x if not_jax_tracer(x) or not hasattr(x, "shape") else jnp.ones(x.shape, x.dtype)
 
 
-def _somewhere(rng_key, value, support):
+def _somewhere(rng_key, value, support, spread=1.0):
     """A random value on a support, of the shape of another."""
     leaves, tree = jax.tree.flatten(value)
     if not jax.tree_util.treedef_is_leaf(tree):  # parameters of a network
         keys = jax.random.split(rng_key, max(len(leaves), 1))
         return tree.unflatten(_near_zero(k, x) for k, x in zip(keys, leaves))  # noqa: B905
-    value = jnp.asarray(value)
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
     if support.is_discrete:
         low = jnp.asarray(getattr(_of_numbers(support), "lower_bound", 0))
-        up = low + jax.random.bernoulli(rng_key, 0.5, jnp.shape(value))
-        return _if_supported(support, up, low).astype(jnp.result_type(value, low))
+        up = low + jax.random.bernoulli(rng_key, 0.5, shape)
+        return _if_supported(support, up, low).astype(jnp.result_type(dtype, low))
     transform = biject_to(support)
-    shape = transform.inverse_shape(value.shape)
-    return transform(_near_zero(rng_key, jax.ShapeDtypeStruct(shape, value.dtype)))
+    like = jax.ShapeDtypeStruct(transform.inverse_shape(shape), dtype)
+    return transform(spread * _near_zero(rng_key, like))
 
 
-def _elsewhere(rng_key, value, support):
-    """Another value on a support; its next or previous number on a discrete one."""
-    if support.is_discrete:
-        return _if_supported(support, value + 1, value - 1)
-    return _somewhere(rng_key, value, support)
+def _elsewhere(rng_key, value, support, spread):
+    """Another value on a support; on a discrete one the next or previous number, here and there."""
+    if not support.is_discrete:
+        return _somewhere(rng_key, value, support, spread)
+    is_moved = jax.random.bernoulli(rng_key, 1 / spread, value.shape)
+    return jnp.where(is_moved, _if_supported(support, value + 1, value - 1), value)
 
 
 def _if_supported(support, wanted, other):

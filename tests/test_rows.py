@@ -253,6 +253,74 @@ def test_parameters_are_tried_on_their_support():
         loss(model, jnp.ones(4))
 
 
+# Each reads other rows in a way that is easy to miss.
+HIDDEN = {
+    "where the mean has a logarithm": lambda v: jnp.log(jnp.mean(v)),
+    "far out only": lambda v: jnp.where(v > 1.5, jnp.mean(v), 0.0),
+    "a little": lambda v: 1e-4 * jnp.mean(v) * v,
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_couplings_that_are_easy_to_miss(name):
+    def model(data):
+        with numpyro.plate("rows", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", v**2 + HIDDEN[name](v))
+
+    with pytest.raises(ebm.ModelError, match="depends on other rows"):
+        loss(model, jnp.ones(300))
+
+
+def test_the_parity_of_another_row_is_seen():
+    def model(data):
+        with numpyro.plate("rows", len(data)):
+            v = numpyro.sample("v", ebm.Counting(event_shape=(4,)), obs=data)
+            parity = jnp.prod(2 * v - 1, -1)
+            ebm.energy("E", 1.0 * parity * jnp.roll(parity, 1) + jnp.sum(v, -1))
+
+    with pytest.raises(ebm.ModelError, match="depends on other rows"):
+        ebm.PseudoLikelihood().loss(jax.random.key(0), {}, model, None, jnp.ones((6, 4), int))
+
+
+SUPPORTS = {
+    "simplex": (dist.constraints.simplex, (3,)),
+    "ordered": (dist.constraints.ordered_vector, (3,)),
+    "interval": (dist.constraints.open_interval(2.0, 3.0), ()),
+    "Cholesky": (dist.constraints.lower_cholesky, (2, 2)),
+    "from one": (dist.constraints.greater_than(1.0), ()),
+}
+
+
+@pytest.mark.parametrize("num_rows", [5, 300])
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_supports_are_kept_where_the_data_are_traced(name, num_rows):
+    """An energy that no rule knows, of data that are not at hand, on a support without ones."""
+    support, shape = SUPPORTS[name]
+
+    def model(data, x, couple):
+        offset = x.at[0].get()  # arguments are arrays of JAX, as the user gave them
+        with numpyro.plate("rows", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(shape, support=support), obs=data)
+            w = v[::-1][::-1] + offset + couple * v.mean(0)
+            ebm.energy("E", jnp.sum(w.reshape(len(w), -1) ** 2, -1))
+
+    transform = dist.biject_to(support)
+    data = transform(0.1 * jnp.ones(transform.inverse_shape((num_rows, *shape))))
+
+    @jax.jit
+    def apart(data, x):
+        return ebm.ScoreMatching().loss(jax.random.key(0), {}, model, None, data, x, 0.0)
+
+    @jax.jit
+    def coupled(data, x):
+        return ebm.ScoreMatching().loss(jax.random.key(0), {}, model, None, data, x, 1.0)
+
+    assert np.isfinite(apart(data, jnp.zeros(2)))
+    with pytest.raises(ebm.ModelError, match="depends on other rows"):
+        coupled(data, jnp.zeros(2))
+
+
 def test_latents_of_other_rows_are_refused():
     def model(data):
         with numpyro.plate("rows", len(data)):
