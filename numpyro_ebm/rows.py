@@ -77,18 +77,18 @@ def _coupled(joint, read_again, params, names):
 
     Rows are moved by the digits of their numbers, of which any two rows have one that differs.
     """
-    found = set()
+    found, moving = set(), sorted(joint.sites)  # not those that were set aside as observed
     with jax.ensure_compile_time_eval():  # whatever is traced around it
         joint = _at_few_rows(joint, read_again, params) or _with_known_arguments(joint)
         for seed, spread in enumerate(SPREADS):
             with suppress(Exception):  # whatever a model says of values that it was not made for
-                found |= _changed(joint, jax.random.key(seed), spread, names)
+                found |= _changed(joint, moving, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
 
 
-def _changed(joint, rng_key, spread, names):
+def _changed(joint, moving, rng_key, spread, names):
     supports = {**joint.constraints, **{name: fn.support for name, fn in joint.priors.items()}}
-    sites = [(name, joint.sites[name]) for name in sorted(joint.sites)]
+    sites = [(name, joint.sites[name]) for name in moving]
     keys = iter(jax.random.split(rng_key, len(supports) + 2 * len(sites)))
     params = {
         name: _somewhere(next(keys), joint.parameters[name], supports[name])
@@ -96,7 +96,10 @@ def _changed(joint, rng_key, spread, names):
     }
     here = {name: _somewhere(next(keys), x.value, x.fn.support, spread) for name, x in sites}
     there = {name: _elsewhere(next(keys), here[name], x.fn.support, spread) for name, x in sites}
-    before, found = _terms(joint, params, here), set()
+    before, again = _terms(joint, params, here), _terms(joint, params, here)
+    if any(_differs(before[name], again[name]) for name in names):
+        return set()  # random numbers of its own
+    found = set()
     for moves in _halves(joint.num_rows):
         values = {}
         for name, site in sites:

@@ -350,6 +350,33 @@ def test_kernels_refuse_coupled_rows(make):
         kernel.init(jax.random.key(0), 0, None, (), {})
 
 
+@pytest.mark.parametrize("num_rows", [5, 300])
+def test_kernels_take_observed_rows_as_given(num_rows):
+    """With v observed, an energy of h that reads the mean of v has rows that are apart."""
+
+    def model(data):
+        with numpyro.plate("rows", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue())
+            ebm.energy("E", v**2 + (h[::-1][::-1] - v.mean()) ** 2)
+
+    data = jnp.linspace(0.0, 1.0, num_rows)
+    kernel = ebm.MALA(ebm.fixed(model, {}), step_size=0.1)
+    assert kernel.init(jax.random.key(0), 0, None, (data,), {}) is not None
+    with pytest.raises(ebm.ModelError, match="depends on other rows"):
+        ebm.ScoreMatching().loss(jax.random.key(0), {}, model, None, data)
+
+
+def test_an_energy_with_random_numbers_of_its_own_tells_nothing():
+    def model(data):
+        noise = np.random.default_rng().normal(size=len(data))
+        with numpyro.plate("rows", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", v[::-1][::-1] ** 2 + jnp.asarray(noise) * v)
+
+    assert np.isfinite(loss(model, jnp.ones(4)))
+
+
 def test_priors_and_covariates_may_be_shared():
     """Statistics of arguments, and parameters, belong to all rows."""
 
