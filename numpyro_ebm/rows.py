@@ -13,6 +13,7 @@ at few rows, some of them moved.
 
 from contextlib import suppress
 from copy import copy
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,13 +81,14 @@ def _coupled(joint, read_again, params, names):
     found, moving = set(), sorted(joint.sites)  # not those that were set aside as observed
     with jax.ensure_compile_time_eval():  # whatever is traced around it
         joint = _at_few_rows(joint, read_again, params) or _with_known_arguments(joint)
+        terms = jax.jit(partial(_terms, joint))
         for seed, spread in enumerate(SPREADS):
             with suppress(Exception):  # whatever a model says of values that it was not made for
-                found |= _changed(joint, moving, jax.random.key(seed), spread, names)
+                found |= _changed(joint, terms, moving, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
 
 
-def _changed(joint, moving, rng_key, spread, names):
+def _changed(joint, terms, moving, rng_key, spread, names):
     supports = {**joint.constraints, **{name: fn.support for name, fn in joint.priors.items()}}
     sites = [(name, joint.sites[name]) for name in moving]
     keys = iter(jax.random.split(rng_key, len(supports) + 2 * len(sites)))
@@ -96,18 +98,15 @@ def _changed(joint, moving, rng_key, spread, names):
     }
     here = {name: _somewhere(next(keys), x.value, x.fn.support, spread) for name, x in sites}
     there = {name: _elsewhere(next(keys), here[name], x.fn.support, spread) for name, x in sites}
-    before, again = _terms(joint, params, here), _terms(joint, params, here)
-    if any(_differs(before[name], again[name]) for name in names):
-        return set()  # random numbers of its own
-    found = set()
+    before, found = terms(params, here), set()
     for moves in _halves(joint.num_rows):
         values = {}
         for name, site in sites:
             rank = jnp.ndim(site.value)
             mask = moves.reshape(-1, *[1] * (rank - _axis(joint, site, rank) - 1))
             values[name] = jnp.where(mask, there[name], here[name])
-        after = _terms(joint, params, values)
-        found |= {x for x in names if _differs(before[x][~moves], after[x][~moves])}
+        after = terms(params, values)
+        found |= {x for x in names if _differs(before[x], after[x], ~moves)}
     return found
 
 
@@ -154,11 +153,11 @@ def _halves(num_rows):
         yield from (bit, ~bit)
 
 
-def _differs(before, after):
+def _differs(before, after, where):
     if not (not_jax_tracer(before) and not_jax_tracer(after)):
         return False  # a model that reads traced values from elsewhere
     gap = jnp.abs(after - before) > 64 * jnp.finfo(before.dtype).eps * (1 + jnp.abs(before))
-    return bool(jnp.any(gap | (jnp.isnan(before) != jnp.isnan(after))))
+    return bool(jnp.any(where & (gap | (jnp.isnan(before) != jnp.isnan(after)))))
 
 
 def _known(x):

@@ -367,7 +367,7 @@ def test_kernels_take_observed_rows_as_given(num_rows):
         ebm.ScoreMatching().loss(jax.random.key(0), {}, model, None, data)
 
 
-def test_an_energy_with_random_numbers_of_its_own_tells_nothing():
+def test_random_numbers_of_an_energys_own_are_no_coupling():
     def model(data):
         noise = np.random.default_rng().normal(size=len(data))
         with numpyro.plate("rows", len(data)):
