@@ -18,7 +18,6 @@ from numpyro_ebm.diagnostics import (
     stein_test,
     to_arviz,
 )
-from numpyro_ebm.distributions import Counting, Lebesgue
 from numpyro_ebm.errors import (
     EmulationWarning,
     FarNoiseWarning,
@@ -32,7 +31,6 @@ from numpyro_ebm.errors import (
 )
 from numpyro_ebm.given import given
 from numpyro_ebm.guide_loss import PosteriorScore, RelaxedELBO
-from numpyro_ebm.handlers import fixed, temper
 from numpyro_ebm.infer import (
     MALA,
     MCLMC,
@@ -52,6 +50,9 @@ from numpyro_ebm.infer import (
     normalized,
     sample,
 )
+from numpyro_ebm.language.distributions import Counting, Lebesgue
+from numpyro_ebm.language.handlers import fixed, temper
+from numpyro_ebm.language.primitives import energy, visible
 from numpyro_ebm.marginal import (
     Enumerated,
     Exact,
@@ -77,7 +78,6 @@ from numpyro_ebm.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from numpyro_ebm.primitives import energy, visible
 from numpyro_ebm.priors import prior
 
 __version__ = "0.1.0"

@@ -6,10 +6,10 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
-from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import answer_for_normalizer
-from numpyro_ebm.primitives import NORMALIZER
+from numpyro_ebm.language.distributions import Unnormalized
+from numpyro_ebm.language.handlers import answer_for_normalizer
+from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.priors import apart
 
 __all__ = ["given"]

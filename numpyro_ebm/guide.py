@@ -7,7 +7,7 @@ from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import set_visible
+from numpyro_ebm.language.handlers import set_visible
 
 __all__ = ["Guide"]
 

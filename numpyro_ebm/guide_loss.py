@@ -15,7 +15,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import hold, set_visible
+from numpyro_ebm.language.handlers import hold, set_visible
 
 __all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
 

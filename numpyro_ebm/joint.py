@@ -25,9 +25,15 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm import provenance
-from numpyro_ebm.distributions import Counting, Lebesgue, Unnormalized, is_real, lowest_value
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import answer_for_normalizer
+from numpyro_ebm.language.distributions import (
+    Counting,
+    Lebesgue,
+    Unnormalized,
+    is_real,
+    lowest_value,
+)
+from numpyro_ebm.language.handlers import answer_for_normalizer
 from numpyro_ebm.rows import check_rows
 
 __all__ = ["Joint", "RowSite", "lowest_value", "placeholder", "read", "read_fixed"]

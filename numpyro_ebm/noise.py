@@ -20,8 +20,8 @@ from numpyro.distributions.transforms import Transform
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.distributions import is_real
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.distributions import is_real
 
 __all__ = ["Noise"]
 

@@ -19,7 +19,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.joint import placeholder, read
-from numpyro_ebm.primitives import NORMALIZER
+from numpyro_ebm.language.primitives import NORMALIZER
 
 __all__ = [
     "OutsidePlate",

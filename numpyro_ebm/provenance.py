@@ -16,9 +16,9 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.distributions import lowest_value
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import answer_for_normalizer, set_visible
+from numpyro_ebm.language.distributions import lowest_value
+from numpyro_ebm.language.handlers import answer_for_normalizer, set_visible
 
 __all__ = ["check_guide", "check_model"]
 

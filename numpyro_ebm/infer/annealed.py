@@ -7,9 +7,9 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import temper
 from numpyro_ebm.infer.adaptation import AdaptState
 from numpyro_ebm.infer.kernels import LangevinState, RowKernel
+from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.samplers import annealed
 from numpyro_ebm.samplers.rows import per_row
 

@@ -20,7 +20,6 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import fixed, release
 from numpyro_ebm.infer.annealed import AnnealedLangevin
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
@@ -28,6 +27,7 @@ from numpyro_ebm.infer.kernels import ChainKernel
 from numpyro_ebm.infer.langevin import MALA, ULA
 from numpyro_ebm.infer.site_values import support_values
 from numpyro_ebm.joint import read_fixed
+from numpyro_ebm.language.handlers import fixed, release
 
 __all__ = ["Chain", "Enumeration", "Function", "make_auxiliary"]
 

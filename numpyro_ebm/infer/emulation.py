@@ -19,8 +19,8 @@ from numpyro.infer import Predictive
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
-from numpyro_ebm.handlers import fixed
 from numpyro_ebm.infer.normalizing import log_normalizer
+from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.normalizer.emulator import Emulator, fit_emulator
 from numpyro_ebm.priors import prior_part, read_with_priors
 

@@ -27,7 +27,7 @@ from numpyro.infer.util import log_density
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
-from numpyro_ebm.handlers import hold
+from numpyro_ebm.language.handlers import hold
 from numpyro_ebm.priors import check_priors, prior_part
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "log_prior", "start_at_median"]

@@ -17,9 +17,9 @@ import numpyro.distributions as dist
 from jax.nn import softplus
 from jax.scipy.special import logsumexp
 
-from numpyro_ebm.distributions import Counting, Lebesgue
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.primitives import energy, visible
+from numpyro_ebm.language.distributions import Counting, Lebesgue
+from numpyro_ebm.language.primitives import energy, visible
 
 __all__ = ["grbm", "grbm_guide", "grbm_log_likelihood", "grbm_log_normalizer"]
 

@@ -29,7 +29,7 @@ from numpyro.handlers import substitute
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.handlers import fixed, release
+from numpyro_ebm.language.handlers import fixed, release
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["Chains", "ContrastiveDivergence", "remembered_rounds"]

@@ -6,8 +6,8 @@ import numpyro
 from numpyro.handlers import trace
 from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
 
-from numpyro_ebm.distributions import Unnormalized, is_enumerating
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
+from numpyro_ebm.language.distributions import Unnormalized, is_enumerating
 
 __all__ = ["energy", "visible"]
 

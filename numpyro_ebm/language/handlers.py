@@ -6,9 +6,9 @@ import numpyro
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.distributions import Unnormalized
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.primitives import INVERSE_TEMPERATURE, NORMALIZER
+from numpyro_ebm.language.distributions import Unnormalized
+from numpyro_ebm.language.primitives import INVERSE_TEMPERATURE, NORMALIZER
 
 __all__ = ["answer_for_normalizer", "fixed", "hold", "release", "set_visible", "temper"]
 
