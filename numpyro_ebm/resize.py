@@ -15,8 +15,8 @@ import numpy as np
 from jax.extend.core import Literal
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.jaxprs import needed
 from numpyro_ebm.joint import read
+from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["with_rows"]
 

@@ -7,7 +7,7 @@ Rows are independent draws of one density: objectives average over them, kernels
 them one by one, and log Z is that of one row. An energy that subtracts the mean of the batch, or
 takes differences of neighbouring rows, has another normalizer, and every method would go on without
 a word. The axis of the rows is followed through the operations of the energy, without running it
-(:mod:`~numpyro_ebm.row_axes`). Where they are not known to keep rows apart, the energy is evaluated
+(:mod:`~numpyro_ebm.program.row_axes`). Where they are not known to keep rows apart, the energy is evaluated
 at few rows, some of them moved.
 """
 
@@ -23,7 +23,7 @@ from numpyro.handlers import trace
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.row_axes import MIXED, row_axes
+from numpyro_ebm.program.row_axes import MIXED, row_axes
 
 __all__ = ["check_rows"]
 

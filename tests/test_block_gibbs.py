@@ -16,7 +16,7 @@ from numpyro.infer import MCMC, Gibbs, init_to_value
 
 import numpyro_ebm as ebm
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
-from numpyro_ebm.polynomial import degree, structure
+from numpyro_ebm.program.polynomial import degree, structure
 from numpyro_ebm.samplers import block_gibbs
 
 ONES = jnp.ones((3, 2))

@@ -22,7 +22,7 @@ from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs
 import numpyro_ebm as ebm
 from numpyro_ebm.infer import choose_kernel
 from numpyro_ebm.infer.block_gibbs import BlockGibbsState
-from numpyro_ebm.interactions import greedy_colors, interactions
+from numpyro_ebm.program.interactions import greedy_colors, interactions
 from numpyro_ebm.samplers import block_gibbs, chromatic_gibbs, discrete_langevin
 
 # Interactions -------------------------------------------------------------------------------------

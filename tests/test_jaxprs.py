@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from numpyro_ebm.draws import scan_keys, split_off_draws
-from numpyro_ebm.jaxprs import at_zero, needed, without_repeats, written_out
+from numpyro_ebm.program.draws import scan_keys, split_off_draws
+from numpyro_ebm.program.jaxprs import at_zero, needed, without_repeats, written_out
 
 
 def primitives(jaxpr):

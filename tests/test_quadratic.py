@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_ebm.quadratic import quadratic_form
+from numpyro_ebm.program.quadratic import quadratic_form
 
 D = 5
 RNG = np.random.default_rng(0)

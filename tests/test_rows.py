@@ -18,7 +18,7 @@ from jax import lax
 import numpyro_ebm as ebm
 from numpyro_ebm import rows
 from numpyro_ebm.joint import read
-from numpyro_ebm.row_axes import MIXED, row_axes
+from numpyro_ebm.program.row_axes import MIXED, row_axes
 
 ROWS, WIDTH = 5, 4
 rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tune
 from numpyro_ebm.infer.kernels import RowKernel
 from numpyro_ebm.infer.site_values import initial_values, support_values
 from numpyro_ebm.joint import read_fixed
-from numpyro_ebm.polynomial import structure
+from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers import discrete_langevin
 
 __all__ = ["DiscreteLangevin", "DiscreteLangevinState"]

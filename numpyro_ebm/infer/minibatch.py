@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.draws import at
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.shuffle import shuffled
+from numpyro_ebm.program.draws import at
 
 __all__ = ["Minibatches"]
 

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_ebm.draws import scan_keys
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
 from numpyro_ebm.infer.posterior import GlobalGuide, log_prior
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.program.draws import scan_keys
 
 __all__ = ["THETA_STREAM", "Round"]
 

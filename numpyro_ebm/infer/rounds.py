@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.draws import at, split_off_draws
+from numpyro_ebm.program.draws import at, split_off_draws
 
 __all__ = ["CHUNK", "compiled", "compiler_options", "next_length", "select", "take_rounds"]
 

@@ -25,10 +25,10 @@ from jax.lax import stop_gradient
 from numpyro.distributions import biject_to
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm.draws import scan_keys
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guide_loss import RelaxedELBO, default_guide_loss, row_guide_loss
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.program.draws import scan_keys
 
 __all__ = ["Unrolled"]
 

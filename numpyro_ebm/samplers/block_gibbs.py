@@ -4,8 +4,8 @@ r"""Block Gibbs sampling of Gaussian and finite discrete blocks, in BlackJAX's s
 .. math:: x_B' \sim π(x_B \mid x_{-B}) \quad \text{for every block } B \text{ in turn}
 
 Every block is drawn exactly, so that nothing is rejected and nothing has to be tuned. What makes a
-block easy is read off its log-density, by :mod:`numpyro_ebm.polynomial` and
-:mod:`numpyro_ebm.interactions`: a polynomial of degree two in real coordinates is a Gaussian, one
+block easy is read off its log-density, by :mod:`numpyro_ebm.program.polynomial` and
+:mod:`numpyro_ebm.program.interactions`: a polynomial of degree two in real coordinates is a Gaussian, one
 of degree one in binary coordinates makes them independent. Other discrete coordinates are coloured
 so that those of one colour do not interact, and drawn colour by colour; where nothing can be told
 of their interactions, one by one. Use it for restricted Boltzmann machines, for Ising and Potts
@@ -29,8 +29,8 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.interactions import greedy_colors, interactions
-from numpyro_ebm.polynomial import structure
+from numpyro_ebm.program.interactions import greedy_colors, interactions
+from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured, flatten
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import Literal
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.jaxprs import JITS, applied, needed, vanishes
+from numpyro_ebm.program.jaxprs import JITS, applied, needed, vanishes
 
 __all__ = ["quadratic_form"]
 
@@ -36,7 +36,7 @@ def quadratic_form(gradient, center):
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import numpy as np
-    >>> from numpyro_ebm.quadratic import quadratic_form
+    >>> from numpyro_ebm.program.quadratic import quadratic_form
     >>> J = jnp.array([[0.0, 1.0], [0.0, 0.0]])
     >>> log_density = lambda x: jnp.sum(((2 * x - 1) @ J) * (2 * x - 1))
     >>> b, H = quadratic_form(jax.grad(log_density), np.full(2, 0.5, "float32"))

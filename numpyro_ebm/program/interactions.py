@@ -5,7 +5,7 @@ r"""Which coordinates of a row interact in a function, read off its jaxpr.
 
 Coordinates without an edge are conditionally independent given all others, so that a proper
 colouring of the graph cuts the coordinates of a lattice into a few groups that can be drawn at
-once. As in :mod:`numpyro_ebm.polynomial` an evaluation could never show it; the operations can.
+once. As in :mod:`numpyro_ebm.program.polynomial` an evaluation could never show it; the operations can.
 Every element of every intermediate array carries the set of coordinates that it reads, linear
 operations unite these sets, and only the others (products, comparisons, table lookups) join the
 coordinates of an element. Constants count with their values: a matrix of couplings has edges where
@@ -25,8 +25,8 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 from scipy.sparse import csr_matrix, vstack
 
-from numpyro_ebm.jaxprs import CALLS, ELEMENTWISE
-from numpyro_ebm.polynomial import _is_integer, _keeps_values
+from numpyro_ebm.program.jaxprs import CALLS, ELEMENTWISE
+from numpyro_ebm.program.polynomial import _is_integer, _keeps_values
 
 __all__ = ["greedy_colors", "interactions"]
 
@@ -62,7 +62,7 @@ def interactions(fn, inputs):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.interactions import interactions
+    >>> from numpyro_ebm.program.interactions import interactions
     >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
     >>> interactions(chain, {"s": jnp.ones((5, 4))}).toarray().astype(int)
     array([[0, 1, 0, 0],
@@ -105,7 +105,7 @@ def greedy_colors(graph):
 
     >>> import numpy as np
     >>> from scipy.sparse import csr_matrix
-    >>> from numpyro_ebm.interactions import greedy_colors
+    >>> from numpyro_ebm.program.interactions import greedy_colors
     >>> greedy_colors(csr_matrix([[0, 1, 0], [1, 0, 1], [0, 1, 0]])).tolist()
     [1, 0, 1]
     """

@@ -11,7 +11,7 @@ import math
 import jax
 from jax.extend.core import Literal
 
-from numpyro_ebm.jaxprs import CALLS, ELEMENTWISE, inner_jaxpr, needed
+from numpyro_ebm.program.jaxprs import CALLS, ELEMENTWISE, inner_jaxpr, needed
 
 __all__ = ["MIXED", "row_axes"]
 
@@ -44,7 +44,7 @@ def row_axes(fn, values, axes):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.row_axes import MIXED, row_axes
+    >>> from numpyro_ebm.program.row_axes import MIXED, row_axes
     >>> row_axes(lambda v: jnp.sum(v**2, -1), jnp.ones((5, 3)), [0])
     [0]
     >>> row_axes(lambda v: v - v.mean(0), jnp.ones((5, 3)), [0]) == [MIXED]

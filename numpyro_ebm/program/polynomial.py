@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from numpyro_ebm.jaxprs import CALLS, CUSTOM_RULES, inner_jaxpr
+from numpyro_ebm.program.jaxprs import CALLS, CUSTOM_RULES, inner_jaxpr
 
 __all__ = ["Structure", "degree", "structure"]
 
@@ -70,7 +70,7 @@ def degree(fn, inputs):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.polynomial import degree
+    >>> from numpyro_ebm.program.polynomial import degree
     >>> degree(lambda x: jnp.sum(x["a"] ** 2 * x["b"]) + 1, {"a": jnp.ones(3), "b": jnp.ones(3)})
     3
     >>> degree(lambda x: jnp.exp(x), 1.0)
@@ -91,7 +91,7 @@ def structure(fn, inputs):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.polynomial import structure
+    >>> from numpyro_ebm.program.polynomial import structure
     >>> structure(lambda x: jnp.sum((x - 1) ** 2), jnp.ones(3))
     Structure(degree=2, separable=True, true_gradient=True)
     >>> structure(lambda x: jnp.sum(x) ** 2, jnp.ones(3)).separable

@@ -65,7 +65,7 @@ def at_zero(fn, x):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.jaxprs import at_zero
+    >>> from numpyro_ebm.program.jaxprs import at_zero
     >>> float(at_zero(lambda h: 3.0 + h @ jnp.ones(4), jnp.ones(4)))
     3.0
     """
@@ -97,7 +97,7 @@ def constants_of(fn, *args):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.jaxprs import constants_of
+    >>> from numpyro_ebm.program.jaxprs import constants_of
     >>> [x.shape for x in constants_of(lambda x: x + jnp.arange(3), jnp.ones(3))]
     [(3,)]
     """

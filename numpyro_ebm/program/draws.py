@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.jaxprs import needed, variables, without_repeats, written_out
+from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
 
 __all__ = ["at", "scan_keys", "split_off_draws"]
 
@@ -34,7 +34,7 @@ def split_off_draws(fn, key, *args):
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.draws import split_off_draws
+    >>> from numpyro_ebm.program.draws import split_off_draws
     >>> def walk(key, x):
     ...     return x + jax.random.normal(key, x.shape)
     >>> draw, finish, size = split_off_draws(walk, jax.random.key(0), jnp.ones(3))
