@@ -77,7 +77,7 @@ def compare(toy, num_steps, batch_size, seed):
 
 
 def exact_mean_log_density(params, test):
-    from numpyro_ebm.joint import read
+    from numpyro_ebm.model.row_model import read
 
     joint = read(network, (test,), {}, params)
     return jnp.mean(joint.log_density(params, {"v": test}))

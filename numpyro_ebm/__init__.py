@@ -29,7 +29,6 @@ from numpyro_ebm.errors import (
     ShortAuxiliaryWarning,
     UnhandledEnergyError,
 )
-from numpyro_ebm.given import given
 from numpyro_ebm.guide_loss import PosteriorScore, RelaxedELBO
 from numpyro_ebm.infer import (
     MALA,
@@ -61,6 +60,8 @@ from numpyro_ebm.marginal import (
     Unrolled,
     VaGES,
 )
+from numpyro_ebm.model.given import given
+from numpyro_ebm.model.priors import prior
 from numpyro_ebm.objectives import (
     NCE,
     ConditionalNCE,
@@ -78,7 +79,6 @@ from numpyro_ebm.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from numpyro_ebm.priors import prior
 
 __version__ = "0.1.0"
 

@@ -18,9 +18,9 @@ from numpyro.infer.inspect import get_model_relations
 from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
-from numpyro_ebm import provenance
 from numpyro_ebm.guide import Guide
-from numpyro_ebm.joint import read
+from numpyro_ebm.model import provenance
+from numpyro_ebm.model.row_model import read
 
 X = jnp.array([0.5, -1.0, 2.0])
 

@@ -10,9 +10,9 @@ import pytest
 from jax.scipy.special import logsumexp
 
 import numpyro_ebm as ebm
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.resize import with_rows
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.models import grbm
-from numpyro_ebm.resize import with_rows
 
 KEY = jax.random.key(0)
 DATA = jax.random.normal(KEY, (4, 2))

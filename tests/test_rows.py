@@ -16,8 +16,8 @@ import pytest
 from jax import lax
 
 import numpyro_ebm as ebm
-from numpyro_ebm import rows
-from numpyro_ebm.joint import read
+from numpyro_ebm.model import coupled_rows as rows
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.program.row_axes import MIXED, row_axes
 
 ROWS, WIDTH = 5, 4

@@ -17,7 +17,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.minibatch import Minibatches
 from numpyro_ebm.infer.shuffle import shuffled
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
 
 DATA = ebm.datasets.checkerboard(jax.random.key(7), 1_000)

@@ -16,7 +16,7 @@ from numpyro_ebm.diagnostics.arviz_groups import Likelihood, to_data
 from numpyro_ebm.diagnostics.arviz_likelihood import log_likelihood_of_rows, spread_over_draws
 from numpyro_ebm.diagnostics.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.row_model import read
 
 __all__ = ["to_arviz"]
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.arviz_groups import Converted
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import read
 from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.objectives.contrastive_divergence import Chains, remembered_rounds
 
 __all__ = ["convert_fit"]

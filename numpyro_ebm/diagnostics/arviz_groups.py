@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from numpyro_ebm.joint import Joint
+from numpyro_ebm.model.row_model import Joint
 
 __all__ = ["Converted", "Likelihood", "to_data"]
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guide import Guide
-from numpyro_ebm.joint import read
 from numpyro_ebm.marginal.base import Marginal, choose
+from numpyro_ebm.model.row_model import read
 
 __all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]
 

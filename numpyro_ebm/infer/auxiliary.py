@@ -25,9 +25,9 @@ from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.kernels import ChainKernel
 from numpyro_ebm.infer.langevin import MALA, ULA
-from numpyro_ebm.infer.site_values import support_values
-from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.language.handlers import fixed, release
+from numpyro_ebm.model.finite_supports import support_values
+from numpyro_ebm.model.row_model import read_fixed
 
 __all__ = ["Chain", "Enumeration", "Function", "make_auxiliary"]
 

@@ -30,8 +30,8 @@ from numpyro_ebm.infer.block_gibbs_plan import (
     read_colors,
 )
 from numpyro_ebm.infer.kernels import RowKernel
-from numpyro_ebm.infer.site_values import initial_values
-from numpyro_ebm.joint import read_fixed
+from numpyro_ebm.model.finite_supports import initial_values
+from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.samplers import block_gibbs
 
 __all__ = ["BlockGibbs", "BlockGibbsState"]

@@ -9,7 +9,7 @@ tried before they are believed.
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.site_values import support_values
+from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.samplers.block_gibbs import plan_block
 from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
 

@@ -22,8 +22,8 @@ from numpyro.util import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.infer.kernels import RowKernel
-from numpyro_ebm.infer.site_values import initial_values, support_values
-from numpyro_ebm.joint import read_fixed
+from numpyro_ebm.model.finite_supports import initial_values, support_values
+from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers import discrete_langevin
 

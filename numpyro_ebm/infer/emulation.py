@@ -21,8 +21,8 @@ from numpyro.util import find_stack_level
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
 from numpyro_ebm.infer.normalizing import log_normalizer
 from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.normalizer.emulator import Emulator, fit_emulator
-from numpyro_ebm.priors import prior_part, read_with_priors
 
 __all__ = ["EmulatedLogNormalizer", "emulate_log_normalizer"]
 

@@ -17,9 +17,9 @@ from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import placeholder
 from numpyro_ebm.marginal import Enumerated
-from numpyro_ebm.priors import prior_part, read_with_priors
+from numpyro_ebm.model.priors import prior_part, read_with_priors
+from numpyro_ebm.model.row_model import placeholder
 
 __all__ = ["Target", "complete_prior"]
 

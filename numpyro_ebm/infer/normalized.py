@@ -14,12 +14,12 @@ import numpyro.distributions as dist
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.infer.normalizing.front import Options, run_method
 from numpyro_ebm.infer.normalizing.target import read_target
-from numpyro_ebm.joint import read
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.marginal import Enumerated, Exact
+from numpyro_ebm.model.priors import apart, data_plate, quickly, read_with_priors, run_prior
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
-from numpyro_ebm.priors import apart, data_plate, quickly, read_with_priors, run_prior
 
 __all__ = ["NormalizedRow", "normalized"]
 

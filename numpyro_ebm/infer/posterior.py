@@ -28,7 +28,7 @@ from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
 from numpyro_ebm.language.handlers import hold
-from numpyro_ebm.priors import check_priors, prior_part
+from numpyro_ebm.model.priors import check_priors, prior_part
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "log_prior", "start_at_median"]
 

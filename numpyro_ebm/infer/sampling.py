@@ -15,8 +15,6 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.langevin import MALA
-from numpyro_ebm.infer.site_values import support_values
-from numpyro_ebm.joint import read_fixed
 from numpyro_ebm.marginal.enumerated import (
     Enumerated,
     event_states,
@@ -24,6 +22,8 @@ from numpyro_ebm.marginal.enumerated import (
     state_log_densities,
     unit_logits,
 )
+from numpyro_ebm.model.finite_supports import support_values
+from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.samplers.block_gibbs import plan_block
 
 __all__ = ["choose_kernel", "sample"]

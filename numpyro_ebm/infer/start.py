@@ -18,7 +18,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guide import Guide
 from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, start_at_median
 from numpyro_ebm.infer.rounds import compiled
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.row_model import read
 
 __all__ = ["Start", "find_start", "same_bounds"]
 

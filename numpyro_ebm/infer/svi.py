@@ -33,7 +33,7 @@ from numpyro_ebm.infer.rounds import (
     take_rounds,
 )
 from numpyro_ebm.infer.start import find_start, same_bounds
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["EnergySVI", "EnergySVIState"]

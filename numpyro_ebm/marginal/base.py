@@ -49,7 +49,7 @@ class Marginal(ABC):
     def check(self, joint, guide, order):
         """Raise :class:`~numpyro_ebm.errors.ModelError` if this marginal cannot serve.
 
-        :param joint: the model's :class:`~numpyro_ebm.joint.Joint`.
+        :param joint: the model's :class:`~numpyro_ebm.model.row_model.Joint`.
         :param guide: the :class:`~numpyro_ebm.guide.Guide`, or ``None``.
         :param int order: how many derivatives of log p̃ the objective's gradient takes.
         """
@@ -59,7 +59,7 @@ class Marginal(ABC):
         """Estimate the marginal near given visible values.
 
         :param rng_key: key of the particles.
-        :param joint: the model's :class:`~numpyro_ebm.joint.Joint`.
+        :param joint: the model's :class:`~numpyro_ebm.model.row_model.Joint`.
         :param guide: the :class:`~numpyro_ebm.guide.Guide`, or ``None``.
         :param dict params: parameter values of the model and the guide.
         :param dict unconstrained: the visible values, in unconstrained coordinates.

@@ -4,8 +4,8 @@
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import lowest_value
 from numpyro_ebm.marginal.enumerated import num_values_of
+from numpyro_ebm.model.row_model import lowest_value
 
 __all__ = ["finite_values", "shifted"]
 

@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.noise import Noise
+from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.objectives.base import Player
 from numpyro_ebm.objectives.nce import NCE
 

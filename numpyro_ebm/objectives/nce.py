@@ -15,7 +15,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import FarNoiseWarning, ModelError
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.normalizer.result import LogNormalizer
 from numpyro_ebm.objectives.base import Player
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.noise import Noise
+from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["NoiseContrast", "check_ratio"]

@@ -15,12 +15,12 @@ from numpyro.handlers import seed, trace
 from numpyro.ops.provenance import eval_provenance
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm import provenance
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import read, read_fixed
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import answer_for_normalizer, release
 from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.model import provenance
+from numpyro_ebm.model.row_model import read, read_fixed
 from numpyro_ebm.normalizer.path import flatten, unflatten
 from numpyro_ebm.objectives.finite import finite_values
 

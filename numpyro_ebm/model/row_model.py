@@ -24,7 +24,6 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm import provenance
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import (
     Counting,
@@ -34,7 +33,8 @@ from numpyro_ebm.language.distributions import (
     lowest_value,
 )
 from numpyro_ebm.language.handlers import answer_for_normalizer
-from numpyro_ebm.rows import check_rows
+from numpyro_ebm.model import provenance
+from numpyro_ebm.model.coupled_rows import check_rows
 
 __all__ = ["Joint", "RowSite", "lowest_value", "placeholder", "read", "read_fixed"]
 

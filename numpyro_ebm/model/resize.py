@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import Literal
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.joint import read
+from numpyro_ebm.model.row_model import read
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["with_rows"]
@@ -31,7 +31,7 @@ def with_rows(joint, num_rows):
 
     :param Joint joint: the model, read; its energy reads no covariates.
     :param int num_rows: how many rows are wanted.
-    :return: a :class:`~numpyro_ebm.joint.Joint`, or ``None``: the number of rows is not that of an
+    :return: a :class:`~numpyro_ebm.model.row_model.Joint`, or ``None``: the number of rows is not that of an
         argument, or the energy of a row depends on it.
     """
     if num_rows == joint.num_rows:

@@ -3,7 +3,7 @@ r"""Models whose parameters have priors: the part outside the data plate, and th
 
 .. math:: π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
 
-The rows are :mod:`numpyro_ebm.joint`'s. What is outside the data plate, :func:`prior_part`, is an
+The rows are :mod:`numpyro_ebm.model.row_model`'s. What is outside the data plate, :func:`prior_part`, is an
 ordinary NumPyro model of the parameters, with which NumPyro's own tools (``potential_energy``,
 ``constrain_fn``, ``initialize_model``) are right.
 """
@@ -18,8 +18,8 @@ from numpyro.primitives import Messenger
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.joint import placeholder, read
 from numpyro_ebm.language.primitives import NORMALIZER
+from numpyro_ebm.model.row_model import placeholder, read
 
 __all__ = [
     "OutsidePlate",
@@ -147,7 +147,7 @@ def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
     """Read a model, check that its parameters have proper priors, and hide the reading.
 
     :param str who: the caller, for messages.
-    :return: a :class:`~numpyro_ebm.joint.Joint`.
+    :return: a :class:`~numpyro_ebm.model.row_model.Joint`.
     :raises ModelError: if no parameter has a prior, or one of the priors is improper.
     """
     with apart():

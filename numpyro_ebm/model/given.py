@@ -10,7 +10,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Unnormalized
 from numpyro_ebm.language.handlers import answer_for_normalizer
 from numpyro_ebm.language.primitives import NORMALIZER
-from numpyro_ebm.priors import apart
+from numpyro_ebm.model.priors import apart
 
 __all__ = ["given"]
 
