@@ -29,7 +29,7 @@ from numpyro_ebm.errors import (
     ShortAuxiliaryWarning,
     UnhandledEnergyError,
 )
-from numpyro_ebm.guide_loss import PosteriorScore, RelaxedELBO
+from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
 from numpyro_ebm.infer import (
     MALA,
     MCLMC,

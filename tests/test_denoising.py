@@ -153,7 +153,7 @@ def test_the_guide_is_fitted_at_the_noised_values():
     objective = ebm.DenoisingScoreMatching(0.5, marginal=ebm.VaGES(2), variance_reduction=False)
     problem = objective.pose(KEY, {**p, "A": jnp.zeros((2, 3))}, event_units, guide, (v,), {})
     del seen[:]
-    from numpyro_ebm.guide_loss import row_guide_loss
+    from numpyro_ebm.guides.losses import row_guide_loss
 
     row_guide_loss(ebm.RelaxedELBO(), KEY, p, {"A": jnp.zeros((2, 3))}, problem, guide)
     objective.energy_loss(KEY, {**p, "A": jnp.zeros((2, 3))}, problem)

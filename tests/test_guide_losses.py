@@ -15,7 +15,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from oracles import assert_unbiased, draws, flat, jit
 
 import numpyro_ebm as ebm
-from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
+from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -18,7 +18,7 @@ from numpyro.infer.inspect import get_model_relations
 from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
-from numpyro_ebm.guide import Guide
+from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.row_model import read
 

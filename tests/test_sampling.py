@@ -13,7 +13,7 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs, init_to_value
 
 import numpyro_ebm as ebm
-from numpyro_ebm.guide import Guide
+from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.row_model import read
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.rows import per_row

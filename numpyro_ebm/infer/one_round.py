@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.guide_loss import default_guide_loss, row_guide_loss
+from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 from numpyro_ebm.infer.posterior import GlobalGuide, log_prior
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.draws import scan_keys

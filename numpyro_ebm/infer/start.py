@@ -15,7 +15,7 @@ from numpyro.distributions import biject_to
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.guide import Guide
+from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, start_at_median
 from numpyro_ebm.infer.rounds import compiled
 from numpyro_ebm.model.row_model import read

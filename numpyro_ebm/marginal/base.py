@@ -50,7 +50,7 @@ class Marginal(ABC):
         """Raise :class:`~numpyro_ebm.errors.ModelError` if this marginal cannot serve.
 
         :param joint: the model's :class:`~numpyro_ebm.model.row_model.Joint`.
-        :param guide: the :class:`~numpyro_ebm.guide.Guide`, or ``None``.
+        :param guide: the :class:`~numpyro_ebm.guides.guide.Guide`, or ``None``.
         :param int order: how many derivatives of log p̃ the objective's gradient takes.
         """
 
@@ -60,7 +60,7 @@ class Marginal(ABC):
 
         :param rng_key: key of the particles.
         :param joint: the model's :class:`~numpyro_ebm.model.row_model.Joint`.
-        :param guide: the :class:`~numpyro_ebm.guide.Guide`, or ``None``.
+        :param guide: the :class:`~numpyro_ebm.guides.guide.Guide`, or ``None``.
         :param dict params: parameter values of the model and the guide.
         :param dict unconstrained: the visible values, in unconstrained coordinates.
         :param int order: as in :meth:`check`.

@@ -26,7 +26,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.guide_loss import RelaxedELBO, default_guide_loss, row_guide_loss
+from numpyro_ebm.guides.losses import RelaxedELBO, default_guide_loss, row_guide_loss
 from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
 from numpyro_ebm.program.draws import scan_keys
 

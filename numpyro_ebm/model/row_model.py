@@ -10,7 +10,7 @@ one value per row, free of the scale that a subsampled data plate puts on every 
 visible sites may be several and of any event shape, and may sit in further plates.
 
 :func:`read` makes a :class:`Joint` of a model, :func:`read_fixed` one of a model with fixed
-parameters; :class:`~numpyro_ebm.guide.Guide` does the same for a guide.
+parameters; :class:`~numpyro_ebm.guides.guide.Guide` does the same for a guide.
 """
 
 from functools import partial
