@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm.marginal.vages import cumulant_surrogate
+from numpyro_ebm.marginals.vages import cumulant_surrogate
 
 STATES = ((jnp.arange(16)[:, None] >> jnp.arange(4)) & 1).astype(float)
 

@@ -52,7 +52,7 @@ from numpyro_ebm.infer import (
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.handlers import fixed, temper
 from numpyro_ebm.language.primitives import energy, visible
-from numpyro_ebm.marginal import (
+from numpyro_ebm.marginals import (
     Enumerated,
     Exact,
     ImportanceBound,

@@ -23,10 +23,10 @@ from numpyro.infer import Trace_ELBO
 from oracles import assert_unbiased, draws, flat, jit, z_scores
 
 import numpyro_ebm as ebm
-from numpyro_ebm import marginal as marginals
+from numpyro_ebm import marginals
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.marginal import enumerated
-from numpyro_ebm.marginal.vages import cumulant_surrogate
+from numpyro_ebm.marginals import enumerated
+from numpyro_ebm.marginals.vages import cumulant_surrogate
 from numpyro_ebm.model.row_model import read
 
 pytestmark = pytest.mark.usefixtures("x64")

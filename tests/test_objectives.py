@@ -24,8 +24,7 @@ from numpyro.infer import SVI
 from oracles import assert_unbiased, draws, flat, jit, z_scores
 
 import numpyro_ebm as ebm
-from numpyro_ebm import marginal as marginals
-from numpyro_ebm import objectives
+from numpyro_ebm import marginals, objectives
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,7 +9,7 @@ from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.arviz_groups import Converted
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_fixed
 
 __all__ = ["convert_draws"]

@@ -32,7 +32,7 @@ from numpyro_ebm.diagnostics.gap_weights import (
 from numpyro_ebm.diagnostics.pareto import pareto_shapes
 from numpyro_ebm.diagnostics.rows import map_leading, read_guide
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read
 
 __all__ = ["PosteriorGap", "posterior_gap"]

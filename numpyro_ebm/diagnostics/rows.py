@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.marginal.base import Marginal, choose
+from numpyro_ebm.marginals.base import Marginal, choose
 from numpyro_ebm.model.row_model import read
 
 __all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]
@@ -61,7 +61,7 @@ def read_guide(who, guide, joint, params):
 def pick_marginal(who, joint, marginal, guide, guide_params):
     """The marginal to integrate the latent sites out with, and the guide it draws from.
 
-    :return: a :class:`~numpyro_ebm.marginal.Marginal`, a :class:`~numpyro_ebm.guides.guide.Guide` or
+    :return: a :class:`~numpyro_ebm.marginals.Marginal`, a :class:`~numpyro_ebm.guides.guide.Guide` or
         ``None``, and a dict of its parameters.
     """
     if marginal is None:

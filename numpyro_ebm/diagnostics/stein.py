@@ -26,7 +26,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.diagnostics.rows import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal import VaGES
+from numpyro_ebm.marginals import VaGES
 from numpyro_ebm.objectives.stein import KERNELS
 
 __all__ = ["SteinTest", "stein_test"]

@@ -17,7 +17,7 @@ from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_model import placeholder
 

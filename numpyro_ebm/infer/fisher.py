@@ -18,7 +18,7 @@ import optax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.svi import EnergySVI
-from numpyro_ebm.marginal.base import choose
+from numpyro_ebm.marginals.base import choose
 from numpyro_ebm.model.row_model import read
 from numpyro_ebm.objectives.fisher import FisherDivergence
 

@@ -14,8 +14,8 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer import calibration, conjugate
-from numpyro_ebm.marginal.common import CommonParticles
-from numpyro_ebm.marginal.vages import VaGES
+from numpyro_ebm.marginals.common_random_numbers import CommonParticles
+from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.priors import apart, prior_part, quickly, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.jaxprs import needed

@@ -23,7 +23,7 @@ from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
-from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.samplers.rows import per_row
 

@@ -15,7 +15,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.block_gibbs import BlockGibbs
 from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.infer.langevin import MALA
-from numpyro_ebm.marginal.enumerated import (
+from numpyro_ebm.marginals.enumerated import (
     Enumerated,
     event_states,
     factorises,

@@ -20,9 +20,9 @@ import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginals.finite import finite_values, shifted
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.objectives.finite import finite_values, shifted
 from numpyro_ebm.program.jaxprs import constants_of
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.program.quadratic import quadratic_form

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginals.finite import finite_values, shifted
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.objectives.finite import finite_values, shifted
 
 __all__ = ["EnergyDiscrepancy"]
 

@@ -18,6 +18,7 @@ from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import ModelError, QuadratureWarning
+from numpyro_ebm.marginals.finite import finite_values
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.normalizer.exact import (
     AT_ONCE,
@@ -27,7 +28,6 @@ from numpyro_ebm.normalizer.exact import (
     standard_nodes,
 )
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.objectives.finite import finite_values
 
 __all__ = ["MaximumLikelihood"]
 

@@ -18,8 +18,8 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.normalizing.exploring import diverges, falling
-from numpyro_ebm.marginal import Enumerated
-from numpyro_ebm.marginal.enumerated import factorises
+from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals.enumerated import factorises
 from numpyro_ebm.normalizer.exact import log_gaussian_integral, log_sum_in_chunks
 from numpyro_ebm.normalizer.path import flatten, unflatten
 from numpyro_ebm.normalizer.result import LogNormalizer

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.normalizing import front
 from numpyro_ebm.infer.normalizing.target import read_target
-from numpyro_ebm.marginal import Enumerated
+from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read, read_fixed
 from numpyro_ebm.normalizer.result import LogNormalizer
 

@@ -10,8 +10,8 @@ derivatives are those of self-normalised VaES and VaGES, consistent as L grows.
 
 from jax.lax import stop_gradient
 
-from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
-from numpyro_ebm.marginal.importance import weighted_mean
+from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.importance_bound import weighted_mean
 
 __all__ = ["CommonParticles"]
 

@@ -87,8 +87,8 @@ def choose(joint):
 
     :raises ModelError: if the model has latent sites that no exact marginal covers.
     """
-    from numpyro_ebm.marginal.enumerated import Enumerated
-    from numpyro_ebm.marginal.exact import Exact
+    from numpyro_ebm.marginals.enumerated import Enumerated
+    from numpyro_ebm.marginals.exact import Exact
 
     if not joint.latent:
         return Exact()

@@ -23,7 +23,7 @@ from jax.lax import stop_gradient
 from jax.nn import softmax
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 
 __all__ = ["VaGES", "cumulant_surrogate"]
 
@@ -132,7 +132,7 @@ def cumulant_surrogate(log_joint, order, log_weights=None):
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.marginal.vages import cumulant_surrogate
+    >>> from numpyro_ebm.marginals.vages import cumulant_surrogate
     >>> float(cumulant_surrogate(jnp.ones((3, 1)), order=3)[0])
     0.0
     >>> f = lambda x: cumulant_surrogate(x * jnp.array([[1.0], [3.0]]), order=2)[0]

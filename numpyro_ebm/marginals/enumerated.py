@@ -26,7 +26,7 @@ from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
-from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 from numpyro_ebm.model.row_model import lowest_value
 from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure

@@ -2,7 +2,7 @@
 """No latent sites: the row log-joint is the marginal."""
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 
 __all__ = ["Exact"]
 

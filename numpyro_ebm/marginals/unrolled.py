@@ -27,7 +27,7 @@ from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import RelaxedELBO, default_guide_loss, row_guide_loss
-from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 from numpyro_ebm.program.draws import scan_keys
 
 __all__ = ["Unrolled"]

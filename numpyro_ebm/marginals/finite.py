@@ -4,7 +4,7 @@
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal.enumerated import num_values_of
+from numpyro_ebm.marginals.enumerated import num_values_of
 from numpyro_ebm.model.row_model import lowest_value
 
 __all__ = ["finite_values", "shifted"]

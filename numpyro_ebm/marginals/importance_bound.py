@@ -23,7 +23,7 @@ from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginal.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 
 __all__ = ["ImportanceBound"]
 
