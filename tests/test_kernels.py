@@ -27,7 +27,7 @@ from scipy import stats
 import numpyro_ebm as ebm
 from numpyro_ebm.infer.adaptation import Adaptation, acceptance_tuner, energy_error_tuner
 from numpyro_ebm.samplers import annealed, tempering
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 COVARIANCE = np.array([[1.0, 0.8], [0.8, 2.0]])
 PRECISION = np.linalg.inv(COVARIANCE)

@@ -16,7 +16,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.row_model import read
 from numpyro_ebm.samplers import langevin
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 COVARIANCE = np.array([[1.0, 0.8], [0.8, 2.0]])
 PRECISION = np.linalg.inv(COVARIANCE)

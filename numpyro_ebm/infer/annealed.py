@@ -11,7 +11,7 @@ from numpyro_ebm.infer.adaptation import AdaptState
 from numpyro_ebm.infer.kernels import LangevinState, RowKernel
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.samplers import annealed
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["AnnealedLangevin"]
 

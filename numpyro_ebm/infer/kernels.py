@@ -25,7 +25,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_fixed
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
 

@@ -15,7 +15,7 @@ from numpyro_ebm.infer.kernels import RowKernel
 from numpyro_ebm.infer.replica_ladder import LadderState, LadderWarmup, read_ladder
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.samplers import tempering
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["LadderState", "ReplicaExchange", "ReplicaExchangeState"]
 

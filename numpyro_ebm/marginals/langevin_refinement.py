@@ -13,7 +13,7 @@ from jax import lax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.samplers import langevin
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["LangevinRefinement"]
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.samplers.block_gibbs import draw_block
-from numpyro_ebm.samplers.rows import per_row
+from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = [
     "Gaussian",

@@ -30,7 +30,7 @@ def per_row(log_density, like=None):
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.samplers.rows import per_row
+    >>> from numpyro_ebm.samplers.per_row import per_row
     >>> rows = per_row(lambda x: -0.5 * jnp.sum(x**2, -1))
     >>> jax.vmap(jax.grad(rows))(jnp.array([[1.0], [2.0]])).ravel()
     Array([-1., -2.], dtype=float32)
