@@ -20,7 +20,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.infer.svi import EnergySVI
 from numpyro_ebm.marginals.base import choose
 from numpyro_ebm.model.row_model import read
-from numpyro_ebm.objectives.fisher import FisherDivergence
+from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 
 __all__ = ["FisherDivergenceResult", "fisher_divergence"]
 

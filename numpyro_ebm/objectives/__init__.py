@@ -10,7 +10,7 @@ from numpyro_ebm.objectives.denoising import (
 )
 from numpyro_ebm.objectives.discrete import PseudoLikelihood, RatioMatching
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
-from numpyro_ebm.objectives.fisher import FisherDivergence, mlp_critic
+from numpyro_ebm.objectives.fisher_divergence import FisherDivergence, mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
 from numpyro_ebm.objectives.nce import NCE
