@@ -19,7 +19,7 @@ from scipy.stats import gamma as gamma_law
 from scipy.stats import kstest
 
 import numpyro_ebm as ebm
-from numpyro_ebm.normalizer import LogNormalizer
+from numpyro_ebm.log_normalizers import LogNormalizer
 
 KEY = jax.random.key(0)
 # Copies: JAX remembers a NumPy array that a function closes over in the precision it met it in

@@ -408,7 +408,7 @@ def test_a_posterior_outside_of_the_design_is_found_out(center):
 
 
 def test_an_emulated_normalizer_weighs_noise_and_refuses():
-    from numpyro_ebm.normalizer.emulator import fit_emulator
+    from numpyro_ebm.posteriors.emulator import fit_emulator
 
     rng = np.random.default_rng(0)
     x = rng.uniform(-2, 2, (80, 1))

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from numpyro_ebm.diagnostics.rows import pick_marginal
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.normalizer import LogNormalizer
+from numpyro_ebm.log_normalizers import LogNormalizer
 
 __all__ = ["log_likelihood_of_rows", "spread_over_draws"]
 

@@ -11,11 +11,11 @@ from numpyro_ebm.infer.generalized import generalized
 from numpyro_ebm.infer.langevin import MALA, ULA
 from numpyro_ebm.infer.mclmc import MCLMC
 from numpyro_ebm.infer.normalized import normalized
-from numpyro_ebm.infer.normalizing import LogLikelihood, log_likelihood, log_normalizer
 from numpyro_ebm.infer.replica_exchange import ReplicaExchange
 from numpyro_ebm.infer.sampling import choose_kernel, sample
 from numpyro_ebm.infer.svi import EnergySVI, EnergySVIState
 from numpyro_ebm.infer.underdamped import UnderdampedLangevin
+from numpyro_ebm.log_normalizers import LogLikelihood, log_likelihood, log_normalizer
 
 __all__ = [
     "MALA",

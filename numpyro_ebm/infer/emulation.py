@@ -19,10 +19,10 @@ from numpyro.infer import Predictive
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
-from numpyro_ebm.infer.normalizing import log_normalizer
 from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.log_normalizers import log_normalizer
 from numpyro_ebm.model.priors import prior_part, read_with_priors
-from numpyro_ebm.normalizer.emulator import Emulator, fit_emulator
+from numpyro_ebm.posteriors.emulator import Emulator, fit_emulator
 
 __all__ = ["EmulatedLogNormalizer", "emulate_log_normalizer"]
 
@@ -34,7 +34,7 @@ class EmulatedLogNormalizer(NamedTuple):
     """log Z as a function of the parameters: what ``normalized(model, log_normalizer)`` takes.
 
     - **transforms** - from unconstrained coordinates, by the name of the parameter.
-    - **emulator** - :class:`~numpyro_ebm.normalizer.emulator.Emulator`.
+    - **emulator** - :class:`~numpyro_ebm.posteriors.emulator.Emulator`.
     - **design** - parameters, values and errors that it was fitted to.
     """
 

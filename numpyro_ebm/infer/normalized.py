@@ -12,9 +12,9 @@ import numpyro
 import numpyro.distributions as dist
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
-from numpyro_ebm.infer.normalizing.front import Options, run_method
-from numpyro_ebm.infer.normalizing.target import read_target
 from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.log_normalizers.methods import Options, run_method
+from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import Enumerated, Exact
 from numpyro_ebm.model.priors import apart, data_plate, quickly, read_with_priors, run_prior
 from numpyro_ebm.model.row_model import read

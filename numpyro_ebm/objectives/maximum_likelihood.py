@@ -18,15 +18,15 @@ from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import ModelError, QuadratureWarning
-from numpyro_ebm.marginals.finite import finite_values
-from numpyro_ebm.model.resize import with_rows
-from numpyro_ebm.normalizer.exact import (
+from numpyro_ebm.log_normalizers.exact import (
     AT_ONCE,
     REACH,
     grid_nodes,
     log_sum_over_rows,
     standard_nodes,
 )
+from numpyro_ebm.marginals.finite import finite_values
+from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["MaximumLikelihood"]

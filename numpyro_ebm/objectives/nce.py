@@ -15,8 +15,8 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import FarNoiseWarning, ModelError
+from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.model.row_model import read
-from numpyro_ebm.normalizer.result import LogNormalizer
 from numpyro_ebm.objectives.base import Player
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
 
@@ -221,7 +221,7 @@ class NCE(NoiseContrast):
         :param bool parameters_known: take θ as given and only log Z as learned, which needs no
             covariance of all parameters.
         :param kwargs: keyword arguments of the model.
-        :return: :class:`~numpyro_ebm.normalizer.LogNormalizer`; its ``ess`` is that of the noise
+        :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`; its ``ess`` is that of the noise
             draws as importance samples of the model.
         :raises ModelError: if ``params`` lacks ``log_normalizer``, or there are more parameters
             than a covariance can be inverted for.

@@ -15,13 +15,13 @@ import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.normalizing.enumeration import gaussian_block
-from numpyro_ebm.infer.normalizing.exploring import diverges, explored
-from numpyro_ebm.normalizer.ais import annealed_importance_sampling
-from numpyro_ebm.normalizer.mixture import fit_mixture
-from numpyro_ebm.normalizer.path import Path, by_problem, flatten
-from numpyro_ebm.normalizer.result import LogNormalizer
-from numpyro_ebm.normalizer.smc import (
+from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
+from numpyro_ebm.log_normalizers.enumeration import gaussian_block
+from numpyro_ebm.log_normalizers.exploring import diverges, explored
+from numpyro_ebm.log_normalizers.mixture import fit_mixture
+from numpyro_ebm.log_normalizers.path import Path, by_problem, flatten
+from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.log_normalizers.smc import (
     adaptive_schedule,
     log_mean_weight,
     sequential_monte_carlo,
@@ -43,7 +43,7 @@ def annealed(rng_key, target, method, options):
     :param Target target: the target.
     :param str method: which of the two.
     :param Options options: numbers of particles, temperatures, sweeps and replicates.
-    :return: :class:`~numpyro_ebm.normalizer.LogNormalizer`.
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
     :raises ModelError: if the density runs away, or the particles do not reach it.
     """
     key_explore, key_schedule, key_run = jax.random.split(rng_key, 3)

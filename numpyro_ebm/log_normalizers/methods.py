@@ -7,8 +7,8 @@ over visible and latent sites of one row. Exact where the states can be counted 
 coordinates are few; else annealed from a reference that the model's base measure (or a fitted
 Student-t) gives, with an error bar.
 
-Reference: for the annealed ways see :mod:`numpyro_ebm.normalizer.ais` and
-:mod:`numpyro_ebm.normalizer.smc`.
+Reference: for the annealed ways see :mod:`numpyro_ebm.log_normalizers.ais` and
+:mod:`numpyro_ebm.log_normalizers.smc`.
 """
 
 import itertools
@@ -22,10 +22,10 @@ import numpy as np
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
-from numpyro_ebm.infer.normalizing.annealing import annealed
-from numpyro_ebm.infer.normalizing.enumeration import enumerated, why_not_enumerated
-from numpyro_ebm.infer.normalizing.quadrature import integrated, why_not_integrated
-from numpyro_ebm.infer.normalizing.target import read_target
+from numpyro_ebm.log_normalizers.annealing import annealed
+from numpyro_ebm.log_normalizers.enumeration import enumerated, why_not_enumerated
+from numpyro_ebm.log_normalizers.quadrature import integrated, why_not_integrated
+from numpyro_ebm.log_normalizers.target import read_target
 
 __all__ = ["Options", "log_normalizer", "run_method"]
 
@@ -88,7 +88,7 @@ def log_normalizer(
     :param int num_replicates: independent runs of SMC.
     :param int max_states: the most states that are enumerated.
     :param kwargs: keyword arguments of the model.
-    :return: :class:`~numpyro_ebm.normalizer.LogNormalizer` with ``value``, ``mcse``, ``ess`` and
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer` with ``value``, ``mcse``, ``ess`` and
         ``method``; each a scalar, or of shape (rows,) where rows have a log Z of their own. The
         effective sample size is that of AIS's weights, and for SMC that of the replicates' weights
         times their particles. ``diagnostics`` has the number of temperatures, and every result

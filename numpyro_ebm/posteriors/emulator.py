@@ -77,7 +77,7 @@ def fit_emulator(points, values, errors):
     **Example**
 
     >>> import numpy as np
-    >>> from numpyro_ebm.normalizer.emulator import fit_emulator
+    >>> from numpyro_ebm.posteriors.emulator import fit_emulator
     >>> x = np.linspace(0.0, 3.0, 15)
     >>> emulator = fit_emulator(x[:, None], np.sin(x), np.full(15, 1e-4))
     >>> value, error = emulator.predict(np.array([1.1]))

@@ -27,13 +27,7 @@ from jax import lax
 from jax.nn import softmax
 from jax.scipy.special import logsumexp
 
-from numpyro_ebm.normalizer.path import (
-    Tuning,
-    by_problem,
-    flatten,
-    sweeps,
-    to_particles,
-)
+from numpyro_ebm.log_normalizers.path import Tuning, by_problem, flatten, sweeps, to_particles
 
 __all__ = ["Schedule", "adaptive_schedule", "log_mean_weight", "sequential_monte_carlo"]
 
@@ -69,7 +63,7 @@ def log_mean_weight(log_weights):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.normalizer.smc import log_mean_weight
+    >>> from numpyro_ebm.log_normalizers.smc import log_mean_weight
     >>> [round(float(x), 4) for x in log_mean_weight(jnp.log(jnp.array([1.0, 3.0])))]
     [0.6931, 0.5, 1.6]
     """

@@ -19,10 +19,10 @@ from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, QuadratureWarning
-from numpyro_ebm.infer.normalizing.exploring import diverges, explored
-from numpyro_ebm.normalizer.exact import REACH
-from numpyro_ebm.normalizer.path import unflatten
-from numpyro_ebm.normalizer.result import LogNormalizer
+from numpyro_ebm.log_normalizers.exact import REACH
+from numpyro_ebm.log_normalizers.exploring import diverges, explored
+from numpyro_ebm.log_normalizers.path import unflatten
+from numpyro_ebm.log_normalizers.result import LogNormalizer
 
 __all__ = ["integrated", "why_not_integrated"]
 
@@ -52,7 +52,7 @@ def why_not_integrated(target):
 
 
 def integrated(rng_key, target):
-    """log Z of every problem of a target, a :class:`~numpyro_ebm.normalizer.LogNormalizer`.
+    """log Z of every problem of a target, a :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
 
     :raises ModelError: if the integral diverges.
     """

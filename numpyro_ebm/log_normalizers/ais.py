@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_ebm.normalizer.path import by_problem, sweeps, to_particles
+from numpyro_ebm.log_normalizers.path import by_problem, sweeps, to_particles
 
 __all__ = ["annealed_importance_sampling"]
 

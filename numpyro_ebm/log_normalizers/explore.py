@@ -14,12 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_ebm.normalizer.path import (
-    Gaussian,
-    Tuning,
-    flatten,
-    sweeps,
-)
+from numpyro_ebm.log_normalizers.path import Gaussian, Tuning, flatten, sweeps
 
 __all__ = ["Exploration", "explore"]
 

@@ -18,11 +18,11 @@ from numpyro.util import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import answer_for_normalizer, release
+from numpyro_ebm.log_normalizers.path import flatten, unflatten
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.marginals.finite import finite_values
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.row_model import read, read_fixed
-from numpyro_ebm.normalizer.path import flatten, unflatten
 
 __all__ = ["Target", "read_target"]
 

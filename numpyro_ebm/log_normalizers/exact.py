@@ -50,7 +50,7 @@ def quadrature_nodes(center, scale, num_nodes):
 
     >>> import jax.numpy as jnp
     >>> from jax.scipy.special import logsumexp
-    >>> from numpyro_ebm.normalizer import quadrature_nodes
+    >>> from numpyro_ebm.log_normalizers import quadrature_nodes
     >>> x, log_weights = quadrature_nodes(0.0, 1.0, 64)
     >>> float(logsumexp(log_weights - 0.5 * x**2))  # ½ log 2π
     0.918938...
@@ -122,7 +122,7 @@ def log_sum_in_chunks(log_terms, nodes, chunk):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.normalizer.exact import log_sum_in_chunks
+    >>> from numpyro_ebm.log_normalizers.exact import log_sum_in_chunks
     >>> log_sum_in_chunks(lambda x: jnp.log(x)[:, None], jnp.arange(1.0, 5.0), 3)
     Array([2.3025851], dtype=float32)
     """
@@ -157,7 +157,7 @@ def log_gaussian_integral(log_density, like, is_diagonal):
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.normalizer.exact import log_gaussian_integral
+    >>> from numpyro_ebm.log_normalizers.exact import log_gaussian_integral
     >>> log_gaussian_integral(lambda x: -0.5 * x[:, 0] ** 2, jnp.zeros((1, 1)), True)
     Array([0.9189385], dtype=float32)
     """

@@ -17,12 +17,12 @@ import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.normalizing.exploring import diverges, falling
+from numpyro_ebm.log_normalizers.exact import log_gaussian_integral, log_sum_in_chunks
+from numpyro_ebm.log_normalizers.exploring import diverges, falling
+from numpyro_ebm.log_normalizers.path import flatten, unflatten
+from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.marginals.enumerated import factorises
-from numpyro_ebm.normalizer.exact import log_gaussian_integral, log_sum_in_chunks
-from numpyro_ebm.normalizer.path import flatten, unflatten
-from numpyro_ebm.normalizer.result import LogNormalizer
 from numpyro_ebm.samplers.block_gibbs import plan_block
 
 __all__ = ["enumerated", "gaussian_block", "why_not_enumerated"]
@@ -103,7 +103,7 @@ def _has_closed_form(joint):
 
 
 def enumerated(target):
-    """log Z of every problem of a target, a :class:`~numpyro_ebm.normalizer.LogNormalizer`.
+    """log Z of every problem of a target, a :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
 
     :raises ModelError: if a Gaussian integral diverges.
     """

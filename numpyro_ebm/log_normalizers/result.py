@@ -22,7 +22,7 @@ class LogNormalizer(NamedTuple):
 
     **Example**
 
-    >>> from numpyro_ebm.normalizer import LogNormalizer
+    >>> from numpyro_ebm.log_normalizers import LogNormalizer
     >>> LogNormalizer(value=0.919, mcse=0.01, ess=9_800.0, method="NCE").method
     'NCE'
     """

@@ -7,8 +7,8 @@ import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.normalizer.explore import FAR, explore
-from numpyro_ebm.normalizer.path import Path, flatten, unflatten
+from numpyro_ebm.log_normalizers.explore import FAR, explore
+from numpyro_ebm.log_normalizers.path import Path, flatten, unflatten
 
 __all__ = ["diverges", "explored", "falling"]
 

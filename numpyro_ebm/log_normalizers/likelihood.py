@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.normalizing import front
-from numpyro_ebm.infer.normalizing.target import read_target
+from numpyro_ebm.log_normalizers import methods as front
+from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read, read_fixed
-from numpyro_ebm.normalizer.result import LogNormalizer
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 
@@ -25,7 +25,7 @@ class LogLikelihood(NamedTuple):
 
     - **value** - log p(v) of every row, in nats, (rows,).
     - **mcse** - their standard errors, (rows,): those of log Z and of the latents' integral.
-    - **log_normalizer** - the :class:`~numpyro_ebm.normalizer.LogNormalizer` used. Its error is the
+    - **log_normalizer** - the :class:`~numpyro_ebm.log_normalizers.LogNormalizer` used. Its error is the
       same for all rows, so that it does not average out.
     """
 
