@@ -37,21 +37,19 @@ from numpyro_ebm.infer import (
     AnnealedLangevin,
     BlockGibbs,
     DiscreteLangevin,
-    EnergySVI,
     Exchange,
     ReplicaExchange,
     UnderdampedLangevin,
     emulate_log_normalizer,
     fisher_divergence,
     generalized,
-    log_likelihood,
-    log_normalizer,
     normalized,
     sample,
 )
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.handlers import fixed, temper
 from numpyro_ebm.language.primitives import energy, visible
+from numpyro_ebm.log_normalizers import log_likelihood, log_normalizer
 from numpyro_ebm.marginals import (
     Enumerated,
     Exact,
@@ -79,6 +77,7 @@ from numpyro_ebm.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from numpyro_ebm.svi import EnergySVI
 
 __version__ = "0.1.0"
 

@@ -15,10 +15,10 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.minibatch import Minibatches
-from numpyro_ebm.infer.shuffle import shuffled
 from numpyro_ebm.model.row_model import read
 from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
+from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.svi.shuffle import shuffled
 
 DATA = ebm.datasets.checkerboard(jax.random.key(7), 1_000)
 

@@ -24,9 +24,9 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 import numpyro_ebm as ebm
-from numpyro_ebm.infer.minibatch import Minibatches
-from numpyro_ebm.infer.one_round import THETA_STREAM
 from numpyro_ebm.model.row_model import read
+from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.svi.round import THETA_STREAM
 
 DATA = 0.5 * jax.random.normal(jax.random.key(0), (40,))
 N, M1, M2 = 40, float(jnp.mean(DATA)), float(jnp.mean(DATA**2))

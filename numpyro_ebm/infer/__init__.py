@@ -13,9 +13,9 @@ from numpyro_ebm.infer.mclmc import MCLMC
 from numpyro_ebm.infer.normalized import normalized
 from numpyro_ebm.infer.replica_exchange import ReplicaExchange
 from numpyro_ebm.infer.sampling import choose_kernel, sample
-from numpyro_ebm.infer.svi import EnergySVI, EnergySVIState
 from numpyro_ebm.infer.underdamped import UnderdampedLangevin
 from numpyro_ebm.log_normalizers import LogLikelihood, log_likelihood, log_normalizer
+from numpyro_ebm.svi.energy_svi import EnergySVI, EnergySVIState
 
 __all__ = [
     "MALA",

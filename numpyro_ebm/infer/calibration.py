@@ -27,7 +27,7 @@ from numpyro.handlers import seed
 from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.minibatch import Minibatches
+from numpyro_ebm.svi.minibatch import Minibatches
 
 __all__ = ["Calibration", "Potential", "calibrate", "differences"]
 

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.svi import EnergySVI
 from numpyro_ebm.marginals.base import choose
 from numpyro_ebm.model.row_model import read
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
+from numpyro_ebm.svi.energy_svi import EnergySVI
 
 __all__ = ["FisherDivergenceResult", "fisher_divergence"]
 

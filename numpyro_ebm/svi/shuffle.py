@@ -37,7 +37,7 @@ def shuffled(rng_key, epoch, position, num_rows, num_epochs):
 
     >>> import jax
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.infer.shuffle import shuffled
+    >>> from numpyro_ebm.svi.shuffle import shuffled
     >>> position = jnp.arange(1000)[None]
     >>> rows = shuffled(jax.random.key(0), jnp.array([3]), position, num_rows=1000, num_epochs=1)
     >>> bool(jnp.all(jnp.sort(rows[0]) == jnp.arange(1000)))

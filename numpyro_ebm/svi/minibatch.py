@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.shuffle import shuffled
 from numpyro_ebm.program.draws import at
+from numpyro_ebm.svi.shuffle import shuffled
 
 __all__ = ["Minibatches"]
 

@@ -9,7 +9,7 @@ energy's parameters θ:
 
 all at the visible values the objective uses in this round. Networks that the objective brings (a
 flow, a critic) take their own steps in between, and what it keeps (persistent chains) is part of
-the state. Parameters with priors add to the loss; see :mod:`~numpyro_ebm.infer.posterior`.
+the state. Parameters with priors add to the loss; see :mod:`~numpyro_ebm.svi.global_guide`.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from jax import lax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
-from numpyro_ebm.infer.posterior import GlobalGuide, log_prior
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.draws import scan_keys
+from numpyro_ebm.svi.global_guide import GlobalGuide, log_prior
 
 __all__ = ["THETA_STREAM", "Round"]
 

@@ -16,9 +16,9 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.infer.posterior import GlobalGuide, check_supports, start_at_median
-from numpyro_ebm.infer.rounds import compiled
 from numpyro_ebm.model.row_model import read
+from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
+from numpyro_ebm.svi.loop import compiled
 
 __all__ = ["Start", "find_start", "same_bounds"]
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """EnergySVI: NumPyro's ``SVI`` for energy-based models and their guides.
 
-:mod:`~numpyro_ebm.infer.start` finds the parameters of model, guide and objective and their initial
-values; :mod:`~numpyro_ebm.infer.one_round` holds the equations of a round, and its steps.
+:mod:`~numpyro_ebm.svi.start` finds the parameters of model, guide and objective and their initial
+values; :mod:`~numpyro_ebm.svi.round` holds the equations of a round, and its steps.
 :meth:`EnergySVI.run` compiles whole chunks of rounds, minibatches included, and shows its progress
-between chunks; see :mod:`~numpyro_ebm.infer.rounds`.
+between chunks; see :mod:`~numpyro_ebm.svi.loop`.
 """
 
 import time
@@ -22,19 +22,12 @@ from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
-from numpyro_ebm.infer.minibatch import Minibatches
-from numpyro_ebm.infer.one_round import Round
-from numpyro_ebm.infer.rounds import (
-    CHUNK,
-    compiled,
-    compiler_options,
-    next_length,
-    select,
-    take_rounds,
-)
-from numpyro_ebm.infer.start import find_start, same_bounds
 from numpyro_ebm.model.row_model import read
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.svi.loop import CHUNK, compiled, compiler_options, next_length, select, take_rounds
+from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.svi.round import Round
+from numpyro_ebm.svi.start import find_start, same_bounds
 
 __all__ = ["EnergySVI", "EnergySVIState"]
 
@@ -425,7 +418,7 @@ class EnergySVI(SVI):
         return self.loss.statistics(key_look, params, problem)
 
     def _chunk(self, state, arrays, length, *, minibatches, watched):
-        """Up to CHUNK rounds on their minibatches; see :mod:`~numpyro_ebm.infer.rounds`."""
+        """Up to CHUNK rounds on their minibatches; see :mod:`~numpyro_ebm.svi.loop`."""
         batch_indices = minibatches.indices(state.rng_key, state.optim_state[0], CHUNK)
         a_round = self._round(minibatches.total_rows)
 
