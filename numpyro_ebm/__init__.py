@@ -31,20 +31,11 @@ from numpyro_ebm.errors import (
 )
 from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
 from numpyro_ebm.infer import (
-    MALA,
-    MCLMC,
-    ULA,
-    AnnealedLangevin,
-    BlockGibbs,
-    DiscreteLangevin,
     Exchange,
-    ReplicaExchange,
-    UnderdampedLangevin,
     emulate_log_normalizer,
     fisher_divergence,
     generalized,
     normalized,
-    sample,
 )
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.handlers import fixed, temper
@@ -57,6 +48,17 @@ from numpyro_ebm.marginals import (
     LangevinRefinement,
     Unrolled,
     VaGES,
+)
+from numpyro_ebm.mcmc import (
+    MALA,
+    MCLMC,
+    ULA,
+    AnnealedLangevin,
+    BlockGibbs,
+    DiscreteLangevin,
+    ReplicaExchange,
+    UnderdampedLangevin,
+    sample,
 )
 from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior

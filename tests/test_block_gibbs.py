@@ -15,7 +15,7 @@ from numpyro import handlers
 from numpyro.infer import MCMC, Gibbs, init_to_value
 
 import numpyro_ebm as ebm
-from numpyro_ebm.infer.block_gibbs import BlockGibbs
+from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.program.polynomial import degree, structure
 from numpyro_ebm.samplers import block_gibbs
 

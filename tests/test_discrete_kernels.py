@@ -20,8 +20,8 @@ from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs
 
 import numpyro_ebm as ebm
-from numpyro_ebm.infer import choose_kernel
-from numpyro_ebm.infer.block_gibbs import BlockGibbsState
+from numpyro_ebm.mcmc import choose_kernel
+from numpyro_ebm.mcmc.block_gibbs import BlockGibbsState
 from numpyro_ebm.program.interactions import greedy_colors, interactions
 from numpyro_ebm.samplers import block_gibbs, chromatic_gibbs, discrete_langevin
 
@@ -644,7 +644,7 @@ def quadratic(v):
 )
 def test_the_kernel_follows_from_supports_and_energy(model, expected):
     kernel = choose_kernel(model())
-    from numpyro_ebm.infer.sampling import _describe
+    from numpyro_ebm.mcmc.sampling import _describe
 
     if expected is None:
         assert kernel is None
@@ -656,7 +656,7 @@ def test_the_kernel_follows_from_supports_and_energy(model, expected):
 
 def test_sample_says_what_it_does(caplog, grbm):
     model = ebm.fixed(grbm.model, grbm.params)
-    with caplog.at_level(logging.INFO, "numpyro_ebm.infer.sampling"):
+    with caplog.at_level(logging.INFO, "numpyro_ebm.mcmc.sampling"):
         ebm.sample(jax.random.key(0), model, 5, num_warmup=5, kernel=ebm.BlockGibbs)
         ebm.sample(jax.random.key(0), units(3, magnet), 5)
     said = [record.getMessage() for record in caplog.records]

@@ -25,7 +25,7 @@ from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
 from scipy import stats
 
 import numpyro_ebm as ebm
-from numpyro_ebm.infer.adaptation import Adaptation, acceptance_tuner, energy_error_tuner
+from numpyro_ebm.mcmc.adaptation import Adaptation, acceptance_tuner, energy_error_tuner
 from numpyro_ebm.samplers import annealed, tempering
 from numpyro_ebm.samplers.per_row import per_row
 

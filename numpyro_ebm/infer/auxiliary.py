@@ -20,12 +20,12 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.annealed import AnnealedLangevin
-from numpyro_ebm.infer.block_gibbs import BlockGibbs
-from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
-from numpyro_ebm.infer.kernels import ChainKernel
-from numpyro_ebm.infer.langevin import MALA, ULA
 from numpyro_ebm.language.handlers import fixed, release
+from numpyro_ebm.mcmc.annealed import AnnealedLangevin
+from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
+from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.mcmc.kernel import ChainKernel
+from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import read_fixed
 

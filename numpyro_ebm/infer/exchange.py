@@ -26,7 +26,7 @@ from numpyro_ebm.infer.exchange_chain import (
 from numpyro_ebm.infer.exchange_start import check_start, initial_parameters
 from numpyro_ebm.infer.exchange_target import Target, complete_prior
 from numpyro_ebm.infer.exchange_warmup import Warmup
-from numpyro_ebm.infer.kernels import RowKernel
+from numpyro_ebm.mcmc.kernel import RowKernel
 
 __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from blackjax.adaptation.mass_matrix import welford_algorithm
 from blackjax.adaptation.staged_adaptation import build_schedule
 
-from numpyro_ebm.infer.adaptation import acceptance_tuner
+from numpyro_ebm.mcmc.adaptation import acceptance_tuner
 
 __all__ = ["ExchangeAdaptState", "Schedule", "Warmup"]
 

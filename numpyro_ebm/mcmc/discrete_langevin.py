@@ -20,8 +20,8 @@ from numpyro.infer import init_to_uniform
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
-from numpyro_ebm.infer.kernels import RowKernel
+from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
+from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values, support_values
 from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.program.polynomial import structure
@@ -42,7 +42,7 @@ class DiscreteLangevinState(NamedTuple):
     - **accept_prob** - acceptance probability of the last step, (rows,); 1 without the test.
     - **mean_accept_prob** - its mean over rows and steps since the last phase began.
     - **diverging** - rows whose last proposal had no finite density, (rows,).
-    - **adapt_state** - :class:`~numpyro_ebm.infer.adaptation.AdaptState`.
+    - **adapt_state** - :class:`~numpyro_ebm.mcmc.adaptation.AdaptState`.
     - **rng_key** - key of the next step.
     """
 

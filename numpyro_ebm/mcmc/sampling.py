@@ -12,9 +12,6 @@ from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.block_gibbs import BlockGibbs
-from numpyro_ebm.infer.discrete_langevin import DiscreteLangevin
-from numpyro_ebm.infer.langevin import MALA
 from numpyro_ebm.marginals.enumerated import (
     Enumerated,
     event_states,
@@ -22,6 +19,9 @@ from numpyro_ebm.marginals.enumerated import (
     state_log_densities,
     unit_logits,
 )
+from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
+from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.mcmc.langevin import MALA
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.samplers.block_gibbs import plan_block
@@ -54,7 +54,7 @@ def sample(
     .. math:: (v, h) \sim p(v, h) \propto \tilde p(v, h; θ)
 
     Many short chains run side by side. :func:`choose_kernel` says what moves them, and the logger
-    ``numpyro_ebm.infer.sampling`` at level INFO. Sites that the model observes stay where they are:
+    ``numpyro_ebm.mcmc.sampling`` at level INFO. Sites that the model observes stay where they are:
     ``numpyro.handlers.condition(model, {"v": ...})`` draws the others given them.
 
     :param rng_key: random key.
@@ -157,7 +157,7 @@ def choose_kernel(model, *args, **kwargs):
 
     >>> import jax.numpy as jnp
     >>> import numpyro_ebm as ebm
-    >>> from numpyro_ebm.infer import choose_kernel
+    >>> from numpyro_ebm.mcmc import choose_kernel
     >>> params = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": jnp.zeros(4), "scale": jnp.ones(2)}
     >>> type(choose_kernel(ebm.fixed(ebm.models.grbm, params))).__name__
     'BlockGibbs'

@@ -10,10 +10,10 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.adaptation import acceptance_tuner
-from numpyro_ebm.infer.kernels import RowKernel
-from numpyro_ebm.infer.replica_ladder import LadderState, LadderWarmup, read_ladder
 from numpyro_ebm.language.handlers import temper
+from numpyro_ebm.mcmc.adaptation import acceptance_tuner
+from numpyro_ebm.mcmc.kernel import RowKernel
+from numpyro_ebm.mcmc.replica_ladder import LadderState, LadderWarmup, read_ladder
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.per_row import per_row
 

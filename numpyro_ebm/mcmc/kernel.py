@@ -22,8 +22,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.samplers.per_row import per_row
 
@@ -45,7 +45,7 @@ class LangevinState(NamedTuple):
     - **diverging** - rows whose last proposal was too bad for a float, or by the kernel's
       threshold, (rows,).
     - **num_steps** - integration steps of the last step.
-    - **adapt_state** - :class:`~numpyro_ebm.infer.adaptation.AdaptState`.
+    - **adapt_state** - :class:`~numpyro_ebm.mcmc.adaptation.AdaptState`.
     - **memory** - what the kernel keeps from step to step beside positions, such as momenta.
     - **rng_key** - key of the next step.
     """

@@ -11,8 +11,8 @@ from blackjax.util import generate_unit_vector
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.adaptation import energy_error_tuner
-from numpyro_ebm.infer.kernels import ChainKernel, StepInfo
+from numpyro_ebm.mcmc.adaptation import energy_error_tuner
+from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 
 __all__ = ["MCLMC"]
 
@@ -60,7 +60,7 @@ class MCLMC(ChainKernel):
 
     An integration step costs two evaluations of the model. The number of steps of a trajectory runs
     through a low-discrepancy sequence with mean L/ε, the same for all rows; it is the field
-    ``num_steps`` of the state, :class:`~numpyro_ebm.infer.kernels.LangevinState`.
+    ``num_steps`` of the state, :class:`~numpyro_ebm.mcmc.kernel.LangevinState`.
 
     .. note:: The unadjusted kernel is biased: its stationary law is off by an error that falls like
        the cube root of ``target_energy_variance``. For a Gaussian of 30 dimensions the variances of

@@ -14,7 +14,7 @@ import numpy as np
 from blackjax.adaptation.staged_adaptation import build_schedule
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.adaptation import Tuner
+from numpyro_ebm.mcmc.adaptation import Tuner
 from numpyro_ebm.samplers.tempering import equal_rejection_ladder
 
 __all__ = ["LadderState", "LadderWarmup", "read_ladder"]

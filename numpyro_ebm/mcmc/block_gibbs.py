@@ -22,14 +22,14 @@ from numpyro.infer import init_to_uniform
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.block_gibbs_plan import (
+from numpyro_ebm.mcmc.block_gibbs_plan import (
     check_colors,
     check_order,
     plan_blocks,
     read_blocks,
     read_colors,
 )
-from numpyro_ebm.infer.kernels import RowKernel
+from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values
 from numpyro_ebm.model.row_model import read_fixed
 from numpyro_ebm.samplers import block_gibbs

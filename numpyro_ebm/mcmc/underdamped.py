@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.kernels import ChainKernel, StepInfo
+from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 
 __all__ = ["UnderdampedLangevin"]
 
@@ -43,7 +43,7 @@ class UnderdampedLangevin(ChainKernel):
         missing where there is no warm-up; from ``init``, as :class:`~numpyro_ebm.MALA`.
 
     One evaluation of the model a step, as for MALA. The field ``energy`` of its state,
-    :class:`~numpyro_ebm.infer.kernels.LangevinState`, is the Hamiltonian
+    :class:`~numpyro_ebm.mcmc.kernel.LangevinState`, is the Hamiltonian
     :math:`U(z) + \tfrac12 m^⊤ M^{-1} m`; ``memory`` holds :math:`M^{-1/2} m` and the slice.
 
     Reference: Horowitz, *A generalized guided Monte Carlo algorithm*, 1991; Neal, *Non-reversibly
