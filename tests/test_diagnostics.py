@@ -434,7 +434,7 @@ def test_gap_of_continuous_latents():
 
 def test_tails_of_weights():
     """The shape of Pareto weights is 1/α, and that of ArviZ, whose own functions have moved."""
-    from numpyro_ebm.diagnostics.pareto import pareto_shapes
+    from numpyro_ebm.diagnostics.gap.pareto import pareto_shapes
 
     rng = np.random.default_rng(0)
     shapes = np.array([0.2, 0.5, 0.9])

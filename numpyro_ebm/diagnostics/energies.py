@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import ks_2samp
 
-from numpyro_ebm.diagnostics.rows import map_leading, pick_marginal, read_rows
+from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
 
 __all__ = ["EnergyGap", "energy_gap"]

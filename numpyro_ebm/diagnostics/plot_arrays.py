@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import MCMC
 
-from numpyro_ebm.diagnostics.rows import pick_marginal, read_rows
+from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
 
 __all__ = [

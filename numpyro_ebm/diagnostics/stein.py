@@ -24,7 +24,7 @@ import numpy as np
 from jax.lax import stop_gradient
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.diagnostics.rows import map_leading, pick_marginal, read_rows
+from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import VaGES
 from numpyro_ebm.objectives.stein import KERNELS

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: training and sampling of energy-based models in NumPyro's protocols."""
 
+from numpyro_ebm.diagnostics.fisher import fisher_divergence
 from numpyro_ebm.infer.emulation import EmulatedLogNormalizer, emulate_log_normalizer
 from numpyro_ebm.infer.exchange import Exchange
-from numpyro_ebm.infer.fisher import fisher_divergence
 from numpyro_ebm.infer.generalized import generalized
 from numpyro_ebm.infer.normalized import normalized
 from numpyro_ebm.log_normalizers import LogLikelihood, log_likelihood, log_normalizer

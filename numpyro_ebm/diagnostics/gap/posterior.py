@@ -9,7 +9,7 @@ Elsewhere the importance-weighted bound of Burda et al. stands for it, which is 
 mean, so that the estimate of KL is too small, by less and less as the weights have a finite
 variance and their number grows.
 
-What the gap does to VaES and VaGES is the subject of :mod:`numpyro_ebm.diagnostics.gap_bias`.
+What the gap does to VaES and VaGES is the subject of :mod:`numpyro_ebm.diagnostics.gap.bias`.
 
 Reference: Burda, Grosse, Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016.
 """
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.diagnostics.gap_bias import BiasBound, bias_bounds
-from numpyro_ebm.diagnostics.gap_weights import (
+from numpyro_ebm.diagnostics.gap.bias import BiasBound, bias_bounds
+from numpyro_ebm.diagnostics.gap.pareto import pareto_shapes
+from numpyro_ebm.diagnostics.gap.weights import (
     all_states,
     choose_method,
     weigh_particles,
     weigh_states,
 )
-from numpyro_ebm.diagnostics.pareto import pareto_shapes
-from numpyro_ebm.diagnostics.rows import map_leading, read_guide
+from numpyro_ebm.diagnostics.reading import map_leading, read_guide
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read
@@ -110,7 +110,7 @@ def posterior_gap(
         value; if the guide draws sites that the model does not have, or its density at its own
         draws is not finite; with ``gradient=True``, if there is nothing to differentiate in.
 
-    Reference: see :mod:`numpyro_ebm.diagnostics.gap`.
+    Reference: see :mod:`numpyro_ebm.diagnostics.gap.posterior`.
 
     **Example**
 

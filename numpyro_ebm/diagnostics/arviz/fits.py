@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm.diagnostics.arviz_groups import Converted
+from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.model.row_model import read
@@ -21,7 +21,7 @@ def convert_fit(fit, model, args, kwargs):
     :param model: the model that was trained, whose sites name the coordinates of the chains;
         ``None`` if it is not at hand.
     :param args, kwargs: its arguments.
-    :return: :class:`~numpyro_ebm.diagnostics.arviz_groups.Converted`.
+    :return: :class:`~numpyro_ebm.diagnostics.arviz.groups.Converted`.
     """
     chains = getattr(fit.state, "objective_state", None)
     params = {name: np.asarray(x) for name, x in fit.params.items()}

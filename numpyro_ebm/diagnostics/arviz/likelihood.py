@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from scipy.stats import norm
 
-from numpyro_ebm.diagnostics.rows import pick_marginal
+from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
 

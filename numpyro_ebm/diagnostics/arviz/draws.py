@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from numpyro.infer import MCMC
 
-from numpyro_ebm.diagnostics.arviz_groups import Converted
+from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_fixed
@@ -38,7 +38,7 @@ def convert_draws(posterior, model, args, kwargs):
 
     :param model: the fixed model; read off the kernel of an ``MCMC`` if ``None``.
     :param args, kwargs: arguments of the model; an ``MCMC`` brings its own.
-    :return: :class:`~numpyro_ebm.diagnostics.arviz_groups.Converted`.
+    :return: :class:`~numpyro_ebm.diagnostics.arviz.groups.Converted`.
     """
     extra, final = {}, {}
     if isinstance(posterior, MCMC):

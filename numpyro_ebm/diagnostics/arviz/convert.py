@@ -10,11 +10,14 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.svi import SVIRunResult
 
-from numpyro_ebm.diagnostics.arviz_draws import convert_draws
-from numpyro_ebm.diagnostics.arviz_fits import convert_fit
-from numpyro_ebm.diagnostics.arviz_groups import Likelihood, to_data
-from numpyro_ebm.diagnostics.arviz_likelihood import log_likelihood_of_rows, spread_over_draws
-from numpyro_ebm.diagnostics.posteriors import kind_of_posterior, posterior_to_arviz
+from numpyro_ebm.diagnostics.arviz.draws import convert_draws
+from numpyro_ebm.diagnostics.arviz.fits import convert_fit
+from numpyro_ebm.diagnostics.arviz.groups import Likelihood, to_data
+from numpyro_ebm.diagnostics.arviz.likelihood import (
+    log_likelihood_of_rows,
+    spread_over_draws,
+)
+from numpyro_ebm.diagnostics.arviz.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import read
 
