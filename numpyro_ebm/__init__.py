@@ -13,6 +13,7 @@ from numpyro_ebm import datasets, diagnostics, models
 from numpyro_ebm.diagnostics import (
     auxiliary_adequacy,
     energy_gap,
+    fisher_divergence,
     plots,
     posterior_gap,
     stein_test,
@@ -30,13 +31,7 @@ from numpyro_ebm.errors import (
     UnhandledEnergyError,
 )
 from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
-from numpyro_ebm.infer import (
-    Exchange,
-    emulate_log_normalizer,
-    fisher_divergence,
-    generalized,
-    normalized,
-)
+from numpyro_ebm.infer import Exchange, emulate_log_normalizer
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.handlers import fixed, temper
 from numpyro_ebm.language.primitives import energy, visible
@@ -79,6 +74,7 @@ from numpyro_ebm.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
+from numpyro_ebm.posteriors import generalized, normalized
 from numpyro_ebm.svi import EnergySVI
 
 __version__ = "0.1.0"

@@ -1,5 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a prior and an energy to a posterior of the parameters.
+"""From a prior and an energy to a posterior of the parameters, three ways.
 
-It may import everything below: objectives, log normalizers, kernels and what they stand on.
+It may import everything below: objectives, log normalizers, kernels and what these stand on.
 """
+
+from numpyro_ebm.posteriors.emulation import EmulatedLogNormalizer, emulate_log_normalizer
+from numpyro_ebm.posteriors.exchange import Exchange
+from numpyro_ebm.posteriors.generalized import generalized
+from numpyro_ebm.posteriors.normalized import normalized
+
+__all__ = [
+    "EmulatedLogNormalizer",
+    "Exchange",
+    "emulate_log_normalizer",
+    "generalized",
+    "normalized",
+]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.calibration import differences
+from numpyro_ebm.posteriors.calibration import differences
 
 __all__ = ["GaussianPosterior", "gaussian_posterior"]
 

@@ -82,7 +82,7 @@ class Potential:
         """Log-density of the prior in unconstrained coordinates."""
         z = self._unravel(x)
         own = {name: z.pop(name) for name in self._own}
-        from numpyro_ebm.infer.generalized import own_prior
+        from numpyro_ebm.posteriors.generalized import own_prior
 
         total = -potential_energy(self._prior, self._args, self._kwargs, z)
         return total + sum(

@@ -13,11 +13,11 @@ import numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer import calibration, conjugate
 from numpyro_ebm.marginals.common_random_numbers import CommonParticles
 from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.priors import apart, prior_part, quickly, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.posteriors import calibration, conjugate
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["generalized"]
@@ -194,7 +194,7 @@ class generalized:
             ``jax.random.key(0)`` if ``None``.
         :param int num_resamples: groups of the jackknife (at most), or bootstrap samples.
         :param kwargs: keyword arguments of the model.
-        :return: :class:`~numpyro_ebm.infer.calibration.Calibration`, kept as :attr:`calibration`;
+        :return: :class:`~numpyro_ebm.posteriors.calibration.Calibration`, kept as :attr:`calibration`;
             with ``learning_rate="calibrate"`` it is what the model uses from now on.
         :raises ModelError: if the loss has no minimum, its Hessian there is not positive, or the
             rows of the model's arguments cannot be told.
@@ -218,7 +218,7 @@ class generalized:
 
         :param args: arguments of the model.
         :param kwargs: keyword arguments of the model.
-        :return: :class:`~numpyro_ebm.infer.conjugate.GaussianPosterior`.
+        :return: :class:`~numpyro_ebm.posteriors.conjugate.GaussianPosterior`.
         :raises ModelError: if the posterior is not Gaussian (the curvature of its log-density
             changes from place to place), or not proper.
         """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chain of :class:`~numpyro_ebm.Exchange`: its state, how it starts, and what a step does.
 
-Pure functions of a :class:`~numpyro_ebm.infer.exchange_target.Target`. Here NumPyro's dicts of
+Pure functions of a :class:`~numpyro_ebm.posteriors.exchange.target.Target`. Here NumPyro's dicts of
 parameters, the fictitious data sets and the warm-up meet :mod:`numpyro_ebm.samplers.exchange`,
 which knows nothing but densities of arrays.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.infer.exchange_warmup import ExchangeAdaptState
+from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptState
 from numpyro_ebm.samplers import exchange
 
 __all__ = ["AuxiliaryTrace", "ExchangeState", "refresh_chain", "start_chain", "step_chain"]
@@ -47,7 +47,7 @@ class ExchangeState(NamedTuple):
     - **mean_accept_prob** - its mean over the steps since the last phase began.
     - **diverging** - whether the last ratio was not a number, and so rejected.
     - **auxiliary** - :class:`AuxiliaryTrace` of the last step.
-    - **adapt_state** - :class:`~numpyro_ebm.infer.exchange_warmup.ExchangeAdaptState`.
+    - **adapt_state** - :class:`~numpyro_ebm.posteriors.exchange.warmup.ExchangeAdaptState`.
     - **rng_key** - key of the next step.
     """
 
@@ -121,7 +121,7 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
     :param ExchangeState state: where it is.
     :param Target target: the posterior.
     :param Warmup warmup: what adapts its proposal.
-    :param auxiliary: what draws the fictitious data, of :mod:`numpyro_ebm.infer.auxiliary`.
+    :param auxiliary: what draws the fictitious data, of :mod:`numpyro_ebm.posteriors.exchange.auxiliary`.
     :param int num_bridges: distributions that these cross on their way back.
     """
     adapt_state = state.adapt_state

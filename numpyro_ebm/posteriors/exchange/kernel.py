@@ -15,18 +15,18 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.infer.auxiliary import make_auxiliary
-from numpyro_ebm.infer.exchange_chain import (
+from numpyro_ebm.mcmc.kernel import RowKernel
+from numpyro_ebm.posteriors.exchange.auxiliary import make_auxiliary
+from numpyro_ebm.posteriors.exchange.chain import (
     AuxiliaryTrace,
     ExchangeState,
     refresh_chain,
     start_chain,
     step_chain,
 )
-from numpyro_ebm.infer.exchange_start import check_start, initial_parameters
-from numpyro_ebm.infer.exchange_target import Target, complete_prior
-from numpyro_ebm.infer.exchange_warmup import Warmup
-from numpyro_ebm.mcmc.kernel import RowKernel
+from numpyro_ebm.posteriors.exchange.start import check_start, initial_parameters
+from numpyro_ebm.posteriors.exchange.target import Target, complete_prior
+from numpyro_ebm.posteriors.exchange.warmup import Warmup
 
 __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
 
