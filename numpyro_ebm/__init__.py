@@ -31,7 +31,6 @@ from numpyro_ebm.errors import (
     UnhandledEnergyError,
 )
 from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
-from numpyro_ebm.infer import Exchange, emulate_log_normalizer
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.handlers import fixed, temper
 from numpyro_ebm.language.primitives import energy, visible
@@ -74,7 +73,7 @@ from numpyro_ebm.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from numpyro_ebm.posteriors import generalized, normalized
+from numpyro_ebm.posteriors import Exchange, emulate_log_normalizer, generalized, normalized
 from numpyro_ebm.svi import EnergySVI
 
 __version__ = "0.1.0"

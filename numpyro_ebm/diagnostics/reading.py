@@ -61,8 +61,8 @@ def read_guide(who, guide, joint, params):
 def pick_marginal(who, joint, marginal, guide, guide_params):
     """The marginal to integrate the latent sites out with, and the guide it draws from.
 
-    :return: a :class:`~numpyro_ebm.marginals.Marginal`, a :class:`~numpyro_ebm.guides.guide.Guide` or
-        ``None``, and a dict of its parameters.
+    :return: a :class:`~numpyro_ebm.marginals.Marginal`, a :class:`~numpyro_ebm.guides.guide.Guide`
+        or ``None``, and a dict of its parameters.
     """
     if marginal is None:
         marginal = choose(joint)

@@ -25,8 +25,8 @@ class LogLikelihood(NamedTuple):
 
     - **value** - log p(v) of every row, in nats, (rows,).
     - **mcse** - their standard errors, (rows,): those of log Z and of the latents' integral.
-    - **log_normalizer** - the :class:`~numpyro_ebm.log_normalizers.LogNormalizer` used. Its error is the
-      same for all rows, so that it does not average out.
+    - **log_normalizer** - the :class:`~numpyro_ebm.log_normalizers.LogNormalizer` used. Its error
+      is the same for all rows, so that it does not average out.
     """
 
     value: jax.Array

@@ -88,8 +88,8 @@ def log_normalizer(
     :param int num_replicates: independent runs of SMC.
     :param int max_states: the most states that are enumerated.
     :param kwargs: keyword arguments of the model.
-    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer` with ``value``, ``mcse``, ``ess`` and
-        ``method``; each a scalar, or of shape (rows,) where rows have a log Z of their own. The
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer` with ``value``, ``mcse``, ``ess``
+        and ``method``; each a scalar, or of shape (rows,) where rows have a log Z of their own. The
         effective sample size is that of AIS's weights, and for SMC that of the replicates' weights
         times their particles. ``diagnostics`` has the number of temperatures, and every result
         where several methods were asked for.

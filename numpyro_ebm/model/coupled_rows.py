@@ -7,8 +7,8 @@ Rows are independent draws of one density: objectives average over them, kernels
 them one by one, and log Z is that of one row. An energy that subtracts the mean of the batch, or
 takes differences of neighbouring rows, has another normalizer, and every method would go on without
 a word. The axis of the rows is followed through the operations of the energy, without running it
-(:mod:`~numpyro_ebm.program.row_axes`). Where they are not known to keep rows apart, the energy is evaluated
-at few rows, some of them moved.
+(:mod:`~numpyro_ebm.program.row_axes`). Where they are not known to keep rows apart, the energy is
+evaluated at few rows, some of them moved.
 """
 
 from contextlib import suppress

@@ -3,9 +3,9 @@ r"""Models whose parameters have priors: the part outside the data plate, and th
 
 .. math:: π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
 
-The rows are :mod:`numpyro_ebm.model.row_model`'s. What is outside the data plate, :func:`prior_part`, is an
-ordinary NumPyro model of the parameters, with which NumPyro's own tools (``potential_energy``,
-``constrain_fn``, ``initialize_model``) are right.
+The rows are :mod:`numpyro_ebm.model.row_model`'s. What is outside the data plate,
+:func:`prior_part`, is an ordinary NumPyro model of the parameters, with which NumPyro's own tools
+(``potential_energy``, ``constrain_fn``, ``initialize_model``) are right.
 """
 
 from functools import wraps

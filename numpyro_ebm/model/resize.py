@@ -31,8 +31,8 @@ def with_rows(joint, num_rows):
 
     :param Joint joint: the model, read; its energy reads no covariates.
     :param int num_rows: how many rows are wanted.
-    :return: a :class:`~numpyro_ebm.model.row_model.Joint`, or ``None``: the number of rows is not that of an
-        argument, or the energy of a row depends on it.
+    :return: a :class:`~numpyro_ebm.model.row_model.Joint`, or ``None``: the number of rows is not
+        that of an argument, or the energy of a row depends on it.
     """
     if num_rows == joint.num_rows:
         return joint

@@ -221,8 +221,8 @@ class NCE(NoiseContrast):
         :param bool parameters_known: take θ as given and only log Z as learned, which needs no
             covariance of all parameters.
         :param kwargs: keyword arguments of the model.
-        :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`; its ``ess`` is that of the noise
-            draws as importance samples of the model.
+        :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`; its ``ess`` is that of the
+            noise draws as importance samples of the model.
         :raises ModelError: if ``params`` lacks ``log_normalizer``, or there are more parameters
             than a covariance can be inverted for.
         """

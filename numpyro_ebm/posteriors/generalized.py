@@ -194,8 +194,9 @@ class generalized:
             ``jax.random.key(0)`` if ``None``.
         :param int num_resamples: groups of the jackknife (at most), or bootstrap samples.
         :param kwargs: keyword arguments of the model.
-        :return: :class:`~numpyro_ebm.posteriors.calibration.Calibration`, kept as :attr:`calibration`;
-            with ``learning_rate="calibrate"`` it is what the model uses from now on.
+        :return: :class:`~numpyro_ebm.posteriors.calibration.Calibration`, kept as
+            :attr:`calibration`; with ``learning_rate="calibrate"`` it is what the model uses from
+            now on.
         :raises ModelError: if the loss has no minimum, its Hessian there is not positive, or the
             rows of the model's arguments cannot be told.
 

@@ -5,8 +5,8 @@ r"""Which coordinates of a row interact in a function, read off its jaxpr.
 
 Coordinates without an edge are conditionally independent given all others, so that a proper
 colouring of the graph cuts the coordinates of a lattice into a few groups that can be drawn at
-once. As in :mod:`numpyro_ebm.program.polynomial` an evaluation could never show it; the operations can.
-Every element of every intermediate array carries the set of coordinates that it reads, linear
+once. As in :mod:`numpyro_ebm.program.polynomial` an evaluation could never show it; the operations
+can. Every element of every intermediate array carries the set of coordinates that it reads, linear
 operations unite these sets, and only the others (products, comparisons, table lookups) join the
 coordinates of an element. Constants count with their values: a matrix of couplings has edges where
 it is not zero. Edges may be too many, never too few.

@@ -5,12 +5,12 @@ r"""Block Gibbs sampling of Gaussian and finite discrete blocks, in BlackJAX's s
 
 Every block is drawn exactly, so that nothing is rejected and nothing has to be tuned. What makes a
 block easy is read off its log-density, by :mod:`numpyro_ebm.program.polynomial` and
-:mod:`numpyro_ebm.program.interactions`: a polynomial of degree two in real coordinates is a Gaussian, one
-of degree one in binary coordinates makes them independent. Other discrete coordinates are coloured
-so that those of one colour do not interact, and drawn colour by colour; where nothing can be told
-of their interactions, one by one. Use it for restricted Boltzmann machines, for Ising and Potts
-models, and wherever else conditionals are this simple; use MALA for real sites whose conditionals
-are not Gaussian.
+:mod:`numpyro_ebm.program.interactions`: a polynomial of degree two in real coordinates is a
+Gaussian, one of degree one in binary coordinates makes them independent. Other discrete coordinates
+are coloured so that those of one colour do not interact, and drawn colour by colour; where nothing
+can be told of their interactions, one by one. Use it for restricted Boltzmann machines, for Ising
+and Potts models, and wherever else conditionals are this simple; use MALA for real sites whose
+conditionals are not Gaussian.
 
 Reference: Geman, Geman, *Stochastic relaxation, Gibbs distributions, and the Bayesian restoration
 of images*, 1984; blocks of restricted Boltzmann machines: Hinton, *Training products of experts by

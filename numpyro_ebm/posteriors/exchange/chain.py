@@ -121,7 +121,8 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
     :param ExchangeState state: where it is.
     :param Target target: the posterior.
     :param Warmup warmup: what adapts its proposal.
-    :param auxiliary: what draws the fictitious data, of :mod:`numpyro_ebm.posteriors.exchange.auxiliary`.
+    :param auxiliary: what draws the fictitious data, of
+        :mod:`numpyro_ebm.posteriors.exchange.auxiliary`.
     :param int num_bridges: distributions that these cross on their way back.
     """
     adapt_state = state.adapt_state
