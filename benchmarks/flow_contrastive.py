@@ -77,9 +77,9 @@ def compare(toy, num_steps, batch_size, seed):
 
 
 def exact_mean_log_density(params, test):
-    from numpyro_ebm.model.row_model import read
+    from numpyro_ebm.model.row_model import read_model
 
-    joint = read(network, (test,), {}, params)
+    joint = read_model(network, (test,), {}, params)
     return jnp.mean(joint.log_density(params, {"v": test}))
 
 

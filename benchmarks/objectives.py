@@ -146,7 +146,7 @@ def values(svi, state):
     players = [svi.optim.get_params(state.optim_state)]
     if state.guide_optim_state is not None:
         players.append(svi.guide_optim.get_params(state.guide_optim_state))
-    for optim, of_player in zip(svi.player_optims, state.player_optim_states, strict=True):
+    for optim, of_player in zip(svi.network_optims, state.network_optim_states, strict=True):
         players.append(optim.get_params(of_player))
     return players[0], [found for found in players[1:] if found]
 
@@ -154,7 +154,7 @@ def values(svi, state):
 def gradients(state):
     """Adam's two moments of every player and its steps, as dicts by parameter name."""
     found = ({}, {}, {})
-    states = [state.optim_state, state.guide_optim_state, *state.player_optim_states]
+    states = [state.optim_state, state.guide_optim_state, *state.network_optim_states]
     for one in states:
         if one is not None:
             params, optax_state = one[1]

@@ -205,9 +205,9 @@ def test_sites_that_do_not_interact_are_drawn_at_once():
             ebm.energy("E", -(jnp.concatenate([h, s[:, None]], -1) @ bias))
 
     kernel = BlockGibbs(ebm.fixed(model, {}), [["h", "s"]])
-    joint, log_density = kernel._target((), {"num_rows": 4_000})
+    row_model, log_density = kernel._target((), {"num_rows": 4_000})
     rows = {"h": jnp.zeros((4_000, 2), int), "s": jnp.zeros(4_000, int)}
-    assert [b.kind for b in kernel._plan(joint, log_density, rows)] == ["bernoulli"]
+    assert [b.kind for b in kernel._plan(row_model, log_density, rows)] == ["bernoulli"]
     z = last(kernel, 4_000, num_sweeps=1).z
     assert z["s"].dtype == rows["s"].dtype
     assert_law(np.column_stack([z["h"], z["s"]]), lambda h: -h @ bias, 2)
@@ -343,8 +343,8 @@ def test_a_sweep_of_a_grbm_is_a_few_evaluations(grbm):
     params = {"W": jnp.ones((30, 40)), "b": jnp.zeros(30), "c": jnp.zeros(40)}
     kernel = BlockGibbs(ebm.fixed(model, {**params, "scale": jnp.ones(30)}))
     state = kernel.init(jax.random.key(0), 0, None, (), {})
-    joint, log_density = kernel._target((), {})
-    blocks = kernel._plan(joint, log_density, state.z)
+    row_model, log_density = kernel._target((), {})
+    blocks = kernel._plan(row_model, log_density, state.z)
     assert [(b.names, b.kind, b.is_diagonal) for b in blocks] == [
         (("v",), "gaussian", True),
         (("h",), "bernoulli", False),

@@ -474,7 +474,7 @@ def advanced(objective, model, params, data, num_rounds, guide=None):
     params = arrays(params)
 
     def run(key):
-        problem = objective.pose(key, params, model, guide, (jnp.asarray(data),), {})
+        problem = objective.prepare(key, params, model, guide, (jnp.asarray(data),), {})
         chains = objective.init_state(key, params, problem)
 
         def one(chains, key):
@@ -572,7 +572,7 @@ def test_diagnostics_need_chains_and_rounds():
 def one_round(objective, system, chains, data, key=KEY):
     """The negative phase of a round: positions of the chains."""
     params = arrays(system.params)
-    problem = objective.pose(KEY, params, system.model, None, (jnp.asarray(data),), {})
+    problem = objective.prepare(KEY, params, system.model, None, (jnp.asarray(data),), {})
     return objective.advance(key, params, problem, chains)[0].noise
 
 

@@ -151,7 +151,7 @@ def test_the_guide_is_fitted_at_the_noised_values():
 
     p, v = params64(), jnp.asarray(DATA)
     objective = ebm.DenoisingScoreMatching(0.5, marginal=ebm.VaGES(2), variance_reduction=False)
-    problem = objective.pose(KEY, {**p, "A": jnp.zeros((2, 3))}, event_units, guide, (v,), {})
+    problem = objective.prepare(KEY, {**p, "A": jnp.zeros((2, 3))}, event_units, guide, (v,), {})
     del seen[:]
     from numpyro_ebm.guides.losses import row_guide_loss
 

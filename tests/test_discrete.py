@@ -95,8 +95,8 @@ def plates(x):
 
 
 def rbm_table(p):
-    joint = (BITS @ p["b"])[:, None] + HIDDEN @ p["c"] + BITS @ p["W"] @ HIDDEN.T
-    return logsumexp(joint, axis=1).reshape(2, 2, 2)
+    row_model = (BITS @ p["b"])[:, None] + HIDDEN @ p["c"] + BITS @ p["W"] @ HIDDEN.T
+    return logsumexp(row_model, axis=1).reshape(2, 2, 2)
 
 
 def plates_table(p):

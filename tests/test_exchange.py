@@ -579,10 +579,10 @@ def hierarchy_moments():
     rows = 0.5 * NUM_UNITS * z - 0.5 * np.exp(z) * squares[:, None]  # (groups, z)
     prior = stats.norm(mu[:, None, None], tau[:, None]).logpdf(z)  # (mu, tau, z)
     log_z = logsumexp(prior[None] + rows[:, None, None], axis=-1)  # (groups, mu, tau)
-    joint = (
+    row_model = (
         log_z.sum(0) + stats.norm.logpdf(mu)[:, None] + stats.gamma(10, scale=1 / 20).logpdf(tau)
     )
-    weights = np.exp(joint - joint.max())
+    weights = np.exp(row_model - row_model.max())
     weights /= weights.sum()
     inside = np.exp(prior[None] + rows[:, None, None] - log_z[..., None])
     first, second = (np.einsum("mt,gmtz,z->g", weights, inside, z**power) for power in (1, 2))

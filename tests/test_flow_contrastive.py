@@ -16,7 +16,7 @@ from oracles import assert_unbiased, draws, jit
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.noise import Noise
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(4)
@@ -140,15 +140,15 @@ def test_the_gradient_of_the_energy_does_not_touch_the_flow():
     objective = ebm.FlowContrastive(function, 2)
     params = {"t": 1.3, "m": 0.4, "log_normalizer": 0.6, "loc": -0.3, "flow_scale": 1.6}
     params = jax.tree.map(jnp.asarray, params)
-    problem = objective.pose(KEY, params, gaussian, None, (data,), {})
+    problem = objective.prepare(KEY, params, gaussian, None, (data,), {})
     flow = {k: params.pop(k) for k in ("loc", "flow_scale")}
     with_flow = lambda p: objective.energy_loss(KEY, {**p, **flow}, problem)  # noqa: E731
     nce = ebm.NCE(dist.Normal(flow["loc"], flow["flow_scale"]), 2)
     plain = lambda p: nce.energy_loss(KEY, p, problem)  # noqa: E731
     assert_same(jit(jax.value_and_grad(with_flow))(params), jit(jax.value_and_grad(plain))(params))
     # And the flow's loss does not touch the energy.
-    (player,) = objective.players
-    of_energy = jit(jax.grad(lambda p: player.loss(KEY, p, flow, problem)))(params)
+    (network,) = objective.networks
+    of_energy = jit(jax.grad(lambda p: network.loss(KEY, p, flow, problem)))(params)
     assert_same(of_energy, jax.tree.map(jnp.zeros_like, of_energy))
 
 
@@ -237,7 +237,7 @@ def test_constraints_of_a_distribution_are_kept():
 def test_one_array_at_two_places_keeps_both_constraints():
     """``loc`` and ``scale`` are the same object; only the scale is positive."""
     one = jnp.ones(())
-    noise = Noise(dist.Normal(one, one), read(gaussian, (DATA,)), "flow", trainable=True)
+    noise = Noise(dist.Normal(one, one), read_model(gaussian, (DATA,)), "flow", trainable=True)
     found = noise.parameters(KEY)
     assert found["flow.loc"][1] is constraints.real
     assert found["flow.scale"][1] is constraints.positive
@@ -252,7 +252,7 @@ def test_names_and_constraints_of_nested_distributions():
         dist.MultivariateNormal(jnp.zeros((2, 2)), scale_tril=jnp.eye(2)),
     )
     args = (jnp.zeros((3, 2)),)
-    found = Noise({"v": mixture}, read(plane, args), "flow", trainable=True).parameters(KEY)
+    found = Noise({"v": mixture}, read_model(plane, args), "flow", trainable=True).parameters(KEY)
     kinds = {name: type(constraint) for name, (_, constraint) in found.items()}
     assert kinds == {
         "flow.v._mixing_distribution.probs": type(constraints.simplex),
@@ -302,8 +302,8 @@ def test_flowjax_draws_and_evaluates_with_parameters():
 
     flow = Transformed(Normal(jnp.zeros(2)), Affine(jnp.array([0.5, -0.8]), jnp.array([0.8, 1.3])))
     data = jnp.asarray(RNG.normal(size=(5, 2)), jnp.float32)
-    joint = read(plane, (data,))
-    noise = Noise(flow, joint, "flow", trainable=True)
+    row_model = read_model(plane, (data,))
+    noise = Noise(flow, row_model, "flow", trainable=True)
     params = {name: value for name, (value, _) in noise.parameters(KEY).items()}
     (loc,) = [k for k, x in params.items() if np.array_equal(x, np.array([0.5, -0.8], np.float32))]
     moved = {**params, loc: params[loc] + 1.0}
@@ -314,7 +314,7 @@ def test_flowjax_draws_and_evaluates_with_parameters():
     np.testing.assert_allclose(drawn, base + 1.0, rtol=1e-5, atol=1e-5)
     wrong = Transformed(Normal(jnp.zeros(3)), Affine(jnp.zeros(3), jnp.ones(3)))
     with pytest.raises(ModelError, match=r"flow has shape \(3,\).*'v' has event shape \(2,\)"):
-        Noise(wrong, joint, "flow", trainable=True).draw(KEY, {}, 1)
+        Noise(wrong, row_model, "flow", trainable=True).draw(KEY, {}, 1)
 
 
 @pytest.mark.slow

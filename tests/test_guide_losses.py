@@ -43,11 +43,11 @@ def loss_of(guide_loss, system, model_names, objective=None):
     own, _ = split(system, model_names)
 
     def loss(rng_key, guide_params, weights=None):
-        problem = objective.pose(
+        problem = objective.prepare(
             jax.random.key(0), {**own, **guide_params}, system.model, system.guide, (data,), {}
         )
         problem = problem._replace(
-            unconstrained=problem.joint.unconstrain_visible(), row_weights=weights
+            unconstrained=problem.row_model.unconstrain_visible(), row_weights=weights
         )
         return row_guide_loss(guide_loss, rng_key, own, guide_params, problem, system.guide)
 
@@ -328,7 +328,7 @@ def mixed_guide(data, *, num_hidden=3):
 )
 def test_the_default_goes_by_the_latents(system, expected):
     system = system()
-    problem = ebm.DenoisingScoreMatching(0.5, ebm.VaGES(2)).pose(
+    problem = ebm.DenoisingScoreMatching(0.5, ebm.VaGES(2)).prepare(
         jax.random.key(0),
         arrays(system.params),
         system.model,
@@ -414,7 +414,7 @@ def test_the_losses_of_model_and_guide_do_not_mix(kind):
     @jit
     def energy(rng_key):
         everything = {**own, **guide_params}
-        problem = objective.pose(jax.random.key(0), everything, *args)
+        problem = objective.prepare(jax.random.key(0), everything, *args)
         loss = lambda p: objective.energy_loss(rng_key, p, problem)  # noqa: E731
         return jax.value_and_grad(loss)(everything)
 
@@ -449,7 +449,7 @@ def test_every_run_of_the_guide_sees_the_noised_value():
     @jit
     def run():
         args = system.model, guide, (data,), {}
-        problem = objective.pose(jax.random.key(0), {**own, **A}, *args)
+        problem = objective.prepare(jax.random.key(0), {**own, **A}, *args)
         seen.clear()  # reading the guide is not using it
         objective.energy_loss(jax.random.key(1), {**own, **A}, problem)
         for guide_loss in (ebm.RelaxedELBO(), TraceGraph_ELBO()):
@@ -489,8 +489,8 @@ def test_subsampling_does_not_change_the_scale_of_the_guide_loss(name):
     objective = ebm.ScoreMatching(ebm.VaGES(3))
 
     def gradient(rng_key):
-        key_pose, key_loss = jax.random.split(rng_key)
-        problem = objective.pose(key_pose, {"W": W, "A": A}, model, guide, (data,), {})
+        key_prepare, key_loss = jax.random.split(rng_key)
+        problem = objective.prepare(key_prepare, {"W": W, "A": A}, model, guide, (data,), {})
         loss = lambda A: row_guide_loss(guide_loss, key_loss, {"W": W}, {"A": A}, problem, guide)  # noqa: E731
         return jax.grad(loss)(A)
 
@@ -544,7 +544,7 @@ def test_a_guide_may_use_parameters_of_the_model(guide_loss):
     gradients = []
     for q in (guide, own):
         start = {"d": jnp.full(3, 0.1)}
-        problem = objective.pose(jax.random.key(0), {**params, **start}, model, q, (data,), {})
+        problem = objective.prepare(jax.random.key(0), {**params, **start}, model, q, (data,), {})
         loss = lambda d: row_guide_loss(guide_loss, jax.random.key(1), params, d, problem, q)  # noqa: B023, E731
         gradients.append(jit(jax.grad(loss))(start)["d"])
     np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-12)

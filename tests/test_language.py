@@ -20,7 +20,7 @@ from numpyro.infer.util import log_density
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model import provenance
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 X = jnp.array([0.5, -1.0, 2.0])
 
@@ -296,8 +296,8 @@ def test_handlers_compose():
     np.testing.assert_allclose(trace["E"]["fn"].energy, 1.5 * 4 * X**2)
     trace = handlers.trace(handlers.condition(gaussian, {"v": X})).get_trace()
     assert trace["v"]["is_observed"]
-    joint = read(handlers.scope(gaussian, prefix="a"), (X,), {}, {})
-    assert list(joint.visible) == ["a/v"] and joint.energies == ["a/E"]
+    row_model = read_model(handlers.scope(gaussian, prefix="a"), (X,), {}, {})
+    assert list(row_model.visible) == ["a/v"] and row_model.energies == ["a/E"]
     assert ebm.energy("alone", 1.0) is None and ebm.visible("v", 3) == 3
 
 
@@ -311,10 +311,10 @@ def test_rows_are_free_of_the_subsampling_scale_but_keep_the_users():
             ebm.energy("E", 0.5 * v**2)
 
     expected = dist.Normal(0, 1).log_prob(X) - 0.5 * X**2
-    joint = read(subsampled, (X,))
-    np.testing.assert_allclose(joint.log_density({}, {}), expected, rtol=1e-6)
-    assert joint.num_rows == 3 and joint.total_rows == 30
-    scaled = read(handlers.scale(subsampled, scale=0.5), (X,))
+    row_model = read_model(subsampled, (X,))
+    np.testing.assert_allclose(row_model.log_density({}, {}), expected, rtol=1e-6)
+    assert row_model.num_rows == 3 and row_model.total_rows == 30
+    scaled = read_model(handlers.scale(subsampled, scale=0.5), (X,))
     np.testing.assert_allclose(scaled.log_density({}, {}), 0.5 * expected, rtol=1e-6)
 
 
@@ -333,13 +333,13 @@ def test_sites_of_every_shape_are_read():
 
     images, labels = jnp.ones((3, 2, 2)), jnp.array([0, 1, 2])
     covariates = jnp.arange(6.0).reshape(3, 2)
-    joint = read(model, (images, labels, covariates))
-    assert set(joint.visible) == {"a", "y"} and set(joint.latent) == {"z", "u"}
-    assert set(joint.parameters) == {"w", "prior"} and set(joint.priors) == {"prior"}
-    assert joint.latent["u"].dims == ("units", "data")
-    assert joint.visible["a"].dims == ("data", "a_dim_0", "a_dim_1")
+    row_model = read_model(model, (images, labels, covariates))
+    assert set(row_model.visible) == {"a", "y"} and set(row_model.latent) == {"z", "u"}
+    assert set(row_model.parameters) == {"w", "prior"} and set(row_model.priors) == {"prior"}
+    assert row_model.latent["u"].dims == ("units", "data")
+    assert row_model.visible["a"].dims == ("data", "a_dim_0", "a_dim_1")
     values = {"z": jnp.array([1.0, 2.0, 3.0]), "u": jnp.ones((4, 3))}
-    rows = joint.log_density({"w": jnp.ones(2), "prior": 2.0}, values)
+    rows = row_model.log_density({"w": jnp.ones(2), "prior": 2.0}, values)
     expected = -(4 * labels * 2.0 + values["z"] * covariates.sum(1) + 2 * values["z"])
     np.testing.assert_allclose(rows, expected, rtol=1e-6)
 
@@ -360,12 +360,12 @@ def test_the_log_jacobian_of_other_supports(support, base):
             ebm.energy("E", -base.log_prob(v))
 
     v = jnp.array([0.2, 0.5, 0.9])
-    joint = read(model, (v,))
-    u = joint.unconstrain_visible()
-    np.testing.assert_allclose(joint.constrain(u)[0]["v"], v, rtol=1e-5)
+    row_model = read_model(model, (v,))
+    u = row_model.unconstrain_visible()
+    np.testing.assert_allclose(row_model.constrain(u)[0]["v"], v, rtol=1e-5)
     transform = dist.biject_to(support)
     reference = dist.TransformedDistribution(base, transform.inv).log_prob(u["v"])
-    np.testing.assert_allclose(joint.unconstrained_log_density({}, u, {}), reference, rtol=1e-4)
+    np.testing.assert_allclose(row_model.unconstrained_log_density({}, u, {}), reference, rtol=1e-4)
 
 
 def test_networks_are_parameters():
@@ -387,9 +387,9 @@ def test_networks_are_parameters():
                 v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
                 ebm.energy("E", net(v)[:, 0])
 
-        joint = read(model, (jnp.ones((3, 2)),))
-        assert list(joint.parameters) == ["net$params"]
-        gradient = jax.grad(lambda p, j=joint: j.log_density(p, {}).sum())(joint.parameters)
+        row_model = read_model(model, (jnp.ones((3, 2)),))
+        assert list(row_model.parameters) == ["net$params"]
+        gradient = jax.grad(lambda p, j=row_model: j.log_density(p, {}).sum())(row_model.parameters)
         assert all(np.any(x != 0) for x in jax.tree.leaves(gradient))
 
 
@@ -399,7 +399,7 @@ def test_a_slice_of_a_joint_array_is_not_mistaken_for_the_data():
             v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=both[:, :2])
             ebm.energy("E", 0.5 * jnp.sum(v**2, -1) * both[:, 2])
 
-    assert read(model, (jnp.ones((4, 3)),)).num_rows == 4
+    assert read_model(model, (jnp.ones((4, 3)),)).num_rows == 4
 
 
 def test_covariates_of_the_shape_of_the_data_are_fine():
@@ -415,7 +415,7 @@ def test_covariates_of_the_shape_of_the_data_are_fine():
             numpyro.sample("h", dist.Bernoulli(logits=jnp.sum(v * x, -1)))
 
     args = (jnp.ones((4, 2)), 2 * jnp.ones((4, 2)))
-    provenance.check_guide(read(model, args), guide, {}, args, {})
+    provenance.check_guide(read_model(model, args), guide, {}, args, {})
 
 
 # Models that cannot be read, each with what to write instead
@@ -500,12 +500,12 @@ def wrong_rows(data):
 )
 def test_models_that_cannot_be_read(model, message):
     with pytest.raises(ebm.ModelError, match=message):
-        read(model, (X,))
+        read_model(model, (X,))
 
 
 def test_nan_in_the_data():
     with pytest.raises(ebm.ModelError, match="'v' contain NaN"):
-        read(gaussian, (X.at[0].set(jnp.nan),))
+        read_model(gaussian, (X.at[0].set(jnp.nan),))
 
 
 def latent_model(data):
@@ -532,9 +532,9 @@ def guide_of(logits):
     ],
 )
 def test_guides_must_see_the_visible_value(logits, message):
-    joint = read(latent_model, (X,))
+    row_model = read_model(latent_model, (X,))
     with pytest.raises(ebm.ModelError, match=message):
-        provenance.check_guide(joint, guide_of(logits), {}, (X,), {})
+        provenance.check_guide(row_model, guide_of(logits), {}, (X,), {})
 
 
 def test_a_blind_guide_is_allowed_under_importance_weights():
@@ -544,10 +544,10 @@ def test_a_blind_guide_is_allowed_under_importance_weights():
 
 
 def test_a_guide_must_draw_every_latent():
-    joint = read(latent_model, (X,))
-    guide = Guide(lambda data: ebm.visible("v", data), joint, (X,), {})
+    row_model = read_model(latent_model, (X,))
+    guide = Guide(lambda data: ebm.visible("v", data), row_model, (X,), {})
     with pytest.raises(ebm.ModelError, match="does not draw the latent site.*'h'"):
-        guide.check(guide.trace(jax.random.key(0), {}, joint.visible_values))
+        guide.check(guide.trace(jax.random.key(0), {}, row_model.visible_values))
 
 
 def test_numpyros_enumeration_of_event_units_says_what_to_write():
@@ -581,8 +581,8 @@ def test_tempering_multiplies_energies_and_nothing_else(outside):
     else:
         tempered = ebm.fixed(ebm.temper(model, 0.25), {"scale": 3.0})
     expected = -0.5 * v**2 - 0.5 * np.log(2 * np.pi) - 0.25 * (6 * v**4 + v)
-    joint = read(tempered, (jnp.asarray(v),), {})
-    np.testing.assert_allclose(joint.log_density({}, {}), expected, rtol=1e-5)
+    row_model = read_model(tempered, (jnp.asarray(v),), {})
+    np.testing.assert_allclose(row_model.log_density({}, {}), expected, rtol=1e-5)
     total, _ = numpyro.infer.util.log_density(tempered, (jnp.asarray(v),), {}, {})
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
     gradient = jax.jit(

@@ -160,9 +160,9 @@ def rows(member, num=400):
 def all_params(objective, model, reader, data, params):
     """The parameters with those of the objective's own, at their initial values."""
     key = jax.random.key(0)
-    problem = objective.pose(key, params, model, reader, (data,), {})
-    for player in objective.players:
-        params = {**params, **{k: v[0] for k, v in player.parameters(key, problem).items()}}
+    problem = objective.prepare(key, params, model, reader, (data,), {})
+    for network in objective.networks:
+        params = {**params, **{k: v[0] for k, v in network.parameters(key, problem).items()}}
     own = objective.own_parameters(key, params, problem)
     return {**params, **{k: v[0] for k, v in own.items()}}
 

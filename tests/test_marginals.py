@@ -27,7 +27,7 @@ from numpyro_ebm import marginals
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals import enumerated
 from numpyro_ebm.marginals.vages import cumulant_surrogate
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 def bound(marginal, system, rng_key, params, *, order=2, data=None):
     """A marginal at the data of a system: the estimate, and the point in rows."""
     data = jnp.asarray(system.data if data is None else data)
-    joint = read(system.model, (data,), {}, params)
-    guide = None if system.guide is None else Guide(system.guide, joint, (data,), {})
-    point = joint.unconstrain_visible()
-    return marginal.bind(rng_key, joint, guide, params, point, order=order), point
+    row_model = read_model(system.model, (data,), {}, params)
+    guide = None if system.guide is None else Guide(system.guide, row_model, (data,), {})
+    point = row_model.unconstrain_visible()
+    return marginal.bind(rng_key, row_model, guide, params, point, order=order), point
 
 
 def derivatives(log_density, params, u):
@@ -237,9 +237,9 @@ def test_enumerated_equals_brute_force(name):
 
     @jit
     def library(params, data):
-        joint = read(model, (data,), {}, params)
-        point = joint.unconstrain_visible()
-        estimate = ebm.Enumerated().bind(jax.random.key(0), joint, None, params, point, order=3)
+        row_model = read_model(model, (data,), {}, params)
+        point = row_model.unconstrain_visible()
+        estimate = ebm.Enumerated().bind(jax.random.key(0), row_model, None, params, point, order=3)
         shape = point["v"].shape
         log_density = lambda p, u: estimate.log_density(p, {"v": u.reshape(shape)})  # noqa: E731
         score = estimate.score(point)["v"].reshape(data.shape)
@@ -336,9 +336,9 @@ def event_in_a_plate(data):
     ],
 )
 def test_a_marginal_that_cannot_serve_says_what_to_use(marginal, model, data, message):
-    joint = read(model, (jnp.asarray(data),))
+    row_model = read_model(model, (jnp.asarray(data),))
     with pytest.raises(ebm.ModelError, match=message):
-        marginal.check(joint, None, 2)
+        marginal.check(row_model, None, 2)
 
 
 def test_vages_needs_two_particles_and_three_for_third_derivatives():
@@ -348,10 +348,10 @@ def test_vages_needs_two_particles_and_three_for_third_derivatives():
     with pytest.raises(ebm.ModelError, match="exclude each other"):
         ebm.VaGES(2, importance_weighted=True, refine=ebm.LangevinRefinement())
     system = oracles.grbm_system()
-    joint = read(system.model, (jnp.asarray(system.data),))
-    guide = Guide(system.guide, joint, (system.data,), {})
+    row_model = read_model(system.model, (jnp.asarray(system.data),))
+    guide = Guide(system.guide, row_model, (system.data,), {})
     with pytest.raises(ebm.ModelError, match=r"order 3.*num_particles=2.*VaGES\(num_particles=3\)"):
-        ebm.VaGES(2).check(joint, guide, 3)
+        ebm.VaGES(2).check(row_model, guide, 3)
 
 
 # VaGES with the exact posterior
@@ -478,7 +478,7 @@ class Given:
     def __init__(self, particles):
         self.particles = particles  # (L, hidden)
 
-    def __call__(self, rng_key, joint, params, visible, latent):
+    def __call__(self, rng_key, row_model, params, visible, latent):
         h = jnp.concatenate([self.particles, self.particles]).astype(latent["h"].dtype)
         return {"h": jnp.broadcast_to(h[:, None], latent["h"].shape)}
 
@@ -605,7 +605,9 @@ def test_one_particle_set_in_both_roles_would_be_biased():
     objective = ebm.DenoisingScoreMatching(sigma, ebm.VaGES(2), variance_reduction=False)
 
     def library(rng_key):
-        problem = objective.pose(jax.random.key(0), params, system.model, system.guide, (data,), {})
+        problem = objective.prepare(
+            jax.random.key(0), params, system.model, system.guide, (data,), {}
+        )
         problem = problem._replace(unconstrained={"v": point}, noise={"v": noise})
         return jax.value_and_grad(lambda p: objective.energy_loss(rng_key, p, problem))(params)
 
@@ -670,7 +672,7 @@ def lateral_bias(num_draws, settings):
 
         def gradient(rng_key, objective=objective):
             data = jnp.asarray(clean)
-            problem = objective.pose(jax.random.key(0), params, system.model, guide, (data,), {})
+            problem = objective.prepare(jax.random.key(0), params, system.model, guide, (data,), {})
             problem = problem._replace(
                 unconstrained={"v": jnp.asarray(point)}, noise={"v": jnp.asarray(noise)}
             )
@@ -735,12 +737,14 @@ def test_a_guide_over_all_latents_but_the_visible_plate_works_for_lateral_plates
                 numpyro.sample("h", dist.Bernoulli(logits=(v @ W).T))
 
     data = jnp.asarray(np.array([[0.3, -0.1]]))
-    joint = read(lateral_in_a_plate, (data,))
-    reader = Guide(guide, joint, (data,), {})
+    row_model = read_model(lateral_in_a_plate, (data,))
+    reader = Guide(guide, row_model, (data,), {})
 
     def score(rng_key):
-        estimate = ebm.VaGES(2).bind(rng_key, joint, reader, {}, joint.unconstrain_visible())
-        return estimate.score(joint.unconstrain_visible())
+        estimate = ebm.VaGES(2).bind(
+            rng_key, row_model, reader, {}, row_model.unconstrain_visible()
+        )
+        return estimate.score(row_model.unconstrain_visible())
 
     expected = W @ sigmoid(posterior) - data[0]
     assert_unbiased(draws(score, jax.random.key(0), 2_000), expected, "lateral plate")
@@ -852,15 +856,15 @@ def test_importance_weights_alone_excuse_a_guide_that_ignores_the_visible_sites(
     system = oracles.grbm_system(num_rows=2)
     params, data = jax.tree.map(jnp.asarray, system.params), jnp.asarray(system.data)
 
-    def pose(marginal):
+    def prepare(marginal):
         objective = ebm.DenoisingScoreMatching(0.3, marginal)
-        return objective.pose(jax.random.key(0), params, system.model, coin, (data,), {})
+        return objective.prepare(jax.random.key(0), params, system.model, coin, (data,), {})
 
     for marginal in (ebm.ImportanceBound(4), ebm.VaGES(2, importance_weighted=True)):
-        assert pose(marginal).marginal is marginal
+        assert prepare(marginal).marginal is marginal
     for marginal in (ebm.VaGES(2), ebm.Unrolled(1)):
         with pytest.raises(ebm.ModelError, match="ignores the visible sites"):
-            pose(marginal)
+            prepare(marginal)
 
 
 # The unrolled ratio
@@ -875,7 +879,7 @@ def with_noise(objective, system, names):
     params = jax.tree.map(jnp.asarray, system.params)
     own = {name: params[name] for name in names}
     data = jnp.asarray(system.data)
-    problem = objective.pose(jax.random.key(5), params, system.model, system.guide, (data,), {})
+    problem = objective.prepare(jax.random.key(5), params, system.model, system.guide, (data,), {})
     levels = jnp.full(len(data), objective.noise_scale)
     oracle = oracles.denoising(system, levels, problem.noise["v"])
     expected = jit(lambda: jax.value_and_grad(oracle)(own))()
@@ -1182,19 +1186,19 @@ def units_joint(num_hidden=3, **options):
     rng = np.random.default_rng(3)
     data, W = rng.normal(size=(4, 2)), jnp.asarray(rng.normal(size=(2, num_hidden)))
     model = partial(units, num_hidden=num_hidden, **options)
-    return read(model, (jnp.asarray(data),), {}, {"W": W}), data, W
+    return read_model(model, (jnp.asarray(data),), {}, {"W": W}), data, W
 
 
 @pytest.mark.parametrize("num_hidden", [3, 200])
 def test_units_that_do_not_interact_cost_one_gradient(num_hidden, x64):
     """Two hundred units have 2^200 states, and a closed form that the energy's operations show."""
-    joint, data, W = units_joint(num_hidden)
+    row_model, data, W = units_joint(num_hidden)
     marginal = ebm.Enumerated()
-    marginal.check(joint, None, 2)
-    assert enumerated.factorises(joint)
+    marginal.check(row_model, None, 2)
+    assert enumerated.factorises(row_model)
 
     def of(W, v):
-        return marginal.log_density(joint, {"W": W}, {"v": v})
+        return marginal.log_density(row_model, {"W": W}, {"v": v})
 
     def closed(W, v):
         return jnp.sum(jax.nn.softplus(v @ W), -1) - 0.5 * jnp.sum(v**2, -1)
@@ -1224,8 +1228,8 @@ def test_units_that_do_not_interact_cost_one_gradient(num_hidden, x64):
 )
 def test_other_units_are_enumerated(options, x64):
     """Anything else is summed state by state, and right as well."""
-    joint, data, W = units_joint(**options)
-    assert not enumerated.factorises(joint)
+    row_model, data, W = units_joint(**options)
+    assert not enumerated.factorises(row_model)
     num_values = 3 if isinstance(options.get("site"), ebm.Counting) else 2
     expected = -np.inf
     energy = options.get("energy", lambda field, h: jnp.sum(field * h, -1))
@@ -1236,7 +1240,7 @@ def test_other_units_are_enumerated(options, x64):
             base = np.sum(np.log([0.7, 0.3])[list(state)])
         expected = np.logaddexp(expected, energy(data @ np.asarray(W), h) + base)
     expected = expected - 0.5 * np.sum(data**2, -1)
-    found = ebm.Enumerated().log_density(joint, {"W": W}, {"v": jnp.asarray(data)})
+    found = ebm.Enumerated().log_density(row_model, {"W": W}, {"v": jnp.asarray(data)})
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
@@ -1245,7 +1249,7 @@ def test_many_rows_in_single_precision():
     system = oracles.grbm_system(num_rows=5_000)
     params = jax.tree.map(lambda x: jnp.asarray(x, "float32"), oracles.LATERAL)
     data = 3 * jnp.asarray(system.data, "float32")
-    joint = read(oracles.lateral, (data,), {}, params)
-    found = jax.jit(lambda p, v: ebm.Enumerated().log_density(joint, p, {"v": v}))(params, data)
+    row_model = read_model(oracles.lateral, (data,), {}, params)
+    found = jax.jit(lambda p, v: ebm.Enumerated().log_density(row_model, p, {"v": v}))(params, data)
     exact = jax.vmap(lambda v: jax.nn.logsumexp(oracles.lateral_log_joint(params, v)))(data)
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)

@@ -345,8 +345,8 @@ def test_a_subsampled_plate_counts_its_own_rows():
             ebm.energy("E", 0.5 * precision * v**2)
 
     objective, params = ebm.MaximumLikelihood(), {"precision": jnp.array(2.5)}
-    problem = objective.pose(KEY, params, model, None, (jnp.asarray(whole),), {})
-    rows = np.asarray(problem.joint.visible_values["v"])
+    problem = objective.prepare(KEY, params, model, None, (jnp.asarray(whole),), {})
+    rows = np.asarray(problem.row_model.visible_values["v"])
     assert rows.shape == (5,) and np.isin(rows, whole).all()
     expected = -np.mean(dist.Normal(0, 2.5**-0.5).log_prob(rows))
     loss = jit(lambda p: objective.energy_loss(KEY, p, problem))(params)
@@ -386,7 +386,7 @@ def reviewed(model, data, **params):
 
     @jit
     def statistics(params):
-        problem = objective.pose(KEY, params, model, None, (jnp.asarray(data),), {})
+        problem = objective.prepare(KEY, params, model, None, (jnp.asarray(data),), {})
         return objective.statistics(KEY, params, problem)
 
     objective.review(statistics(params))

@@ -22,7 +22,7 @@ from scipy.special import roots_genlaguerre
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import FarNoiseWarning, ModelError
 from numpyro_ebm.model.noise import Noise
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(4)
@@ -172,8 +172,8 @@ def test_value_and_gradient_are_unbiased(name, marginal):
     np.testing.assert_allclose(expected, fewer, atol=1e-3)  # the oracle is exact enough
 
     def one(rng_key):
-        key_pose, key_loss = jax.random.split(rng_key)
-        problem = objective.pose(key_pose, params, system.model, system.guide, (data,), {})
+        key_prepare, key_loss = jax.random.split(rng_key)
+        problem = objective.prepare(key_prepare, params, system.model, system.guide, (data,), {})
         loss = partial(objective.energy_loss, key_loss)
         return jax.value_and_grad(lambda p: loss(p, problem))(params)
 
@@ -258,7 +258,7 @@ def test_the_truth_is_a_stationary_point(name, marginal):
     @jit
     def gradients(params):
         def one(rng_key, data):
-            problem = objective.pose(KEY, params, system.model, system.guide, (data,), {})
+            problem = objective.prepare(KEY, params, system.model, system.guide, (data,), {})
             loss = lambda p: objective.energy_loss(rng_key, {**params, **p}, problem)  # noqa: E731
             return flat(jax.grad(loss)({name: params[name] for name in names}))
 
@@ -427,7 +427,7 @@ def test_overlap_is_one_where_noise_and_model_are_the_same(ratio):
 
     @jit
     def overlap(params):
-        problem = objective.pose(KEY, params, one_dimensional, None, (data,), {})
+        problem = objective.prepare(KEY, params, one_dimensional, None, (data,), {})
         return objective.overlap(KEY, params, problem)
 
     np.testing.assert_allclose(overlap(params), 1.0, rtol=1e-9)
@@ -505,17 +505,17 @@ def test_every_form_of_noise_over_two_sites(form):
     """A real and a discrete site; the mean is the formula, the density the same to the last bit."""
     params = arrays({"w": 0.7, "b": np.array([0.3, -0.4]), "log_normalizer": 1.1})
     args = (jnp.asarray(X), jnp.asarray(Y))
-    joint = read(two_sites, args)
-    points = joint.unconstrain_visible()
-    log_q = Noise(FORMS[form], joint).log_density({}, points)
-    reference = Noise(FORMS["dict"], joint).log_density({}, points)
+    row_model = read_model(two_sites, args)
+    points = row_model.unconstrain_visible()
+    log_q = Noise(FORMS[form], row_model).log_density({}, points)
+    reference = Noise(FORMS["dict"], row_model).log_density({}, points)
     np.testing.assert_array_equal(log_q, reference)
     by_hand = log_normal(X[:, None], 0.4, 1.6) + Y @ np.log(PROBS) + (1 - Y) @ np.log1p(-PROBS)
     np.testing.assert_allclose(log_q, by_hand, rtol=1e-12)
     objective = ebm.NCE(FORMS[form], 2)
 
     def loss(rng_key, form=form):
-        problem = objective.pose(KEY, params, two_sites, None, args, {})
+        problem = objective.prepare(KEY, params, two_sites, None, args, {})
         return jax.value_and_grad(lambda p: objective.energy_loss(rng_key, p, problem))(params)
 
     expected = jit(value_and_gradient(lambda p: two_sites_nce(p, 2)))(params)
@@ -525,10 +525,10 @@ def test_every_form_of_noise_over_two_sites(form):
 @pytest.mark.usefixtures("x64")
 def test_a_noise_function_is_called_with_the_models_arguments():
     args, kwargs = (jnp.asarray(X), jnp.asarray(Y)), {"shift": 0.5}
-    joint = read(two_sites, args, kwargs)
-    log_q = Noise(models_arguments, joint).log_density({}, joint.unconstrain_visible())
+    row_model = read_model(two_sites, args, kwargs)
+    log_q = Noise(models_arguments, row_model).log_density({}, row_model.unconstrain_visible())
     moved = {"x": dist.Normal(0.9, 1.6), "y": noise_y()}
-    expected = Noise(moved, joint).log_density({}, joint.unconstrain_visible())
+    expected = Noise(moved, row_model).log_density({}, row_model.unconstrain_visible())
     np.testing.assert_array_equal(log_q, expected)
 
 
@@ -548,9 +548,9 @@ def test_one_site_in_every_form(form):
         "plate": plate,
     }
     system = oracles.gaussian_system()
-    joint = read(system.model, (jnp.asarray(system.data),))
-    noise, reference = Noise(forms[form], joint), Noise(noise_of(2), joint)
-    points = joint.unconstrain_visible()
+    row_model = read_model(system.model, (jnp.asarray(system.data),))
+    noise, reference = Noise(forms[form], row_model), Noise(noise_of(2), row_model)
+    points = row_model.unconstrain_visible()
     np.testing.assert_array_equal(noise.log_density({}, points), reference.log_density({}, points))
     drawn = noise.draw(KEY, {}, 3_000)["v"]
     assert drawn.shape == (3_000, 4, 2)
@@ -826,9 +826,9 @@ def test_noise_on_another_support(site, values, noise):
 )
 def test_noise_on_the_same_support_under_another_name(site, values, noise):
     model, data, params = of_site(site, values)
-    joint = read(model, (data,), {}, params)
-    noise = Noise(noise, joint)
-    assert np.all(np.isfinite(noise.log_density({}, joint.unconstrain_visible())))
+    row_model = read_model(model, (data,), {}, params)
+    noise = Noise(noise, row_model)
+    assert np.all(np.isfinite(noise.log_density({}, row_model.unconstrain_visible())))
     assert np.all(np.isfinite(noise.draw(KEY, {}, 20)["v"]))
 
 

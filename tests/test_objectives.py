@@ -190,7 +190,7 @@ def arrays(params):
 
 
 def posed(objective, system, data, params):
-    return objective.pose(jax.random.key(5), params, system.model, system.guide, (data,), {})
+    return objective.prepare(jax.random.key(5), params, system.model, system.guide, (data,), {})
 
 
 def noise_of(objective, problem):
@@ -199,7 +199,7 @@ def noise_of(objective, problem):
     if isinstance(noise, tuple):
         levels, noise = noise
     else:
-        levels = jnp.full(problem.joint.num_rows, objective.noise_scale)
+        levels = jnp.full(problem.row_model.num_rows, objective.noise_scale)
     (noise,) = noise.values()
     return levels, noise
 
@@ -630,7 +630,7 @@ def test_noise_is_standard_normal_and_of_the_right_scale():
     data, params = jnp.asarray(system.data), arrays(system.params)
 
     def moments(rng_key):
-        problem = objective.pose(rng_key, params, system.model, None, (data,), {})
+        problem = objective.prepare(rng_key, params, system.model, None, (data,), {})
         e = (problem.unconstrained["v"] - data).reshape(-1) / SIGMA
         return e, jnp.outer(e, e), e**3
 
@@ -741,7 +741,7 @@ def test_several_visible_sites(name):
 
     @jit
     def both(params, arguments):
-        problem = objective.pose(jax.random.key(0), params, several_sites, None, arguments, {})
+        problem = objective.prepare(jax.random.key(0), params, several_sites, None, arguments, {})
         loss = lambda p: objective.energy_loss(jax.random.key(1), p, problem)  # noqa: E731
         formula = law.expected(system) if law.at is None else None
         if formula is None:
@@ -793,7 +793,7 @@ REALS = np.array([0.5, -0.3])
 )
 def test_the_marginal_is_chosen_by_the_latents(latent, marginal):
     model = with_site(ebm.Lebesgue(), latent)
-    problem = ebm.ScoreMatching().pose(
+    problem = ebm.ScoreMatching().prepare(
         jax.random.key(0), {}, model, None, (jnp.asarray(REALS),), {}
     )
     assert type(problem.marginal) is marginal

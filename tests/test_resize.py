@@ -11,7 +11,7 @@ from jax.scipy.special import logsumexp
 
 import numpyro_ebm as ebm
 from numpyro_ebm.model.resize import with_rows
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.models import grbm
 
 KEY = jax.random.key(0)
@@ -67,25 +67,25 @@ OTHER = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_rows_have_the_density_they_had(name):
-    joint = read(declared(SAME[name]), (DATA,))
-    other = with_rows(joint, 7)
+    row_model = read_model(declared(SAME[name]), (DATA,))
+    other = with_rows(row_model, 7)
     assert (other.num_rows, other.total_rows) == (7, 7)
     rows = jax.random.normal(jax.random.key(1), (7, 2))
     params = {"scale": jnp.array(0.7)}
-    expected = [joint.log_density(params, {"v": rows[i : i + 4]}) for i in (0, 3)]
+    expected = [row_model.log_density(params, {"v": rows[i : i + 4]}) for i in (0, 3)]
     expected = np.concatenate([expected[0], expected[1][1:]])
     np.testing.assert_allclose(other.log_density(params, {"v": rows}), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_energies_that_depend_on_the_number_of_rows_keep_theirs(name):
-    assert with_rows(read(declared(OTHER[name]), (DATA,)), 7) is None
+    assert with_rows(read_model(declared(OTHER[name]), (DATA,)), 7) is None
 
 
 def test_rows_that_are_no_argument_stay():
-    joint = read(declared(network, data=DATA), (None,))
-    assert with_rows(joint, 7) is None
-    assert with_rows(joint, 4) is joint
+    row_model = read_model(declared(network, data=DATA), (None,))
+    assert with_rows(row_model, 7) is None
+    assert with_rows(row_model, 4) is row_model
 
 
 def test_an_argument_that_is_as_long_as_the_data_is_not_taken_for_rows():
@@ -95,13 +95,13 @@ def test_an_argument_that_is_as_long_as_the_data_is_not_taken_for_rows():
             ebm.energy("E", jnp.sum((v @ weights.T) ** 2, -1))
 
     weights = jax.random.normal(jax.random.key(2), (4, 2))
-    joint = read(model, (DATA, weights))
+    row_model = read_model(model, (DATA, weights))
     # It is: an argument with a number for every row may be one that the energy reads row by row.
-    assert joint.covariates and with_rows(joint, 7) is None
+    assert row_model.covariates and with_rows(row_model, 7) is None
 
 
 def test_latent_sites_are_resized_along():
-    other = with_rows(read(grbm, (DATA,)), 9)
+    other = with_rows(read_model(grbm, (DATA,)), 9)
     assert {name: site.value.shape for name, site in other.sites.items()} == {
         "v": (9, 2),
         "h": (9, 4),

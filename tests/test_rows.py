@@ -17,7 +17,7 @@ from jax import lax
 
 import numpyro_ebm as ebm
 from numpyro_ebm.model import coupled_rows as rows
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.program.row_axes import MIXED, row_axes
 
 ROWS, WIDTH = 5, 4
@@ -182,7 +182,7 @@ def model_of(energy, fn=None, size=None):
 
 def see(model, data=V):
     """What every objective does first."""
-    return read(model, (jnp.asarray(data),)).num_rows
+    return read_model(model, (jnp.asarray(data),)).num_rows
 
 
 @pytest.mark.parametrize("name", [x for x in COUPLED if x != "sum"])
@@ -208,9 +208,9 @@ def test_many_rows_are_looked_at_by_few(monkeypatch):
     seen = []
     terms = rows._terms
 
-    def recorded(joint, params, values):
-        seen.append(joint.num_rows)
-        return terms(joint, params, values)
+    def recorded(row_model, params, values):
+        seen.append(row_model.num_rows)
+        return terms(row_model, params, values)
 
     monkeypatch.setattr(rows, "_terms", recorded)
 
@@ -304,7 +304,7 @@ def test_supports_are_kept_where_the_data_are_traced(name, num_rows):
 
     @partial(jax.jit, static_argnums=2)
     def seen(data, x, couple):
-        return read(model, (data, x, couple)).num_rows
+        return read_model(model, (data, x, couple)).num_rows
 
     assert seen(data, jnp.zeros(2), 0.0) == num_rows
     with pytest.raises(ebm.ModelError, match="depends on other rows"):

@@ -14,7 +14,7 @@ from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs, init_to_value
 
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.per_row import per_row
 
@@ -402,12 +402,12 @@ def shifted(data):
 @pytest.mark.parametrize("adjusted", [False, True])
 def test_refinement_moves_particles_to_the_posterior(adjusted):
     v = jnp.array([0.5, -1.0])
-    joint = read(linear, (v,), {}, {"w": 1.0})
-    guide = Guide(shifted, joint, (v,), {})
+    row_model = read_model(linear, (v,), {}, {"w": 1.0})
+    guide = Guide(shifted, row_model, (v,), {})
     means = []
     for refine in (None, ebm.LangevinRefinement(60, 0.05, adjusted=adjusted)):
         marginal = ebm.VaGES(2_000, refine=refine)
-        estimate = marginal.bind(jax.random.key(0), joint, guide, {"w": 1.0}, {"v": v}, order=1)
+        estimate = marginal.bind(jax.random.key(0), row_model, guide, {"w": 1.0}, {"v": v}, order=1)
         means.append(estimate.score({"v": v})["v"] + v / 2)  # exact score: -v / 2
     assert jnp.all(jnp.abs(means[0]) > 0.9)
     assert jnp.all(jnp.abs(means[1]) < 0.07)
@@ -449,9 +449,9 @@ def test_arviz_gets_energies_and_no_likelihood(grbm):
     np.testing.assert_allclose(stats["lp"].values, -energy, rtol=1e-4)
     assert "v[0, 0]" in az.summary(idata).index
 
-    joint = ebm.sample(jax.random.key(0), fixed, 30)
-    idata = ebm.to_arviz(joint, fixed)
-    v, h = np.asarray(joint["v"])[:, 0], np.asarray(joint["h"])[:, 0]
+    row_model = ebm.sample(jax.random.key(0), fixed, 30)
+    idata = ebm.to_arviz(row_model, fixed)
+    v, h = np.asarray(row_model["v"])[:, 0], np.asarray(row_model["h"])[:, 0]
     expected = -grbm.oracle.log_joint(v, h)
     np.testing.assert_allclose(idata["sample_stats"]["energy"].values[0], expected, rtol=1e-4)
     assert idata["posterior"]["h"].dims == ("chain", "draw", "data", "h_dim_0")

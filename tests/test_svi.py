@@ -15,7 +15,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.shuffle import shuffled
@@ -69,8 +69,8 @@ def test_resuming_equals_one_long_run_bit_for_bit(long_run):
 def test_run_equals_a_loop_of_updates(long_run):
     svi, whole = long_run
     state = svi.init(jax.random.key(0), DATA)
-    joint = read(grbm, (DATA,), {}, svi.get_params(state))
-    minibatches = Minibatches.of(joint, (DATA,), {}, 300)
+    row_model = read_model(grbm, (DATA,), {}, svi.get_params(state))
+    minibatches = Minibatches.of(row_model, (DATA,), {}, 300)
     rows = minibatches.indices(state.rng_key, 0, 70)
     update = jax.jit(svi.update)
     losses = []
@@ -179,8 +179,8 @@ def test_the_guide_follows_the_posterior():
 @pytest.mark.parametrize("num_rows, batch_size", [(10, 3), (300, 100), (1_000, 64), (1_000, 999)])
 def test_minibatches_shuffle_without_replacement(num_rows, batch_size):
     data = jnp.arange(num_rows, dtype=float)
-    joint = read(gaussian, (data,), {}, {})
-    minibatches = Minibatches.of(joint, (data,), {}, batch_size)
+    row_model = read_model(gaussian, (data,), {}, {})
+    minibatches = Minibatches.of(row_model, (data,), {}, batch_size)
     key = jax.random.key(3)
     per_epoch = num_rows // batch_size
     rows = np.asarray(minibatches.indices(key, 0, 4 * per_epoch)).reshape(4, -1)

@@ -24,7 +24,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 import numpyro_ebm as ebm
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.round import THETA_STREAM
 
@@ -129,8 +129,8 @@ def test_a_prior_is_weighed_once_against_all_rows_whatever_the_batch():
     still = dict(init_params=init, num_steps=12, optim=optax.sgd(0.0))
     svi, fit = train(gaussian, batch_size=10, **still)
     np.testing.assert_allclose(fit.losses.reshape(3, 4).mean(1), whole, rtol=1e-5)
-    joint = read(gaussian, (DATA,), {}, init)
-    minibatches = Minibatches.of(joint, (DATA,), {}, 10)
+    row_model = read_model(gaussian, (DATA,), {}, init)
+    minibatches = Minibatches.of(row_model, (DATA,), {}, 10)
     rows = jax.jit(lambda key: minibatches.indices(key, 0, 12))(fit.state.rng_key)
     expected = penalised_score_matching(3.0, np.mean(DATA[rows] ** 2, 1))
     np.testing.assert_allclose(fit.losses, expected, rtol=1e-5)

@@ -86,38 +86,40 @@ def energy_gap(
     >>> gap.difference > 5 * gap.standard_error  # zeros are no draws of this model
     True
     """
-    joint = read_rows("energy_gap", model, data, args, kwargs)
+    row_model = read_rows("energy_gap", model, data, args, kwargs)
     if guide is not None and marginal is None:
         raise ModelError(
             "energy_gap: a guide is of use with a marginal that has values: pass "
             "`marginal=ImportanceBound(num_particles)` beside it."
         )
-    values, is_paired = _sample_rows(joint, samples)
-    marginal, reader, params = pick_marginal("energy_gap", joint, marginal, guide, guide_params)
+    values, is_paired = _sample_rows(row_model, samples)
+    marginal, reader, params = pick_marginal("energy_gap", row_model, marginal, guide, guide_params)
     if marginal.value is None:
         raise ModelError(
             f"energy_gap compares values of log p̃(v), and {type(marginal).__name__} estimates "
             "derivatives only. Use `ImportanceBound(num_particles)` with a guide."
         )
-    if joint.covariates and not is_paired:
+    if row_model.covariates and not is_paired:
         raise ModelError(
             "energy_gap: the energy reads an argument that differs from row to row, so samples "
-            f"must be of the {joint.num_rows} rows of the data: "
+            f"must be of the {row_model.num_rows} rows of the data: "
             "`numpyro_ebm.sample(rng_key, model, num_samples, None, *args)`."
         )
 
     def energies(key_and_rows):
         rng_key, rows = key_and_rows
-        point = {k: joint.sites[k].transform.inv(x) for k, x in joint.from_rows(rows).items()}
-        estimate = marginal.bind(rng_key, joint, reader, params, point, order=1)
-        _, log_det = joint.constrain(point)  # energies are those of v itself
+        point = {
+            k: row_model.sites[k].transform.inv(x) for k, x in row_model.from_rows(rows).items()
+        }
+        estimate = marginal.bind(rng_key, row_model, reader, params, point, order=1)
+        _, log_det = row_model.constrain(point)  # energies are those of v itself
         return log_det - estimate.log_density(params, point)
 
     @jax.jit
     def run():
         key_data, key_samples = jax.random.split(rng_key)
-        observed = joint.to_rows(joint.visible_values)
-        groups = _grouped(values, joint.num_rows)
+        observed = row_model.to_rows(row_model.visible_values)
+        groups = _grouped(values, row_model.num_rows)
         keys = jax.random.split(key_samples, len(next(iter(groups.values()))))
         return energies((key_data, observed)), map_leading(energies, (keys, groups))
 
@@ -141,25 +143,25 @@ def energy_gap(
     )
 
 
-def _sample_rows(joint, samples):
+def _sample_rows(row_model, samples):
     """Visible values of all samples, (samples, ...), and whether they come by the data's rows."""
     if not isinstance(samples, dict):
-        if len(joint.visible) > 1:
+        if len(row_model.visible) > 1:
             raise ModelError(
-                f"energy_gap: the model has the visible sites {sorted(joint.visible)}; give "
+                f"energy_gap: the model has the visible sites {sorted(row_model.visible)}; give "
                 "`samples` as a dict of their draws."
             )
-        (name,) = joint.visible
-        one = jnp.shape(joint.to_rows({name: joint.visible[name].value})[name])[1:]
+        (name,) = row_model.visible
+        one = jnp.shape(row_model.to_rows({name: row_model.visible[name].value})[name])[1:]
         samples = jnp.asarray(samples)
         if jnp.shape(samples)[1:] == one:  # without an axis of rows
             return {name: samples}, False
         samples = {name: samples}
     values, is_paired = {}, True
-    for name, site in joint.visible.items():
+    for name, site in row_model.visible.items():
         if name not in samples:
             raise ModelError(f"energy_gap: the samples lack the visible site '{name}'.")
-        shape, axis = jnp.shape(site.value), joint.row_axis(name, site.value)
+        shape, axis = jnp.shape(site.value), row_model.row_axis(name, site.value)
         found = jnp.shape(samples[name])
         if len(found) != len(shape) + 1 or any(
             found[1 + i] != n for i, n in enumerate(shape) if i != axis
@@ -169,7 +171,7 @@ def _sample_rows(joint, samples):
                 f"{str(shape)[1:-1].rstrip(',')}), with any number of rows."
             )
         x = jnp.moveaxis(jnp.asarray(samples[name]), 1 + axis, 1)
-        is_paired = is_paired and x.shape[1] == joint.num_rows
+        is_paired = is_paired and x.shape[1] == row_model.num_rows
         values[name] = jnp.reshape(x, (-1, *x.shape[2:]))
     return values, is_paired
 

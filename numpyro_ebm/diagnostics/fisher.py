@@ -18,7 +18,7 @@ import optax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import choose
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.svi.energy_svi import EnergySVI
 
@@ -122,14 +122,14 @@ def fisher_divergence(
         )
     if num_steps < 1 or num_looks < 1:
         raise ModelError("fisher_divergence: `num_steps` and `num_looks` must be positive.")
-    joint = read(model, (data,), kwargs)
-    if joint.parameters:
+    row_model = read_model(model, (data,), kwargs)
+    if row_model.parameters:
         raise ModelError(
-            f"fisher_divergence: the model has the free parameter(s) {sorted(joint.parameters)}. "
-            "Hold them fixed: `numpyro_ebm.fixed(model, params)`."
+            f"fisher_divergence: the model has the free parameter(s) "
+            f"{sorted(row_model.parameters)}. Hold them fixed: `numpyro_ebm.fixed(model, params)`."
         )
     key_split, key_run, key_look = jax.random.split(rng_key, 3)
-    num_rows = joint.num_rows
+    num_rows = row_model.num_rows
     num_test, num_validation = (max(2, int(share * num_rows)) for share in (parts[1], parts[0]))
     if num_rows < num_test + num_validation + 2:
         raise ModelError(f"fisher_divergence: {num_rows} rows are too few to be split in three.")
@@ -145,7 +145,7 @@ def fisher_divergence(
     guide_optim = optim if guide_optim is None else guide_optim
     objective = FisherDivergence(critic, marginal, residual=residual, critic_optim=optim)
     objective.order = 2  # there is no parameter to take a third derivative in
-    uses_guide = (choose(joint) if marginal is None else marginal).needs_guide
+    uses_guide = (choose(row_model) if marginal is None else marginal).needs_guide
     svi = EnergySVI(
         model,
         guide if uses_guide else None,
@@ -160,8 +160,8 @@ def fisher_divergence(
     @jax.jit
     def terms(rng_key, params, data):
         def one(rng_key):
-            key_pose, key_rows = jax.random.split(rng_key)
-            problem = objective.pose(key_pose, params, model, svi.guide, (data,), kwargs)
+            key_prepare, key_rows = jax.random.split(rng_key)
+            problem = objective.prepare(key_prepare, params, model, svi.guide, (data,), kwargs)
             return objective.terms(key_rows, params, problem)
 
         per_probe = jax.lax.map(one, jax.random.split(rng_key, PROBES))

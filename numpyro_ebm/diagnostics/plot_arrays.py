@@ -55,14 +55,16 @@ def log_density_on_grid(
     :param rng_key: key of the guide's particles.
     """
     points = np.stack(np.meshgrid(*grid), -1).reshape(-1, 2)
-    joint = read_rows(who, model, jnp.asarray(points, float), args, kwargs)
-    shapes = {k: jnp.shape(joint.to_rows({k: s.value})[k])[1:] for k, s in joint.visible.items()}
-    if list(shapes.values()) != [(2,)] or any(s.is_discrete for s in joint.visible.values()):
+    row_model = read_rows(who, model, jnp.asarray(points, float), args, kwargs)
+    shapes = {
+        k: jnp.shape(row_model.to_rows({k: s.value})[k])[1:] for k, s in row_model.visible.items()
+    }
+    if list(shapes.values()) != [(2,)] or any(s.is_discrete for s in row_model.visible.values()):
         raise ModelError(
             f"{who}: draws models with one visible site of two real coordinates, and this one has "
             f"{shapes}."
         )
-    marginal, reader, params = pick_marginal(who, joint, marginal, guide, guide_params)
+    marginal, reader, params = pick_marginal(who, row_model, marginal, guide, guide_params)
     if marginal.value is None:
         raise ModelError(
             f"{who}: needs values of log p̃(v), and {type(marginal).__name__} estimates derivatives "
@@ -73,10 +75,10 @@ def log_density_on_grid(
 
     @jax.jit
     def log_density():
-        u = joint.unconstrain_visible()
+        u = row_model.unconstrain_visible()
         key = jax.random.key(0) if rng_key is None else rng_key
-        estimate = marginal.bind(key, joint, reader, params, u, order=1)
-        _, log_det = joint.constrain(u)
+        estimate = marginal.bind(key, row_model, reader, params, u, order=1)
+        _, log_det = row_model.constrain(u)
         return estimate.log_density(params, u) - log_det
 
     log_p = np.asarray(log_density(), float).reshape(len(grid.y), len(grid.x))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals.base import Marginal, choose
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 __all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]
 
@@ -25,23 +25,23 @@ def read_rows(who, model, data, args, kwargs):
     """
     if data is None:
         raise ModelError(f"{who}: `data` is None. Pass the rows, the model's first argument.")
-    joint = read(model, (data, *args), kwargs)
-    if joint.parameters:
+    row_model = read_model(model, (data, *args), kwargs)
+    if row_model.parameters:
         raise ModelError(
-            f"{who}: the model has the free parameter(s) {sorted(joint.parameters)}. Hold them "
+            f"{who}: the model has the free parameter(s) {sorted(row_model.parameters)}. Hold them "
             "fixed: `numpyro_ebm.fixed(model, params)`."
         )
-    if not joint.visible:
+    if not row_model.visible:
         raise ModelError(
             f"{who}: the model observes nothing. Give its first argument, the data, as `obs=` to "
             "the visible sites."
         )
-    return joint
+    return row_model
 
 
-def read_guide(who, guide, joint, params):
+def read_guide(who, guide, row_model, params):
     """Read a guide beside its model; every latent site and every parameter must be there."""
-    reader = Guide(guide, joint, joint.args, joint.kwargs)
+    reader = Guide(guide, row_model, row_model.args, row_model.kwargs)
     params = {} if params is None else params
     if not isinstance(params, dict):
         raise ModelError(
@@ -58,23 +58,23 @@ def read_guide(who, guide, joint, params):
     return reader
 
 
-def pick_marginal(who, joint, marginal, guide, guide_params):
+def pick_marginal(who, row_model, marginal, guide, guide_params):
     """The marginal to integrate the latent sites out with, and the guide it draws from.
 
     :return: a :class:`~numpyro_ebm.marginals.Marginal`, a :class:`~numpyro_ebm.guides.guide.Guide`
         or ``None``, and a dict of its parameters.
     """
     if marginal is None:
-        marginal = choose(joint)
+        marginal = choose(row_model)
     elif not isinstance(marginal, Marginal):
         raise ModelError(
             f"{who}: `marginal` must be a marginal such as `VaGES()` or `Enumerated()`, got "
             f"{marginal!r}."
         )
     reader = None
-    if guide is not None and joint.latent:
-        reader = read_guide(who, guide, joint, guide_params)
-    marginal.check(joint, reader, 1)
+    if guide is not None and row_model.latent:
+        reader = read_guide(who, guide, row_model, guide_params)
+    marginal.check(row_model, reader, 1)
     return marginal, reader, {} if guide_params is None else guide_params
 
 

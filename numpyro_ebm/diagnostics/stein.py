@@ -119,20 +119,20 @@ def stein_test(
     [True, False]
     """
     _check_options(kernel, bandwidth, num_bootstrap, flip_probability)
-    joint = read_rows("stein_test", model, data, args, kwargs)
-    _check_sites(joint)
+    row_model = read_rows("stein_test", model, data, args, kwargs)
+    _check_sites(row_model)
     key_particles, key_signs = jax.random.split(rng_key)
     if draws is None:
-        score = _score(key_particles, joint, marginal, guide, guide_params)
+        score = _score(key_particles, row_model, marginal, guide, guide_params)
     else:
         if marginal is not None or guide is not None:
             raise ModelError("stein_test: `draws` take the place of `marginal` and `guide`.")
-        score = _score_of_draws(joint, draws)
+        score = _score_of_draws(row_model, draws)
 
     @jax.jit
     def run():
-        point = joint.unconstrain_visible()
-        points, scores = joint.flatten(point), joint.flatten(score(point))
+        point = row_model.unconstrain_visible()
+        points, scores = row_model.flatten(point), row_model.flatten(score(point))
         length = _bandwidth(points) if bandwidth == "median" else jnp.asarray(bandwidth, float)
         pairs = _stein_kernel(points, scores, KERNELS[kernel], length)
         rows = len(points)
@@ -144,7 +144,7 @@ def stein_test(
         return SteinTest(statistic, p_value, null, by_row, length), scores
 
     result, scores = run()
-    _check_result(joint, result, scores)
+    _check_result(row_model, result, scores)
     return result
 
 
@@ -181,12 +181,14 @@ def _signs(rng_key, num_bootstrap, rows, flip_probability, dtype):
     return jnp.concatenate([first, first * later], 1)
 
 
-def _score(rng_key, joint, marginal, guide, guide_params):
+def _score(rng_key, row_model, marginal, guide, guide_params):
     """The score as the marginal has it."""
     if marginal is None and guide is not None:
         marginal = VaGES(num_particles=10)
     try:
-        marginal, guide, params = pick_marginal("stein_test", joint, marginal, guide, guide_params)
+        marginal, guide, params = pick_marginal(
+            "stein_test", row_model, marginal, guide, guide_params
+        )
     except ModelError as error:
         if marginal is not None:
             raise
@@ -195,16 +197,16 @@ def _score(rng_key, joint, marginal, guide, guide_params):
             "numpyro_ebm.sample(rng_key, model, 20, data)`, or a `guide` with its `guide_params`. "
             f"({error})"
         ) from None
-    point = joint.unconstrain_visible()
-    return marginal.bind(rng_key, joint, guide, params, point, order=1).score
+    point = row_model.unconstrain_visible()
+    return marginal.bind(rng_key, row_model, guide, params, point, order=1).score
 
 
-def _score_of_draws(joint, draws):
+def _score_of_draws(row_model, draws):
     """The score as a mean over given draws of the latent sites."""
     latent = {}
-    if not joint.latent:
+    if not row_model.latent:
         raise ModelError("stein_test: `draws` are for latent sites, and the model has none.")
-    for name, site in joint.latent.items():
+    for name, site in row_model.latent.items():
         shape = jnp.shape(site.value)
         if name not in draws or jnp.shape(draws[name])[1:] != shape:
             found = jnp.shape(draws[name]) if name in draws else "nothing"
@@ -217,7 +219,7 @@ def _score_of_draws(joint, draws):
 
     def score(unconstrained):
         def of_draw(h):
-            total = lambda u: jnp.sum(joint.unconstrained_log_density({}, u, h))  # noqa: E731
+            total = lambda u: jnp.sum(row_model.unconstrained_log_density({}, u, h))  # noqa: E731
             return jax.grad(total)(unconstrained)
 
         return jax.tree.map(lambda x: stop_gradient(jnp.mean(x, 0)), map_leading(of_draw, latent))
@@ -243,30 +245,30 @@ def _check_options(kernel, bandwidth, num_bootstrap, flip_probability):
         )
 
 
-def _check_sites(joint):
-    for site in joint.visible.values():
+def _check_sites(row_model):
+    for site in row_model.visible.values():
         if site.is_discrete:
             raise ModelError(
                 "stein_test takes derivatives in the visible values, and the visible site "
                 f"'{site.name}' is discrete. Compare draws of the model with the data instead, "
                 "for instance by `numpyro_ebm.energy_gap`."
             )
-    if joint.covariates:
+    if row_model.covariates:
         raise ModelError(
             "stein_test compares rows as draws of one density, and the energy reads an argument "
             "besides the visible values which differs from row to row."
         )
-    if joint.num_rows < 2:
+    if row_model.num_rows < 2:
         raise ModelError("stein_test compares rows, and there is only one.")
 
 
-def _check_result(joint, result, scores):
+def _check_result(row_model, result, scores):
     if not not_jax_tracer(scores):
         return
     bad = np.flatnonzero(~np.all(np.isfinite(np.asarray(scores)), 1))
     if len(bad):
         raise ModelError(
-            f"stein_test: the score is not finite at {len(bad)} of {joint.num_rows} rows, the "
+            f"stein_test: the score is not finite at {len(bad)} of {row_model.num_rows} rows, the "
             f"first of them row {bad[0]}: is the energy finite and smooth there?"
         )
     if not result.bandwidth > 0:

@@ -13,16 +13,16 @@ __all__ = ["Guide"]
 
 
 class Guide:
-    """A NumPyro guide q(h | v) read as arrays, beside the joint of its model.
+    """A NumPyro guide q(h | v) read as arrays, beside its row model.
 
     :param guide: the guide.
-    :param Joint joint: the model it belongs to.
+    :param RowModel row_model: the model it belongs to.
     :param tuple args: arguments of the guide.
     :param dict kwargs: keyword arguments of the guide.
     """
 
-    def __init__(self, guide, joint, args, kwargs):
-        self._guide, self._joint, self._args, self._kwargs = guide, joint, args, kwargs
+    def __init__(self, guide, row_model, args, kwargs):
+        self._guide, self._joint, self._args, self._kwargs = guide, row_model, args, kwargs
 
     @property
     def function(self):
@@ -77,14 +77,14 @@ class Guide:
         :raises ModelError: if a site of the guide lies outside the data plate, for then q has no
             density per row.
         """
-        joint, total = self._joint, jnp.zeros(self._joint.num_rows)
+        row_model, total = self._joint, jnp.zeros(self._joint.num_rows)
         for site in self.trace(jax.random.key(0), params, visible, latent).values():
             if site["type"] != "sample" or site["is_observed"]:
                 continue
-            if not joint.owns(site):
+            if not row_model.owns(site):
                 raise ModelError(
-                    f"The guide draws '{site['name']}' outside the data plate '{joint.plate}', so "
-                    "that q(h | v) has no density per row, which is needed here."
+                    f"The guide draws '{site['name']}' outside the data plate '{row_model.plate}', "
+                    "so that q(h | v) has no density per row, which is needed here."
                 )
-            total = total + joint.sum_to_rows(site["fn"].log_prob(site["value"]))
+            total = total + row_model.sum_to_rows(site["fn"].log_prob(site["value"]))
         return total

@@ -15,7 +15,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import hold, set_visible
+from numpyro_ebm.language.handlers import set_visible, substitute_and_block
 
 __all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
 
@@ -60,12 +60,12 @@ class RelaxedELBO:
 
     def rows(self, rng_key, params, guide_params, problem):
         """The loss of every row, of shape (rows,)."""
-        joint, guide = problem.joint, problem.guide
-        visible, _ = joint.constrain(problem.unconstrained)
+        row_model, guide = problem.row_model, problem.guide
+        visible, _ = row_model.constrain(problem.unconstrained)
         with _relax_bernoulli(self.temperature):
             guide_trace = guide.trace(rng_key, guide_params, visible)
         latent, log_q = {}, 0.0
-        for name in joint.latent:
+        for name in row_model.latent:
             site = guide_trace[name]
             if name not in site["infer"].get("relaxed", ()):
                 raise ModelError(
@@ -80,8 +80,8 @@ class RelaxedELBO:
             log_prob = jnp.broadcast_to(log_prob, jnp.shape(h))
             event_dim = site["fn"].event_dim
             log_prob = jnp.sum(log_prob, tuple(range(-event_dim, 0)))
-            log_q = log_q + joint.sum_to_rows(log_prob)
-        return log_q - joint.log_density(params, {**visible, **latent})
+            log_q = log_q + row_model.sum_to_rows(log_prob)
+        return log_q - row_model.log_density(params, {**visible, **latent})
 
     def __repr__(self):
         held = "" if self.path_derivative else ", path_derivative=False"
@@ -114,26 +114,26 @@ class PosteriorScore:
 
     def rows(self, rng_key, params, guide_params, problem):
         """The loss of every row, of shape (rows,)."""
-        joint, guide = problem.joint, problem.guide
-        visible, _ = joint.constrain(problem.unconstrained)
+        row_model, guide = problem.row_model, problem.guide
+        visible, _ = row_model.constrain(problem.unconstrained)
         guide_trace = guide.trace(rng_key, guide_params, visible)
-        for name in joint.latent:
+        for name in row_model.latent:
             if not guide_trace[name]["fn"].has_rsample:
                 raise ModelError(
                     f"PosteriorScore: the guide's draws of '{name}' are not differentiable in its "
                     "parameters. Use a reparameterised distribution, or another guide loss."
                 )
-        latent = {name: guide_trace[name]["value"] for name in joint.latent}
+        latent = {name: guide_trace[name]["value"] for name in row_model.latent}
 
         def log_ratio(latent):
             log_q = guide.log_density(guide_params, visible, latent)
-            return jnp.sum(log_q - joint.log_density(params, {**visible, **latent}))
+            return jnp.sum(log_q - row_model.log_density(params, {**visible, **latent}))
 
-        total = jnp.zeros(joint.num_rows)
+        total = jnp.zeros(row_model.num_rows)
         for name, gradient in jax.grad(log_ratio)(latent).items():
-            event_dim = joint.latent[name].event_dim
+            event_dim = row_model.latent[name].event_dim
             square = jnp.sum(gradient**2, tuple(range(-event_dim, 0)))
-            total = total + 0.5 * joint.sum_to_rows(square)
+            total = total + 0.5 * row_model.sum_to_rows(square)
         return total
 
     def __repr__(self):
@@ -147,11 +147,11 @@ def default_guide_loss(problem):
     score-function estimator ``TraceGraph_ELBO`` for other discrete latents, where ``Trace_ELBO``
     would drop part of the gradient.
     """
-    joint, guide = problem.joint, problem.guide
-    if not any(site.is_discrete for site in joint.latent.values()):
+    row_model, guide = problem.row_model, problem.guide
+    if not any(site.is_discrete for site in row_model.latent.values()):
         return Trace_ELBO()
-    guide_trace = guide.trace(jax.random.key(0), {}, joint.visible_values)
-    if all(isinstance(_base(guide_trace[name]["fn"]), _BERNOULLI) for name in joint.latent):
+    guide_trace = guide.trace(jax.random.key(0), {}, row_model.visible_values)
+    if all(isinstance(_base(guide_trace[name]["fn"]), _BERNOULLI) for name in row_model.latent):
         return RelaxedELBO()
     return TraceGraph_ELBO()
 
@@ -166,27 +166,29 @@ def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
     :param Problem problem: the batch, as the objective uses it.
     :param guide: the guide itself.
     """
-    joint, weights = problem.joint, problem.row_weights
+    row_model, weights = problem.row_model, problem.row_weights
     guide_params = {**params, **guide_params}  # a guide may use parameters of the model
     if hasattr(guide_loss, "rows"):
         rows = guide_loss.rows(rng_key, params, guide_params, problem)
         return jnp.mean(rows if weights is None else weights * rows)
-    visible, _ = joint.constrain(stop_gradient(problem.unconstrained))
+    visible, _ = row_model.constrain(stop_gradient(problem.unconstrained))
     if weights is not None and isinstance(guide_loss, TraceGraph_ELBO):
         # Its score-function term is a product of two scaled log-densities of a row. For the same
         # reason the mean over rows is taken below, and not by a scale of 1/rows.
         weights = jnp.sqrt(weights)
-    scale = joint.num_rows / joint.total_rows * (1.0 if weights is None else weights)
+    scale = row_model.num_rows / row_model.total_rows * (1.0 if weights is None else weights)
 
     def handled(fn):
-        return _scale_rows(fn, joint, scale)
+        return _scale_rows(fn, row_model, scale)
 
     # Parameters with priors are constants here, which no guide for h has to draw.
-    theta = {name: params[name] for name in joint.priors}
-    model = handled(hold(joint.substituted({**params, **visible}), theta))
-    guide = handled(set_visible(substitute(guide, data=joint.plates), visible))
-    total = guide_loss.loss(rng_key, guide_params, model, guide, *joint.args, **joint.kwargs)
-    return total / joint.num_rows
+    theta = {name: params[name] for name in row_model.priors}
+    model = handled(substitute_and_block(row_model.substituted({**params, **visible}), theta))
+    guide = handled(set_visible(substitute(guide, data=row_model.plates), visible))
+    total = guide_loss.loss(
+        rng_key, guide_params, model, guide, *row_model.args, **row_model.kwargs
+    )
+    return total / row_model.num_rows
 
 
 _BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
@@ -219,16 +221,16 @@ class _relax_bernoulli(Messenger):
 class _scale_rows(Messenger):
     """Scale the log-densities of the sites in the data plate, row by row."""
 
-    def __init__(self, fn, joint, scale):
-        self.joint, self.row_scale = joint, scale
+    def __init__(self, fn, row_model, scale):
+        self.row_model, self.row_scale = row_model, scale
         super().__init__(fn)
 
     def process_message(self, msg):
         if msg["type"] != "sample":
             return
-        if not any(frame.name == self.joint.plate for frame in msg["cond_indep_stack"]):
+        if not any(frame.name == self.row_model.plate for frame in msg["cond_indep_stack"]):
             return
         scale = self.row_scale
         if jnp.ndim(scale):
-            scale = jnp.reshape(scale, (-1,) + (1,) * (-self.joint.dim - 1))
+            scale = jnp.reshape(scale, (-1,) + (1,) * (-self.row_model.dim - 1))
         msg["scale"] = scale if msg["scale"] is None else scale * msg["scale"]

@@ -10,10 +10,17 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Unnormalized
 from numpyro_ebm.language.primitives import INVERSE_TEMPERATURE, NORMALIZER
 
-__all__ = ["answer_for_normalizer", "fixed", "hold", "release", "set_visible", "temper"]
+__all__ = [
+    "resolve_normalizer",
+    "fixed",
+    "substitute_and_block",
+    "uncondition",
+    "set_visible",
+    "temper",
+]
 
 
-class answer_for_normalizer(Messenger):
+class resolve_normalizer(Messenger):
     """Let the energies of a model evaluate: the caller takes care of (or does not need) log Z.
 
     :param fn: a model.
@@ -45,7 +52,7 @@ class set_visible(Messenger):
             msg["value"] = self.data[msg["name"]]
 
 
-class release(Messenger):
+class uncondition(Messenger):
     """Take the observations of some sites away, so that they are sampled.
 
     NumPyro's ``uncondition`` for named sites: an energy is an observed site and has to stay one.
@@ -67,7 +74,7 @@ class release(Messenger):
                 msg["kwargs"]["rng_key"] = numpyro.prng_key()
 
 
-class hold(Messenger):
+class substitute_and_block(Messenger):
     """Give sites constant values, and hide them from handlers outside.
 
     :param fn: a model or a guide.

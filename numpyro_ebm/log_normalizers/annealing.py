@@ -95,7 +95,7 @@ def _stuck(rng_key, target, path, last):
     """The error that the particles do not reach the target, and why."""
     position = path.draw(rng_key, 16 * target.num_problems)
     so_far = (
-        f"the particles of {sorted(target.joint.sites)} got from the reference (β = 0) to β = "
+        f"the particles of {sorted(target.row_model.sites)} got from the reference (β = 0) to β = "
         f"{last:.3g} and no further: there the weights of their next step have no effective sample "
         "size"
     )
@@ -118,7 +118,7 @@ def _path(rng_key, target):
             block = gaussian_block(target)
         except ModelError:
             target = _without_discrete(target)
-    like = target.placeholder(target.joint.num_rows)
+    like = target.placeholder(target.row_model.num_rows)
     real = target.real if block is None else ()
     together = () if block is None else (target.real,)
     groups = (*together, *((name,) for name in target.discrete))

@@ -61,9 +61,9 @@ def gaussian_block(target):
     :raises ModelError: if they are not.
     """
     for name in target.real:
-        if not target.joint.sites[name].is_real:
+        if not target.row_model.sites[name].is_real:
             raise ModelError(f"the site '{name}' is real with a bounded support")
-    like = target.placeholder(target.joint.num_rows)
+    like = target.placeholder(target.row_model.num_rows)
     return plan_block(target.log_density, like, target.real, {})
 
 
@@ -83,20 +83,20 @@ def _split(target):
 
 
 def _with_latent(target, inner):
-    """The joint with some of its discrete sites as latents, the others as visible ones."""
-    joint = copy.copy(target.joint)
-    joint.visible = {k: site for k, site in joint.sites.items() if k not in inner}
-    joint.latent = {k: site for k, site in target.joint.latent.items() if k in inner}
-    return joint
+    """The row model with some of its discrete sites as latents, the others as visible ones."""
+    row_model = copy.copy(target.row_model)
+    row_model.visible = {k: site for k, site in row_model.sites.items() if k not in inner}
+    row_model.latent = {k: site for k, site in target.row_model.latent.items() if k in inner}
+    return row_model
 
 
-def _has_closed_form(joint):
-    if factorises(joint):
+def _has_closed_form(row_model):
+    if factorises(row_model):
         return True
-    if any(site.fn.event_shape for site in joint.latent.values()):
+    if any(site.fn.event_shape for site in row_model.latent.values()):
         return False
     try:
-        Enumerated().check(joint, None, 1)
+        Enumerated().check(row_model, None, 1)
     except ModelError:
         return False
     return True
@@ -108,7 +108,7 @@ def enumerated(target):
     :raises ModelError: if a Gaussian integral diverges.
     """
     outer, inner = _split(target) if not target.real else (target.discrete, ())
-    joint = _with_latent(target, inner) if inner else None
+    row_model = _with_latent(target, inner) if inner else None
     problems = target.num_problems
     block = gaussian_block(target) if target.real else None
     sizes = [target.size(name) for name in outer]
@@ -126,7 +126,7 @@ def enumerated(target):
             return target.log_density(position)
 
         def of_rows(rows):
-            return Enumerated().log_density(joint, {}, joint.from_rows(rows))
+            return Enumerated().log_density(row_model, {}, row_model.from_rows(rows))
 
         return target.over_rows(of_rows)(position)
 
@@ -146,7 +146,7 @@ def enumerated(target):
         elif outer:
             terms = log_density(position)
         else:  # everything in closed form
-            terms = Enumerated().log_density(joint, {}, {})[:problems]
+            terms = Enumerated().log_density(row_model, {}, {})[:problems]
         return jnp.reshape(terms, (len(chunk), problems))
 
     width = max(1, target.size_real) ** (1 if block is None or block.is_diagonal else 2)

@@ -15,7 +15,7 @@ from numpyro_ebm.log_normalizers import methods as front
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.model.row_model import read, read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model, read_model
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 
@@ -76,29 +76,29 @@ def log_likelihood(
     """
     own = {k: kwargs.pop(k) for k in list(kwargs) if k in front.Options._fields}
     key_z, key_latent = jax.random.split(rng_key)
-    joint = read(model, args, kwargs)
-    if not joint.visible:
+    row_model = read_model(model, args, kwargs)
+    if not row_model.visible:
         raise ModelError(
             "log_likelihood: the model has no observed site. Pass the rows as the model's data."
         )
-    if joint.parameters or not joint.is_fixed:
-        read_fixed(model, args, kwargs)  # raises, and says why
+    if row_model.parameters or not row_model.is_fixed:
+        read_fixed_model(model, args, kwargs)  # raises, and says why
     log_z = log_normalizer
     if log_z is None:
         log_z = front.log_normalizer(key_z, model, *args, method=method, **own, **kwargs)
     elif not isinstance(log_z, LogNormalizer):
         log_z = LogNormalizer(jnp.asarray(log_z), 0.0, math.inf, "given")
-    if jnp.shape(log_z.value) not in ((), (joint.num_rows,)):
+    if jnp.shape(log_z.value) not in ((), (row_model.num_rows,)):
         raise ModelError(
             f"log_likelihood: `log_normalizer` has shape {jnp.shape(log_z.value)}; it is a number, "
-            f"or one for each of the {joint.num_rows} rows."
+            f"or one for each of the {row_model.num_rows} rows."
         )
-    if joint.covariates and jnp.shape(log_z.value) == () and joint.num_rows > 1:
+    if row_model.covariates and jnp.shape(log_z.value) == () and row_model.num_rows > 1:
         raise ModelError(
             "log_likelihood: every row has a log Z of its own, because the energy reads an "
             "argument that differs from row to row, and one number was given for all of them."
         )
-    inner, error = _sum_latents(key_latent, joint, model, args, kwargs, front.Options(**own))
+    inner, error = _sum_latents(key_latent, row_model, model, args, kwargs, front.Options(**own))
     value = inner - log_z.value
     if not with_error:
         return value
@@ -106,14 +106,14 @@ def log_likelihood(
     return LogLikelihood(value, mcse, log_z)
 
 
-def _sum_latents(rng_key, joint, model, args, kwargs, options):
+def _sum_latents(rng_key, row_model, model, args, kwargs, options):
     """log ∫ p̃(v, h) dh of every row and its error."""
-    if not joint.latent:
-        return jax.jit(lambda: joint.log_density({}, joint.visible_values))(), 0.0
+    if not row_model.latent:
+        return jax.jit(lambda: row_model.log_density({}, row_model.visible_values))(), 0.0
     try:
-        Enumerated().check(joint, None, 1)
+        Enumerated().check(row_model, None, 1)
     except ModelError:
-        target = read_target(rng_key, model, args, kwargs, released=False)
+        target = read_target(rng_key, model, args, kwargs, unconditioned=False)
         result = front.run_method(rng_key, target, None, options)
-        return jnp.broadcast_to(result.value, (joint.num_rows,)), jnp.asarray(result.mcse)
-    return jax.jit(lambda: Enumerated().log_density(joint, {}, joint.visible_values))(), 0.0
+        return jnp.broadcast_to(result.value, (row_model.num_rows,)), jnp.asarray(result.mcse)
+    return jax.jit(lambda: Enumerated().log_density(row_model, {}, row_model.visible_values))(), 0.0

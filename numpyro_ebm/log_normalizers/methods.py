@@ -209,9 +209,9 @@ def _check_finite(target, result):
     if not_jax_tracer(result.value) and not np.all(np.isfinite(result.value)):
         raise ModelError(
             f"log_normalizer: the estimate of log Z by {result.method} is {result.value}. The "
-            f"energy has no finite integral over {sorted(target.joint.sites)}, or is itself not "
-            "finite where the model lives. Add a term that confines the sites, such as a proper "
-            "base measure."
+            f"energy has no finite integral over {sorted(target.row_model.sites)}, or is itself "
+            "not finite where the model lives. Add a term that confines the sites, such as a "
+            "proper base measure."
         )
 
 

@@ -17,12 +17,12 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
-from numpyro_ebm.language.handlers import answer_for_normalizer, release
+from numpyro_ebm.language.handlers import resolve_normalizer, uncondition
 from numpyro_ebm.log_normalizers.path import flatten, unflatten
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.marginals.finite import finite_values
 from numpyro_ebm.model import provenance
-from numpyro_ebm.model.row_model import read, read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model, read_model
 
 __all__ = ["Target", "read_target"]
 
@@ -33,7 +33,7 @@ HUGE = 1e15
 class Target:
     """A fixed model as an unnormalised density.
 
-    - **joint** - the model, its visible sites the unobserved real ones, its latent sites the
+    - **row_model** - the model, its visible sites the unobserved real ones, its latent sites the
       unobserved discrete ones.
     - **is_shared** - whether all rows share their log Z.
     - **num_problems** - 1 if they do, else the number of rows.
@@ -42,18 +42,18 @@ class Target:
     - **data** - observed values of released real sites, unconstrained, rows leading.
     """
 
-    def __init__(self, joint, is_shared, data, summed=False):
-        self.joint, self.is_shared, self.data = joint, is_shared, data
-        self.num_problems = 1 if is_shared else joint.num_rows
+    def __init__(self, row_model, is_shared, data, summed=False):
+        self.row_model, self.is_shared, self.data = row_model, is_shared, data
+        self.num_problems = 1 if is_shared else row_model.num_rows
         self.summed = summed
-        self.real = tuple(sorted(joint.visible))
-        self.discrete = () if summed else tuple(sorted(joint.latent))
+        self.real = tuple(sorted(row_model.visible))
+        self.discrete = () if summed else tuple(sorted(row_model.latent))
         self.proper = self._proper_sites()
 
     def sum_out(self):
         """The same with its discrete sites summed out; raises ModelError if that is too much."""
-        Enumerated().check(self.joint, None, 1)
-        return Target(self.joint, self.is_shared, self.data, summed=True)
+        Enumerated().check(self.row_model, None, 1)
+        return Target(self.row_model, self.is_shared, self.data, summed=True)
 
     @property
     def size_real(self):
@@ -62,7 +62,7 @@ class Target:
 
     def values(self, name):
         """The values of one coordinate of a discrete site."""
-        lowest, num_values = finite_values(self.joint.latent[name], "log_normalizer")
+        lowest, num_values = finite_values(self.row_model.latent[name], "log_normalizer")
         return lowest + np.arange(num_values)
 
     def size(self, name):
@@ -98,7 +98,7 @@ class Target:
         :param dict flat: values of the flat real sites, (num, ...), in unconstrained coordinates.
         :return: a position.
         """
-        keys = jax.random.split(rng_key, -(-num // self.joint.num_rows))
+        keys = jax.random.split(rng_key, -(-num // self.row_model.num_rows))
         return self.over_rows(self._ancestral, keys)(flat, num)
 
     def reference(self, gaussian):
@@ -149,10 +149,10 @@ class Target:
         """Whether the values of a position are of a size that a model could mean."""
 
         def of_rows(rows):
-            values, _ = self.joint.constrain(self.joint.from_rows(rows))
+            values, _ = self.row_model.constrain(self.row_model.from_rows(rows))
             size = sum(
-                jnp.max(jnp.abs(jnp.reshape(x, (self.joint.num_rows, -1))), 1)
-                for x in self.joint.to_rows(values).values()
+                jnp.max(jnp.abs(jnp.reshape(x, (self.row_model.num_rows, -1))), 1)
+                for x in self.row_model.to_rows(values).values()
             )
             return size < HUGE
 
@@ -163,12 +163,12 @@ class Target:
 
     def _one(self):
         """A placeholder of one point."""
-        joint = self.joint
+        row_model = self.row_model
         if not hasattr(self, "_one_point"):
-            shapes = jax.eval_shape(lambda: joint.to_rows(_unconstrained(joint)))
+            shapes = jax.eval_shape(lambda: row_model.to_rows(_unconstrained(row_model)))
             self._one_point = {
                 name: np.zeros(x.shape[1:], x.dtype)
-                if name in joint.visible
+                if name in row_model.visible
                 else np.full(x.shape[1:], self.values(name)[0], x.dtype)
                 for name, x in shapes.items()
                 if name in (*self.real, *self.discrete)
@@ -176,36 +176,38 @@ class Target:
         return self._one_point
 
     def _proper_sites(self):
-        joint = self.joint
-        model_trace = trace(joint.substituted(self._site_values())).get_trace(
-            *joint.args, **joint.kwargs
+        row_model = self.row_model
+        model_trace = trace(row_model.substituted(self._site_values())).get_trace(
+            *row_model.args, **row_model.kwargs
         )
         names = (*self.real, *self.discrete)
         return frozenset(
             name
             for name in names
             if _is_proper(model_trace[name]["fn"])
-            and _is_one(model_trace[name]["scale"], joint._scale)
+            and _is_one(model_trace[name]["scale"], row_model._scale)
         )
 
     def _site_values(self):
-        return {name: site.value for name, site in self.joint.sites.items()}
+        return {name: site.value for name, site in self.row_model.sites.items()}
 
     def _densities(self, rows):
-        joint = self.joint
-        z = joint.from_rows(rows)
+        row_model = self.row_model
+        z = row_model.from_rows(rows)
         proper = {k: x for k, x in z.items() if k in self.real and k in self.proper}
         flat = {k: x for k, x in z.items() if k in self.real and k not in self.proper}
         values = {k: x for k, x in z.items() if k in self.discrete}
-        flat, log_det_flat = joint.constrain(flat)
-        proper, log_det = joint.constrain(proper)
+        flat, log_det_flat = row_model.constrain(flat)
+        proper, log_det = row_model.constrain(proper)
         values = {**values, **flat, **proper}
-        shape = (joint.num_rows,)
+        shape = (row_model.num_rows,)
         if self.summed:
-            target = Enumerated().log_density(joint, {}, values) + log_det + log_det_flat
+            target = Enumerated().log_density(row_model, {}, values) + log_det + log_det_flat
             return jnp.zeros(shape, target.dtype), jnp.broadcast_to(target, shape)
-        model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
-        densities = joint.site_log_densities(model_trace)
+        model_trace = trace(row_model.substituted(values)).get_trace(
+            *row_model.args, **row_model.kwargs
+        )
+        densities = row_model.site_log_densities(model_trace)
         target = sum(densities.values()) + log_det + log_det_flat
         base = sum((densities[name] for name in sorted(self.proper)), log_det)
         for name in self.discrete:
@@ -216,22 +218,22 @@ class Target:
 
     def _ancestral(self, rows, rng_key):
         """Draw all sites but the flat real ones, which are given, for one plate of rows."""
-        joint = self.joint
-        given, _ = joint.constrain(joint.from_rows(rows))
+        row_model = self.row_model
+        given, _ = row_model.constrain(row_model.from_rows(rows))
         key_model, *keys = jax.random.split(rng_key, 1 + len(self.discrete))
         for name, key in zip(self.discrete, keys, strict=True):
             if name not in self.proper:
-                value, choices = joint.latent[name].value, self.values(name)
+                value, choices = row_model.latent[name].value, self.values(name)
                 index = jax.random.randint(key, jnp.shape(value), 0, len(choices))
                 given[name] = jnp.asarray(choices, jnp.result_type(value))[index]
-        model_trace = trace(seed(joint.substituted(given), key_model)).get_trace(
-            *joint.args, **joint.kwargs
+        model_trace = trace(seed(row_model.substituted(given), key_model)).get_trace(
+            *row_model.args, **row_model.kwargs
         )
         z = {}
         for name in (*self.real, *self.discrete):
             value = jnp.asarray(model_trace[name]["value"])
-            z[name] = joint.sites[name].transform.inv(value) if name in self.real else value
-        return joint.to_rows(z)
+            z[name] = row_model.sites[name].transform.inv(value) if name in self.real else value
+        return row_model.to_rows(z)
 
     def over_rows(self, fn, keys=None):
         """Turn a function of one plate of rows into one of any number of points.
@@ -239,7 +241,7 @@ class Target:
         :param fn: maps positions with rows leading (and a key) to arrays with rows leading.
         :param keys: a key for every plate of rows, if ``fn`` takes one.
         """
-        num_rows = self.joint.num_rows
+        num_rows = self.row_model.num_rows
 
         def mapped(position, num=None):
             num = len(next(iter(position.values()))) if num is None else num
@@ -263,7 +265,7 @@ class Target:
         return mapped
 
 
-def read_target(rng_key, model, args, kwargs, *, released=True, is_shared=None):
+def read_target(rng_key, model, args, kwargs, *, unconditioned=True, is_shared=None):
     """Read a fixed model for its log Z.
 
     :param rng_key: random key.
@@ -277,24 +279,24 @@ def read_target(rng_key, model, args, kwargs, *, released=True, is_shared=None):
     :return: a :class:`Target`.
     :raises ModelError: if the model has free parameters, or nothing to integrate over.
     """
-    seen = read(model, args, kwargs, rng_key=rng_key)
+    seen = read_model(model, args, kwargs, rng_key=rng_key)
     if seen.parameters or not seen.is_fixed:
-        read_fixed(model, args, kwargs)  # raises, and says why
-    if not released:
-        return Target(read_fixed(model, args, kwargs), False, {})
+        read_fixed_model(model, args, kwargs)  # raises, and says why
+    if not unconditioned:
+        return Target(read_fixed_model(model, args, kwargs), False, {})
     data = {
         name: x
         for name, x in seen.to_rows(seen.unconstrain_visible()).items()
         if not seen.visible[name].is_discrete
     }
-    free = release(model, seen.visible)
-    joint = read_fixed(free, args, kwargs)
-    covariates = seen.covariates if seen.visible else _covariates(joint, args, kwargs)
+    free = uncondition(model, seen.visible)
+    row_model = read_fixed_model(free, args, kwargs)
+    covariates = seen.covariates if seen.visible else _covariates(row_model, args, kwargs)
     if is_shared is None:
-        is_shared = not covariates and not _rows_differ(joint)
-    if is_shared and joint.num_rows > 1:
-        joint = _one_row(seen, free, args, kwargs) or joint
-    return Target(joint, is_shared, data)
+        is_shared = not covariates and not _rows_differ(row_model)
+    if is_shared and row_model.num_rows > 1:
+        row_model = _one_row(seen, free, args, kwargs) or row_model
+    return Target(row_model, is_shared, data)
 
 
 def _one_row(seen, free, args, kwargs):
@@ -305,48 +307,48 @@ def _one_row(seen, free, args, kwargs):
     first = {k: x[:1] if k in seen.arguments else x for k, x in arrays.items()}
     args, kwargs = rebuild(first)
     try:
-        joint = read_fixed(free, args, kwargs)
+        row_model = read_fixed_model(free, args, kwargs)
     except (ModelError, IndexError, TypeError, ValueError):
         return None  # it wants all its rows, which then are as many points at once
-    return joint if joint.num_rows == 1 else None
+    return row_model if row_model.num_rows == 1 else None
 
 
-def _covariates(joint, args, kwargs):
+def _covariates(row_model, args, kwargs):
     """Arguments with a value for every row that the density of unobserved sites reads."""
     arrays, rebuild = provenance._labelled_arguments(args, kwargs)
-    values = {name: site.value for name, site in joint.sites.items()}
+    values = {name: site.value for name, site in row_model.sites.items()}
 
     def run(**labelled):
         model_args, model_kwargs = rebuild(labelled)
-        prepared = answer_for_normalizer(joint.substituted(values))
-        return joint.site_log_densities(trace(prepared).get_trace(*model_args, **model_kwargs))
+        prepared = resolve_normalizer(row_model.substituted(values))
+        return row_model.site_log_densities(trace(prepared).get_trace(*model_args, **model_kwargs))
 
     read_by = frozenset().union(*eval_provenance(run, **arrays).values())
-    rows = joint.num_rows, joint.total_rows
+    rows = row_model.num_rows, row_model.total_rows
     return sorted(label for label in read_by if arrays[label].shape[0] in rows)
 
 
-def _rows_differ(joint):
+def _rows_differ(row_model):
     """Whether rows have densities of their own, of which a closed-over array may be the reason."""
-    if joint.num_rows == 1:
+    if row_model.num_rows == 1:
         return False
 
-    shapes = jax.eval_shape(lambda: joint.to_rows(_unconstrained(joint)))
+    shapes = jax.eval_shape(lambda: row_model.to_rows(_unconstrained(row_model)))
 
     def densities(rng_key):
         rows = {}
         for key, (name, x) in zip(
             jax.random.split(rng_key, len(shapes)), sorted(shapes.items()), strict=True
         ):
-            if name in joint.visible:
+            if name in row_model.visible:
                 one = jax.random.normal(key, x.shape[1:], x.dtype)
             else:
-                lowest, num_values = finite_values(joint.sites[name], "log_normalizer")
+                lowest, num_values = finite_values(row_model.sites[name], "log_normalizer")
                 one = jax.random.randint(key, x.shape[1:], lowest, lowest + num_values, x.dtype)
             rows[name] = jnp.broadcast_to(one, x.shape)
-        z = joint.from_rows(rows)
-        values, log_det = joint.constrain({k: z[k] for k in joint.visible})
-        return joint.log_density({}, {**z, **values}) + log_det
+        z = row_model.from_rows(rows)
+        values, log_det = row_model.constrain({k: z[k] for k in row_model.visible})
+        return row_model.log_density({}, {**z, **values}) + log_det
 
     with jax.ensure_compile_time_eval():  # numbers under `jit` too, if the model has no tracers
         values = jax.lax.map(densities, jax.random.split(jax.random.key(0), 4))
@@ -356,11 +358,13 @@ def _rows_differ(joint):
     return bool(np.any(np.abs(np.asarray(values) - first) > 1e-3 * (1 + np.abs(first))))
 
 
-def _unconstrained(joint):
+def _unconstrained(row_model):
     """The placeholders of all sites, real ones in unconstrained coordinates."""
     return {
-        name: site.transform.inv(site.value) if name in joint.visible else jnp.asarray(site.value)
-        for name, site in joint.sites.items()
+        name: site.transform.inv(site.value)
+        if name in row_model.visible
+        else jnp.asarray(site.value)
+        for name, site in row_model.sites.items()
     }
 
 

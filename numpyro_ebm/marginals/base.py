@@ -46,20 +46,20 @@ class Marginal(ABC):
     corrects_guide = False
 
     @abstractmethod
-    def check(self, joint, guide, order):
+    def check(self, row_model, guide, order):
         """Raise :class:`~numpyro_ebm.errors.ModelError` if this marginal cannot serve.
 
-        :param joint: the model's :class:`~numpyro_ebm.model.row_model.Joint`.
+        :param row_model: the model's :class:`~numpyro_ebm.model.row_model.RowModel`.
         :param guide: the :class:`~numpyro_ebm.guides.guide.Guide`, or ``None``.
         :param int order: how many derivatives of log p̃ the objective's gradient takes.
         """
 
     @abstractmethod
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
         """Estimate the marginal near given visible values.
 
         :param rng_key: key of the particles.
-        :param joint: the model's :class:`~numpyro_ebm.model.row_model.Joint`.
+        :param row_model: the model's :class:`~numpyro_ebm.model.row_model.RowModel`.
         :param guide: the :class:`~numpyro_ebm.guides.guide.Guide`, or ``None``.
         :param dict params: parameter values of the model and the guide.
         :param dict unconstrained: the visible values, in unconstrained coordinates.
@@ -82,7 +82,7 @@ def score_of(log_density, params):
     return score
 
 
-def choose(joint):
+def choose(row_model):
     """The default marginal of a model: exact if there is one, else the user has to choose.
 
     :raises ModelError: if the model has latent sites that no exact marginal covers.
@@ -90,15 +90,15 @@ def choose(joint):
     from numpyro_ebm.marginals.enumerated import Enumerated
     from numpyro_ebm.marginals.exact import Exact
 
-    if not joint.latent:
+    if not row_model.latent:
         return Exact()
     enumerated = Enumerated()
     try:
-        enumerated.check(joint, None, 2)
+        enumerated.check(row_model, None, 2)
     except ModelError as error:
         raise ModelError(
-            f"The model has the latent site(s) {', '.join(map(repr, joint.latent))}, and no exact "
-            "marginal covers them. Pass `marginal=VaGES(num_particles=2)` with a guide q(h | v). "
-            f"({error})"
+            f"The model has the latent site(s) {', '.join(map(repr, row_model.latent))}, and no "
+            "exact marginal covers them. Pass `marginal=VaGES(num_particles=2)` with a guide q(h | "
+            f"v). ({error})"
         ) from None
     return enumerated

@@ -13,10 +13,10 @@ from jax.lax import stop_gradient
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 from numpyro_ebm.marginals.importance_bound import weighted_mean
 
-__all__ = ["CommonParticles"]
+__all__ = ["CommonRandomNumbers"]
 
 
-class CommonParticles(Marginal):
+class CommonRandomNumbers(Marginal):
     """Importance-weighted log p̃(v; θ) at fixed particles of a guide.
 
     :param int num_particles: L.
@@ -29,11 +29,11 @@ class CommonParticles(Marginal):
     def __init__(self, num_particles):
         self.num_particles = num_particles
 
-    def check(self, joint, guide, order):
+    def check(self, row_model, guide, order):
         pass  # what stands for it, `VaGES`, has been checked
 
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        visible, _ = joint.constrain(stop_gradient(unconstrained))
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        visible, _ = row_model.constrain(stop_gradient(unconstrained))
         constants = stop_gradient(params)
-        density = weighted_mean(rng_key, joint, guide, constants, visible, self.num_particles)
+        density = weighted_mean(rng_key, row_model, guide, constants, visible, self.num_particles)
         return Estimate(density, score_of(density, params))

@@ -58,13 +58,13 @@ class Enumerated(Marginal):
     def __init__(self, *, max_states=65_536):
         self.max_states = max_states
 
-    def check(self, joint, guide, order):
-        if not joint.latent:
+    def check(self, row_model, guide, order):
+        if not row_model.latent:
             raise ModelError("Enumerated is for discrete latent sites; use `Exact()` here.")
-        if factorises(joint):
+        if factorises(row_model):
             return
         states = 1
-        for name, site in joint.latent.items():
+        for name, site in row_model.latent.items():
             if not site.is_discrete:
                 raise ModelError(
                     f"Enumerated() cannot sum out the continuous latent site '{name}'; use "
@@ -73,7 +73,7 @@ class Enumerated(Marginal):
             if not site.fn.has_enumerate_support:
                 raise ModelError(f"The latent site '{name}' has infinitely many values.")
             if site.fn.event_shape:
-                if np.size(site.value) != joint.num_rows * math.prod(site.fn.event_shape):
+                if np.size(site.value) != row_model.num_rows * math.prod(site.fn.event_shape):
                     raise ModelError(
                         f"The latent site '{name}' has event dimensions inside a further plate; "
                         "make them plates as well (they factorise), or all event dimensions."
@@ -81,77 +81,78 @@ class Enumerated(Marginal):
                 states *= num_values_of(site.fn) ** math.prod(site.fn.event_shape)
         if states > self.max_states:
             raise ModelError(
-                f"The latent sites {sorted(joint.latent)} have {states} joint states per row, more "
-                f"than max_states={self.max_states}. If the energy is a sum over units, declare "
-                "them in a plate, "
+                f"The latent sites {sorted(row_model.latent)} have {states} joint states per row, "
+                f"more than max_states={self.max_states}. If the energy is a sum over units, "
+                "declare them in a plate, "
                 '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
                 "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
             )
 
-        _check_plates(joint)
+        _check_plates(row_model)
 
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        self.check(joint, guide, order)
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        self.check(row_model, guide, order)
 
         def log_density(params, unconstrained):
-            values, log_det = joint.constrain(unconstrained)
-            return self.log_density(joint, params, values) + log_det
+            values, log_det = row_model.constrain(unconstrained)
+            return self.log_density(row_model, params, values) + log_det
 
         return Estimate(log_density, score_of(log_density, params))
 
-    def log_density(self, joint, params, values):
+    def log_density(self, row_model, params, values):
         """log p̃ of every row at given values of the other sites, of shape (rows,)."""
-        if factorises(joint):
-            without, logits = unit_logits(joint, params, values)
+        if factorises(row_model):
+            without, logits = unit_logits(row_model, params, values)
             return without + sum(
-                joint.sum_to_rows(_sum_event(joint.latent[name], jax.nn.softplus(x)))
+                row_model.sum_to_rows(_sum_event(row_model.latent[name], jax.nn.softplus(x)))
                 for name, x in logits.items()
             )
-        states = event_states(joint)
+        states = event_states(row_model)
         if not states:
-            return _sum_scalar_sites(joint, params, values)
-        return logsumexp(state_log_densities(joint, params, values, states), axis=0)
+            return _sum_scalar_sites(row_model, params, values)
+        return logsumexp(state_log_densities(row_model, params, values, states), axis=0)
 
 
-def factorises(joint):
+def factorises(row_model):
     """Whether all latent sites are binary, with event dimensions, and log p̃ is affine in them."""
-    names = tuple(joint.latent)
-    if joint.affine_latents is None or joint.affine_latents[0] != names:
-        joint.affine_latents = names, _is_affine(joint)
-    return joint.affine_latents[1]
+    names = tuple(row_model.latent)
+    if row_model.affine_latents is None or row_model.affine_latents[0] != names:
+        row_model.affine_latents = names, _is_affine(row_model)
+    return row_model.affine_latents[1]
 
 
-def _is_affine(joint):
-    for site in joint.latent.values():
+def _is_affine(row_model):
+    for site in row_model.latent.values():
         if not (site.fn.event_shape and site.is_discrete and site.fn.has_enumerate_support):
             return False
         if num_values_of(site.fn) != 2 or lowest_value(site.fn.support) != 0:
             return False
 
     def log_density(latent):
-        return joint.log_density(joint.parameters, {**joint.visible_values, **latent})
+        return row_model.log_density(row_model.parameters, {**row_model.visible_values, **latent})
 
     try:
-        found = structure(log_density, _units(joint))
+        found = structure(log_density, _units(row_model))
     except TypeError:  # an energy that uses its units as indices or flags, and not as numbers
         return False
-    return bool(joint.latent) and found.degree <= 1 and found.true_gradient
+    return bool(row_model.latent) and found.degree <= 1 and found.true_gradient
 
 
-def unit_logits(joint, params, values):
+def unit_logits(row_model, params, values):
     """log p̃(v, h = 0) of every row, and the log-odds of every unit, where it :func:`factorises`."""
 
     def rows(latent):
-        return joint.log_density(params, {**values, **latent})
+        return row_model.log_density(params, {**values, **latent})
 
-    units = _units(joint)
+    units = _units(row_model)
     return at_zero(rows, units), jax.grad(lambda latent: jnp.sum(rows(latent)))(units)
 
 
-def _units(joint):
+def _units(row_model):
     float_type = jnp.result_type(float)
     return {
-        name: jnp.zeros(jnp.shape(site.value), float_type) for name, site in joint.latent.items()
+        name: jnp.zeros(jnp.shape(site.value), float_type)
+        for name, site in row_model.latent.items()
     }
 
 
@@ -159,19 +160,21 @@ def _sum_event(site, x):
     return jnp.sum(x, tuple(range(-site.event_dim, 0)))
 
 
-def _check_plates(joint):
+def _check_plates(row_model):
     """A site of a further plate factorises only over that plate: nothing outside may read it."""
-    latent = {name: site.value for name, site in joint.latent.items()}
-    if all(np.ndim(site.value) - site.event_dim <= 1 for site in joint.latent.values()):
+    latent = {name: site.value for name, site in row_model.latent.items()}
+    if all(np.ndim(site.value) - site.event_dim <= 1 for site in row_model.latent.values()):
         return
     plates = {}
 
     def run(**latent):
-        values = {**joint.parameters, **joint.visible_values, **latent}
-        model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
-        for site in filter(joint.owns, model_trace.values()):
+        values = {**row_model.parameters, **row_model.visible_values, **latent}
+        model_trace = trace(row_model.substituted(values)).get_trace(
+            *row_model.args, **row_model.kwargs
+        )
+        for site in filter(row_model.owns, model_trace.values()):
             plates[site["name"]] = {frame.name for frame in site["cond_indep_stack"]}
-        return joint.site_log_densities(model_trace)
+        return row_model.site_log_densities(model_trace)
 
     for term, labels in eval_provenance(run, **latent).items():
         for name in sorted(labels):
@@ -186,9 +189,9 @@ def _check_plates(joint):
                 )
 
 
-def event_states(joint):
+def event_states(row_model):
     """All joint states of the latent sites with event dimensions, states leading."""
-    sites = {name: site for name, site in joint.latent.items() if site.fn.event_shape}
+    sites = {name: site for name, site in row_model.latent.items() if site.fn.event_shape}
     if not sites:
         return {}
     sizes = {name: math.prod(site.fn.event_shape) for name, site in sites.items()}
@@ -204,15 +207,15 @@ def event_states(joint):
     }
 
 
-def state_log_densities(joint, params, values, states):
+def state_log_densities(row_model, params, values, states):
     """log p̃ of every row at each of the ``states``, scalar latents summed out: (states, rows)."""
 
     def at_state(state):
         latent = {
-            name: jnp.broadcast_to(x, jnp.shape(joint.latent[name].value))
+            name: jnp.broadcast_to(x, jnp.shape(row_model.latent[name].value))
             for name, x in state.items()
         }
-        return _sum_scalar_sites(joint, params, {**values, **latent})
+        return _sum_scalar_sites(row_model, params, {**values, **latent})
 
     return jax.vmap(at_state)(states)
 
@@ -226,30 +229,30 @@ def num_values_of(fn):
     return fn.enumerate_support(expand=False).shape[0]
 
 
-def _sum_scalar_sites(joint, params, values):
+def _sum_scalar_sites(row_model, params, values):
     """Sum scalar discrete sites out of the row log-joint by funsor's sum-product, per row."""
-    scalar = [name for name, site in joint.latent.items() if not site.fn.event_shape]
+    scalar = [name for name, site in row_model.latent.items() if not site.fn.event_shape]
     if not scalar:
-        return joint.log_density(params, values)
+        return row_model.log_density(params, values)
     import funsor
     from numpyro.contrib.funsor import enum, plate_to_enum_plate
     from numpyro.contrib.funsor.enum_messenger import trace as packed_trace
 
     num_plate_dims = max(
-        [-joint.dim] + [np.ndim(s.value) - s.event_dim for s in joint.latent.values()]
+        [-row_model.dim] + [np.ndim(s.value) - s.event_dim for s in row_model.latent.values()]
     )
 
     def configure(site):
         # All other sites have values, whatever their own `infer` says.
         return {"enumerate": "parallel" if site["name"] in scalar else None}
 
-    model = infer_config(joint.substituted({**params, **values}), configure)
+    model = infer_config(row_model.substituted({**params, **values}), configure)
     model = enum(model, -num_plate_dims - 1)
     with plate_to_enum_plate():
-        model_trace = packed_trace(model).get_trace(*joint.args, **joint.kwargs)
+        model_trace = packed_trace(model).get_trace(*row_model.args, **row_model.kwargs)
     factors, plates = [], frozenset()
-    for site in filter(joint.owns, model_trace.values()):
-        log_prob, dim_to_name = joint.scaled_log_prob(site), site["infer"]["dim_to_name"]
+    for site in filter(row_model.owns, model_trace.values()):
+        log_prob, dim_to_name = row_model.scaled_log_prob(site), site["infer"]["dim_to_name"]
         if not dim_to_name:  # a plate of size one has no name in funsor
             log_prob = jnp.squeeze(log_prob)
         factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))
@@ -258,8 +261,8 @@ def _sum_scalar_sites(joint, params, values):
         funsor.ops.logaddexp,
         funsor.ops.add,
         factors,
-        eliminate=frozenset(scalar) | (plates - {joint.plate}),
+        eliminate=frozenset(scalar) | (plates - {row_model.plate}),
         plates=plates,
     )
-    rows = result.align((joint.plate,)) if result.inputs else result
-    return jnp.broadcast_to(rows.data, (joint.num_rows,))
+    rows = result.align((row_model.plate,)) if result.inputs else result
+    return jnp.broadcast_to(rows.data, (row_model.num_rows,))

@@ -19,17 +19,18 @@ class Exact(Marginal):
     ScoreMatching(marginal=Exact())
     """
 
-    def check(self, joint, guide, order):
-        if joint.latent:
+    def check(self, row_model, guide, order):
+        if row_model.latent:
             raise ModelError(
-                f"Exact() is for models without latent sites; this one has {sorted(joint.latent)}. "
-                "Use `Enumerated()` for small discrete latents, `VaGES()` with a guide for any."
+                f"Exact() is for models without latent sites; this one has "
+                f"{sorted(row_model.latent)}. Use `Enumerated()` for small discrete latents, "
+                "`VaGES()` with a guide for any."
             )
 
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        self.check(joint, guide, order)
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        self.check(row_model, guide, order)
 
         def log_density(params, unconstrained):
-            return joint.unconstrained_log_density(params, unconstrained, {})
+            return row_model.unconstrained_log_density(params, unconstrained, {})
 
         return Estimate(log_density, score_of(log_density, params))

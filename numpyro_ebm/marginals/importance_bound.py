@@ -63,31 +63,31 @@ class ImportanceBound(Marginal):
     def corrects_guide(self):
         return self.num_particles > 1  # the weight of a single particle is one
 
-    def check(self, joint, guide, order):
-        if not joint.latent:
+    def check(self, row_model, guide, order):
+        if not row_model.latent:
             raise ModelError(
                 "ImportanceBound is for models with latent sites; use `Exact()` for this one."
             )
         if guide is None:
             raise ModelError(
                 f"ImportanceBound needs a guide q(h | v) for the latent site(s) "
-                f"{sorted(joint.latent)}: a NumPyro function with the model's arguments that "
+                f"{sorted(row_model.latent)}: a NumPyro function with the model's arguments that "
                 "samples them."
             )
 
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        self.check(joint, guide, order)
-        visible, _ = joint.constrain(stop_gradient(unconstrained))
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        self.check(row_model, guide, order)
+        visible, _ = row_model.constrain(stop_gradient(unconstrained))
         constants = stop_gradient(params)
 
         def bound(rng_key):
-            return weighted_mean(rng_key, joint, guide, constants, visible, self.num_particles)
+            return weighted_mean(rng_key, row_model, guide, constants, visible, self.num_particles)
 
         key_value, key_derivative = jax.random.split(rng_key)
         return Estimate(bound(key_derivative), score_of(bound(key_value), constants))
 
 
-def weighted_mean(rng_key, joint, guide, params, visible, num_particles):
+def weighted_mean(rng_key, row_model, guide, params, visible, num_particles):
     """log of the mean weight of particles of q(h | v), as a function of θ and v around them.
 
     :param rng_key: key of the particles.
@@ -99,9 +99,9 @@ def weighted_mean(rng_key, joint, guide, params, visible, num_particles):
     log_q = jax.vmap(lambda h: guide.log_density(params, visible, h))(latent)
 
     def log_density(params, unconstrained):
-        log_joint = jax.vmap(lambda h: joint.unconstrained_log_density(params, unconstrained, h))(
-            latent
-        )
+        log_joint = jax.vmap(
+            lambda h: row_model.unconstrained_log_density(params, unconstrained, h)
+        )(latent)
         return logsumexp(log_joint - log_q, axis=0) - math.log(num_particles)
 
     return log_density

@@ -51,17 +51,17 @@ class LangevinRefinement:
         self.step_size = step_size
         self.adjusted = adjusted
 
-    def __call__(self, rng_key, joint, params, visible, latent):
+    def __call__(self, rng_key, row_model, params, visible, latent):
         """Refine particles.
 
         :param rng_key: random key.
-        :param Joint joint: the model.
+        :param RowModel row_model: the model.
         :param dict params: its parameters.
         :param dict visible: visible values.
         :param dict latent: latent values, particles leading.
         :return: refined latent values, particles leading.
         """
-        for site in joint.latent.values():
+        for site in row_model.latent.values():
             if site.is_discrete:
                 raise ModelError(
                     f"LangevinRefinement: the latent site '{site.name}' is discrete; Langevin "
@@ -70,21 +70,23 @@ class LangevinRefinement:
         algorithm = blackjax.mala if self.adjusted else langevin
 
         def refine_one(rng_key, latent):
-            unconstrained = {k: joint.latent[k].transform.inv(h) for k, h in latent.items()}
+            unconstrained = {k: row_model.latent[k].transform.inv(h) for k, h in latent.items()}
 
             def log_density(rows):
-                return joint.unconstrained_log_density(params, joint.from_rows(rows), visible)
+                return row_model.unconstrained_log_density(
+                    params, row_model.from_rows(rows), visible
+                )
 
             kernel = jax.vmap(algorithm.build_kernel(), (0, 0, None, None))
             one_row = per_row(log_density)
-            state = jax.vmap(lambda x: algorithm.init(x, one_row))(joint.to_rows(unconstrained))
+            state = jax.vmap(lambda x: algorithm.init(x, one_row))(row_model.to_rows(unconstrained))
 
             def step(i, state):
-                keys = jax.random.split(jax.random.fold_in(rng_key, i), joint.num_rows)
+                keys = jax.random.split(jax.random.fold_in(rng_key, i), row_model.num_rows)
                 return kernel(keys, state, one_row, self.step_size)[0]
 
             state = lax.fori_loop(0, self.num_steps, step, state)
-            return joint.constrain(joint.from_rows(state.position))[0]
+            return row_model.constrain(row_model.from_rows(state.position))[0]
 
         num_particles = jnp.shape(next(iter(latent.values())))[0]
         return jax.vmap(refine_one)(jax.random.split(rng_key, num_particles), latent)

@@ -78,35 +78,36 @@ class Unrolled(Marginal):
         self.num_particles = num_particles
         self.guide_loss = guide_loss
 
-    def check(self, joint, guide, order):
-        if not joint.latent:
+    def check(self, row_model, guide, order):
+        if not row_model.latent:
             raise ModelError("Unrolled is for models with latent sites; use `Exact()` here.")
         if guide is None:
             raise ModelError(
-                f"Unrolled needs a guide q(h | v) for the latent site(s) {sorted(joint.latent)}: a "
-                "NumPyro function with the model's arguments that samples them."
+                f"Unrolled needs a guide q(h | v) for the latent site(s) "
+                f"{sorted(row_model.latent)}: a NumPyro function with the model's arguments that "
+                "samples them."
             )
 
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        self.check(joint, guide, order)
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        self.check(row_model, guide, order)
         key_steps, *keys = jax.random.split(rng_key, 3)
         given = dict(params)
-        unroll = self._unroll(key_steps, joint, guide, params, stop_gradient(unconstrained))
+        unroll = self._unroll(key_steps, row_model, guide, params, stop_gradient(unconstrained))
         reached = unroll(params)
         guide_params = stop_gradient(reached)
-        visible, _ = joint.constrain(stop_gradient(unconstrained))
+        visible, _ = row_model.constrain(stop_gradient(unconstrained))
 
         def ratio(rng_key, follow):
             latent = guide.draw(rng_key, guide_params, visible, self.num_particles)
 
             def log_density(params, unconstrained):
-                visible, _ = joint.constrain(unconstrained)
+                visible, _ = row_model.constrain(unconstrained)
                 follower = guide_params
                 if follow:  # not unrolled twice, which is most of the work
                     follower = reached if _same(params, given) else unroll(params)
 
                 def one(latent):
-                    log_joint = joint.unconstrained_log_density(params, unconstrained, latent)
+                    log_joint = row_model.unconstrained_log_density(params, unconstrained, latent)
                     return log_joint - guide.log_density(follower, visible, latent)
 
                 return jnp.mean(jax.vmap(one)(latent), 0)
@@ -116,20 +117,20 @@ class Unrolled(Marginal):
         first, second = ratio(keys[0], False), ratio(keys[1], True)
         return Estimate(second, score_of(first, stop_gradient(params)))
 
-    def _unroll(self, rng_key, joint, guide, params, unconstrained):
+    def _unroll(self, rng_key, row_model, guide, params, unconstrained):
         """The map from all parameters to those of the guide after the unrolled steps."""
-        problem = _Batch(joint, guide, unconstrained)
+        problem = _Batch(row_model, guide, unconstrained)
         found = guide.parameters(rng_key, params)
         transforms = {
             name: biject_to(constraint)
             for name, (_, constraint) in found.items()
-            if name not in joint.parameters
+            if name not in row_model.parameters
         }
         start = {name: transforms[name].inv(stop_gradient(params[name])) for name in transforms}
         guide_loss = self._loss(problem) if self.num_steps else None
         step_size = self.step_size
         if step_size is None:
-            step_size = 1.0 if all(site.is_discrete for site in joint.latent.values()) else 0.1
+            step_size = 1.0 if all(site.is_discrete for site in row_model.latent.values()) else 0.1
 
         def constrain(free):
             return {name: transforms[name](x) for name, x in free.items()}
@@ -158,11 +159,12 @@ class Unrolled(Marginal):
         loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
         if isinstance(loss, RelaxedELBO):
             return RelaxedELBO(loss.temperature, path_derivative=False)
-        discrete = any(site.is_discrete for site in problem.joint.latent.values())
+        discrete = any(site.is_discrete for site in problem.row_model.latent.values())
         if isinstance(loss, TraceGraph_ELBO) or (discrete and not hasattr(loss, "rows")):
             raise ModelError(
                 f"Unrolled differentiates through steps of the guide, and the guide's draws of "
-                f"{sorted(problem.joint.latent)} cannot be differentiated. Use a Bernoulli or a "
+                f"{sorted(problem.row_model.latent)} cannot be differentiated. Use a Bernoulli "
+                "or a "
                 "reparameterised guide, or `VaGES()`."
             )
         return loss
@@ -176,7 +178,7 @@ def _same(params, others):
 class _Batch(NamedTuple):
     """What a guide loss looks at."""
 
-    joint: object
+    row_model: object
     guide: object
     unconstrained: dict
     row_weights: None = None

@@ -71,13 +71,13 @@ class VaGES(Marginal):
     def corrects_guide(self):
         return self.importance_weighted
 
-    def check(self, joint, guide, order):
-        if not joint.latent:
+    def check(self, row_model, guide, order):
+        if not row_model.latent:
             raise ModelError("VaGES is for models with latent sites; use `Exact()` for this one.")
         if guide is None:
             raise ModelError(
-                f"VaGES needs a guide q(h | v) for the latent site(s) {sorted(joint.latent)}: a "
-                "NumPyro function with the model's arguments that samples them."
+                f"VaGES needs a guide q(h | v) for the latent site(s) {sorted(row_model.latent)}: "
+                "a NumPyro function with the model's arguments that samples them."
             )
         if order > self.num_particles:
             raise ModelError(
@@ -86,14 +86,14 @@ class VaGES(Marginal):
                 f"`VaGES(num_particles={order})` or more."
             )
 
-    def bind(self, rng_key, joint, guide, params, unconstrained, *, order=2):
-        self.check(joint, guide, order)
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        self.check(row_model, guide, order)
         key_draw, key_refine = jax.random.split(rng_key)
-        visible, _ = joint.constrain(stop_gradient(unconstrained))
+        visible, _ = row_model.constrain(stop_gradient(unconstrained))
         # Two independent sets in one run of the guide: for the value, and for the derivative.
         latent = guide.draw(key_draw, params, visible, 2 * self.num_particles)
         if self.refine is not None:
-            latent = self.refine(key_refine, joint, stop_gradient(params), visible, latent)
+            latent = self.refine(key_refine, row_model, stop_gradient(params), visible, latent)
         halves = [
             jax.tree.map(lambda x, i=i: x[i * self.num_particles :][: self.num_particles], latent)
             for i in range(2)
@@ -108,7 +108,7 @@ class VaGES(Marginal):
         def surrogate(half, order):
             def log_density(params, unconstrained):
                 log_joint = jax.vmap(
-                    lambda h: joint.unconstrained_log_density(params, unconstrained, h)
+                    lambda h: row_model.unconstrained_log_density(params, unconstrained, h)
                 )(halves[half])
                 return cumulant_surrogate(log_joint, order, log_weights(half, log_joint))
 

@@ -156,11 +156,11 @@ class AnnealedLangevin(RowKernel):
         return f"{len(self._levels)} levels of {self._num_steps} steps"
 
     def refresh(self, state, model_args, model_kwargs):
-        joint, one_row = self._target(model_args, model_kwargs, state.z)
+        row_model, one_row = self._target(model_args, model_kwargs, state.z)
         level = jnp.asarray(self._levels[-1], jnp.result_type(*state.z.values()))
-        rows = joint.to_rows(state.z)
+        rows = row_model.to_rows(state.z)
         start = jax.vmap(lambda x: annealed.init(x, one_row, level[None]))(rows)
-        return self._cache(state, start, joint)
+        return self._cache(state, start, row_model)
 
     # Inside
 
@@ -179,9 +179,9 @@ class AnnealedLangevin(RowKernel):
             )
 
         level = jnp.asarray(self._levels[-1], jnp.result_type(*z.values()))
-        joint, _ = at_level(level)
-        like = (joint.to_rows(z), level)
-        return joint, per_row(lambda rows, level: at_level(level)[1](rows), like)
+        row_model, _ = at_level(level)
+        like = (row_model.to_rows(z), level)
+        return row_model, per_row(lambda rows, level: at_level(level)[1](rows), like)
 
     def _read(self, model, model_args, model_kwargs):
         kwargs = dict(model_kwargs or {})
@@ -202,17 +202,17 @@ class AnnealedLangevin(RowKernel):
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
-        joint, _ = self._read(self._model, model_args, model_kwargs)
-        z = self._initial_values(key_init, joint, init_params, model_kwargs)
+        row_model, _ = self._read(self._model, model_args, model_kwargs)
+        z = self._initial_values(key_init, row_model, init_params, model_kwargs)
         state = LangevinState(
             i=jnp.array(0),
             z=z,
-            potential_energy=jnp.zeros(joint.num_rows),
+            potential_energy=jnp.zeros(row_model.num_rows),
             z_grad=z,
-            energy=jnp.zeros(joint.num_rows),
-            accept_prob=jnp.ones(joint.num_rows),
+            energy=jnp.zeros(row_model.num_rows),
+            accept_prob=jnp.ones(row_model.num_rows),
             mean_accept_prob=jnp.ones(()),
-            diverging=jnp.zeros(joint.num_rows, bool),
+            diverging=jnp.zeros(row_model.num_rows, bool),
             num_steps=jnp.array(0),
             adapt_state=AdaptState(jnp.asarray(self._step_sizes[-1], float), None),
             memory=None,
@@ -221,10 +221,10 @@ class AnnealedLangevin(RowKernel):
         return self.refresh(state, model_args, model_kwargs)
 
     def _step(self, state, model_args, model_kwargs):
-        joint, one_row = self._target(model_args, model_kwargs, state.z)
+        row_model, one_row = self._target(model_args, model_kwargs, state.z)
         rng_key, key_run = jax.random.split(state.rng_key)
-        gradient = joint.to_rows(jax.tree.map(jnp.negative, state.z_grad))
-        rows = annealed.AnnealedState(joint.to_rows(state.z), -state.potential_energy, gradient)
+        gradient = row_model.to_rows(jax.tree.map(jnp.negative, state.z_grad))
+        rows = annealed.AnnealedState(row_model.to_rows(state.z), -state.potential_energy, gradient)
         dtype = state.potential_energy.dtype
         levels, step_sizes = (jnp.asarray(x, dtype) for x in (self._levels, self._step_sizes))
 
@@ -233,19 +233,19 @@ class AnnealedLangevin(RowKernel):
                 key, row, one_row, levels, step_sizes, self._init_scale, self._denoise_variance
             )
 
-        rows, info = jax.vmap(run)(jax.random.split(key_run, joint.num_rows), rows)
-        return self._cache(state, rows, joint)._replace(
+        rows, info = jax.vmap(run)(jax.random.split(key_run, row_model.num_rows), rows)
+        return self._cache(state, rows, row_model)._replace(
             i=state.i + 1,
             diverging=info.is_divergent,
             num_steps=jnp.full_like(state.num_steps, len(self._levels) * self._num_steps),
             rng_key=rng_key,
         )
 
-    def _cache(self, state, rows, joint):
+    def _cache(self, state, rows, row_model):
         return state._replace(
-            z=joint.from_rows(rows.position),
+            z=row_model.from_rows(rows.position),
             potential_energy=-rows.logdensity,
-            z_grad=joint.from_rows(jax.tree.map(jnp.negative, rows.logdensity_grad)),
+            z_grad=row_model.from_rows(jax.tree.map(jnp.negative, rows.logdensity_grad)),
             energy=-rows.logdensity,
         )
 

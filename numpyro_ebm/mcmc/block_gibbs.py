@@ -31,7 +31,7 @@ from numpyro_ebm.mcmc.block_gibbs_plan import (
 )
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values
-from numpyro_ebm.model.row_model import read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers import block_gibbs
 
 __all__ = ["BlockGibbs", "BlockGibbsState"]
@@ -156,9 +156,9 @@ class BlockGibbs(RowKernel):
         :param kwargs: keyword arguments of the model.
         :return: list of :class:`~numpyro_ebm.samplers.block_gibbs.Block`, in the order of drawing.
         """
-        joint, log_density = self._target(args, kwargs)
-        z = {name: jnp.asarray(site.value) for name, site in joint.sites.items()}
-        return self._plan(joint, log_density, joint.to_rows(z))
+        row_model, log_density = self._target(args, kwargs)
+        z = {name: jnp.asarray(site.value) for name, site in row_model.sites.items()}
+        return self._plan(row_model, log_density, row_model.to_rows(z))
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         self._sample_fn = self._step
@@ -187,17 +187,17 @@ class BlockGibbs(RowKernel):
         return state
 
     def refresh(self, state, model_args, model_kwargs):
-        joint, log_density = self._target(model_args, model_kwargs)
-        rows = joint.to_rows(state.z)
-        return state._replace(potential_energy=-log_density(rows) - _unused(joint, rows))
+        row_model, log_density = self._target(model_args, model_kwargs)
+        rows = row_model.to_rows(state.z)
+        return state._replace(potential_energy=-log_density(rows) - _unused(row_model, rows))
 
     def get_constrain_fn(self, model_args, model_kwargs):
         return lambda z: z  # real and discrete sites only: they are their own coordinates
 
     def postprocess_fn(self, model_args, model_kwargs):
-        joint = read_fixed(self._model, model_args, model_kwargs)
+        row_model = read_fixed_model(self._model, model_args, model_kwargs)
 
-        return lambda z: {**z, **joint.deterministic({}, z)}
+        return lambda z: {**z, **row_model.deterministic({}, z)}
 
     # Inside
 
@@ -205,77 +205,77 @@ class BlockGibbs(RowKernel):
         return self._read(self._model, model_args, model_kwargs)
 
     def _read(self, model, model_args, model_kwargs):
-        joint = read_fixed(model, model_args, model_kwargs)
-        for name, site in joint.visible.items():
+        row_model = read_fixed_model(model, model_args, model_kwargs)
+        for name, site in row_model.visible.items():
             if not site.is_real:
                 raise ModelError(
                     f"BlockGibbs: the site '{name}' has the support {site.fn.support}, and only "
                     "real and finite discrete sites are drawn exactly. "
-                    + block_gibbs.advice([name], set(joint.sites) - {name})
+                    + block_gibbs.advice([name], set(row_model.sites) - {name})
                 )
 
         def log_density(rows):
-            return joint.log_density({}, joint.from_rows(rows)) - _unused(joint, rows)
+            return row_model.log_density({}, row_model.from_rows(rows)) - _unused(row_model, rows)
 
-        return joint, log_density
+        return row_model, log_density
 
-    def _plan(self, joint, log_density, rows):
-        return plan_blocks(joint, log_density, rows, self._blocks, self._colors)
+    def _plan(self, row_model, log_density, rows):
+        return plan_blocks(row_model, log_density, rows, self._blocks, self._colors)
 
     def _check_colors(self, rng_key, state, model_args, model_kwargs):
-        joint, log_density = self._target(model_args, model_kwargs)
+        row_model, log_density = self._target(model_args, model_kwargs)
         z = state.z
         while not is_prng_key(rng_key):  # one of the vectorised chains will do
             rng_key, z = rng_key[0], {name: x[0] for name, x in z.items()}
-        rows = joint.to_rows(z)
-        plan = self._plan(joint, log_density, rows)
+        rows = row_model.to_rows(z)
+        plan = self._plan(row_model, log_density, rows)
         check_colors(rng_key, log_density, rows, plan, self._colors)
 
     def _init(self, rng_key, init_params, model_args, model_kwargs, check):
         key_init, key_check, rng_key = jax.random.split(rng_key, 3)
-        joint, log_density = self._target(model_args, model_kwargs)
-        check_order(joint, self._blocks, init_params)
-        z = initial_values(key_init, joint, self._init_strategy, init_params)
-        rows = joint.to_rows(z)
-        blocks = self._plan(joint, log_density, rows)
+        row_model, log_density = self._target(model_args, model_kwargs)
+        check_order(row_model, self._blocks, init_params)
+        z = initial_values(key_init, row_model, self._init_strategy, init_params)
+        rows = row_model.to_rows(z)
+        blocks = self._plan(row_model, log_density, rows)
         is_proper = {}
         for block in blocks if check else ():
             if block.kind == "gaussian":
                 draws = block_gibbs.draw_block(key_check, rows, log_density, block)
                 is_proper.update({k: jnp.all(jnp.isfinite(x)) for k, x in draws.items()})
-        energy = -log_density(rows) - _unused(joint, rows)
+        energy = -log_density(rows) - _unused(row_model, rows)
         state = BlockGibbsState(jnp.array(0), z, energy, rng_key)
         return state, is_proper
 
     def _step(self, state, model_args, model_kwargs):
-        joint, log_density = self._target(model_args, model_kwargs)
+        row_model, log_density = self._target(model_args, model_kwargs)
         rng_key, key_step = jax.random.split(state.rng_key)
-        rows = joint.to_rows(state.z)
-        blocks = self._plan(joint, log_density, rows)
+        rows = row_model.to_rows(state.z)
+        blocks = self._plan(row_model, log_density, rows)
         chains = block_gibbs.BlockGibbsState(rows, -state.potential_energy)
         chains, _ = block_gibbs.build_kernel(self.is_reversible)(
             key_step, chains, log_density, blocks
         )
-        energy = -chains.logdensity - _unused(joint, chains.position)
-        return BlockGibbsState(state.i + 1, joint.from_rows(chains.position), energy, rng_key)
+        energy = -chains.logdensity - _unused(row_model, chains.position)
+        return BlockGibbsState(state.i + 1, row_model.from_rows(chains.position), energy, rng_key)
 
 
-def _unused(joint, rows):
+def _unused(row_model, rows):
     """Half the squares of values that nothing reads, so that they have a law: N(0, 1).
 
     NumPyro's ``sample(..., obs_mask=...)`` makes a site ``<name>_unobserved`` of full shape, whose
     values count where the mask is off. They sum to an array of shape (rows,), or to 0.
     """
     total = 0.0
-    for name, site in joint.visible.items():
+    for name, site in row_model.visible.items():
         observed = name.removesuffix("unobserved") + "observed"
-        if not name.endswith("_unobserved") or observed not in joint.observed:
+        if not name.endswith("_unobserved") or observed not in row_model.observed:
             continue
         fn = site.fn
         while not isinstance(fn, MaskedDistribution):
             fn = fn.base_dist
-        x = joint.from_rows({name: rows[name]})[name]
+        x = row_model.from_rows({name: rows[name]})[name]
         mask = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * site.event_dim)
         squares = jnp.where(mask, 0.0, 0.5 * x**2)
-        total = total + joint.sum_to_rows(jnp.sum(squares, tuple(range(-site.event_dim, 0))))
+        total = total + row_model.sum_to_rows(jnp.sum(squares, tuple(range(-site.event_dim, 0))))
     return total

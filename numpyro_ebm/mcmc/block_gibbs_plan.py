@@ -50,10 +50,10 @@ def read_colors(colors):
     return colors
 
 
-def plan_blocks(joint, log_density, rows, blocks, colors):
+def plan_blocks(row_model, log_density, rows, blocks, colors):
     """How the blocks are drawn, a list of :class:`~numpyro_ebm.samplers.block_gibbs.Block`.
 
-    :param joint: the model.
+    :param row_model: the model.
     :param log_density: of its rows.
     :param dict rows: values of the unobserved sites, rows leading.
     :param blocks: of :func:`read_blocks`.
@@ -61,23 +61,23 @@ def plan_blocks(joint, log_density, rows, blocks, colors):
     :raises ModelError: if they do not fit the sites.
     """
     # Sites that lost their observations, and start at them, wait until the others follow them.
-    order = sorted(joint.sites, key=lambda name: name in joint.released)
+    order = sorted(row_model.sites, key=lambda name: name in row_model.unconditioned)
     blocks = blocks or tuple((name,) for name in order)
     named = [name for names in blocks for name in names]
-    wrong = sorted(set(named) ^ set(joint.sites)) or sorted(
+    wrong = sorted(set(named) ^ set(row_model.sites)) or sorted(
         {name for name in named if named.count(name) > 1}
     )
     if wrong:
         raise ModelError(
-            f"BlockGibbs: `blocks` must name each unobserved site once: {sorted(joint.sites)}; "
+            f"BlockGibbs: `blocks` must name each unobserved site once: {sorted(row_model.sites)}; "
             f"{wrong} are missing, unknown or named twice."
         )
-    values = {name: support_values(site, "BlockGibbs") for name, site in joint.latent.items()}
+    values = {name: support_values(site, "BlockGibbs") for name, site in row_model.latent.items()}
     for name, x in colors.items():
-        if name not in joint.latent:
+        if name not in row_model.latent:
             raise ModelError(
                 f"BlockGibbs: `colors` names '{name}', and the unobserved discrete sites are "
-                f"{sorted(joint.latent)}."
+                f"{sorted(row_model.latent)}."
             )
         if x.shape != (expected := rows[name].shape[1:]):
             raise ModelError(
@@ -92,16 +92,18 @@ def plan_blocks(joint, log_density, rows, blocks, colors):
     return plan
 
 
-def check_order(joint, blocks, init_params):
+def check_order(row_model, blocks, init_params):
     """Values that a chain is to start from may not be drawn anew before the others follow.
 
     :raises ModelError: if they are.
     """
     later = [name for names in blocks or () for name in names]
-    while later and joint.released:
+    while later and row_model.unconditioned:
         name, *later = later
-        lost = [x for x in later if x not in joint.released and x not in (init_params or {})]
-        if name in joint.released and lost:
+        lost = [
+            x for x in later if x not in row_model.unconditioned and x not in (init_params or {})
+        ]
+        if name in row_model.unconditioned and lost:
             raise ModelError(
                 f"BlockGibbs: the chain starts at the data of '{name}', and the block order "
                 f"{blocks} draws '{name}' anew before {lost}, which have no start of their own. "

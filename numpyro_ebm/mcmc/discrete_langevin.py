@@ -23,7 +23,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values, support_values
-from numpyro_ebm.model.row_model import read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers import discrete_langevin
 
@@ -170,16 +170,16 @@ class DiscreteLangevin(RowKernel):
         return state
 
     def refresh(self, state, model_args, model_kwargs):
-        joint, log_density, values = self._target(model_args, model_kwargs)
-        chains = self._evaluate(joint, log_density, values, state.z)
-        return self._cache(state, chains, joint)
+        row_model, log_density, values = self._target(model_args, model_kwargs)
+        chains = self._evaluate(row_model, log_density, values, state.z)
+        return self._cache(state, chains, row_model)
 
     def get_constrain_fn(self, model_args, model_kwargs):
         return lambda z: z
 
     def postprocess_fn(self, model_args, model_kwargs):
-        joint, _ = self._read(self._model, model_args, model_kwargs)
-        return lambda z: {**z, **joint.deterministic({}, z)}
+        row_model, _ = self._read(self._model, model_args, model_kwargs)
+        return lambda z: {**z, **row_model.deterministic({}, z)}
 
     # Inside
 
@@ -195,8 +195,8 @@ class DiscreteLangevin(RowKernel):
             super()._check_energy(state, model_args, model_kwargs)
 
     def _read(self, model, model_args, model_kwargs):
-        joint = read_fixed(model, model_args, model_kwargs)
-        continuous, discrete = sorted(joint.visible), sorted(joint.latent)
+        row_model = read_fixed_model(model, model_args, model_kwargs)
+        continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
         if not discrete:
             raise ModelError(
                 f"{self._name} moves discrete sites, and {continuous} are continuous. Use "
@@ -211,14 +211,14 @@ class DiscreteLangevin(RowKernel):
             )
 
         def log_density(rows):
-            return joint.log_density({}, joint.from_rows(rows))
+            return row_model.log_density({}, row_model.from_rows(rows))
 
-        return joint, log_density
+        return row_model, log_density
 
     def _target(self, model_args, model_kwargs):
-        joint, log_density = self._read(self._model, model_args, model_kwargs)
-        values = {name: support_values(site, self._name) for name, site in joint.latent.items()}
-        return joint, log_density, values
+        row_model, log_density = self._read(self._model, model_args, model_kwargs)
+        values = {name: support_values(site, self._name) for name, site in row_model.latent.items()}
+        return row_model, log_density, values
 
     @property
     def _initial(self):
@@ -230,10 +230,10 @@ class DiscreteLangevin(RowKernel):
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
-        joint, log_density, values = self._target(model_args, model_kwargs)
-        z = initial_values(key_init, joint, self._init_strategy, init_params)
-        chains = self._evaluate(joint, log_density, values, z)
-        zeros = jnp.zeros(joint.num_rows)
+        row_model, log_density, values = self._target(model_args, model_kwargs)
+        z = initial_values(key_init, row_model, self._init_strategy, init_params)
+        chains = self._evaluate(row_model, log_density, values, z)
+        zeros = jnp.zeros(row_model.num_rows)
         state = DiscreteLangevinState(
             i=jnp.array(0),
             z=z,
@@ -241,16 +241,16 @@ class DiscreteLangevin(RowKernel):
             differences=chains.differences,
             accept_prob=zeros,
             mean_accept_prob=jnp.zeros(()),
-            diverging=jnp.zeros(joint.num_rows, bool),
+            diverging=jnp.zeros(row_model.num_rows, bool),
             adapt_state=self._adaptation.init(
-                jnp.asarray(self._initial, float), joint.num_rows, 0, False, None
+                jnp.asarray(self._initial, float), row_model.num_rows, 0, False, None
             ),
             rng_key=rng_key,
         )
-        return self._cache(state, chains, joint)
+        return self._cache(state, chains, row_model)
 
-    def _evaluate(self, joint, log_density, values, z):
-        rows = joint.to_rows(z)
+    def _evaluate(self, row_model, log_density, values, z):
+        rows = row_model.to_rows(z)
         if self._differences == "exact":
             return discrete_langevin.init(rows, log_density, values, "exact")
         try:
@@ -258,7 +258,7 @@ class DiscreteLangevin(RowKernel):
                 warnings.simplefilter("error", DeprecationWarning)  # JAX's, of a one-hot of floats
                 return discrete_langevin.init(rows, log_density, values)
         except (TypeError, DeprecationWarning) as error:
-            raise self._no_gradient(sorted(joint.latent), error) from error
+            raise self._no_gradient(sorted(row_model.latent), error) from error
 
     def _no_gradient(self, names, error=None):
         because = "" if error is None else f" ({error})"
@@ -271,12 +271,12 @@ class DiscreteLangevin(RowKernel):
 
     def _check_gradient(self, rng_key, state, model_args, model_kwargs):
         """A gradient that vanishes everywhere while the energy changes is none."""
-        joint, log_density, values = self._target(model_args, model_kwargs)
+        row_model, log_density, values = self._target(model_args, model_kwargs)
         z = state.z
         while not is_prng_key(rng_key):  # one of the vectorised chains will do
             rng_key, z = rng_key[0], {name: x[0] for name, x in z.items()}
         real = {k: x.astype(jnp.result_type(x, float)) for k, x in z.items()}
-        if structure(lambda z: joint.log_density({}, z), real).degree < np.inf:
+        if structure(lambda z: row_model.log_density({}, z), real).degree < np.inf:
             return  # a polynomial, which has one
 
         @jax.jit
@@ -288,11 +288,11 @@ class DiscreteLangevin(RowKernel):
                     choices = jnp.asarray(values[name], x.dtype)
                     moved[name] = jax.random.choice(key_site, choices, x.shape)
                 real = {k: x.astype(jnp.result_type(x, float)) for k, x in moved.items()}
-                total = lambda real: jnp.sum(log_density(joint.to_rows(real)))  # noqa: E731
+                total = lambda real: jnp.sum(log_density(row_model.to_rows(real)))  # noqa: E731
                 gradient = jax.grad(total)(real)
                 # What one site changes, the others where they are.
-                here = log_density(joint.to_rows(moved))
-                change = {k: log_density(joint.to_rows({**moved, k: z[k]})) - here for k in z}
+                here = log_density(row_model.to_rows(moved))
+                change = {k: log_density(row_model.to_rows({**moved, k: z[k]})) - here for k in z}
                 return gradient, change
 
             gradients, changes = jax.lax.map(at, jax.random.split(rng_key, 5))
@@ -306,18 +306,18 @@ class DiscreteLangevin(RowKernel):
         if broken:
             raise self._no_gradient(broken)
 
-    def _cache(self, state, chains, joint):
+    def _cache(self, state, chains, row_model):
         return state._replace(
-            z=joint.from_rows(chains.position),
+            z=row_model.from_rows(chains.position),
             potential_energy=-chains.logdensity,
             differences=chains.differences,
         )
 
     def _step(self, state, model_args, model_kwargs):
-        joint, log_density, values = self._target(model_args, model_kwargs)
+        row_model, log_density, values = self._target(model_args, model_kwargs)
         rng_key, key_step = jax.random.split(state.rng_key)
         chains = discrete_langevin.DiscreteLangevinState(
-            joint.to_rows(state.z), -state.potential_energy, state.differences
+            row_model.to_rows(state.z), -state.potential_energy, state.differences
         )
         chains, info = self._kernel(
             key_step, chains, log_density, state.adapt_state.step_size, values
@@ -329,7 +329,7 @@ class DiscreteLangevin(RowKernel):
             largest = 1_000.0 * max(np.ptp(x) ** 2 for x in values.values())
             step_size = jnp.minimum(adapt_state.step_size, jnp.maximum(largest, self._initial))
             adapt_state = adapt_state._replace(step_size=step_size)
-        return self._cache(state, chains, joint)._replace(
+        return self._cache(state, chains, row_model)._replace(
             i=state.i + 1,
             accept_prob=info.acceptance_rate,
             mean_accept_prob=state.mean_accept_prob + (mean - state.mean_accept_prob) / since,

@@ -24,7 +24,7 @@ from numpyro.util import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
-from numpyro_ebm.model.row_model import read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
@@ -130,17 +130,17 @@ class RowKernel(MCMCKernel):
         return kernel
 
     def get_constrain_fn(self, model_args, model_kwargs):
-        joint = read_fixed(self._model, model_args, model_kwargs)
-        return lambda z: joint.constrain(z)[0]
+        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        return lambda z: row_model.constrain(z)[0]
 
     def postprocess_fn(self, model_args, model_kwargs):
-        joint = read_fixed(self._model, model_args, model_kwargs)
-        if joint.latent:
-            return lambda z: joint.constrain(z)[0]
+        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        if row_model.latent:
+            return lambda z: row_model.constrain(z)[0]
 
         def constrain_and_replay(z):
-            values, _ = joint.constrain(z)
-            return {**values, **joint.deterministic({}, values)}
+            values, _ = row_model.constrain(z)
+            return {**values, **row_model.deterministic({}, values)}
 
         return constrain_and_replay
 
@@ -154,48 +154,49 @@ class RowKernel(MCMCKernel):
         pass
 
     def _read(self, model, model_args, model_kwargs):
-        """The joint of the model, its marginal, and the row log-density of unconstrained rows."""
-        joint = read_fixed(model, model_args, model_kwargs)
-        if not joint.visible:
+        """The row model, its marginal, and the row log-density of unconstrained rows."""
+        row_model = read_fixed_model(model, model_args, model_kwargs)
+        if not row_model.visible:
             raise ModelError(
-                f"{self._name} moves continuous sites, and {sorted(joint.latent)} are discrete. "
-                "Use `numpyro_ebm.DiscreteLangevin`, `numpyro_ebm.BlockGibbs`, "
+                f"{self._name} moves continuous sites, and {sorted(row_model.latent)} are "
+                "discrete. Use `numpyro_ebm.DiscreteLangevin`, `numpyro_ebm.BlockGibbs`, "
                 "`numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`, which chooses one."
             )
         marginal = None
-        if joint.latent:
+        if row_model.latent:
             marginal = Enumerated()
             try:
-                marginal.check(joint, None, 1)
+                marginal.check(row_model, None, 1)
             except ModelError as error:
                 raise ModelError(
                     f"{self._name} sums discrete sites out, and cannot here. Draw them in a block "
                     f"of their own: `numpyro.infer.Gibbs([({self._name}(model), "
-                    f"{sorted(joint.visible)}), (DiscreteGibbs(model), {sorted(joint.latent)})])`, "
-                    f"with `DiscreteLangevin` or `BlockGibbs` beside `DiscreteGibbs`. ({error})"
+                    f"{sorted(row_model.visible)}), (DiscreteGibbs(model), "
+                    f"{sorted(row_model.latent)})])`, with `DiscreteLangevin` or `BlockGibbs` "
+                    f"beside `DiscreteGibbs`. ({error})"
                 ) from None
 
         def log_density(rows):
-            z = joint.from_rows(rows)
+            z = row_model.from_rows(rows)
             if marginal is None:
-                return joint.unconstrained_log_density({}, z, {})
-            values, log_det = joint.constrain(z)
-            return marginal.log_density(joint, {}, values) + log_det
+                return row_model.unconstrained_log_density({}, z, {})
+            values, log_det = row_model.constrain(z)
+            return marginal.log_density(row_model, {}, values) + log_det
 
-        return joint, log_density
+        return row_model, log_density
 
-    def _initial_values(self, rng_key, joint, init_params, model_kwargs):
-        prepared = substitute(seed(joint.model, rng_key), substitute_fn=self._init_strategy)
-        model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
-        z = {k: s.transform.inv(model_trace[k]["value"]) for k, s in joint.visible.items()}
+    def _initial_values(self, rng_key, row_model, init_params, model_kwargs):
+        prepared = substitute(seed(row_model.model, rng_key), substitute_fn=self._init_strategy)
+        model_trace = trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
+        z = {k: s.transform.inv(model_trace[k]["value"]) for k, s in row_model.visible.items()}
         if init_params is None:
             return z
-        unknown = sorted(set(init_params) - set(joint.visible) - set(joint.latent))
+        unknown = sorted(set(init_params) - set(row_model.visible) - set(row_model.latent))
         if unknown:
             raise ModelError(f"`init_params` names {unknown}, which are not unobserved sites.")
-        given = {k: jnp.asarray(x) for k, x in init_params.items() if k in joint.visible}
+        given = {k: jnp.asarray(x) for k, x in init_params.items() if k in row_model.visible}
         if GIBBS_SITES_KWARG in (model_kwargs or {}):  # Gibbs hands over constrained values
-            given = {k: joint.visible[k].transform.inv(x) for k, x in given.items()}
+            given = {k: row_model.visible[k].transform.inv(x) for k, x in given.items()}
         return {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
 
     def _check_energy(self, state, model_args, model_kwargs):
@@ -216,10 +217,12 @@ class RowKernel(MCMCKernel):
         z = state.z
         for _ in range(bad.ndim - 1):  # vectorised chains lead: look at the first bad one
             z = {name: x[where[0][0]] for name, x in z.items()}
-        joint, _ = self._read(self._model, model_args, model_kwargs)
-        values, _ = joint.constrain(z)
-        model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
-        terms = joint.site_log_densities(model_trace)
+        row_model, _ = self._read(self._model, model_args, model_kwargs)
+        values, _ = row_model.constrain(z)
+        model_trace = trace(row_model.substituted(values)).get_trace(
+            *row_model.args, **row_model.kwargs
+        )
+        terms = row_model.site_log_densities(model_trace)
         sites = [k for k, x in terms.items() if not np.all(np.isfinite(np.asarray(x)))]
         rows = sorted({int(row) for row in where[:, -1]})
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
@@ -269,10 +272,10 @@ class ChainKernel(RowKernel):
         )
 
     def refresh(self, state, model_args, model_kwargs):
-        joint, one_row = self._target(model_args, model_kwargs, state.z)
-        chains = self._evaluate(joint, one_row, state.z)
+        row_model, one_row = self._target(model_args, model_kwargs, state.z)
+        chains = self._evaluate(row_model, one_row, state.z)
         kinetic = state.energy - state.potential_energy
-        state = self._cache(state, chains, joint)
+        state = self._cache(state, chains, row_model)
         return state._replace(energy=state.potential_energy + kinetic)
 
     # For subclasses
@@ -289,7 +292,7 @@ class ChainKernel(RowKernel):
         """One step of one row: a new :class:`Chain` and a :class:`StepInfo`."""
         raise NotImplementedError
 
-    def _check_sites(self, joint, dimension):
+    def _check_sites(self, row_model, dimension):
         pass
 
     # Inside
@@ -302,8 +305,8 @@ class ChainKernel(RowKernel):
             )
 
     def _target(self, model_args, model_kwargs, z):
-        joint, log_density = self._read(self._model, model_args, model_kwargs)
-        return joint, per_row(log_density, (joint.to_rows(z),))
+        row_model, log_density = self._read(self._model, model_args, model_kwargs)
+        return row_model, per_row(log_density, (row_model.to_rows(z),))
 
     @property
     def _adaptation(self):
@@ -317,14 +320,14 @@ class ChainKernel(RowKernel):
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, key_rows, rng_key = jax.random.split(rng_key, 3)
-        joint = read_fixed(self._model, model_args, model_kwargs)
-        z = self._initial_values(key_init, joint, init_params, model_kwargs)
-        joint, one_row = self._target(model_args, model_kwargs, z)
-        dimension = joint.flatten(z).shape[1]
-        self._check_sites(joint, dimension)
-        chains = self._evaluate(joint, one_row, z)
+        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        z = self._initial_values(key_init, row_model, init_params, model_kwargs)
+        row_model, one_row = self._target(model_args, model_kwargs, z)
+        dimension = row_model.flatten(z).shape[1]
+        self._check_sites(row_model, dimension)
+        chains = self._evaluate(row_model, one_row, z)
         memory = jax.vmap(self._start_row)(
-            jax.random.split(key_rows, joint.num_rows), chains.position
+            jax.random.split(key_rows, row_model.num_rows), chains.position
         )
         chains = chains._replace(memory=memory)
         step_size = self._step_size
@@ -336,13 +339,13 @@ class ChainKernel(RowKernel):
             potential_energy=-chains.logdensity,
             z_grad=z,
             energy=jax.vmap(self._start_energy)(chains),
-            accept_prob=jnp.zeros(joint.num_rows),
+            accept_prob=jnp.zeros(row_model.num_rows),
             mean_accept_prob=jnp.zeros(()),
-            diverging=jnp.zeros(joint.num_rows, bool),
+            diverging=jnp.zeros(row_model.num_rows, bool),
             num_steps=jnp.array(0),
             adapt_state=self._adaptation.init(
                 jnp.asarray(step_size, float),
-                joint.num_rows,
+                row_model.num_rows,
                 dimension,
                 self.has_mass_matrix,
                 self._trajectory_length,
@@ -350,41 +353,45 @@ class ChainKernel(RowKernel):
             memory=memory,
             rng_key=rng_key,
         )
-        return self._cache(state, chains, joint)
+        return self._cache(state, chains, row_model)
 
     def _default_step_size(self, dimension):
         return self.initial_step_size
 
-    def _evaluate(self, joint, one_row, z):
-        rows = joint.to_rows(z)
+    def _evaluate(self, row_model, one_row, z):
+        rows = row_model.to_rows(z)
         return Chain(rows, *jax.vmap(jax.value_and_grad(one_row))(rows), None)
 
-    def _cache(self, state, chains, joint):
-        gradient = joint.from_rows(chains.logdensity_grad)
+    def _cache(self, state, chains, row_model):
+        gradient = row_model.from_rows(chains.logdensity_grad)
         return state._replace(
-            z=joint.from_rows(chains.position),
+            z=row_model.from_rows(chains.position),
             potential_energy=-chains.logdensity,
             z_grad=jax.tree.map(jnp.negative, gradient),
         )
 
     def _step(self, state, model_args, model_kwargs):
-        joint, one_row = self._target(model_args, model_kwargs, state.z)
+        row_model, one_row = self._target(model_args, model_kwargs, state.z)
         rng_key, key_step = jax.random.split(state.rng_key)
         chains = Chain(
-            joint.to_rows(state.z),
+            row_model.to_rows(state.z),
             -state.potential_energy,
-            joint.to_rows(jax.tree.map(jnp.negative, state.z_grad)),
+            row_model.to_rows(jax.tree.map(jnp.negative, state.z_grad)),
             state.memory,
         )
-        keys = key_step[None] if joint.num_rows == 1 else jax.random.split(key_step, joint.num_rows)
+        keys = (
+            key_step[None]
+            if row_model.num_rows == 1
+            else jax.random.split(key_step, row_model.num_rows)
+        )
         chains, info = jax.vmap(
             lambda key, chain: self._move(key, chain, one_row, state.adapt_state, state.i)
         )(keys, chains)
         since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
         mean = jnp.mean(info.accept_prob)
-        new = self._cache(state, chains, joint)
+        new = self._cache(state, chains, row_model)
         adapt_state = self._adaptation.update(
-            state.i, state.adapt_state, lambda: joint.flatten(new.z), jnp.mean(info.statistic)
+            state.i, state.adapt_state, lambda: row_model.flatten(new.z), jnp.mean(info.statistic)
         )
         return new._replace(
             i=state.i + 1,

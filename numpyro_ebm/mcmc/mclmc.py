@@ -137,11 +137,11 @@ class MCLMC(ChainKernel):
         steps = f" {state.num_steps} steps." if self._adjusted else ""
         return f"{super().get_diagnostics_str(state)}.{steps}".removesuffix(".")
 
-    def _check_sites(self, joint, dimension):
+    def _check_sites(self, row_model, dimension):
         if dimension < 2:
             raise ModelError(
-                f"MCLMC: the rows of {sorted(joint.visible)} have a single coordinate, in which a "
-                "velocity of fixed length cannot turn. Use `MALA` or `UnderdampedLangevin`."
+                f"MCLMC: the rows of {sorted(row_model.visible)} have a single coordinate, in "
+                "which a velocity of fixed length cannot turn. Use `MALA` or `UnderdampedLangevin`."
             )
 
     def _default_step_size(self, dimension):

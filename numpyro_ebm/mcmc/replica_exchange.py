@@ -162,10 +162,10 @@ class ReplicaExchange(RowKernel):
         )
 
     def refresh(self, state, model_args, model_kwargs):
-        joint, base, likelihood = self._target(model_args, model_kwargs)
+        row_model, base, likelihood = self._target(model_args, model_kwargs)
         replicas, visited = state.memory
         replicas = _evaluate(replicas.position, base, likelihood)
-        return self._cache(state, replicas, visited, joint)
+        return self._cache(state, replicas, visited, row_model)
 
     # Inside
 
@@ -173,7 +173,7 @@ class ReplicaExchange(RowKernel):
         self._warmup.check(num_warmup)
 
     def _target(self, model_args, model_kwargs):
-        """The joint, and the base and the tempered part of its row log-density."""
+        """The row model, and the base and the tempered part of its row log-density."""
         if GIBBS_SITES_KWARG in (model_kwargs or {}):
             raise ModelError(
                 "ReplicaExchange cannot be a block of `Gibbs`: its hot replicas would keep what "
@@ -181,8 +181,8 @@ class ReplicaExchange(RowKernel):
                 "Run it on its own, where discrete sites are summed out; or use `MALA`, "
                 "`UnderdampedLangevin` or `MCLMC` as the block."
             )
-        joint, log_density = self._read(self._model, model_args, model_kwargs)
-        flat = sorted(name for name, site in joint.visible.items() if site.is_flat)
+        row_model, log_density = self._read(self._model, model_args, model_kwargs)
+        flat = sorted(name for name, site in row_model.visible.items() if site.is_flat)
         if flat and self._ladder[-1] == 0:
             raise ModelError(
                 f"ReplicaExchange: at an inverse temperature of 0 only the base measure is left, "
@@ -190,32 +190,36 @@ class ReplicaExchange(RowKernel):
                 "0, or give the sites a proper base measure, `numpyro.sample(name, dist.Normal(0, "
                 "10))`."
             )
-        if joint.latent:
+        if row_model.latent:
             _, base = self._read(temper(self._model, 0.0), model_args, model_kwargs)
-            return joint, per_row(base), per_row(lambda rows: log_density(rows) - base(rows))
+            return row_model, per_row(base), per_row(lambda rows: log_density(rows) - base(rows))
 
         def terms(rows):
-            values, log_det = joint.constrain(joint.from_rows(rows))
-            model_trace = trace(joint.substituted(values)).get_trace(*joint.args, **joint.kwargs)
-            by_site = joint.site_log_densities(model_trace)
-            energies = [x for name, x in by_site.items() if name in joint.energies]
-            others = [x for name, x in by_site.items() if name not in joint.energies]
+            values, log_det = row_model.constrain(row_model.from_rows(rows))
+            model_trace = trace(row_model.substituted(values)).get_trace(
+                *row_model.args, **row_model.kwargs
+            )
+            by_site = row_model.site_log_densities(model_trace)
+            energies = [x for name, x in by_site.items() if name in row_model.energies]
+            others = [x for name, x in by_site.items() if name not in row_model.energies]
             return sum(others) + log_det, sum(energies)
 
-        return joint, per_row(lambda rows: terms(rows)[0]), per_row(lambda rows: terms(rows)[1])
+        return row_model, per_row(lambda rows: terms(rows)[0]), per_row(lambda rows: terms(rows)[1])
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
-        joint, base, likelihood = self._target(model_args, model_kwargs)
+        row_model, base, likelihood = self._target(model_args, model_kwargs)
         num_replicas = len(self._ladder)
 
         def start(key):
-            return joint.to_rows(self._initial_values(key, joint, init_params, model_kwargs))
+            return row_model.to_rows(
+                self._initial_values(key, row_model, init_params, model_kwargs)
+            )
 
         positions = jax.vmap(start)(jax.random.split(key_init, num_replicas))
         replicas = _evaluate(positions, base, likelihood)
-        pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(joint.num_rows)
-        visited = jnp.zeros((num_replicas, joint.num_rows), bool)
+        pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(row_model.num_rows)
+        visited = jnp.zeros((num_replicas, row_model.num_rows), bool)
         state = ReplicaExchangeState(
             i=jnp.array(0),
             z=None,
@@ -224,36 +228,36 @@ class ReplicaExchange(RowKernel):
             energy=None,
             accept_prob=rows,
             mean_accept_prob=jnp.zeros(()),
-            diverging=jnp.zeros(joint.num_rows, bool),
+            diverging=jnp.zeros(row_model.num_rows, bool),
             num_steps=jnp.array(1),
             replica_accept_prob=jnp.zeros(num_replicas),
             swap_prob=pairs,
             mean_swap_prob=pairs,
-            round_trips=jnp.zeros(joint.num_rows, int),
+            round_trips=jnp.zeros(row_model.num_rows, int),
             adapt_state=self._warmup.init(self._ladder),
             memory=None,
             rng_key=rng_key,
         )
-        return self._cache(state, replicas, visited, joint)
+        return self._cache(state, replicas, visited, row_model)
 
-    def _cache(self, state, replicas, visited, joint):
+    def _cache(self, state, replicas, visited, row_model):
         cold = jax.tree.map(lambda x: x[0], replicas)
         gradient = jax.tree.map(lambda g, h: -g - h, cold.logprior_grad, cold.loglikelihood_grad)
         energy = -cold.logprior - cold.loglikelihood
         return state._replace(
-            z=joint.from_rows(cold.position),
+            z=row_model.from_rows(cold.position),
             potential_energy=energy,
-            z_grad=joint.from_rows(gradient),
+            z_grad=row_model.from_rows(gradient),
             energy=energy,
             memory=(replicas, visited),
         )
 
     def _step(self, state, model_args, model_kwargs):
-        joint, base, likelihood = self._target(model_args, model_kwargs)
+        row_model, base, likelihood = self._target(model_args, model_kwargs)
         ladder = state.adapt_state
         rng_key, key_move, key_swap = jax.random.split(state.rng_key, 3)
         replicas, visited = state.memory
-        keys = jax.random.split(key_move, (len(self._ladder), joint.num_rows))
+        keys = jax.random.split(key_move, (len(self._ladder), row_model.num_rows))
 
         def move(key, replica, beta, step_size):
             return tempering.move(key, replica, base, likelihood, beta, step_size)
@@ -266,7 +270,7 @@ class ReplicaExchange(RowKernel):
             return tempering.swap(key, replicas, ladder.inverse_temperatures, state.i % 2, visited)
 
         swap = jax.vmap(swap, (0, 1, 1), (1, 1, 1, 1))
-        keys = jax.random.split(key_swap, joint.num_rows)
+        keys = jax.random.split(key_swap, row_model.num_rows)
         replicas, visited, swap_prob, _ = swap(keys, replicas, visited)
         new_phase = (state.i == 0) | (state.i == self._num_warmup)
         since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
@@ -278,7 +282,7 @@ class ReplicaExchange(RowKernel):
         def running(mean, x):
             return (mean + (x - mean) / since).astype(dtype)
 
-        return self._cache(state, replicas, visited, joint)._replace(
+        return self._cache(state, replicas, visited, row_model)._replace(
             i=state.i + 1,
             accept_prob=accept[0].astype(dtype),
             mean_accept_prob=running(state.mean_accept_prob, replica_accept[0]),

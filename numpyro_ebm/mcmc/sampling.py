@@ -23,7 +23,7 @@ from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.langevin import MALA
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.model.row_model import read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers.block_gibbs import plan_block
 
 __all__ = ["choose_kernel", "sample"]
@@ -92,9 +92,9 @@ def sample(
             raise ModelError(f"sample: `{name}` must be a positive integer, got {number!r}.")
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
     key_chains, key_discrete = jax.random.split(rng_key)
-    joint = read_fixed(model, args, kwargs)
+    row_model = read_fixed_model(model, args, kwargs)
     if kernel is None:
-        kernel = _choose(model, joint)
+        kernel = _choose(model, row_model)
     elif not isinstance(kernel, MCMCKernel):
         kernel = kernel(model) if callable(kernel) else kernel
         if not isinstance(kernel, MCMCKernel):
@@ -104,7 +104,7 @@ def sample(
             )
     logger.info("sample: %s", _describe(kernel))
     if kernel is None:
-        return _with_deterministic(joint, _draw_exactly(key_discrete, joint, num_samples))
+        return _with_deterministic(row_model, _draw_exactly(key_discrete, row_model, num_samples))
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
     mcmc = MCMC(
         kernel,
@@ -117,10 +117,10 @@ def sample(
     )
     mcmc.run(key_chains, *args, init_params=init_params, **kwargs)
     draws = {name: x[:num_samples] for name, x in mcmc.get_samples().items()}
-    missing = [name for name in joint.latent if name not in draws]
+    missing = [name for name in row_model.latent if name not in draws]
     if missing:
-        draws = _draw_discrete(key_discrete, model, joint, draws, args, kwargs)
-        draws = _with_deterministic(joint, draws)
+        draws = _draw_discrete(key_discrete, model, row_model, draws, args, kwargs)
+        draws = _with_deterministic(row_model, draws)
     return draws
 
 
@@ -162,20 +162,20 @@ def choose_kernel(model, *args, **kwargs):
     >>> type(choose_kernel(ebm.fixed(ebm.models.grbm, params))).__name__
     'BlockGibbs'
     """
-    return _choose(model, read_fixed(model, args, kwargs))
+    return _choose(model, read_fixed_model(model, args, kwargs))
 
 
-def _choose(model, joint):
-    continuous, discrete = sorted(joint.visible), sorted(joint.latent)
-    if not continuous and _enumerable(joint, MAX_STATES) and _all_event(joint):
+def _choose(model, row_model):
+    continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
+    if not continuous and _enumerable(row_model, MAX_STATES) and _all_event(row_model):
         return None
-    discrete_kernel = _kernel_of_discrete(model, joint) if discrete else BlockGibbs
-    gaussian = _gaussian_blocks(joint)
+    discrete_kernel = _kernel_of_discrete(model, row_model) if discrete else BlockGibbs
+    gaussian = _gaussian_blocks(row_model)
     if gaussian is not None and discrete_kernel is BlockGibbs:
-        return BlockGibbs(model, [*gaussian, *([name] for name in joint.latent)])
+        return BlockGibbs(model, [*gaussian, *([name] for name in row_model.latent)])
     if not continuous:
         return discrete_kernel(model)
-    if not discrete or _enumerable(joint, MAX_SUMMED):
+    if not discrete or _enumerable(row_model, MAX_SUMMED):
         return MALA(model)
     first = MALA(model) if gaussian is None else BlockGibbs(model, gaussian)
     return Gibbs([(first, continuous), (discrete_kernel(model), discrete)])
@@ -190,17 +190,17 @@ def _describe(kernel):
     return f"Gibbs([{', '.join(blocks)}])"
 
 
-def _log_density(joint):
-    z = {name: jnp.asarray(site.value) for name, site in joint.sites.items()}
-    return lambda rows: joint.log_density({}, joint.from_rows(rows)), joint.to_rows(z)
+def _log_density(row_model):
+    z = {name: jnp.asarray(site.value) for name, site in row_model.sites.items()}
+    return lambda rows: row_model.log_density({}, row_model.from_rows(rows)), row_model.to_rows(z)
 
 
-def _gaussian_blocks(joint):
+def _gaussian_blocks(row_model):
     """Blocks of continuous sites that are Gaussian given the rest; None if some are not."""
-    names = sorted(joint.visible)
-    if not all(site.is_real for site in joint.visible.values()):
+    names = sorted(row_model.visible)
+    if not all(site.is_real for site in row_model.visible.values()):
         return None
-    log_density, rows = _log_density(joint)
+    log_density, rows = _log_density(row_model)
     sizes = {name: math.prod(rows[name].shape[1:]) for name in names}
     partitions = [[names]] if sum(sizes.values()) <= MAX_GAUSSIAN else []
     for blocks in [*partitions, [[name] for name in names]] if names else [[]]:
@@ -213,87 +213,90 @@ def _gaussian_blocks(joint):
     return None
 
 
-def _kernel_of_discrete(model, joint):
-    values = {name: support_values(site, "sample") for name, site in joint.latent.items()}
-    log_density, rows = _log_density(joint)
+def _kernel_of_discrete(model, row_model):
+    values = {name: support_values(site, "sample") for name, site in row_model.latent.items()}
+    log_density, rows = _log_density(row_model)
     sequential = sum(
         math.prod(rows[name].shape[1:])
-        for name in joint.latent
+        for name in row_model.latent
         if plan_block(log_density, rows, [name], values).kind == "sequential"
     )
     if sequential <= MAX_SEQUENTIAL:
         return BlockGibbs
-    z = {name: site.value for name, site in joint.visible.items()}
+    z = {name: site.value for name, site in row_model.visible.items()}
     try:  # whether the energy has a gradient
         kernel = DiscreteLangevin(condition(model, z))
-        kernel.init(jax.random.key(0), 1, None, joint.args, joint.kwargs)
+        kernel.init(jax.random.key(0), 1, None, row_model.args, row_model.kwargs)
     except ModelError:
         return BlockGibbs
     return DiscreteLangevin
 
 
-def _enumerable(joint, max_states):
+def _enumerable(row_model, max_states):
     try:
-        Enumerated(max_states=max_states).check(joint, None, 1)
+        Enumerated(max_states=max_states).check(row_model, None, 1)
     except ModelError:
         return False
     return True
 
 
-def _all_event(joint):
-    return all(site.fn.event_shape for site in joint.latent.values())
+def _all_event(row_model):
+    return all(site.fn.event_shape for site in row_model.latent.values())
 
 
-def _with_deterministic(joint, draws):
+def _with_deterministic(row_model, draws):
     """The draws, and the model's deterministic sites at them."""
-    values = {name: draws[name] for name in joint.sites}
+    values = {name: draws[name] for name in row_model.sites}
 
     def replay(values):
-        return joint.deterministic({}, values)
+        return row_model.deterministic({}, values)
 
     if not jax.eval_shape(replay, {name: x[0] for name, x in values.items()}):
         return draws
     return {**draws, **lax.map(replay, values)}
 
 
-def _draw_exactly(rng_key, joint, num_samples):
+def _draw_exactly(rng_key, row_model, num_samples):
     """Independent draws of a model whose sites are all discrete, with event dimensions."""
     keys = jax.random.split(rng_key, num_samples)
-    law = _law_of_event_sites(joint, {})
-    return lax.map(lambda key: _draw_from_law(key, joint, law), keys)
+    law = _law_of_event_sites(row_model, {})
+    return lax.map(lambda key: _draw_from_law(key, row_model, law), keys)
 
 
-def _draw_discrete(rng_key, model, joint, draws, args, kwargs):
+def _draw_discrete(rng_key, model, row_model, draws, args, kwargs):
     """Draw the enumerated sites from their exact conditional, given draws of the others."""
     key_event, key_scalar = jax.random.split(rng_key)
     num_samples = len(next(iter(draws.values())))
-    values = {name: draws[name] for name in joint.visible}
-    if any(site.fn.event_shape for site in joint.latent.values()):
+    values = {name: draws[name] for name in row_model.visible}
+    if any(site.fn.event_shape for site in row_model.latent.values()):
         keys = jax.random.split(key_event, num_samples)
         # One draw at a time: all states of all rows are in memory at once.
-        event = lax.map(lambda x: _draw_event_sites(x[0], joint, x[1]), (keys, values))
+        event = lax.map(lambda x: _draw_event_sites(x[0], row_model, x[1]), (keys, values))
         draws, values = {**draws, **event}, {**values, **event}
-    if any(not site.fn.event_shape for site in joint.latent.values()):
+    if any(not site.fn.event_shape for site in row_model.latent.values()):
         predictive = Predictive(model, values, infer_discrete=True, parallel=True)
         predicted = predictive(key_scalar, *args, **kwargs)
-        draws = {**draws, **{name: predicted[name] for name in joint.latent if name not in values}}
+        draws = {
+            **draws,
+            **{name: predicted[name] for name in row_model.latent if name not in values},
+        }
     return draws
 
 
-def _draw_event_sites(rng_key, joint, values):
+def _draw_event_sites(rng_key, row_model, values):
     """One exact draw of the latent sites with event dimensions, given the continuous sites."""
-    return _draw_from_law(rng_key, joint, _law_of_event_sites(joint, values))
+    return _draw_from_law(rng_key, row_model, _law_of_event_sites(row_model, values))
 
 
-def _law_of_event_sites(joint, values):
+def _law_of_event_sites(row_model, values):
     """Their states and the logits of these, or (``None`` for the states) the logits of units."""
-    if factorises(joint):
-        return None, unit_logits(joint, {}, values)[1]
-    states = event_states(joint)
-    return states, state_log_densities(joint, {}, values, states)
+    if factorises(row_model):
+        return None, unit_logits(row_model, {}, values)[1]
+    states = event_states(row_model)
+    return states, state_log_densities(row_model, {}, values, states)
 
 
-def _draw_from_law(rng_key, joint, law):
+def _draw_from_law(rng_key, row_model, law):
     states, logits = law
     if states is None:
         keys = jax.random.split(rng_key, len(logits))
@@ -304,4 +307,4 @@ def _draw_from_law(rng_key, joint, law):
     else:
         chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
         draws = {name: x[chosen] for name, x in states.items()}
-    return {name: x.astype(joint.latent[name].value.dtype) for name, x in draws.items()}
+    return {name: x.astype(row_model.latent[name].value.dtype) for name, x in draws.items()}

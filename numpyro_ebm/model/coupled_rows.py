@@ -35,31 +35,33 @@ SPREADS = (1.0, 3.0)
 of a discrete row, the second one in three."""
 
 
-def check_rows(joint, read_again, params):
+def check_rows(row_model, read_again, params):
     """Raise if the density of a row depends on the values of other rows.
 
-    :param Joint joint: the model.
-    :param read_again: ``(args, kwargs, params) -> Joint``, the same model at other arguments.
+    :param RowModel row_model: the model.
+    :param read_again: ``(args, kwargs, params) -> RowModel``, the same model at other arguments.
     :param dict params: the parameters at which it was read.
     :raises ModelError: naming the energy and what to write instead.
     """
-    if joint.num_rows < 2:
+    if row_model.num_rows < 2:
         return
-    values = {name: site.value for name, site in joint.sites.items()}
-    axes = [_axis(joint, joint.sites[name], jnp.ndim(values[name])) for name in sorted(values)]
+    values = {name: site.value for name, site in row_model.sites.items()}
+    axes = [
+        _axis(row_model, row_model.sites[name], jnp.ndim(values[name])) for name in sorted(values)
+    ]
     names = []
 
     def terms(values):
-        found = _terms(joint, joint.parameters, values)
+        found = _terms(row_model, row_model.parameters, values)
         names[:] = sorted(found)
         return [found[name] for name in names]
 
     states = row_axes(terms, values, axes)
     doubtful = [name for name, state in zip(names, states, strict=True) if state is MIXED]
-    for name in _coupled(joint, read_again, params, doubtful) if doubtful else ():
-        kind = "energy" if name in joint.energies else "site"
+    for name in _coupled(row_model, read_again, params, doubtful) if doubtful else ():
+        kind = "energy" if name in row_model.energies else "site"
         raise ModelError(
-            f"The {kind} '{name}' of a row depends on other rows of the plate '{joint.plate}' "
+            f"The {kind} '{name}' of a row depends on other rows of the plate '{row_model.plate}' "
             "(through a mean over the rows, or a difference of neighbours, say). Rows are "
             "independent draws, and their normalizer is that of one row. Put coordinates that "
             "interact into one row, as event dimensions (`event_shape=`), and compute statistics "
@@ -67,69 +69,80 @@ def check_rows(joint, read_again, params):
         )
 
 
-def _terms(joint, params, values):
+def _terms(row_model, params, values):
     """Log-densities per row of the sites of the data plate, the energies among them."""
-    prepared = joint.substituted({**params, **values})
-    return joint.site_log_densities(trace(prepared).get_trace(*joint.args, **joint.kwargs))
+    prepared = row_model.substituted({**params, **values})
+    return row_model.site_log_densities(
+        trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
+    )
 
 
-def _coupled(joint, read_again, params, names):
+def _coupled(row_model, read_again, params, names):
     """Those of the terms that change in some rows when the values of others do.
 
     Rows are moved by the digits of their numbers, of which any two rows have one that differs.
     """
-    found, moving = set(), sorted(joint.sites)  # not those that were set aside as observed
+    found, moving = set(), sorted(row_model.sites)  # not those that were set aside as observed
     with jax.ensure_compile_time_eval():  # whatever is traced around it
-        joint = _at_few_rows(joint, read_again, params) or _with_known_arguments(joint)
-        terms = jax.jit(partial(_terms, joint))
+        row_model = _at_few_rows(row_model, read_again, params) or _with_known_arguments(row_model)
+        terms = jax.jit(partial(_terms, row_model))
         for seed, spread in enumerate(SPREADS):
             with suppress(Exception):  # whatever a model says of values that it was not made for
-                found |= _changed(joint, terms, moving, jax.random.key(seed), spread, names)
+                found |= _changed(row_model, terms, moving, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
 
 
-def _changed(joint, terms, moving, rng_key, spread, names):
-    supports = {**joint.constraints, **{name: fn.support for name, fn in joint.priors.items()}}
-    sites = [(name, joint.sites[name]) for name in moving]
+def _changed(row_model, terms, moving, rng_key, spread, names):
+    supports = {
+        **row_model.constraints,
+        **{name: fn.support for name, fn in row_model.priors.items()},
+    }
+    sites = [(name, row_model.sites[name]) for name in moving]
     keys = iter(jax.random.split(rng_key, len(supports) + 2 * len(sites)))
     params = {
-        name: _somewhere(next(keys), joint.parameters[name], supports[name])
+        name: _somewhere(next(keys), row_model.parameters[name], supports[name])
         for name in sorted(supports)
     }
     here = {name: _somewhere(next(keys), x.value, x.fn.support, spread) for name, x in sites}
     there = {name: _elsewhere(next(keys), here[name], x.fn.support, spread) for name, x in sites}
     before, found = terms(params, here), set()
-    for moves in _halves(joint.num_rows):
+    for moves in _halves(row_model.num_rows):
         values = {}
         for name, site in sites:
             rank = jnp.ndim(site.value)
-            mask = moves.reshape(-1, *[1] * (rank - _axis(joint, site, rank) - 1))
+            mask = moves.reshape(-1, *[1] * (rank - _axis(row_model, site, rank) - 1))
             values[name] = jnp.where(mask, there[name], here[name])
         after = terms(params, values)
         found |= {x for x in names if _differs(before[x], after[x], ~moves)}
     return found
 
 
-def _axis(joint, site, rank):
+def _axis(row_model, site, rank):
     """Axis of the rows in a value of a site."""
-    return rank + joint.dim - site.event_dim
+    return rank + row_model.dim - site.event_dim
 
 
-def _at_few_rows(joint, read_again, params):
+def _at_few_rows(row_model, read_again, params):
     """The model at the first rows of its arguments; ``None`` where it cannot be read there."""
 
     def first(x):
-        has_rows = hasattr(x, "shape") and x.shape[:1] in ((joint.num_rows,), (joint.total_rows,))
+        has_rows = hasattr(x, "shape") and x.shape[:1] in (
+            (row_model.num_rows,),
+            (row_model.total_rows,),
+        )
         return x[:FEW] if has_rows else x
 
-    if joint.num_rows <= FEW:
+    if row_model.num_rows <= FEW:
         return None
     try:
-        args, kwargs, params = jax.tree.map(_known, (joint.args, joint.kwargs, params))
+        args, kwargs, params = jax.tree.map(_known, (row_model.args, row_model.kwargs, params))
         values = {}
-        for name, site in joint.visible.items():  # a support may not have what is put for the data
+        for (
+            name,
+            site,
+        ) in row_model.visible.items():  # a support may not have what is put for the data
             shape = list(jnp.shape(site.value))
-            shape[_axis(joint, site, len(shape))] = FEW
+            shape[_axis(row_model, site, len(shape))] = FEW
             like = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(site.value))
             values[name] = _somewhere(jax.random.key(0), like, site.fn.support)
         few = read_again(*jax.tree.map(first, (args, kwargs)), {**params, **values})
@@ -138,10 +151,10 @@ def _at_few_rows(joint, read_again, params):
     return few if few.num_rows == FEW else None
 
 
-def _with_known_arguments(joint):
-    known = copy(joint)
-    known.args, known.kwargs = jax.tree.map(_known, (joint.args, joint.kwargs))
-    known.plates = {name: jnp.arange(len(x)) for name, x in joint.plates.items()}
+def _with_known_arguments(row_model):
+    known = copy(row_model)
+    known.args, known.kwargs = jax.tree.map(_known, (row_model.args, row_model.kwargs))
+    known.plates = {name: jnp.arange(len(x)) for name, x in row_model.plates.items()}
     return known
 
 

@@ -11,11 +11,11 @@ from numpyro_ebm.errors import ModelError
 __all__ = ["initial_values", "support_values"]
 
 
-def initial_values(rng_key, joint, init_strategy, init_params):
+def initial_values(rng_key, row_model, init_strategy, init_params):
     """Initial values of all unobserved sites: those of the strategy, and those that are given."""
-    prepared = substitute(seed(joint.model, rng_key), substitute_fn=init_strategy)
-    model_trace = trace(prepared).get_trace(*joint.args, **joint.kwargs)
-    z = {name: jnp.asarray(model_trace[name]["value"]) for name in joint.sites}
+    prepared = substitute(seed(row_model.model, rng_key), substitute_fn=init_strategy)
+    model_trace = trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
+    z = {name: jnp.asarray(model_trace[name]["value"]) for name in row_model.sites}
     for name, x in (init_params or {}).items():
         if name not in z or jnp.shape(x) != z[name].shape:
             shapes = {k: v.shape for k, v in z.items()}

@@ -8,9 +8,9 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Unnormalized
-from numpyro_ebm.language.handlers import answer_for_normalizer
+from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.primitives import NORMALIZER
-from numpyro_ebm.model.priors import apart
+from numpyro_ebm.model.priors import isolated
 
 __all__ = ["given"]
 
@@ -94,10 +94,10 @@ class given(Messenger):
 
         def run(**labelled):
             prepared = substitute(seed(self.fn, jax.random.key(0)), data={**values, **labelled})
-            model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
+            model_trace = trace(resolve_normalizer(prepared)).get_trace(*args, **kwargs)
             return {name: _unwrap(model_trace[name]["fn"]).energy for name in energies}
 
-        with apart():  # the handlers around see the run itself only
+        with isolated():  # the handlers around see the run itself only
             reached = eval_provenance(run, **free)
         for name, labels in reached.items():
             if labels:

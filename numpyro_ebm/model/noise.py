@@ -35,20 +35,20 @@ class Noise:
     """A distribution over the visible values of a model, beside its joint.
 
     :param noise: as the user wrote it.
-    :param Joint joint: the model it stands beside.
+    :param RowModel row_model: the model it stands beside.
     :param str name: prefix of the parameters of a noise that is not a NumPyro function.
     :param bool trainable: whether the arrays inside a distribution, a stack of transforms or a flow
         are parameters to train.
     :raises ModelError: if it is none of the forms above, or does not fit the visible sites.
     """
 
-    def __init__(self, noise, joint, name="noise", *, trainable=False):
-        self.joint, self.name = joint, name
+    def __init__(self, noise, row_model, name="noise", *, trainable=False):
+        self.row_model, self.name = row_model, name
         self._function, self._leaves, self._tree, self._trained = None, (), None, {}
         if isinstance(noise, Transform | list | tuple):
-            noise = _stack(noise, joint)
+            noise = _stack(noise, row_model)
         elif isinstance(noise, Callable) and not isinstance(noise, dist.Distribution):
-            self._function = _bound(noise, joint)
+            self._function = _bound(noise, row_model)
         elif not isinstance(noise, dict | dist.Distribution) and not _is_flow(noise):
             raise ModelError(f"The noise must be {WAYS}; got {noise!r}.")
         if self._function is None:
@@ -77,12 +77,12 @@ class Noise:
     def _check_own_sites(self, params):
         """A latent site of the noise's own would have to be summed out of its density."""
         with block():
-            run = substitute(self._function, data={**self.joint.plates, **params})
+            run = substitute(self._function, data={**self.row_model.plates, **params})
             noise_trace = trace(seed(run, jax.random.key(0))).get_trace()
         own = [
             name
             for name, site in noise_trace.items()
-            if site["type"] == "sample" and name not in self.joint.visible
+            if site["type"] == "sample" and name not in self.row_model.visible
         ]
         if own:
             raise ModelError(
@@ -103,10 +103,10 @@ class Noise:
 
     def draw(self, rng_key, params, num):
         """Unconstrained draws of the visible sites, ``num`` leading, differentiable if they are."""
-        sites = self.joint.visible
+        sites = self.row_model.visible
         found = self._checked(params)
         if found is None:  # the noise samples the sites itself
-            run = substitute(self._function, data={**self.joint.plates, **params})
+            run = substitute(self._function, data={**self.row_model.plates, **params})
 
             def one(key):
                 with block():
@@ -134,19 +134,19 @@ class Noise:
 
     def log_density(self, params, unconstrained):
         """Log-density per row of unconstrained visible values, log-Jacobian included: (rows,)."""
-        joint = self.joint
-        values, log_det = joint.constrain(unconstrained)
+        row_model = self.row_model
+        values, log_det = row_model.constrain(unconstrained)
         found = self._checked(params)
-        total = log_det + jnp.zeros(joint.num_rows)
+        total = log_det + jnp.zeros(row_model.num_rows)
         if found is None:
             noise_trace = self._trace({**params, **values})
-            for name in joint.visible:
-                total = total + joint.sum_to_rows(joint.scaled_log_prob(noise_trace[name]))
+            for name in row_model.visible:
+                total = total + row_model.sum_to_rows(row_model.scaled_log_prob(noise_trace[name]))
             return total
-        for name, site in joint.visible.items():
+        for name, site in row_model.visible.items():
             log_prob = found[name].log_prob(values[name])
             log_prob = jnp.broadcast_to(log_prob, site.fn.batch_shape)
-            total = total + joint.sum_to_rows(log_prob)
+            total = total + row_model.sum_to_rows(log_prob)
         return total
 
     def site_distributions(self, params):
@@ -154,18 +154,18 @@ class Noise:
         found = self._checked(params)
         if found is None:
             noise_trace = self._trace(params)
-            found = {name: noise_trace[name]["fn"] for name in self.joint.visible}
+            found = {name: noise_trace[name]["fn"] for name in self.row_model.visible}
         return found
 
     def _trace(self, data):
         """Run a noise that samples the sites itself."""
         with block():
-            run = substitute(self._function, data={**self.joint.plates, **data})
+            run = substitute(self._function, data={**self.row_model.plates, **data})
             return trace(seed(run, jax.random.key(0))).get_trace()
 
     def _checked(self, params):
         """Distributions by site name; ``None`` where the noise samples the sites itself."""
-        sites = self.joint.visible
+        sites = self.row_model.visible
         if self._function is not None:
             self._check_own_sites(params)
         found = self.distribution(params)
@@ -177,10 +177,10 @@ class Noise:
                         f"The noise neither returns a distribution nor samples the visible site "
                         f"'{name}'. It must be {WAYS}."
                     )
-                if not self.joint.owns(noise_trace[name]):
+                if not self.row_model.owns(noise_trace[name]):
                     raise ModelError(
-                        f"The noise samples '{name}' outside the data plate '{self.joint.plate}'; "
-                        "put it inside a plate of that name."
+                        f"The noise samples '{name}' outside the data plate "
+                        f"'{self.row_model.plate}'; put it inside a plate of that name."
                     )
                 self._check_site(name, noise_trace[name]["fn"])
             return None
@@ -198,7 +198,7 @@ class Noise:
         return found
 
     def _check_site(self, name, fn):
-        site = self.joint.visible[name]
+        site = self.row_model.visible[name]
         if not isinstance(fn, dist.Distribution):
             if not _is_flow(fn):
                 raise ModelError(f"The noise of the visible site '{name}' must be {WAYS}.")
@@ -228,11 +228,11 @@ class Noise:
             )
 
 
-def _bound(function, joint):
+def _bound(function, row_model):
     """The function with the model's arguments, or with none if it takes none."""
     try:
         signature = inspect.signature(function)
-        signature.bind(*joint.args, **joint.kwargs)
+        signature.bind(*row_model.args, **row_model.kwargs)
     except TypeError:
         try:
             signature.bind()
@@ -244,7 +244,7 @@ def _bound(function, joint):
         return function
     except ValueError:
         pass
-    return lambda: function(*joint.args, **joint.kwargs)
+    return lambda: function(*row_model.args, **row_model.kwargs)
 
 
 def _same_bounds(support, other):
@@ -269,12 +269,12 @@ def _is_flow(x):
     return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
 
 
-def _stack(transforms, joint):
+def _stack(transforms, row_model):
     """A standard Normal through a stack of transforms, for the one real visible site."""
     transforms = [transforms] if isinstance(transforms, Transform) else list(transforms)
-    if len(joint.visible) != 1 or not all(isinstance(t, Transform) for t in transforms):
+    if len(row_model.visible) != 1 or not all(isinstance(t, Transform) for t in transforms):
         raise ModelError(f"The noise must be {WAYS}; a list has to hold NumPyro transforms.")
-    (site,) = joint.visible.values()
+    (site,) = row_model.visible.values()
     shape = site.fn.event_shape
     # The base is the reference that the transforms move: numbers, which are not parameters.
     base = dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape))

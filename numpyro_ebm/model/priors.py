@@ -19,11 +19,11 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import NORMALIZER
-from numpyro_ebm.model.row_model import placeholder, read
+from numpyro_ebm.model.row_model import placeholder, read_model
 
 __all__ = [
     "OutsidePlate",
-    "apart",
+    "isolated",
     "check_priors",
     "data_plate",
     "prior",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-class apart(Messenger):
+class isolated(Messenger):
     """Run models inside of a running model, unseen: no handler around hears of them.
 
     NumPyro's ``block`` lets random keys through; here there are none but those given inside.
@@ -113,8 +113,8 @@ def prior(model):
     @wraps(model)
     def prior_model(*args, **kwargs):
         plates = []
-        with apart():  # traced, not run: the name of the plate is all that is wanted
-            jax.eval_shape(lambda: plates.append(read(model, args, kwargs).plate))
+        with isolated():  # traced, not run: the name of the plate is all that is wanted
+            jax.eval_shape(lambda: plates.append(read_model(model, args, kwargs).plate))
         run_prior(model, args, kwargs, *plates)
 
     return prior_model
@@ -147,19 +147,21 @@ def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
     """Read a model, check that its parameters have proper priors, and hide the reading.
 
     :param str who: the caller, for messages.
-    :return: a :class:`~numpyro_ebm.model.row_model.Joint`.
+    :return: a :class:`~numpyro_ebm.model.row_model.RowModel`.
     :raises ModelError: if no parameter has a prior, or one of the priors is improper.
     """
-    with apart():
-        joint = read(model, args, kwargs, params, rng_key=rng_key, may_observe_outside=True)
-    check_priors(joint, who)
-    return joint
+    with isolated():
+        row_model = read_model(
+            model, args, kwargs, params, rng_key=rng_key, may_observe_outside=True
+        )
+    check_priors(row_model, who)
+    return row_model
 
 
-def check_priors(joint, who):
+def check_priors(row_model, who):
     """Raise unless the parameters of a model have proper priors."""
-    if not joint.priors:
-        params = sorted(joint.parameters)
+    if not row_model.priors:
+        params = sorted(row_model.parameters)
         what = f"its parameter(s) {params} are `numpyro.param` sites" if params else "it has none"
         raise ModelError(
             f"{who}: no parameter of the model has a prior ({what}), so there is no posterior. "
@@ -167,7 +169,7 @@ def check_priors(joint, who):
             '`theta = numpyro.sample("theta", dist.Normal(0, 1))`, or learn a point estimate with '
             "`EnergySVI`."
         )
-    for name, fn in joint.priors.items():
+    for name, fn in row_model.priors.items():
         if is_improper(fn):
             raise ModelError(
                 f"{who}: the prior of '{name}' is improper, and with an energy nothing says that "
@@ -198,16 +200,16 @@ def quickly(fn, *args):
     return fn(*args)
 
 
-def data_plate(joint, indices=None):
+def data_plate(row_model, indices=None):
     """Enter the data plate of a model again, with the rows it had.
 
-    :param joint: the model.
+    :param row_model: the model.
     :param indices: indices of the subsampled rows.
     :return: a NumPyro plate.
     """
-    size = joint.total_rows
+    size = row_model.total_rows
     subsample = None if indices is None or jnp.size(indices) == size else indices
-    return _SamePlate(joint.plate, size, subsample, joint.dim)
+    return _SamePlate(row_model.plate, size, subsample, row_model.dim)
 
 
 class _SamePlate:

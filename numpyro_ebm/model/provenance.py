@@ -18,7 +18,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import lowest_value
-from numpyro_ebm.language.handlers import answer_for_normalizer, set_visible
+from numpyro_ebm.language.handlers import resolve_normalizer, set_visible
 
 __all__ = ["check_guide", "check_model"]
 
@@ -49,40 +49,42 @@ def _labelled_arguments(args, kwargs):
     return arrays, rebuild
 
 
-def check_model(joint, model, args, kwargs):
+def check_model(row_model, model, args, kwargs):
     """Raise unless every visible site reaches the density, and no energy bypasses it.
 
     :raises ModelError: naming the energy, the visible site and what to write instead.
     """
-    if not joint.visible:
+    if not row_model.visible:
         return
     arrays, rebuild = _labelled_arguments(args, kwargs)
-    visible = {f"visible:{name}": site.value for name, site in joint.visible.items()}
-    latent = {name: site.value for name, site in joint.latent.items()}
+    visible = {f"visible:{name}": site.value for name, site in row_model.visible.items()}
+    latent = {name: site.value for name, site in row_model.latent.items()}
 
     def run(**labelled):
         model_args, model_kwargs = rebuild(labelled)
-        values = {name: labelled[f"visible:{name}"] for name in joint.visible}
-        data = {**joint.plates, **joint.parameters, **latent, **values}
-        keep = _keep_observations(model, joint.visible)
-        prepared = answer_for_normalizer(substitute(keep, data=data))
+        values = {name: labelled[f"visible:{name}"] for name in row_model.visible}
+        data = {**row_model.plates, **row_model.parameters, **latent, **values}
+        keep = _keep_observations(model, row_model.visible)
+        prepared = resolve_normalizer(substitute(keep, data=data))
         model_trace = trace(prepared).get_trace(*model_args, **model_kwargs)
         shapes.update({name: jnp.shape(value) for name, value in keep.observed.items()})
         observed = {name: jnp.asarray(value) for name, value in keep.observed.items()}
-        return joint.site_log_densities(model_trace), observed
+        return row_model.site_log_densities(model_trace), observed
 
     shapes = {}
     per_row = {
-        label for label, x in arrays.items() if x.shape[0] in (joint.num_rows, joint.total_rows)
+        label
+        for label, x in arrays.items()
+        if x.shape[0] in (row_model.num_rows, row_model.total_rows)
     }
     terms, observed = eval_provenance(run, **arrays, **visible)
-    for name, site in joint.visible.items():
+    for name, site in row_model.visible.items():
         own = "visible:" + name
         shaping = [labels for term, labels in terms.items() if term != name or not site.is_flat]
         if not any(own in labels for labels in shaping):
             raise ModelError(
                 f"No energy depends on the visible site '{name}'. {_write_this(name)} "
-                f"(The energies are {joint.energies}.)"
+                f"(The energies are {row_model.energies}.)"
             )
         # An argument that is the visible value, and holds nothing else: no energy may read it.
         whole = {
@@ -90,7 +92,7 @@ def check_model(joint, model, args, kwargs):
             for label in observed.get(name, ())
             if observed[name] == {label} and arrays[label].shape == shapes[name]
         }
-        joint.arguments.update(dict.fromkeys(whole, name))
+        row_model.arguments.update(dict.fromkeys(whole, name))
         per_row -= whole
         for term in terms:
             if term != name and whole & terms[term]:
@@ -99,30 +101,30 @@ def check_model(joint, model, args, kwargs):
                     "model's argument, so it would not see the noise or the samples of an "
                     f"objective. {_write_this(name)}"
                 )
-    joint.covariates = sorted(per_row & frozenset().union(*terms.values()))
-    joint.covariates += _row_parameters(joint, model, arrays, rebuild)
+    row_model.covariates = sorted(per_row & frozenset().union(*terms.values()))
+    row_model.covariates += _row_parameters(row_model, model, arrays, rebuild)
 
 
-def _row_parameters(joint, model, arrays, rebuild):
+def _row_parameters(row_model, model, arrays, rebuild):
     """Parameters of which every row has a value of its own.
 
     An axis as long as the plate may be one by chance; whether rows differ at random parameters,
     with everything else the same in all of them, tells.
     """
-    rows = joint.num_rows
+    rows = row_model.num_rows
     shaped = [
         name
-        for name, x in joint.parameters.items()
+        for name, x in row_model.parameters.items()
         if rows > 1 and hasattr(x, "shape") and rows in x.shape
     ]
     if not shaped:
         return []
-    shapes = jax.eval_shape(joint.unconstrain_visible)
+    shapes = jax.eval_shape(row_model.unconstrain_visible)
 
     def alike(x):
         """The same in all rows, and known even where the argument is traced."""
         x = jnp.ones(x.shape, x.dtype) if not not_jax_tracer(x) else jnp.asarray(x)
-        return jnp.broadcast_to(x[:1], x.shape) if x.shape[0] in (rows, joint.total_rows) else x
+        return jnp.broadcast_to(x[:1], x.shape) if x.shape[0] in (rows, row_model.total_rows) else x
 
     def at_random(rng_key, shape, dtype):
         if jnp.issubdtype(dtype, jnp.floating):
@@ -134,17 +136,19 @@ def _row_parameters(joint, model, arrays, rebuild):
         z = {}
         for key, site in zip(jax.random.split(key_visible, len(shapes)), shapes, strict=True):
             x = shapes[site]
-            axis = joint.row_axis(site, x)
+            axis = row_model.row_axis(site, x)
             one = at_random(key, (*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
             z[site] = jnp.broadcast_to(one, x.shape)
-        values, _ = joint.constrain(z)
-        others = {k: x for k, x in joint.sites.items() if k in joint.latent or x.is_discrete}
-        values |= {k: _same_in_all_rows(joint, site) for k, site in others.items()}
+        values, _ = row_model.constrain(z)
+        others = {
+            k: x for k, x in row_model.sites.items() if k in row_model.latent or x.is_discrete
+        }
+        values |= {k: _same_in_all_rows(row_model, site) for k, site in others.items()}
         parameters = {
             k: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), jnp.result_type(x)), x)
-            for k, x in joint.parameters.items()
+            for k, x in row_model.parameters.items()
         }
-        for k, support in {**joint.constraints, **_supports(joint)}.items():
+        for k, support in {**row_model.constraints, **_supports(row_model)}.items():
             if hasattr(parameters[k], "shape") and not support.is_discrete:
                 transform = biject_to(support)
                 shape = transform.inverse_shape(parameters[k].shape)
@@ -152,11 +156,11 @@ def _row_parameters(joint, model, arrays, rebuild):
                 z = at_random(key_parameter, shape, parameters[k].dtype) - 1.0
                 parameters[k] = transform(spread * z)
         args, kwargs = rebuild({label: alike(x) for label, x in arrays.items()})
-        plates = {k: jnp.arange(len(x)) for k, x in joint.plates.items()}
+        plates = {k: jnp.arange(len(x)) for k, x in row_model.plates.items()}
         data = {**plates, **parameters, **values}
-        prepared = answer_for_normalizer(substitute(model, data=data))
+        prepared = resolve_normalizer(substitute(model, data=data))
         model_trace = trace(prepared).get_trace(*args, **kwargs)
-        densities = sum(joint.site_log_densities(model_trace).values())
+        densities = sum(row_model.site_log_densities(model_trace).values())
         gap = jnp.abs(densities - densities[0])
         return jnp.max(gap) > 1e-3 * (1 + jnp.abs(densities[0]))
 
@@ -164,15 +168,15 @@ def _row_parameters(joint, model, arrays, rebuild):
         return [name for name in shaped if differ(name)]
 
 
-def _supports(joint):
-    return {name: fn.support for name, fn in joint.priors.items()}
+def _supports(row_model):
+    return {name: fn.support for name, fn in row_model.priors.items()}
 
 
-def _same_in_all_rows(joint, site):
+def _same_in_all_rows(row_model, site):
     """A value on the support of a site, known even where its own is traced."""
     shape = jnp.shape(site.value)
     if not_jax_tracer(site.value):
-        axis = len(shape) + joint.dim - site.event_dim
+        axis = len(shape) + row_model.dim - site.event_dim
         first = jnp.take(jnp.asarray(site.value), jnp.array([0]), axis)
         return jnp.broadcast_to(first, shape)
     if site.is_discrete:
@@ -180,7 +184,7 @@ def _same_in_all_rows(joint, site):
     return site.transform(jnp.zeros(site.transform.inverse_shape(shape)))
 
 
-def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False):
+def check_guide(row_model, guide, params, args, kwargs, *, may_ignore_visible=False):
     """Raise unless the guide's draws depend on the visible sites, through ``visible`` statements.
 
     :param bool may_ignore_visible: accept a guide that does not look at v (importance weights
@@ -188,12 +192,12 @@ def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False)
     :raises ModelError: naming the site and what to write instead.
     """
     arrays, rebuild = _labelled_arguments(args, kwargs)
-    visible = {f"visible:{name}": site.value for name, site in joint.visible.items()}
+    visible = {f"visible:{name}": site.value for name, site in row_model.visible.items()}
 
     def run(**labelled):
         guide_args, guide_kwargs = rebuild(labelled)
-        values = {name: labelled[f"visible:{name}"] for name in joint.visible}
-        data = {**joint.plates, **params}
+        values = {name: labelled[f"visible:{name}"] for name in row_model.visible}
+        data = {**row_model.plates, **params}
         prepared = seed(set_visible(substitute(guide, data=data), values), jax.random.key(0))
         guide_trace = trace(prepared).get_trace(*guide_args, **guide_kwargs)
         return {
@@ -206,7 +210,7 @@ def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False)
         eval_provenance(run, **arrays, **visible), is_leaf=lambda x: isinstance(x, frozenset)
     )
     seen = frozenset().union(*labels)
-    for label, name in joint.arguments.items():
+    for label, name in row_model.arguments.items():
         if label in seen:
             raise ModelError(
                 f"The guide reads the data of the visible site '{name}' from its argument, so it "
@@ -214,7 +218,7 @@ def check_guide(joint, guide, params, args, kwargs, *, may_ignore_visible=False)
                 f'`v = numpyro_ebm.visible("{name}", data)` in the guide and use `v`.'
             )
     if not may_ignore_visible and not any(label.startswith("visible:") for label in seen):
-        names = ", ".join(f'`numpyro_ebm.visible("{name}", ...)`' for name in joint.visible)
+        names = ", ".join(f'`numpyro_ebm.visible("{name}", ...)`' for name in row_model.visible)
         raise ModelError(
             f"The guide ignores the visible sites: q(h | v) must depend on v, read through {names}."
             " (`VaGES(importance_weighted=True)` accepts a guide that does not.)"

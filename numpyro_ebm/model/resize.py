@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import Literal
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["with_rows"]
@@ -24,42 +24,42 @@ SIZES = ("limit_indices", "new_sizes", "shape", "sizes", "slice_sizes")
 """Parameters of operations that hold sizes of arrays, which may be numbers of rows."""
 
 
-def with_rows(joint, num_rows):
+def with_rows(row_model, num_rows):
     """The same model of a row, with another number of them.
 
     Arguments with a row each repeat their first one; only the visible sites read them.
 
-    :param Joint joint: the model, read; its energy reads no covariates.
+    :param RowModel row_model: the model, read; its energy reads no covariates.
     :param int num_rows: how many rows are wanted.
-    :return: a :class:`~numpyro_ebm.model.row_model.Joint`, or ``None``: the number of rows is not
-        that of an argument, or the energy of a row depends on it.
+    :return: a :class:`~numpyro_ebm.model.row_model.RowModel`, or ``None``: the number of rows is
+        not that of an argument, or the energy of a row depends on it.
     """
-    if num_rows == joint.num_rows:
-        return joint
-    if joint.covariates or joint.total_rows != joint.num_rows:
+    if num_rows == row_model.num_rows:
+        return row_model
+    if row_model.covariates or row_model.total_rows != row_model.num_rows:
         return None
 
     def first_row(x):
-        if not hasattr(x, "shape") or x.shape[:1] != (joint.num_rows,):
+        if not hasattr(x, "shape") or x.shape[:1] != (row_model.num_rows,):
             return x
         return jnp.broadcast_to(x[:1], (num_rows, *x.shape[1:]))
 
-    args, kwargs = jax.tree.map(first_row, (joint.args, joint.kwargs))
+    args, kwargs = jax.tree.map(first_row, (row_model.args, row_model.kwargs))
     try:
-        other = read(joint.model, args, kwargs, joint.parameters)
+        other = read_model(row_model.model, args, kwargs, row_model.parameters)
     except Exception:  # whatever a model says that was made for these rows alone
         return None
     if (other.num_rows, other.total_rows) != (num_rows, num_rows) or other.covariates:
         return None
-    return other if _is_same_of_a_row(joint, other) else None
+    return other if _is_same_of_a_row(row_model, other) else None
 
 
-def _is_same_of_a_row(joint, other):
+def _is_same_of_a_row(row_model, other):
     programs = []
-    for one in (joint, other):
+    for one in (row_model, other):
         values = {name: site.value for name, site in one.sites.items()}
         programs.append(jax.make_jaxpr(one.log_density)(one.parameters, values))
-    return _Comparison(joint.num_rows, other.num_rows).programs(*programs)
+    return _Comparison(row_model.num_rows, other.num_rows).programs(*programs)
 
 
 class _Comparison:

@@ -9,8 +9,8 @@ then on it is a function of arrays,
 one value per row, free of the scale that a subsampled data plate puts on every site. Latent and
 visible sites may be several and of any event shape, and may sit in further plates.
 
-:func:`read` makes a :class:`Joint` of a model, :func:`read_fixed` one of a model with fixed
-parameters; :class:`~numpyro_ebm.guides.guide.Guide` does the same for a guide.
+:func:`read_model` makes a :class:`RowModel` of a model, :func:`read_fixed_model` one of a model
+with fixed parameters; :class:`~numpyro_ebm.guides.guide.Guide` does the same for a guide.
 """
 
 from functools import partial
@@ -32,11 +32,11 @@ from numpyro_ebm.language.distributions import (
     is_real,
     lowest_value,
 )
-from numpyro_ebm.language.handlers import answer_for_normalizer
+from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.coupled_rows import check_rows
 
-__all__ = ["Joint", "RowSite", "lowest_value", "placeholder", "read", "read_fixed"]
+__all__ = ["RowModel", "RowSite", "lowest_value", "placeholder", "read_model", "read_fixed_model"]
 
 RESOLVED = ("fixed", "given")  # who answers for a normalizer that is a constant
 
@@ -88,12 +88,12 @@ class RowSite(NamedTuple):
         return biject_to(constraints.real if self.is_discrete else self.fn.support)
 
 
-class Joint:
-    """A NumPyro model read as arrays. Made by :func:`read`.
+class RowModel:
+    """A NumPyro model read as arrays. Made by :func:`read_model`.
 
     - **plate, num_rows, dim** - the data plate: its name, the rows at hand, its dimension.
     - **visible, latent** - dicts of :class:`RowSite`.
-    - **observed** - sites that :func:`read_fixed` set aside, because they are observed.
+    - **observed** - sites that :func:`read_fixed_model` set aside, because they are observed.
     - **parameters** - values of the `param` sites, and of latent sites outside the data plate, by
       name (their values in this trace).
     - **constraints** - constraints of the `param` sites by name.
@@ -115,7 +115,9 @@ class Joint:
         self.is_fixed = True  # whether the model itself answers for its normalizer
         self.arguments = {}  # which argument is the value of which visible site; see `provenance`
         self.affine_latents = None  # cache of `marginal.enumerated.factorises`
-        self.released = set()  # sites whose observation was taken away; see `handlers.release`
+        self.unconditioned = (
+            set()
+        )  # sites whose observation was taken away; see `handlers.uncondition`
         self.covariates = []  # arguments with a value for every row that energies read
         for name, site in model_trace.items():
             if site["type"] == "param":
@@ -138,7 +140,7 @@ class Joint:
             elif site["fn"].event_shape != (0,):  # not a `numpyro.factor`
                 kind = self.visible if site["is_observed"] else self.latent
                 if site["infer"].get("was_observed"):
-                    self.released.add(name)
+                    self.unconditioned.add(name)
                 value = site["value"]
                 if kind is self.visible:
                     value = _checked_value(site)
@@ -159,7 +161,7 @@ class Joint:
 
     def substituted(self, data):
         """The model at given parameters and site values, its energies allowed to evaluate."""
-        return answer_for_normalizer(substitute(self.model, data={**self.plates, **data}))
+        return resolve_normalizer(substitute(self.model, data={**self.plates, **data}))
 
     def site_log_densities(self, model_trace):
         """Log-density per row, of shape (rows,), of every site of the data plate in a trace."""
@@ -284,7 +286,9 @@ class Joint:
         return self.log_density(params, {**constrained, **values}) + log_det
 
 
-def read(model, args=(), kwargs=None, params=None, *, rng_key=None, may_observe_outside=False):
+def read_model(
+    model, args=(), kwargs=None, params=None, *, rng_key=None, may_observe_outside=False
+):
     """Read a NumPyro model with energy statements.
 
     :param model: the model.
@@ -294,19 +298,19 @@ def read(model, args=(), kwargs=None, params=None, *, rng_key=None, may_observe_
     :param rng_key: key for initial values and subsampled plates.
     :param bool may_observe_outside: accept observed sites outside the data plate: likelihoods of
         their own, and parameters that are conditioned. They are no part of the rows.
-    :return: a :class:`Joint`.
+    :return: a :class:`RowModel`.
     :raises ModelError: if there is no data plate or more than one, no energy, or an energy that
         does not depend on the visible sites; the message names the site and what to write instead.
     """
     kwargs = {} if kwargs is None else kwargs
     params = {} if params is None else params
-    joint = _traced(model, args, kwargs, params, rng_key, may_observe_outside)
-    provenance.check_model(joint, model, args, kwargs)
-    check_rows(joint, partial(_traced, model, outside=True), params)
-    return joint
+    row_model = _traced(model, args, kwargs, params, rng_key, may_observe_outside)
+    provenance.check_model(row_model, model, args, kwargs)
+    check_rows(row_model, partial(_traced, model, outside=True), params)
+    return row_model
 
 
-def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
+def read_fixed_model(model, args=(), kwargs=None, *, rng_key=None):
     """Read a model with fixed parameters as the density of its unobserved sites.
 
     In the joint that is returned the *visible* sites are the unobserved continuous ones, and the
@@ -316,32 +320,32 @@ def read_fixed(model, args=(), kwargs=None, *, rng_key=None):
     :param tuple args: its arguments.
     :param dict kwargs: its keyword arguments.
     :param rng_key: key for the placeholders of unobserved sites.
-    :return: a :class:`Joint`.
+    :return: a :class:`RowModel`.
     :raises ModelError: if the model has free parameters, or nothing to sample.
     """
     kwargs = {} if kwargs is None else kwargs
-    joint = _traced(model, args, kwargs, {}, rng_key)
-    if joint.parameters or not joint.is_fixed:
-        free = ", ".join(map(repr, joint.parameters)) or "none, but nobody said so"
+    row_model = _traced(model, args, kwargs, {}, rng_key)
+    if row_model.parameters or not row_model.is_fixed:
+        free = ", ".join(map(repr, row_model.parameters)) or "none, but nobody said so"
         raise ModelError(
-            f"The normalizer of the energies {joint.energies} is not resolved (free parameters: "
-            f"{free}). Hold the parameters fixed: `numpyro_ebm.fixed(model, params)`."
+            f"The normalizer of the energies {row_model.energies} is not resolved (free "
+            f"parameters: {free}). Hold the parameters fixed: `numpyro_ebm.fixed(model, params)`."
         )
-    if not joint.latent:
+    if not row_model.latent:
         raise ModelError("The model has no unobserved site inside its data plate to sample.")
-    sites, joint.observed = joint.latent, joint.visible
-    joint.visible = {name: site for name, site in sites.items() if not site.is_discrete}
-    joint.latent = {name: site for name, site in sites.items() if site.is_discrete}
-    check_rows(joint, partial(_traced, model, outside=True), {})
-    return joint
+    sites, row_model.observed = row_model.latent, row_model.visible
+    row_model.visible = {name: site for name, site in sites.items() if not site.is_discrete}
+    row_model.latent = {name: site for name, site in sites.items() if site.is_discrete}
+    check_rows(row_model, partial(_traced, model, outside=True), {})
+    return row_model
 
 
 def _traced(model, args, kwargs, params, rng_key=None, outside=False):
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     prepared = substitute(substitute(seed(model, rng_key), data=params), substitute_fn=placeholder)
-    model_trace = trace(answer_for_normalizer(prepared)).get_trace(*args, **kwargs)
+    model_trace = trace(resolve_normalizer(prepared)).get_trace(*args, **kwargs)
     outside = None if outside else kwargs.get(GIBBS_SITES_KWARG, {})
-    return Joint(model, args, kwargs, model_trace, _data_plate(model_trace, outside))
+    return RowModel(model, args, kwargs, model_trace, _data_plate(model_trace, outside))
 
 
 def _data_plate(model_trace, outside=()):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: losses over rows that learn the parameters of an energy."""
 
-from numpyro_ebm.objectives.base import Objective, Player, Problem
+from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, Problem
 from numpyro_ebm.objectives.conditional_nce import ConditionalNCE
 from numpyro_ebm.objectives.contrastive_divergence import ContrastiveDivergence
 from numpyro_ebm.objectives.denoising import (
@@ -30,7 +30,7 @@ __all__ = [
     "MaximumLikelihood",
     "MultiscaleDenoisingScoreMatching",
     "Objective",
-    "Player",
+    "AuxiliaryNetwork",
     "Problem",
     "PseudoLikelihood",
     "RankingNCE",

@@ -14,15 +14,15 @@ from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 from numpyro_ebm.marginals.base import Marginal, choose
 from numpyro_ebm.model import provenance
-from numpyro_ebm.model.row_model import Joint, read
+from numpyro_ebm.model.row_model import RowModel, read_model
 
-__all__ = ["Objective", "Player", "Problem", "each", "half_square"]
+__all__ = ["Objective", "AuxiliaryNetwork", "Problem", "each", "half_square"]
 
 
 class Problem(NamedTuple):
     """One round of learning: a batch, the point at which the model is evaluated, and what for.
 
-    - **joint** - the model, read at the batch.
+    - **row_model** - the model, read at the batch.
     - **guide** - the guide, or ``None``.
     - **marginal** - the way the latent sites are integrated out.
     - **unconstrained** - the visible values the objective uses (noised, for denoising ones), by
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
     - **row_weights** - weights of the rows in the guide's loss, of shape (rows,), or ``None``.
     """
 
-    joint: Joint
+    row_model: RowModel
     guide: Guide | None
     marginal: Marginal
     unconstrained: dict
@@ -39,13 +39,13 @@ class Problem(NamedTuple):
     row_weights: object = None
 
 
-class Player(NamedTuple):
+class AuxiliaryNetwork(NamedTuple):
     """A network that an objective brings, trained beside the energy on a loss of its own.
 
     - **name** - what it is called in messages.
     - **parameters** - ``(rng_key, problem) -> {name: (value, constraint)}``: its parameters.
-    - **loss** - ``(rng_key, params, player_params, problem) -> scalar``, to be minimised in
-      ``player_params``; ``params`` holds all other parameters.
+    - **loss** - ``(rng_key, params, network_params, problem) -> scalar``, to be minimised in
+      ``network_params``; ``params`` holds all other parameters.
     - **optim** - its optimiser; a copy of the energy's if ``None``.
     - **num_steps** - its steps in each round, before the energy's.
     """
@@ -63,7 +63,7 @@ class Objective(ABC):
     ``objective.loss(rng_key, params, model, guide, *args, **kwargs)`` returns an estimate of the
     objective, a mean over rows; its gradient in the model's parameters is the estimator of the
     objective's gradient, and its gradient in the parameters of the guide, and of the objective's
-    own players, that of their own losses, whose values are not part of the loss. So an objective
+    own networks, that of their own losses, whose values are not part of the loss. So an objective
     serves as the ``loss`` of :class:`numpyro.infer.SVI` as well as of
     :class:`~numpyro_ebm.EnergySVI`.
 
@@ -76,7 +76,7 @@ class Objective(ABC):
     needs = "derivatives"  # of the marginal: its "derivatives", a "bound", or its "value"
     has_state = False  # whether something is kept from round to round, which `SVI` cannot
     is_loss = True  # whether its value is the function whose gradient it gives
-    players = ()  # networks with losses of their own, each a `Player`
+    networks = ()  # networks with losses of their own, each a `AuxiliaryNetwork`
 
     def __init__(self, marginal=None):
         if marginal is not None and not isinstance(marginal, Marginal):
@@ -86,9 +86,9 @@ class Objective(ABC):
             )
         self.marginal = marginal
 
-    def perturb(self, rng_key, joint):
+    def perturb(self, rng_key, row_model):
         """Where the model is evaluated: ``(unconstrained, noise, row_weights)`` of a `Problem`."""
-        return joint.unconstrain_visible(), None, None
+        return row_model.unconstrain_visible(), None, None
 
     @abstractmethod
     def energy_loss(self, rng_key, params, problem):
@@ -114,30 +114,30 @@ class Objective(ABC):
         """Warn of what the statistics of a run's result show to be wrong."""
         return None
 
-    def pose(self, rng_key, params, model, guide, args, kwargs):
+    def prepare(self, rng_key, params, model, guide, args, kwargs):
         """Read the model and the guide, check that this objective serves, and place the batch.
 
         :return: a :class:`Problem`.
         :raises ModelError: if the model, the guide and the objective do not go together.
         """
         key_read, key_perturb = jax.random.split(rng_key)
-        joint = read(model, args, kwargs, params, rng_key=key_read)
-        self.check_sites(joint)
-        reader = None if guide is None else Guide(guide, joint, args, kwargs)
-        marginal = choose(joint) if self.marginal is None else self.marginal
+        row_model = read_model(model, args, kwargs, params, rng_key=key_read)
+        self.check_sites(row_model)
+        reader = None if guide is None else Guide(guide, row_model, args, kwargs)
+        marginal = choose(row_model) if self.marginal is None else self.marginal
         self.check_marginal(marginal)
-        marginal.check(joint, reader, self.order)
-        if reader is not None and joint.latent:
-            reader.check(reader.trace(key_read, params, joint.visible_values))
+        marginal.check(row_model, reader, self.order)
+        if reader is not None and row_model.latent:
+            reader.check(reader.trace(key_read, params, row_model.visible_values))
             provenance.check_guide(
-                joint,
+                row_model,
                 guide,
                 params,
                 args,
                 kwargs,
                 may_ignore_visible=not marginal.needs_guide or marginal.corrects_guide,
             )
-        return Problem(joint, reader, marginal, *self.perturb(key_perturb, joint))
+        return Problem(row_model, reader, marginal, *self.perturb(key_perturb, row_model))
 
     def check_marginal(self, marginal):
         """Raise unless the marginal offers what this objective needs of it."""
@@ -156,19 +156,19 @@ class Objective(ABC):
                 "`Enumerated()` or `ImportanceBound()`."
             )
 
-    def check_observed(self, joint):
+    def check_observed(self, row_model):
         """Raise unless there is something to learn from."""
-        if not joint.visible:
+        if not row_model.visible:
             raise ModelError(
                 f"{type(self).__name__}: the model has no observed site, so there is nothing to "
                 "learn from. Pass the data, and give it as `obs=` to the visible sites."
             )
 
-    def check_sites(self, joint):
+    def check_sites(self, row_model):
         """Raise unless the objective is defined for the visible sites of the model."""
         name = type(self).__name__
-        self.check_observed(joint)
-        for site in joint.visible.values():
+        self.check_observed(row_model)
+        for site in row_model.visible.values():
             if site.is_discrete:
                 raise ModelError(
                     f"{name} takes derivatives in the visible values, and the visible site "
@@ -179,7 +179,12 @@ class Objective(ABC):
     def estimate(self, rng_key, params, problem):
         """The marginal of the problem, bound at its visible values."""
         return problem.marginal.bind(
-            rng_key, problem.joint, problem.guide, params, problem.unconstrained, order=self.order
+            rng_key,
+            problem.row_model,
+            problem.guide,
+            params,
+            problem.unconstrained,
+            order=self.order,
         )
 
     def loss(self, rng_key, param_map, model, guide=None, *args, **kwargs):
@@ -201,29 +206,29 @@ class Objective(ABC):
                 f"{self!r} keeps a state from round to round, for which a loss of parameters alone "
                 "(as `numpyro.infer.SVI` wants) has no place. Train with `numpyro_ebm.EnergySVI`."
             )
-        key_pose, key_energy, key_guide = jax.random.split(rng_key, 3)
-        problem = self.pose(key_pose, param_map, model, guide, args, kwargs)
-        _check_parameters(problem.joint, param_map)
-        own, of_players = self._check_own_parameters(problem, param_map)
-        energy = {k: v for k, v in param_map.items() if k in {*problem.joint.parameters, *own}}
+        key_prepare, key_energy, key_guide = jax.random.split(rng_key, 3)
+        problem = self.prepare(key_prepare, param_map, model, guide, args, kwargs)
+        _check_parameters(problem.row_model, param_map)
+        own, of_networks = self._check_own_parameters(problem, param_map)
+        energy = {k: v for k, v in param_map.items() if k in {*problem.row_model.parameters, *own}}
         other = {k: v for k, v in param_map.items() if k not in energy}
         constants = {**stop_gradient(param_map)}
         problem, _ = self.advance(jax.random.fold_in(key_energy, 1), constants, problem, None)
         loss = self.energy_loss(key_energy, {**constants, **energy}, problem)
-        for i, (player, names) in enumerate(zip(self.players, of_players, strict=True)):
-            player_params = {name: other.pop(name) for name in names}
-            key_player = jax.random.fold_in(key_guide, i)
-            extra = player.loss(key_player, constants, player_params, problem)
+        for i, (network, names) in enumerate(zip(self.networks, of_networks, strict=True)):
+            network_params = {name: other.pop(name) for name in names}
+            key_network = jax.random.fold_in(key_guide, i)
+            extra = network.loss(key_network, constants, network_params, problem)
             loss = loss + (extra - stop_gradient(extra))
-        if other and guide is not None and problem.joint.latent:
+        if other and guide is not None and problem.row_model.latent:
             guide_loss = default_guide_loss(problem)
-            fixed = {k: v for k, v in constants.items() if k in problem.joint.parameters}
+            fixed = {k: v for k, v in constants.items() if k in problem.row_model.parameters}
             extra = row_guide_loss(guide_loss, key_guide, fixed, other, problem, guide)
             loss = loss + (extra - stop_gradient(extra))
         return loss
 
     def _check_own_parameters(self, problem, param_map):
-        """Names of the objective's own parameters, and of those of each player."""
+        """Names of the objective's own parameters, and of those of each network."""
         key = jax.random.key(0)
         shapes = jax.eval_shape(
             lambda: jax.tree.map(
@@ -231,8 +236,8 @@ class Objective(ABC):
                 {k: v[0] for k, v in self.own_parameters(key, param_map, problem).items()},
             )
         )
-        of_players = [list(player.parameters(key, problem)) for player in self.players]
-        missing = [name for name in [*shapes, *sum(of_players, [])] if name not in param_map]
+        of_networks = [list(network.parameters(key, problem)) for network in self.networks]
+        missing = [name for name in [*shapes, *sum(of_networks, [])] if name not in param_map]
         if missing:
             raise ModelError(
                 f"{type(self).__name__} has the parameter(s) {', '.join(map(repr, missing))} of "
@@ -240,10 +245,10 @@ class Objective(ABC):
                 "model and guide only. Train with `numpyro_ebm.EnergySVI`, or give their values "
                 "among the parameters."
             )
-        return list(shapes), of_players
+        return list(shapes), of_networks
 
     def __repr__(self):
-        hidden = ("_", "players", "order")
+        hidden = ("_", "networks", "order")
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith(hidden))
         return f"{type(self).__name__}({options})"
 
@@ -278,13 +283,13 @@ def half_square(params, estimate, problem, offset=0.0, scale=1.0):
     _, along = jax.jvp(
         lambda u: estimate.log_density(params, u), (unconstrained,), (stop_gradient(direction),)
     )
-    inner = along + stop_gradient(problem.joint.row_dot(z, offset))
+    inner = along + stop_gradient(problem.row_model.row_dot(z, offset))
     return inner - 0.5 * stop_gradient(inner)
 
 
-def _check_parameters(joint, param_map):
-    missing = [name for name in joint.parameters if name not in param_map]
-    priors = [name for name in missing if name in joint.priors]
+def _check_parameters(row_model, param_map):
+    missing = [name for name in row_model.parameters if name not in param_map]
+    priors = [name for name in missing if name in row_model.priors]
     if priors:
         raise ModelError(
             f"The parameter(s) {', '.join(map(repr, priors))} have a prior and no value: an "

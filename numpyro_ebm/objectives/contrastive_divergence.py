@@ -29,7 +29,7 @@ from numpyro.handlers import substitute
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import fixed, release
+from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["Chains", "ContrastiveDivergence", "remembered_rounds"]
@@ -138,9 +138,9 @@ class ContrastiveDivergence(Objective):
     def has_state(self):
         return self.persistent
 
-    def check_sites(self, joint):
-        self.check_observed(joint)
-        if self.persistent and joint.covariates:
+    def check_sites(self, row_model):
+        self.check_observed(row_model)
+        if self.persistent and row_model.covariates:
             raise ModelError(
                 "ContrastiveDivergence: the energy reads an argument that differs from row to row, "
                 "and a persistent chain would meet other rows' values of it in the next round. Use "
@@ -153,30 +153,30 @@ class ContrastiveDivergence(Objective):
         key_start, key_move = jax.random.split(rng_key)
         start = self._at_data(key_start, params, problem)
         position = self._move(key_move, params, problem, start)
-        coordinates = problem.joint.flatten(problem.unconstrained).shape[1]
-        history = jnp.zeros((HISTORY, problem.joint.num_rows, coordinates + 1))
+        coordinates = problem.row_model.flatten(problem.unconstrained).shape[1]
+        history = jnp.zeros((HISTORY, problem.row_model.num_rows, coordinates + 1))
         return Chains(position, history, jnp.array(0))
 
     def advance(self, rng_key, params, problem, state):
         key_start, key_reset, key_move = jax.random.split(rng_key, 3)
-        joint = problem.joint
+        row_model = problem.row_model
         if not self.persistent:
             start = self._at_data(key_start, params, problem)
             return problem._replace(noise=self._move(key_move, params, problem, start)), None
         rows = state.history.shape[1]
-        if rows != joint.num_rows:
+        if rows != row_model.num_rows:
             raise ModelError(
                 f"ContrastiveDivergence: the state holds {rows} persistent chains, one for each "
-                f"row of the batch they began with, and this batch has {joint.num_rows} rows. "
+                f"row of the batch they began with, and this batch has {row_model.num_rows} rows. "
                 "Keep `batch_size`, or start anew."
             )
         position = state.position
         if self.reset_probability:
             fresh = self._at_data(key_start, params, problem)
-            reset = jax.random.bernoulli(key_reset, self.reset_probability, (joint.num_rows,))
+            reset = jax.random.bernoulli(key_reset, self.reset_probability, (row_model.num_rows,))
             # A latent site that the data say nothing about goes on from where it is.
             position = {
-                name: _choose_rows(joint, name, reset, fresh[name], x) if name in fresh else x
+                name: _choose_rows(row_model, name, reset, fresh[name], x) if name in fresh else x
                 for name, x in position.items()
             }
         position = self._move(key_move, params, problem, position)
@@ -184,9 +184,9 @@ class ContrastiveDivergence(Objective):
         count = state.count + 1
 
         def record():
-            visible = {name: position[name] for name in joint.visible}
+            visible = {name: position[name] for name in row_model.visible}
             energies = -self._free_log_density(key_start, params, problem, visible)
-            latest = jnp.concatenate([joint.flatten(visible), energies[:, None]], -1)
+            latest = jnp.concatenate([row_model.flatten(visible), energies[:, None]], -1)
             return latest.astype(state.history.dtype)
 
         due = count % SPACING == 0
@@ -197,20 +197,20 @@ class ContrastiveDivergence(Objective):
 
     def _at_data(self, rng_key, params, problem):
         """Where chains start: the visible values, and draws of the guide if there is one."""
-        joint = problem.joint
+        row_model = problem.row_model
         start = dict(problem.unconstrained)
-        if problem.guide is not None and joint.latent:
-            draws = problem.guide.draw(rng_key, params, joint.visible_values, 1)
+        if problem.guide is not None and row_model.latent:
+            draws = problem.guide.draw(rng_key, params, row_model.visible_values, 1)
             for name, x in draws.items():
-                site = joint.latent[name]
+                site = row_model.latent[name]
                 start[name] = x[0] if site.is_discrete else site.transform.inv(x[0])
         return start
 
     def _move(self, rng_key, params, problem, start):
         """k kernel steps from given positions, at fixed parameters."""
-        joint = problem.joint
-        own = {name: stop_gradient(params[name]) for name in joint.parameters}
-        free = release(substitute(joint.model, data=joint.plates), joint.visible)
+        row_model = problem.row_model
+        own = {name: stop_gradient(params[name]) for name in row_model.parameters}
+        free = uncondition(substitute(row_model.model, data=row_model.plates), row_model.visible)
         kernel = self.kernel(fixed(free, own))
         if not isinstance(kernel, MCMCKernel):
             raise ModelError(
@@ -218,13 +218,13 @@ class ContrastiveDivergence(Objective):
                 "`MCMCKernel`."
             )
         numpyros = type(kernel).__module__.split(".")[0] == "numpyro"
-        if joint.num_rows != joint.total_rows and numpyros:
+        if row_model.num_rows != row_model.total_rows and numpyros:
             raise ModelError(
-                f"ContrastiveDivergence: the plate '{joint.plate}' subsamples itself, and "
+                f"ContrastiveDivergence: the plate '{row_model.plate}' subsamples itself, and "
                 f"{type(kernel).__name__} would sample the density raised to the power of its "
                 "scale. Drop `subsample_size` and pass `batch_size` to the run."
             )
-        args, kwargs = joint.args, joint.kwargs
+        args, kwargs = row_model.args, row_model.kwargs
         key_init, rng_key = jax.random.split(rng_key)
         state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)
 
@@ -239,22 +239,22 @@ class ContrastiveDivergence(Objective):
 
     def _log_density(self, rng_key, params, problem, position):
         """log p̃ of the negative phase, (rows,), with the right first derivative in θ."""
-        joint = problem.joint
-        visible = {name: position[name] for name in joint.visible}
-        latent = {name: position[name] for name in joint.latent if name in position}
-        if len(latent) < len(joint.latent):
+        row_model = problem.row_model
+        visible = {name: position[name] for name in row_model.visible}
+        latent = {name: position[name] for name in row_model.latent if name in position}
+        if len(latent) < len(row_model.latent):
             problem = problem._replace(unconstrained=visible)
             return self.estimate(rng_key, params, problem).log_density(params, visible)
         latent = {
-            name: x if joint.latent[name].is_discrete else joint.latent[name].transform(x)
+            name: x if row_model.latent[name].is_discrete else row_model.latent[name].transform(x)
             for name, x in latent.items()
         }
-        return joint.unconstrained_log_density(params, visible, latent)
+        return row_model.unconstrained_log_density(params, visible, latent)
 
     def energy_loss(self, rng_key, params, problem):
         key_positive, key_negative = jax.random.split(rng_key)
         estimate = self.estimate(key_positive, params, problem)
-        visible = {name: problem.noise[name] for name in problem.joint.visible}
+        visible = {name: problem.noise[name] for name in problem.row_model.visible}
         if problem.marginal.value == "exact":  # both phases in one evaluation of the model
             both = jax.tree.map(lambda x, y: jnp.stack([x, y]), visible, problem.unconstrained)
             negative, positive = jax.vmap(partial(estimate.log_density, params))(both)
@@ -269,13 +269,13 @@ class ContrastiveDivergence(Objective):
 
     def _free_log_density(self, rng_key, params, problem, unconstrained):
         """log p̃(v), or a bound on it that is exact if the guide is: (rows,), for its value."""
-        joint, guide = problem.joint, problem.guide
+        row_model, guide = problem.row_model, problem.guide
         if problem.marginal.value is not None:
             problem = problem._replace(unconstrained=unconstrained)
             return self.estimate(rng_key, params, problem).log_density(params, unconstrained)
-        visible, _ = joint.constrain(unconstrained)
+        visible, _ = row_model.constrain(unconstrained)
         latent = {name: x[0] for name, x in guide.draw(rng_key, params, visible, 1).items()}
-        log_joint = joint.unconstrained_log_density(params, unconstrained, latent)
+        log_joint = row_model.unconstrained_log_density(params, unconstrained, latent)
         return log_joint - guide.log_density(params, visible, latent)
 
     def chain_diagnostics(self, state):
@@ -302,6 +302,6 @@ class ContrastiveDivergence(Objective):
         return {"visible": r_hat[:-1], "energy": r_hat[-1]}
 
 
-def _choose_rows(joint, name, choose, fresh, old):
-    choose = jnp.reshape(choose, (-1,) + (1,) * (jnp.ndim(old) - joint.row_axis(name, old) - 1))
+def _choose_rows(row_model, name, choose, fresh, old):
+    choose = jnp.reshape(choose, (-1,) + (1,) * (jnp.ndim(old) - row_model.row_axis(name, old) - 1))
     return jnp.where(choose, fresh, old)

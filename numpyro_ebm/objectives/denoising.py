@@ -65,8 +65,8 @@ class DenoisingScoreMatching(Objective):
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
 
-    def perturb(self, rng_key, joint):
-        clean = joint.unconstrain_visible()
+    def perturb(self, rng_key, row_model):
+        clean = row_model.unconstrain_visible()
         noise = _noise_like(rng_key, clean)
         noised = {name: clean[name] + self.noise_scale * noise[name] for name in clean}
         return noised, noise, None
@@ -174,12 +174,12 @@ class MultiscaleDenoisingScoreMatching(Objective):
             return low + (high - low) * fraction
         return low * (high / low) ** fraction
 
-    def perturb(self, rng_key, joint):
+    def perturb(self, rng_key, row_model):
         key_level, key_noise = jax.random.split(rng_key)
-        clean = joint.unconstrain_visible()
-        levels = self.levels(key_level, joint.num_rows)
+        clean = row_model.unconstrain_visible()
+        levels = self.levels(key_level, row_model.num_rows)
         noise = _noise_like(key_noise, clean)
-        noised = {k: x + joint.rows_like(levels, k, x) * noise[k] for k, x in clean.items()}
+        noised = {k: x + row_model.rows_like(levels, k, x) * noise[k] for k, x in clean.items()}
         return noised, (levels, noise), 1.0 / levels
 
     def energy_loss(self, rng_key, params, problem):
@@ -187,7 +187,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         levels, noise = problem.noise
         squared = levels**2 if self.noise_scale is None else self.noise_scale**2  # σ₀², a row
         weight = jnp.broadcast_to(1.0 / squared, levels.shape)
-        rows_like = problem.joint.rows_like
+        rows_like = problem.row_model.rows_like
         offset = {name: rows_like(weight, name, e) * e for name, e in noise.items()}
         scale = {name: rows_like(1.0 / levels, name, e) for name, e in noise.items()}
         rows = half_square(params, estimate, problem, offset, scale)
@@ -202,14 +202,14 @@ def _control_variate(objective, rng_key, params, problem, offset, scale, varianc
 
     ``variance`` is that of a coordinate of o, a number or an array of shape (rows,).
     """
-    joint, clean = problem.joint, problem.joint.unconstrain_visible()
+    row_model, clean = problem.row_model, problem.row_model.unconstrain_visible()
     # The key of the noised point: the same random numbers draw (nearly) the same particles.
     estimate = objective.estimate(rng_key, params, problem._replace(unconstrained=clean))
     scale = scale if isinstance(scale, dict) else dict.fromkeys(offset, scale)
     direction = {name: scale[name] * offset[name] for name in offset}
     _, along = jax.jvp(lambda u: estimate.log_density(params, u), (clean,), (direction,))
-    dimension = sum(jnp.size(x) for x in clean.values()) / joint.num_rows
-    return along + 0.5 * (joint.row_dot(offset, offset) - dimension * variance)
+    dimension = sum(jnp.size(x) for x in clean.values()) / row_model.num_rows
+    return along + 0.5 * (row_model.row_dot(offset, offset) - dimension * variance)
 
 
 def _noise_like(rng_key, sites):

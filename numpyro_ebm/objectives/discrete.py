@@ -42,10 +42,10 @@ class _SingleCoordinate(Objective):
     needs = "value"
     order = 1
 
-    def check_sites(self, joint):
+    def check_sites(self, row_model):
         name = type(self).__name__
-        self.check_observed(joint)
-        for site in joint.visible.values():
+        self.check_observed(row_model)
+        for site in row_model.visible.values():
             if not site.is_discrete:
                 raise ModelError(
                     f"{name} sums over the values of discrete sites, and the visible site "
@@ -79,7 +79,7 @@ class _SingleCoordinate(Objective):
             point = {**problem.unconstrained, **changed}
             return estimate.log_density(params, point) - here
 
-        sites = problem.joint.visible.values()
+        sites = problem.row_model.visible.values()
         return jnp.mean(sum(self._site_loss(site, problem, log_ratio) for site in sites))
 
     def _by_products(self, params, problem):
@@ -91,20 +91,20 @@ class _SingleCoordinate(Objective):
         with b the gradient at the middle m of the values. For binary coordinates the last term is
         zero. ``None`` where H has no simple form.
         """
-        sizes = _sizes(problem.joint, _as_floats(problem))
+        sizes = _sizes(problem.row_model, _as_floats(problem))
         total = sum(sizes.values())
-        joint = with_rows(problem.joint, total) if total <= MOST_COORDINATES else None
-        if joint is None:
+        row_model = with_rows(problem.row_model, total) if total <= MOST_COORDINATES else None
+        if row_model is None:
             return None
-        own = problem._replace(joint=joint, unconstrained=joint.unconstrain_visible())
+        own = problem._replace(row_model=row_model, unconstrained=row_model.unconstrain_visible())
         estimate, like = self.estimate(jax.random.key(0), params, own), _as_floats(own)
 
         def log_density(flat):
-            return jnp.sum(estimate.log_density(params, _from_flat(joint, flat, like)))
+            return jnp.sum(estimate.log_density(params, _from_flat(row_model, flat, like)))
 
         center, num_values = [], []
         for site, size in sizes.items():
-            lowest, num = finite_values(joint.visible[site], type(self).__name__)
+            lowest, num = finite_values(row_model.visible[site], type(self).__name__)
             center += [lowest + 0.5 * (num - 1)] * size
             num_values += [num] * size
         center, num_values = np.array(center, jnp.result_type(float)), np.array(num_values)
@@ -112,7 +112,7 @@ class _SingleCoordinate(Objective):
         if form is None:
             return None
         b, H = form
-        away = problem.joint.flatten(_as_floats(problem)) - center
+        away = problem.row_model.flatten(_as_floats(problem)) - center
         slope = away @ (H * (1 - np.eye(len(center), dtype=center.dtype)))
         slope = slope if b is None else b + slope
 
@@ -130,42 +130,42 @@ class _SingleCoordinate(Objective):
         .. math:: \log\tilde p(x + δ e_d) - \log\tilde p(x) = δ\, ∂_d \log\tilde p(x)
             + \tfrac12 δ^2\, ∂_d^2 \log\tilde p
         """
-        joint, point = problem.joint, _as_floats(problem)
-        total = sum(_sizes(joint, point).values())
+        row_model, point = problem.row_model, _as_floats(problem)
+        total = sum(_sizes(row_model, point).values())
 
         def log_density(u):
             return estimate.log_density(params, u)
 
-        gradient = joint.flatten(jax.grad(lambda u: jnp.sum(log_density(u)))(point))
+        gradient = row_model.flatten(jax.grad(lambda u: jnp.sum(log_density(u)))(point))
         # Every row goes along an axis of its own: the curvature is the same in all of them.
-        axes = jax.nn.one_hot(jnp.arange(joint.num_rows) % total, total, dtype=gradient.dtype)
-        axes = _from_flat(joint, axes, point)
+        axes = jax.nn.one_hot(jnp.arange(row_model.num_rows) % total, total, dtype=gradient.dtype)
+        axes = _from_flat(row_model, axes, point)
         slope = lambda u: jax.jvp(log_density, (u,), (axes,))[1]  # noqa: E731
         curvature = jax.jvp(slope, (point,), (axes,))[1][:total]
         return lambda step, part: step * gradient[:, part] + 0.5 * step**2 * curvature[part]
 
     def _quadratic_loss(self, log_ratios, problem):
         """The loss from log-ratios as a function of steps and coordinates, of shape (rows,)."""
-        joint, name = problem.joint, type(self).__name__
+        row_model, name = problem.row_model, type(self).__name__
         point = _as_floats(problem)
-        flat, losses, start = joint.flatten(point), [], 0
-        for site, size in _sizes(joint, point).items():
+        flat, losses, start = row_model.flatten(point), [], 0
+        for site, size in _sizes(row_model, point).items():
             part = slice(start, start + size)
-            lowest, num_values = finite_values(joint.visible[site], name)
+            lowest, num_values = finite_values(row_model.visible[site], name)
             here = flat[:, part]
             step = [shifted(here, k, lowest, num_values) - here for k in range(1, num_values)]
             if step:
                 losses.append(jnp.sum(self.coordinate_loss(log_ratios(jnp.stack(step), part)), -1))
             start += size
-        return sum(losses, jnp.zeros(joint.num_rows))
+        return sum(losses, jnp.zeros(row_model.num_rows))
 
     def _site_loss(self, site, problem, log_ratio):
         """Sum over the coordinates of one site, of shape (rows,)."""
-        joint, name = problem.joint, site.name
+        row_model, name = problem.row_model, site.name
         lowest, num_values = finite_values(site, type(self).__name__)
         if num_values == 1:
-            return jnp.zeros(joint.num_rows)  # no neighbours, and nothing to learn
-        rows = joint.to_rows({name: jnp.asarray(problem.unconstrained[name])})[name]
+            return jnp.zeros(row_model.num_rows)  # no neighbours, and nothing to learn
+        rows = row_model.to_rows({name: jnp.asarray(problem.unconstrained[name])})[name]
         flat = jnp.reshape(rows, (len(rows), -1))
         coordinates = jnp.arange(flat.shape[1])
 
@@ -173,7 +173,7 @@ class _SingleCoordinate(Objective):
             def at(shift):
                 moved = shifted(flat, shift, lowest, num_values)
                 moved = jnp.reshape(jnp.where(coordinates == d, moved, flat), rows.shape)
-                return log_ratio(joint.from_rows({name: moved}))
+                return log_ratio(row_model.from_rows({name: moved}))
 
             return self.coordinate_loss(jax.vmap(at)(jnp.arange(1, num_values)))
 
@@ -273,34 +273,34 @@ def _as_floats(problem):
     return {k: jnp.asarray(x, float_type) for k, x in problem.unconstrained.items()}
 
 
-def _sizes(joint, point):
-    """Coordinates of a row by site, in the order of `Joint.flatten`."""
-    rows = joint.to_rows(point)
-    return {name: np.size(rows[name]) // joint.num_rows for name in sorted(rows)}
+def _sizes(row_model, point):
+    """Coordinates of a row by site, in the order of `RowModel.flatten`."""
+    rows = row_model.to_rows(point)
+    return {name: np.size(rows[name]) // row_model.num_rows for name in sorted(rows)}
 
 
 def _has_a_row_for_each_axis(problem):
-    return sum(np.size(x) for x in problem.unconstrained.values()) <= problem.joint.num_rows**2
+    return sum(np.size(x) for x in problem.unconstrained.values()) <= problem.row_model.num_rows**2
 
 
-def _from_flat(joint, flat, like):
+def _from_flat(row_model, flat, like):
     """Vectors of rows, (rows, coordinates), as a dict like ``like``."""
-    rows, parts, start = joint.to_rows(like), {}, 0
-    for name, size in _sizes(joint, like).items():
+    rows, parts, start = row_model.to_rows(like), {}, 0
+    for name, size in _sizes(row_model, like).items():
         parts[name] = jnp.reshape(flat[:, start : start + size], rows[name].shape)
         start += size
-    return joint.from_rows(parts)
+    return row_model.from_rows(parts)
 
 
 def _is_quadratic(estimate, problem):
     """Whether log p̃ of a row is a polynomial of degree two in its values, the same for all rows."""
-    joint = problem.joint
-    if joint.latent or joint.covariates:
+    row_model = problem.row_model
+    if row_model.latent or row_model.covariates:
         return False
     point = _as_floats(problem)
 
     def log_density(u):
-        return estimate.log_density(joint.parameters, u)
+        return estimate.log_density(row_model.parameters, u)
 
     try:
         found = structure(log_density, point)
@@ -308,9 +308,9 @@ def _is_quadratic(estimate, problem):
         return False
     if found.degree > 2 or not found.true_gradient:
         return False
-    given = {id(x) for x in jax.tree.leaves(joint.parameters)}
+    given = {id(x) for x in jax.tree.leaves(row_model.parameters)}
     constants = [x for x in constants_of(log_density, point) if id(x) not in given]
-    return not any(_may_differ(x, joint.num_rows) for x in constants)
+    return not any(_may_differ(x, row_model.num_rows) for x in constants)
 
 
 def _may_differ(x, rows):

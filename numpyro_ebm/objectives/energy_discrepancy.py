@@ -124,21 +124,21 @@ class EnergyDiscrepancy(Objective):
         self.perturbation = perturbation
         super().__init__(marginal)
 
-    def check_sites(self, joint):
-        self.check_observed(joint)
-        for site in joint.visible.values():
+    def check_sites(self, row_model):
+        self.check_observed(row_model)
+        for site in row_model.visible.values():
             if site.is_discrete:
                 finite_values(site, type(self).__name__)
 
     def energy_loss(self, rng_key, params, problem):
         key_marginal, key_y, key_samples = jax.random.split(rng_key, 3)
-        joint, point = problem.joint, problem.unconstrained
+        row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)
         here = estimate.log_density(params, point)
-        y = self._draw(key_y, joint, point)
+        y = self._draw(key_y, row_model, point)
 
         def log_ratio(key):
-            return estimate.log_density(params, self._draw(key, joint, y)) - here
+            return estimate.log_density(params, self._draw(key, row_model, y)) - here
 
         log_ratios = jax.vmap(log_ratio)(jax.random.split(key_samples, self.num_samples))
         if self.w > 0:
@@ -146,11 +146,11 @@ class EnergyDiscrepancy(Objective):
             log_ratios = jnp.concatenate([own, log_ratios])
         return jnp.mean(jax.nn.logsumexp(log_ratios, axis=0)) - math.log(self.num_samples)
 
-    def _draw(self, rng_key, joint, point):
+    def _draw(self, rng_key, row_model, point):
         """One draw from the symmetric kernel q(· | point), the sites independently."""
         keys = jax.random.split(rng_key, len(point))
         return {
-            name: self._perturbed(key, joint.visible[name], jnp.asarray(x))
+            name: self._perturbed(key, row_model.visible[name], jnp.asarray(x))
             for key, (name, x) in zip(keys, point.items(), strict=True)
         }
 

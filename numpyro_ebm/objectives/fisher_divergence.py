@@ -25,7 +25,7 @@ from numpyro.distributions import constraints
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives.base import Objective, Player, half_square
+from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, half_square
 from numpyro_ebm.objectives.score_matching import second_derivative
 
 __all__ = ["FisherDivergence", "mlp_critic"]
@@ -114,8 +114,8 @@ class FisherDivergence(Objective):
         self.residual = residual
         # Third derivatives are those of the trace in the energy's parameters.
         self.order = 3 if residual else 2
-        self.players = (
-            Player(
+        self.networks = (
+            AuxiliaryNetwork(
                 "critic",
                 self._critic_parameters,
                 self._critic_loss,
@@ -125,9 +125,9 @@ class FisherDivergence(Objective):
         )
         super().__init__(marginal)
 
-    def check_sites(self, joint):
-        super().check_sites(joint)
-        if joint.covariates:
+    def check_sites(self, row_model):
+        super().check_sites(row_model)
+        if row_model.covariates:
             raise ModelError(
                 "FisherDivergence: the critic sees the visible values only, and the energy reads "
                 "an argument besides them which differs from row to row. Use "
@@ -135,7 +135,7 @@ class FisherDivergence(Objective):
             )
 
     def _critic_parameters(self, rng_key, problem):
-        v = problem.joint.flatten(problem.unconstrained)
+        v = problem.row_model.flatten(problem.unconstrained)
         with block():
             critic_trace = trace(seed(self.critic, rng_key)).get_trace(v)
         found = {
@@ -157,9 +157,9 @@ class FisherDivergence(Objective):
     def terms(self, rng_key, params, problem):
         """s·f + eᵀ(∂f/∂v)e and ‖f‖² for every row, (rows,) each, along one random direction e."""
         key_marginal, key_signs = jax.random.split(rng_key)
-        joint, point = problem.joint, problem.unconstrained
+        row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)
-        flat = joint.flatten(point)
+        flat = row_model.flatten(point)
         signs = jax.random.rademacher(key_signs, flat.shape, flat.dtype)
 
         def network(v):
@@ -175,13 +175,15 @@ class FisherDivergence(Objective):
 
         g, along = jax.jvp(network, (flat,), (signs,))
         linear, square = jnp.sum(along * signs, -1), jnp.sum(g**2, -1)
-        direction = joint.unflatten(g)
+        direction = row_model.unflatten(g)
         _, agreement = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (direction,))
         linear = linear + agreement
         if self.residual:
             weight = params[SCORE_WEIGHT]
             score_square = 2.0 * half_square(params, estimate, problem)
-            trace_of_score = second_derivative(params, estimate, problem, joint.unflatten(signs))
+            trace_of_score = second_derivative(
+                params, estimate, problem, row_model.unflatten(signs)
+            )
             linear = linear + weight * (score_square + trace_of_score)
             square = square + weight**2 * score_square + 2.0 * weight * agreement
         return linear, square

@@ -19,7 +19,7 @@ from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.noise import Noise
-from numpyro_ebm.objectives.base import Player
+from numpyro_ebm.objectives.base import AuxiliaryNetwork
 from numpyro_ebm.objectives.nce import NCE
 
 __all__ = ["FlowContrastive"]
@@ -94,15 +94,17 @@ class FlowContrastive(NCE):
             )
         super().__init__(flow, noise_ratio, marginal, init_log_normalizer=init_log_normalizer)
         self.likelihood_weight = likelihood_weight
-        self.players = (
-            Player("flow", self._flow_parameters, self._flow_loss, flow_optim, num_flow_steps),
+        self.networks = (
+            AuxiliaryNetwork(
+                "flow", self._flow_parameters, self._flow_loss, flow_optim, num_flow_steps
+            ),
         )
 
-    def read_noise(self, joint):
-        return Noise(self.noise, joint, "flow", trainable=True)
+    def read_noise(self, row_model):
+        return Noise(self.noise, row_model, "flow", trainable=True)
 
     def _flow_parameters(self, rng_key, problem):
-        flow = self.read_noise(problem.joint)
+        flow = self.read_noise(problem.row_model)
         found = flow.parameters(rng_key)
         if not found:
             raise ModelError(
@@ -121,7 +123,7 @@ class FlowContrastive(NCE):
 
     def _flow_loss(self, rng_key, params, own, problem):
         key_draw, key_data, key_noise = jax.random.split(rng_key, 3)
-        flow = self.read_noise(problem.joint)
+        flow = self.read_noise(problem.row_model)
         params = {**stop_gradient(params), **own}
         draws = flow.draw(key_draw, own, self.noise_ratio)
         log_model, log_flow = self.densities(params, problem, flow, draws, key_data, key_noise)

@@ -82,35 +82,35 @@ class MaximumLikelihood(Objective):
         self.max_states = max_states
         super().__init__(marginal)
 
-    def check_sites(self, joint):
-        self.check_observed(joint)
-        values, num_real = self._coordinates(joint)
+    def check_sites(self, row_model):
+        self.check_observed(row_model)
+        values, num_real = self._coordinates(row_model)
         if num_real > MOST_REAL:
             raise ModelError(
                 f"MaximumLikelihood integrates over at most {MOST_REAL} real coordinates of a "
-                f"row, and the visible sites {sorted(joint.visible)} have {num_real}. Use "
+                f"row, and the visible sites {sorted(row_model.visible)} have {num_real}. Use "
                 "ContrastiveDivergence, NCE or a score-based objective."
             )
         states = float(self.num_nodes) ** num_real * np.prod([float(len(x)) for x in values])
         if states > self.max_states:
             raise ModelError(
                 f"MaximumLikelihood: log Z is a sum over {states:.3g} states of the visible sites "
-                f"{sorted(joint.visible)}, more than max_states={self.max_states}. Use "
+                f"{sorted(row_model.visible)}, more than max_states={self.max_states}. Use "
                 "PseudoLikelihood, RatioMatching, NCE or ContrastiveDivergence."
             )
 
-    def _coordinates(self, joint):
+    def _coordinates(self, row_model):
         """Values of every discrete coordinate of a row, and how many coordinates are real."""
         values, num_real = [], 0
-        for name, x in sorted(jax.eval_shape(joint.unconstrain_visible).items()):
-            size = np.size(x) // joint.num_rows
-            if joint.visible[name].is_discrete:
-                values += [_values(joint.visible[name])] * size
+        for name, x in sorted(jax.eval_shape(row_model.unconstrain_visible).items()):
+            size = np.size(x) // row_model.num_rows
+            if row_model.visible[name].is_discrete:
+                values += [_values(row_model.visible[name])] * size
             else:
                 num_real += size
         return values, num_real
 
-    def _nodes(self, joint, every=1, reach=np.inf):
+    def _nodes(self, row_model, every=1, reach=np.inf):
         """Nodes of all coordinates of a row, in the order of the sites, and log-weights.
 
         Of a real coordinate every ``every``-th node counts, out to ``reach`` standard deviations.
@@ -118,8 +118,8 @@ class MaximumLikelihood(Objective):
         at, log_weights = standard_nodes(self.num_nodes)
         log_weights = np.where(np.abs(at) <= reach, log_weights, -np.inf) + np.log(every)
         columns, is_real = [], []
-        for name, x in sorted(jax.eval_shape(joint.unconstrain_visible).items()):
-            site, size = joint.visible[name], np.size(x) // joint.num_rows
+        for name, x in sorted(jax.eval_shape(row_model.unconstrain_visible).items()):
+            site, size = row_model.visible[name], np.size(x) // row_model.num_rows
             is_real += [not site.is_discrete] * size
             if site.is_discrete:
                 values = _values(site)
@@ -127,7 +127,7 @@ class MaximumLikelihood(Objective):
             else:
                 columns += [(at[::every], log_weights[::every])] * size
         nodes, log_weights = grid_nodes(*zip(*columns, strict=True))
-        flat = stop_gradient(joint.flatten(joint.unconstrain_visible()))
+        flat = stop_gradient(row_model.flatten(row_model.unconstrain_visible()))
         nodes = jnp.asarray(nodes, flat.dtype)
         log_weights = jnp.asarray(log_weights, jnp.result_type(float))
         if any(is_real):
@@ -141,20 +141,22 @@ class MaximumLikelihood(Objective):
 
     def log_normalizer(self, params, problem, every=1, reach=np.inf):
         """log Z(θ) of every row, of shape (rows,), or a scalar if all rows share it."""
-        nodes, log_weights = self._nodes(problem.joint, every, reach)
-        at_data = stop_gradient(problem.joint.flatten(problem.unconstrained))
+        nodes, log_weights = self._nodes(problem.row_model, every, reach)
+        at_data = stop_gradient(problem.row_model.flatten(problem.unconstrained))
         low, high = jnp.min(at_data, 0), jnp.max(at_data, 0)
-        if not problem.joint.covariates:  # a plate of as many rows as there are nodes
-            joint = with_rows(problem.joint, min(len(nodes), AT_ONCE))
-            if joint is not None:
-                problem = problem._replace(joint=joint, unconstrained=joint.unconstrain_visible())
-                at_data = jnp.broadcast_to(at_data[:1], (joint.num_rows, at_data.shape[1]))
-        joint, rows = problem.joint, problem.joint.num_rows
+        if not problem.row_model.covariates:  # a plate of as many rows as there are nodes
+            row_model = with_rows(problem.row_model, min(len(nodes), AT_ONCE))
+            if row_model is not None:
+                problem = problem._replace(
+                    row_model=row_model, unconstrained=row_model.unconstrain_visible()
+                )
+                at_data = jnp.broadcast_to(at_data[:1], (row_model.num_rows, at_data.shape[1]))
+        row_model, rows = problem.row_model, problem.row_model.num_rows
         estimate = self.estimate(jax.random.key(0), params, problem)
-        has_real = self._coordinates(joint)[1] > 0
+        has_real = self._coordinates(row_model)[1] > 0
 
         def log_density(params, flat):
-            return estimate.log_density(params, joint.unflatten(flat))
+            return estimate.log_density(params, row_model.unflatten(flat))
 
         def with_mass(params, flat):
             # Far out an energy may overflow. Such a node counts as zero; among the data there is
@@ -166,14 +168,14 @@ class MaximumLikelihood(Objective):
             values = log_density(params, jnp.where(massive[:, None], flat, at_data))
             return jnp.where(massive, values, -jnp.inf)
 
-        if not joint.covariates:
+        if not row_model.covariates:
 
             def log_sum(density, params):
                 return log_sum_over_rows(partial(density, params), nodes, log_weights, rows)
 
             if not has_real:
                 return log_sum(log_density, params)
-            own = {name: params[name] for name in joint.parameters}
+            own = {name: params[name] for name in row_model.parameters}
             other = {name: x for name, x in params.items() if name not in own}
             fast = lambda own: log_sum(log_density, {**other, **own})  # noqa: E731
             safe = lambda own: log_sum(with_mass, {**other, **own})  # noqa: E731
@@ -190,12 +192,12 @@ class MaximumLikelihood(Objective):
     def energy_loss(self, rng_key, params, problem):
         estimate = self.estimate(rng_key, params, problem)
         here = estimate.log_density(params, problem.unconstrained)
-        _, log_det = problem.joint.constrain(problem.unconstrained)
+        _, log_det = problem.row_model.constrain(problem.unconstrained)
         return jnp.mean(self.log_normalizer(params, problem) - here + log_det)
 
     def statistics(self, rng_key, params, problem):
         """log Z with all nodes, with half of them, and with a reach of half the width."""
-        if self._coordinates(problem.joint)[1] == 0:
+        if self._coordinates(problem.row_model)[1] == 0:
             return []
         ways = {}, {"every": 2}, {"reach": 0.5 * REACH}
         return [self.log_normalizer(params, problem, **way) for way in ways]

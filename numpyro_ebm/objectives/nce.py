@@ -16,8 +16,8 @@ from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import FarNoiseWarning, ModelError
 from numpyro_ebm.log_normalizers.result import LogNormalizer
-from numpyro_ebm.model.row_model import read
-from numpyro_ebm.objectives.base import Player
+from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.objectives.base import AuxiliaryNetwork
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
 
 __all__ = ["NCE"]
@@ -116,15 +116,15 @@ class NCE(NoiseContrast):
             )
         # A NumPyro distribution is callable as well.
         if callable(noise) and not isinstance(noise, dist.Distribution):
-            self.players = (
-                Player(
+            self.networks = (
+                AuxiliaryNetwork(
                     "noise", self._noise_parameters, _fit_noise(self), noise_optim, num_noise_steps
                 ),
             )
 
-    def check_sites(self, joint):
-        super().check_sites(joint)
-        if joint.covariates:
+    def check_sites(self, row_model):
+        super().check_sites(row_model)
+        if row_model.covariates:
             raise ModelError(
                 f"{type(self).__name__} learns one log Z, and the energy reads an argument besides "
                 "the visible values which differs from row to row, so that every row has a log Z "
@@ -132,14 +132,14 @@ class NCE(NoiseContrast):
                 "DenoisingScoreMatching."
             )
 
-        if LOG_NORMALIZER in joint.parameters and _reads(joint, LOG_NORMALIZER):
+        if LOG_NORMALIZER in row_model.parameters and _reads(row_model, LOG_NORMALIZER):
             raise ModelError(
                 f"The model's parameter '{LOG_NORMALIZER}' is part of its energy, and "
                 f"{type(self).__name__} calls its own log Z so; rename the model's."
             )
 
     def _noise_parameters(self, rng_key, problem):
-        return self.read_noise(problem.joint).parameters(rng_key)
+        return self.read_noise(problem.row_model).parameters(rng_key)
 
     def noise_distribution(self, params, model, *args, **kwargs):
         """The noise as it is at given parameters, to draw from and to evaluate.
@@ -153,7 +153,7 @@ class NCE(NoiseContrast):
             of distributions by site name, or a flow; ``None`` for a function that samples the sites
             itself, which serves with ``numpyro.handlers.substitute(noise, data=params)``.
         """
-        return self.read_noise(read(model, args, kwargs, params)).distribution(params)
+        return self.read_noise(read_model(model, args, kwargs, params)).distribution(params)
 
     def own_parameters(self, rng_key, params, problem):
         if LOG_NORMALIZER in params:
@@ -228,11 +228,11 @@ class NCE(NoiseContrast):
         """
         if LOG_NORMALIZER not in params:
             raise ModelError(f"`params` lacks '{LOG_NORMALIZER}', the log Z that NCE learns.")
-        key_pose, key_draw = jax.random.split(rng_key)
-        read_once = self.pose(key_pose, params, model, guide, args, kwargs)
+        key_prepare, key_draw = jax.random.split(rng_key)
+        read_once = self.prepare(key_prepare, params, model, guide, args, kwargs)
         learned = {LOG_NORMALIZER}
         if not parameters_known:
-            learned |= {name for name in read_once.joint.parameters if name in params}
+            learned |= {name for name in read_once.row_model.parameters if name in params}
         own = {name: jnp.asarray(params[name]) for name in sorted(learned)}
         flat, unravel = ravel_pytree(own)
         if flat.size > MOST_PARAMETERS:
@@ -243,7 +243,7 @@ class NCE(NoiseContrast):
 
         @jax.jit
         def moments(flat):
-            problem = self.pose(key_pose, params, model, guide, args, kwargs)
+            problem = self.prepare(key_prepare, params, model, guide, args, kwargs)
 
             def contrast(flat):
                 return self.contrast(key_draw, {**params, **unravel(flat)}, problem)
@@ -271,22 +271,22 @@ class NCE(NoiseContrast):
         return LogNormalizer(params[LOG_NORMALIZER], mcse, ess, "NCE")
 
 
-def _reads(joint, name):
+def _reads(row_model, name):
     """Whether the row log-joint depends on a parameter."""
-    latent = {site.name: site.value for site in joint.latent.values()}
+    latent = {site.name: site.value for site in row_model.latent.values()}
 
     def density(**value):
-        params = {**joint.parameters, **value}
-        return joint.log_density(params, {**joint.visible_values, **latent})
+        params = {**row_model.parameters, **value}
+        return row_model.log_density(params, {**row_model.visible_values, **latent})
 
-    return name in eval_provenance(density, **{name: jnp.asarray(joint.parameters[name])})
+    return name in eval_provenance(density, **{name: jnp.asarray(row_model.parameters[name])})
 
 
 def _fit_noise(objective):
     """The loss of a noise with parameters: minus the log-likelihood of the data."""
 
     def loss(rng_key, params, own, problem):
-        noise = objective.read_noise(problem.joint)
+        noise = objective.read_noise(problem.row_model)
         return -jnp.mean(noise.log_density({**params, **own}, problem.unconstrained))
 
     return loss

@@ -46,17 +46,17 @@ class NoiseContrast(Objective):
         self.noise_ratio = noise_ratio
         super().__init__(marginal)
 
-    def check_sites(self, joint):
-        self.check_observed(joint)
+    def check_sites(self, row_model):
+        self.check_observed(row_model)
 
-    def read_noise(self, joint):
+    def read_noise(self, row_model):
         """The noise, beside a model."""
-        return Noise(self.noise, joint)
+        return Noise(self.noise, row_model)
 
     def contrast(self, rng_key, params, problem):
         """log p̃ - log q at the data, (rows,), and at the noise, (noise_ratio, rows)."""
         key_draw, key_data, key_noise = jax.random.split(rng_key, 3)
-        noise = self.read_noise(problem.joint)
+        noise = self.read_noise(problem.row_model)
         constants = stop_gradient(params)
         draws = stop_gradient(noise.draw(key_draw, constants, self.noise_ratio))
         log_model, log_noise = self.densities(params, problem, noise, draws, key_data, key_noise)

@@ -43,9 +43,9 @@ class RankingNCE(NoiseContrast):
     def __init__(self, noise, noise_ratio=10, marginal=None):
         super().__init__(noise, noise_ratio, marginal)
 
-    def check_sites(self, joint):
-        super().check_sites(joint)
-        names = sorted(self.read_noise(joint).parameters(jax.random.key(0)))
+    def check_sites(self, row_model):
+        super().check_sites(row_model)
+        names = sorted(self.read_noise(row_model).parameters(jax.random.key(0)))
         if names:
             raise ModelError(
                 f"RankingNCE: the noise has the parameter(s) {', '.join(map(repr, names))}, and "

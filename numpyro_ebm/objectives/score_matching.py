@@ -110,7 +110,7 @@ def second_derivative(params, estimate, problem, direction):
 def _sliced_half_square(params, estimate, problem, direction):
     """Unbiased value and gradient of ½ (e·s)² for every row."""
     score = estimate.score(problem.unconstrained)
-    along_a = problem.joint.row_dot(score, direction)
+    along_a = problem.row_model.row_dot(score, direction)
     along_b = jax.jvp(
         lambda u: estimate.log_density(params, u), (problem.unconstrained,), (direction,)
     )[1]
@@ -120,13 +120,13 @@ def _sliced_half_square(params, estimate, problem, direction):
 
 def _basis(problem):
     """One direction for each coordinate of a row, the same in all rows; directions lead."""
-    joint, point = problem.joint, problem.unconstrained
-    one_row = {k: jnp.take(x, 0, axis=joint.row_axis(k, x)) for k, x in point.items()}
+    row_model, point = problem.row_model, problem.unconstrained
+    one_row = {k: jnp.take(x, 0, axis=row_model.row_axis(k, x)) for k, x in point.items()}
     flat, unravel = ravel_pytree(one_row)
 
     def direction(e):
         return {
-            k: jnp.broadcast_to(jnp.expand_dims(x, joint.row_axis(k, point[k])), point[k].shape)
+            k: jnp.broadcast_to(jnp.expand_dims(x, row_model.row_axis(k, point[k])), point[k].shape)
             for k, x in unravel(e).items()
         }
 

@@ -113,17 +113,17 @@ class KernelSteinDiscrepancy(Objective):
         self.weight = weight
         super().__init__(marginal)
 
-    def check_sites(self, joint):
-        super().check_sites(joint)
-        if joint.covariates:
+    def check_sites(self, row_model):
+        super().check_sites(row_model)
+        if row_model.covariates:
             raise ModelError(
                 "KernelSteinDiscrepancy compares rows as draws of one density, and the energy "
                 "reads an argument besides the visible values which differs from row to row. Use "
                 "DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence."
             )
 
-    def perturb(self, rng_key, joint):
-        rows = joint.num_rows
+    def perturb(self, rng_key, row_model):
+        rows = row_model.num_rows
         if rows < 2:
             raise ModelError("KernelSteinDiscrepancy compares rows, and the batch has only one.")
         if self.pairs == "halves" and rows % 2:
@@ -131,12 +131,12 @@ class KernelSteinDiscrepancy(Objective):
                 f"KernelSteinDiscrepancy: pairs='halves' needs an even number of rows, got {rows}. "
                 "Pass an even `batch_size`, or pairs='all'."
             )
-        return super().perturb(rng_key, joint)
+        return super().perturb(rng_key, row_model)
 
     def energy_loss(self, rng_key, params, problem):
-        joint, point = problem.joint, problem.unconstrained
+        row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(rng_key, params, problem)
-        points, scores = joint.flatten(point), joint.flatten(estimate.score(point))
+        points, scores = row_model.flatten(point), row_model.flatten(estimate.score(point))
         of_pairs = self._halves if self.pairs == "halves" else self._all_pairs
         if self.weight is None:
             z, rest = of_pairs(points, scores, None)
@@ -144,7 +144,7 @@ class KernelSteinDiscrepancy(Objective):
             weights, slope = self._weights(points)
             z, rest = of_pairs(points, scores + slope, weights)
             rest = rest + jnp.sum(z * slope)
-        z = joint.unflatten(stop_gradient(z))
+        z = row_model.unflatten(stop_gradient(z))
         # κ is bilinear in the scores of its sides: one derivative of log p̃ along z gives both.
         _, along = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (z,))
         total = jnp.sum(along)

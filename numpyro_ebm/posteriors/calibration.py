@@ -58,15 +58,15 @@ class Potential:
     - **num_rows** - N.
     """
 
-    def __init__(self, loss, prior, joint, own, args, kwargs):
-        self._loss, self._joint = loss, joint
+    def __init__(self, loss, prior, row_model, own, args, kwargs):
+        self._loss, self._joint = loss, row_model
         self._prior = seed(prior, jax.random.key(0))
         self._own = {name: jnp.asarray(value) for name, (value, _) in own.items()}
         self._args, self._kwargs = args, kwargs
-        self.num_rows = joint.total_rows
+        self.num_rows = row_model.total_rows
         start = {
             name: jnp.zeros(biject_to(fn.support).inverse_shape(fn.shape()))
-            for name, fn in joint.priors.items()
+            for name, fn in row_model.priors.items()
         }
         flat, self._unravel = ravel_pytree({**start, **self._own})
         self.start, self.size = flat, flat.size
@@ -96,19 +96,19 @@ class Potential:
 
     def resampled(self):
         """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
-        joint = self._joint
-        if joint.num_rows != joint.total_rows:
+        row_model = self._joint
+        if row_model.num_rows != row_model.total_rows:
             raise ModelError(
-                f"generalized: a calibration needs all rows, and the plate '{joint.plate}' has a "
-                "`subsample_size`. Calibrate a model without it, and pass the number on as "
+                f"generalized: a calibration needs all rows, and the plate '{row_model.plate}' has "
+                "a `subsample_size`. Calibrate a model without it, and pass the number on as "
                 "`learning_rate`."
             )
-        if joint.num_rows < 4:
+        if row_model.num_rows < 4:
             raise ModelError(
                 f"generalized: a calibration measures the spread over rows, and there are "
-                f"{joint.num_rows}. Pass a number as `learning_rate`."
+                f"{row_model.num_rows}. Pass a number as `learning_rate`."
             )
-        cut = Minibatches.of(joint, self._args, self._kwargs, joint.num_rows - 1)
+        cut = Minibatches.of(row_model, self._args, self._kwargs, row_model.num_rows - 1)
         arrays, static = cut.split(self._args, self._kwargs)
         cut = cut._replace(static=static)
 

@@ -97,23 +97,23 @@ def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, option
     True
     """
     key_design, key_run = jax.random.split(rng_key)
-    joint = read_with_priors(model, args, kwargs, "emulate_log_normalizer")
-    if joint.covariates:
+    row_model = read_with_priors(model, args, kwargs, "emulate_log_normalizer")
+    if row_model.covariates:
         raise ModelError(
             "emulate_log_normalizer: the energy reads an argument that differs from row to row, so "
             "that every row has a log Z of its own, and one function of the parameters is not "
             "enough."
         )
-    names = sorted(joint.priors)
+    names = sorted(row_model.priors)
     if isinstance(design, int):
-        prior = prior_part(model, joint.plate)
+        prior = prior_part(model, row_model.plate)
         draws = Predictive(prior, num_samples=design)(key_design, *args, **kwargs)
         design = {name: draws[name] for name in names}
     missing = [name for name in names if name not in design]
     if missing:
         raise ModelError(f"emulate_log_normalizer: `design` has no values for {missing}.")
     design = {name: jnp.asarray(design[name]) for name in names}
-    transforms = {name: biject_to(joint.priors[name].support) for name in names}
+    transforms = {name: biject_to(row_model.priors[name].support) for name in names}
     points = jax.vmap(
         lambda params: ravel_pytree({k: transforms[k].inv(x) for k, x in params.items()})[0]
     )(design)

@@ -13,9 +13,9 @@ import numpyro
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals.common_random_numbers import CommonParticles
+from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
-from numpyro_ebm.model.priors import apart, prior_part, quickly, read_with_priors, run_prior
+from numpyro_ebm.model.priors import isolated, prior_part, quickly, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.posteriors import calibration, conjugate
 from numpyro_ebm.program.jaxprs import needed
@@ -52,7 +52,7 @@ class generalized:
         needs ``marginal=VaGES(num_particles, importance_weighted=True)``.
     :param dict guide_params: values of the guide's parameters, from a fit.
     :return: a NumPyro model with the same arguments.
-    :raises ModelError: if ``learning_rate`` is not positive, or the objective has players or a
+    :raises ModelError: if ``learning_rate`` is not positive, or the objective has networks or a
         state of its own; when run, if no parameter has a prior or a prior is improper, or the
         model, the guide and the objective do not go together.
 
@@ -122,17 +122,17 @@ class generalized:
                     "the model runs for the first time inside a compiled function. Call "
                     "`model.calibrate(data)` first."
                 )
-            with apart(), jax.ensure_compile_time_eval():
+            with isolated(), jax.ensure_compile_time_eval():
                 self.calibrate(*args, **kwargs)
-        joint = read_with_priors(self.model, args, kwargs, "generalized")
-        params, _, indices = run_prior(self.model, args, kwargs, joint.plate)
+        row_model = read_with_priors(self.model, args, kwargs, "generalized")
+        params, _, indices = run_prior(self.model, args, kwargs, row_model.plate)
         own = {}
-        for name, (value, _) in self._own_parameters(joint, params, args, kwargs).items():
+        for name, (value, _) in self._own_parameters(row_model, params, args, kwargs).items():
             own[name] = numpyro.sample(name, own_prior(value))
         rng_key = numpyro.prng_key()
-        if joint.num_rows != joint.total_rows:
-            params = {**params, joint.plate: indices}
-        with apart():
+        if row_model.num_rows != row_model.total_rows:
+            params = {**params, row_model.plate: indices}
+        with isolated():
             if rng_key is None:
                 if self.is_random(*args, **kwargs):
                     raise ModelError(
@@ -145,7 +145,7 @@ class generalized:
                 rng_key,
                 {**params, **own},
             )
-        numpyro.factor(SITE, -self.learning_rate * joint.total_rows * loss)
+        numpyro.factor(SITE, -self.learning_rate * row_model.total_rows * loss)
 
     def loss(self, rng_key, params, *args, **kwargs):
         """The objective at given parameters, a mean over rows.
@@ -160,10 +160,10 @@ class generalized:
 
     def is_random(self, *args, **kwargs):
         """Whether the objective draws random numbers for this model."""
-        with apart():
-            joint = read_with_priors(self.model, args, kwargs, "generalized")
-            own = self._own_parameters(joint, joint.parameters, args, kwargs)
-            params = {**joint.parameters, **{k: v for k, (v, _) in own.items()}}
+        with isolated():
+            row_model = read_with_priors(self.model, args, kwargs, "generalized")
+            own = self._own_parameters(row_model, row_model.parameters, args, kwargs)
+            params = {**row_model.parameters, **{k: v for k, (v, _) in own.items()}}
             closed = jax.make_jaxpr(lambda key: self._loss(key, params, args, kwargs))(
                 jax.random.key(0)
             )
@@ -223,23 +223,23 @@ class generalized:
         :raises ModelError: if the posterior is not Gaussian (the curvature of its log-density
             changes from place to place), or not proper.
         """
-        with apart():
+        with isolated():
             if self.learning_rate is None:
                 self.calibrate(*args, **kwargs)
             return conjugate.gaussian_posterior(self._potential(args, kwargs), self.learning_rate)
 
     # Inside
 
-    def _own_parameters(self, joint, params, args, kwargs):
+    def _own_parameters(self, row_model, params, args, kwargs):
         if type(self.objective).own_parameters is Objective.own_parameters:
             return {}
-        with apart():
+        with isolated():
             problem = self._pose(jax.random.key(0), params, args, kwargs)
             return self.objective.own_parameters(jax.random.key(0), params, problem)
 
     def _pose(self, rng_key, params, args, kwargs):
         params = {**self.guide_params, **params}
-        problem = self.objective.pose(rng_key, params, self.model, self.guide, args, kwargs)
+        problem = self.objective.prepare(rng_key, params, self.model, self.guide, args, kwargs)
         marginal = problem.marginal
         if marginal.needs_guide:
             if not (isinstance(marginal, VaGES) and marginal.importance_weighted):
@@ -249,7 +249,7 @@ class generalized:
                     "`VaGES(num_particles, importance_weighted=True)`, or `Enumerated()` for "
                     "discrete latent sites."
                 )
-            marginal = CommonParticles(marginal.num_particles)
+            marginal = CommonRandomNumbers(marginal.num_particles)
         elif marginal.value != "exact":
             raise ModelError(
                 f"generalized: {marginal!r} does not serve. Use `Exact()`, `Enumerated()` or "
@@ -258,16 +258,16 @@ class generalized:
         return problem._replace(marginal=marginal)
 
     def _loss(self, rng_key, params, args, kwargs):
-        key_pose, key_loss = jax.random.split(rng_key)
-        problem = self._pose(key_pose, params, args, kwargs)
+        key_prepare, key_loss = jax.random.split(rng_key)
+        problem = self._pose(key_prepare, params, args, kwargs)
         return self.objective.energy_loss(key_loss, {**self.guide_params, **params}, problem)
 
     def _potential(self, args, kwargs):
         """Loss and log-prior as functions of one unconstrained vector."""
-        joint = read_with_priors(self.model, args, kwargs, "generalized")
-        own = self._own_parameters(joint, joint.parameters, args, kwargs)
+        row_model = read_with_priors(self.model, args, kwargs, "generalized")
+        own = self._own_parameters(row_model, row_model.parameters, args, kwargs)
         return calibration.Potential(
-            self._loss, prior_part(self.model, joint.plate), joint, own, args, kwargs
+            self._loss, prior_part(self.model, row_model.plate), row_model, own, args, kwargs
         )
 
 
@@ -282,7 +282,7 @@ def _check_objective(objective):
             f"generalized: `objective` must be an objective such as `ScoreMatching()`, got "
             f"{objective!r}."
         )
-    if objective.has_state or objective.players or not objective.is_loss:
+    if objective.has_state or objective.networks or not objective.is_loss:
         raise ModelError(
             f"generalized: {type(objective).__name__} is no function of the parameters and the "
             f"data alone: it has chains or networks of its own, or a gradient and no value. Use "

@@ -16,8 +16,8 @@ from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.methods import Options, run_method
 from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import Enumerated, Exact
-from numpyro_ebm.model.priors import apart, data_plate, quickly, read_with_priors, run_prior
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.priors import data_plate, isolated, quickly, read_with_priors, run_prior
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
 
@@ -92,63 +92,66 @@ class normalized:
 
     def __call__(self, *args, **kwargs):
         model = self.model
-        joint = read_with_priors(model, args, kwargs, "normalized")
-        if not joint.visible:
+        row_model = read_with_priors(model, args, kwargs, "normalized")
+        if not row_model.visible:
             raise ModelError(
                 "normalized: the model has no observed site, so the posterior of its parameters is "
                 "their prior. Pass the data, and give it as `obs=` to the visible sites."
             )
-        kept = [name for name, site in joint.latent.items() if not site.is_discrete]
-        params, latent, indices = run_prior(model, args, kwargs, joint.plate, kept)
-        with apart():
-            if joint.num_rows != joint.total_rows:  # the rows that the plate chose this time
-                joint = read(model, args, kwargs, {**params, joint.plate: indices})
-            params = {name: params[name] for name in joint.parameters}
+        kept = [name for name, site in row_model.latent.items() if not site.is_discrete]
+        params, latent, indices = run_prior(model, args, kwargs, row_model.plate, kept)
+        with isolated():
+            if (
+                row_model.num_rows != row_model.total_rows
+            ):  # the rows that the plate chose this time
+                row_model = read_model(model, args, kwargs, {**params, row_model.plate: indices})
+            params = {name: params[name] for name in row_model.parameters}
 
             def evaluate(params, latent):
-                log_z = self._log_z(joint, params, args, kwargs)
-                return _log_density(joint, params, latent) - log_z, log_z
+                log_z = self._log_z(row_model, params, args, kwargs)
+                return _log_density(row_model, params, latent) - log_z, log_z
 
             rows, log_z = quickly(evaluate, params, latent)
-        _observe(joint, indices, rows)
+        _observe(row_model, indices, rows)
         if hasattr(self.log_normalizer, "mcse"):
-            times = joint.total_rows if jnp.ndim(log_z) == 0 else 1
+            times = row_model.total_rows if jnp.ndim(log_z) == 0 else 1
             variance = jnp.sum((times * self.log_normalizer.mcse(params)) ** 2)
             numpyro.deterministic("log_normalizer_error", jnp.sqrt(variance))
             numpyro.factor("log_normalizer_doubt", -0.5 * variance)
 
-    def _log_z(self, joint, params, args, kwargs):
+    def _log_z(self, row_model, params, args, kwargs):
         if callable(self.log_normalizer):
             log_z = jnp.asarray(self.log_normalizer(params))
-            if jnp.shape(log_z) not in ((), (joint.num_rows,)):
+            if jnp.shape(log_z) not in ((), (row_model.num_rows,)):
                 raise ModelError(
                     "normalized: `log_normalizer` returned an array of shape "
                     f"{jnp.shape(log_z)}; log Z is a scalar, or one value for each of the "
-                    f"{joint.num_rows} rows."
+                    f"{row_model.num_rows} rows."
                 )
-            if jnp.shape(log_z) == () and joint.covariates and joint.num_rows > 1:
+            if jnp.shape(log_z) == () and row_model.covariates and row_model.num_rows > 1:
                 raise ModelError(
                     "normalized: the energy reads an argument that differs from row to row, so "
                     "every row has a log Z of its own, and `log_normalizer` returned one number. "
-                    f"Return an array of shape ({joint.num_rows},)."
+                    f"Return an array of shape ({row_model.num_rows},)."
                 )
             return log_z
         if self.log_normalizer == "enumerate":
-            return self._enumerated(joint, params, args, kwargs)
-        if joint.latent and not all(site.is_discrete for site in joint.latent.values()):
+            return self._enumerated(row_model, params, args, kwargs)
+        if row_model.latent and not all(site.is_discrete for site in row_model.latent.values()):
             raise ModelError(
                 "normalized: log_normalizer='quadrature' integrates visible sites, and the latent "
-                f"site(s) {sorted(joint.latent)} are not all discrete. Give log Z as a function."
+                f"site(s) {sorted(row_model.latent)} are not all discrete. Give log Z as a "
+                "function."
             )
-        self._quadrature.check_sites(joint)
-        marginal = Enumerated() if joint.latent else Exact()
-        marginal.check(joint, None, 1)
-        problem = Problem(joint, None, marginal, joint.unconstrain_visible())
+        self._quadrature.check_sites(row_model)
+        marginal = Enumerated() if row_model.latent else Exact()
+        marginal.check(row_model, None, 1)
+        problem = Problem(row_model, None, marginal, row_model.unconstrain_visible())
         return self._quadrature.log_normalizer(params, problem)
 
-    def _enumerated(self, joint, params, args, kwargs):
+    def _enumerated(self, row_model, params, args, kwargs):
         model, options = fixed(self.model, params), Options(max_states=self._max_states)
-        key, is_shared = jax.random.key(0), not joint.covariates
+        key, is_shared = jax.random.key(0), not row_model.covariates
         target = read_target(key, model, args, kwargs, is_shared=is_shared)
         return run_method(key, target, "enumerate", options).value
 
@@ -184,37 +187,37 @@ class NormalizedRow(dist.Distribution):
         )
 
 
-def _log_density(joint, params, latent):
+def _log_density(row_model, params, latent):
     """log p̃ of every row, without the base measure of the sites that stay in the model."""
-    values = {**joint.visible_values, **latent}
-    discrete = {name: site for name, site in joint.latent.items() if name not in latent}
+    values = {**row_model.visible_values, **latent}
+    discrete = {name: site for name, site in row_model.latent.items() if name not in latent}
     if discrete:
-        rest = copy.copy(joint)
+        rest = copy.copy(row_model)
         rest.latent = discrete
-        rest.visible = {k: site for k, site in joint.sites.items() if k not in discrete}
+        rest.visible = {k: site for k, site in row_model.sites.items() if k not in discrete}
         marginal = Enumerated()
         marginal.check(rest, None, 1)
         total = marginal.log_density(rest, params, values)
     else:
-        total = joint.log_density(params, values)
+        total = row_model.log_density(params, values)
     if not latent:
         return total
     placeholders = {name: site.value for name, site in discrete.items()}
-    substituted = joint.substituted({**params, **values, **placeholders})
-    model_trace = numpyro.handlers.trace(substituted).get_trace(*joint.args, **joint.kwargs)
-    terms = joint.site_log_densities(model_trace)
+    substituted = row_model.substituted({**params, **values, **placeholders})
+    model_trace = numpyro.handlers.trace(substituted).get_trace(*row_model.args, **row_model.kwargs)
+    terms = row_model.site_log_densities(model_trace)
     return total - sum(terms[name] for name in latent)
 
 
-def _observe(joint, indices, rows):
+def _observe(row_model, indices, rows):
     """State the log-likelihood of the rows."""
-    with data_plate(joint, indices):
-        if any(len(site.dims) > 1 + site.event_dim for site in joint.visible.values()):
+    with data_plate(row_model, indices):
+        if any(len(site.dims) > 1 + site.event_dim for site in row_model.visible.values()):
             # Sites of further plates do not have one value a row.
-            numpyro.factor(joint.energies[0], _in_place(rows, joint.dim))
+            numpyro.factor(row_model.energies[0], _in_place(rows, row_model.dim))
             return
-        for i, (name, site) in enumerate(joint.visible.items()):
-            mine = _in_place(rows if i == 0 else jnp.zeros_like(rows), joint.dim)
+        for i, (name, site) in enumerate(row_model.visible.items()):
+            mine = _in_place(rows if i == 0 else jnp.zeros_like(rows), row_model.dim)
             numpyro.sample(name, NormalizedRow(mine, site.fn), obs=site.value)
 
 

@@ -22,7 +22,7 @@ from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.svi.loop import CHUNK, compiled, compiler_options, next_length, select, take_rounds
 from numpyro_ebm.svi.minibatch import Minibatches
@@ -45,14 +45,14 @@ class EnergySVIState(NamedTuple):
     - **guide_optim_state** - optimiser state of the guide's parameters; ``None`` without a guide.
     - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``, and i is kept by the
       optimiser, so that a resumed run continues where it stopped.
-    - **player_optim_states** - optimiser states of the objective's own networks, in their order.
+    - **network_optim_states** - optimiser states of the objective's own networks, in their order.
     - **objective_state** - what the objective keeps from round to round, such as persistent chains.
     """
 
     optim_state: tuple
     guide_optim_state: tuple | None
     rng_key: jax.Array
-    player_optim_states: tuple = ()
+    network_optim_states: tuple = ()
     objective_state: object = None
 
 
@@ -171,9 +171,9 @@ class EnergySVI(SVI):
         self._rows_seen = None  # by the latest `init` or `run`
         self._posterior = None  # the part of the guide that draws parameters
         self._bounds = {}  # of the supports of penalised parameters
-        self.player_optims = tuple(
+        self.network_optims = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
-            for p in loss.players
+            for p in loss.networks
         )
         self._length = 16  # rounds in the next chunk; follows the time they take
         self._run_chunk = jax.jit(
@@ -296,9 +296,11 @@ class EnergySVI(SVI):
         if init_state is None or self.constrain_fn is None:
             fresh = self._init(rng_key, init_params, args, kwargs)
         state = fresh if init_state is None else init_state
-        joint = read(self.model, args, {**kwargs, **self.static_kwargs}, self.get_params(state))
-        self._rows_seen = joint.total_rows
-        minibatches = Minibatches.of(joint, args, kwargs, batch_size)
+        row_model = read_model(
+            self.model, args, {**kwargs, **self.static_kwargs}, self.get_params(state)
+        )
+        self._rows_seen = row_model.total_rows
+        minibatches = Minibatches.of(row_model, args, kwargs, batch_size)
         arrays, static = minibatches.split(args, kwargs)
         minibatches = minibatches._replace(
             static=static, stable_update=stable_update, forward_mode=forward_mode_differentiation
@@ -366,7 +368,7 @@ class EnergySVI(SVI):
             rng_key,
             tuple(
                 optim.init(params)
-                for optim, params in zip(self.player_optims, start.of_players, strict=True)
+                for optim, params in zip(self.network_optims, start.of_networks, strict=True)
             ),
         )
 
@@ -379,7 +381,7 @@ class EnergySVI(SVI):
             static_kwargs=self.static_kwargs,
             optim=self.optim,
             guide_optim=self.guide_optim,
-            player_optims=self.player_optims,
+            network_optims=self.network_optims,
             guide_loss=self.guide_loss,
             num_guide_steps=self.num_guide_steps,
             constrain=self.constrain_fn,
@@ -395,8 +397,8 @@ class EnergySVI(SVI):
 
         def first(state):
             key = jax.random.fold_in(state.rng_key, STATE_STREAM)
-            key_pose, key_state = jax.random.split(key)
-            params, _, problem = self._round().pose(key, key_pose, state, args, kwargs)
+            key_prepare, key_state = jax.random.split(key)
+            params, _, problem = self._round().prepare(key, key_prepare, state, args, kwargs)
             return self.loss.init_state(key_state, params, problem)
 
         kept = compiled(first, state, args, kwargs)
@@ -413,8 +415,8 @@ class EnergySVI(SVI):
     def _statistics(self, state, arrays, *, minibatches):
         args, kwargs = minibatches.batch(arrays, minibatches.indices(state.rng_key, 0, 1), 0)
         key = jax.random.fold_in(state.rng_key, REVIEW_STREAM)
-        key_pose, key_look = jax.random.split(key)
-        params, _, problem = self._round().pose(key, key_pose, state, args, kwargs)
+        key_prepare, key_look = jax.random.split(key)
+        params, _, problem = self._round().prepare(key, key_prepare, state, args, kwargs)
         return self.loss.statistics(key_look, params, problem)
 
     def _chunk(self, state, arrays, length, *, minibatches, watched):

@@ -27,7 +27,7 @@ from numpyro.infer.util import log_density
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
-from numpyro_ebm.language.handlers import hold
+from numpyro_ebm.language.handlers import substitute_and_block
 from numpyro_ebm.model.priors import check_priors, prior_part
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "log_prior", "start_at_median"]
@@ -36,25 +36,25 @@ PARAM, SITE = "param:", "site:"
 """Before the names of sites whose influence is traced."""
 
 
-def log_prior(joint, params):
+def log_prior(row_model, params):
     """log π(θ): the log-density of all that a model states outside its data plate.
 
-    :param Joint joint: the model.
+    :param RowModel row_model: the model.
     :param dict params: values of all its parameters, by name.
     :return: scalar.
     """
-    prior = prior_part(joint.model, joint.plate)
-    return log_density(prior, joint.args, joint.kwargs, {**joint.plates, **params})[0]
+    prior = prior_part(row_model.model, row_model.plate)
+    return log_density(prior, row_model.args, row_model.kwargs, {**row_model.plates, **params})[0]
 
 
-def check_supports(joint):
+def check_supports(row_model):
     """Raise unless every parameter with a prior can be moved by gradients.
 
     :raises ModelError: naming the site, where a prior is improper, discrete, a point mass or
         subsampled, or where its support depends on other parameters.
     """
-    check_priors(joint, "EnergySVI")
-    for name, fn in joint.priors.items():
+    check_priors(row_model, "EnergySVI")
+    for name, fn in row_model.priors.items():
         if isinstance(fn, Delta):
             raise ModelError(
                 f"EnergySVI: the prior of '{name}' is a point mass. Write "
@@ -67,8 +67,8 @@ def check_supports(joint):
                 "a continuous parameterisation (the weights of a mixture, say)."
             )
 
-    sites = _run_prior(joint, joint.parameters)
-    for name in joint.priors:
+    sites = _run_prior(row_model, row_model.parameters)
+    for name in row_model.priors:
         for frame in sites[name]["cond_indep_stack"]:
             if frame.size != sites[frame.name]["args"][0]:
                 raise ModelError(
@@ -77,10 +77,10 @@ def check_supports(joint):
                 )
 
     def supports(**labelled):
-        sites = _run_prior(joint, {k.removeprefix(PARAM): x for k, x in labelled.items()})
-        return {name: jax.tree.leaves(sites[name]["fn"].support) for name in joint.priors}
+        sites = _run_prior(row_model, {k.removeprefix(PARAM): x for k, x in labelled.items()})
+        return {name: jax.tree.leaves(sites[name]["fn"].support) for name in row_model.priors}
 
-    labelled = {PARAM + name: value for name, value in joint.parameters.items()}
+    labelled = {PARAM + name: value for name, value in row_model.parameters.items()}
     for name, labels in eval_provenance(supports, **labelled).items():
         others = sorted(label.removeprefix(PARAM) for label in frozenset().union(*labels))
         if others:
@@ -92,28 +92,32 @@ def check_supports(joint):
             )
 
 
-def start_at_median(joint, rng_key, init_params):
+def start_at_median(row_model, rng_key, init_params):
     """Where penalised estimation starts: medians of the priors, by NumPyro's ``init_to_median``.
 
-    :param Joint joint: the model, read at ``init_params``.
+    :param RowModel row_model: the model, read at ``init_params``.
     :param rng_key: random key for the draws that the medians are of.
     :param dict init_params: values to take instead, by name.
     :return: ``{name: (value, support)}`` of the parameters with priors.
     """
-    given = {k: x for k, x in joint.parameters.items() if k not in joint.priors or k in init_params}
-    sites = _run_prior(joint, given, rng_key)
-    return {name: (sites[name]["value"], sites[name]["fn"].support) for name in joint.priors}
+    given = {
+        k: x
+        for k, x in row_model.parameters.items()
+        if k not in row_model.priors or k in init_params
+    }
+    sites = _run_prior(row_model, given, rng_key)
+    return {name: (sites[name]["value"], sites[name]["fn"].support) for name in row_model.priors}
 
 
-def _run_prior(joint, values, rng_key=None):
+def _run_prior(row_model, values, rng_key=None):
     def median(site):
         if site["type"] == "sample" and site["value"] is None and not site["is_observed"]:
             return init_to_median(site)
 
     rng_key = jax.random.key(0) if rng_key is None else rng_key
-    prior = seed(prior_part(joint.model, joint.plate), rng_key)
-    prior = substitute(substitute(prior, data={**joint.plates, **values}), substitute_fn=median)
-    return trace(prior).get_trace(*joint.args, **joint.kwargs)
+    prior = seed(prior_part(row_model.model, row_model.plate), rng_key)
+    prior = substitute(substitute(prior, data={**row_model.plates, **values}), substitute_fn=median)
+    return trace(prior).get_trace(*row_model.args, **row_model.kwargs)
 
 
 class Draw(NamedTuple):
@@ -146,11 +150,11 @@ class GlobalGuide(NamedTuple):
     draws_rows: bool
 
     @classmethod
-    def find(cls, guide, joint, init_params):
+    def find(cls, guide, row_model, init_params):
         """Split a guide into q(θ; φ) and q(h | v, θ).
 
         :param guide: a guide.
-        :param Joint joint: the model it belongs to, some of whose parameters have priors.
+        :param RowModel row_model: the model it belongs to, some of whose parameters have priors.
         :param dict init_params: values of `param` sites, by name.
         :return: a :class:`GlobalGuide`; ``None`` if the guide draws none of the parameters.
         :raises ModelError: if it draws some of the parameters and not others, or inside the data
@@ -166,9 +170,9 @@ class GlobalGuide(NamedTuple):
         try:
             # An AutoGuide remembers the values of its first run, which must not be tracers. As that
             # run is slow, one operation at a time, h is not drawn in it.
-            latent = {name: site.value for name, site in joint.latent.items()}
+            latent = {name: site.value for name, site in row_model.latent.items()}
             with jax.ensure_compile_time_eval():
-                first = _trace(guide, joint, {**latent, **init_params})
+                first = _trace(guide, row_model, {**latent, **init_params})
         except UnhandledEnergyError as error:
             raise ModelError(
                 "EnergySVI: the guide evaluates the density of the model. Make an AutoGuide of its "
@@ -176,14 +180,16 @@ class GlobalGuide(NamedTuple):
                 "the rows."
             ) from error
         samples = {name: site for name, site in first.items() if site["type"] == "sample"}
-        inside = {name for name in samples if joint.owns(samples[name]) or name in joint.latent}
+        inside = {
+            name for name in samples if row_model.owns(samples[name]) or name in row_model.latent
+        }
         outside = {name: site for name, site in samples.items() if name not in inside}
-        _check_names(joint, inside, outside)
-        if not joint.priors.keys() & outside.keys():
+        _check_names(row_model, inside, outside)
+        if not row_model.priors.keys() & outside.keys():
             return None
         found = {name: site["value"] for name, site in first.items() if site["type"] == "param"}
-        own = {name: value for name, value in found.items() if name not in joint.constraints}
-        of_theta, of_rows = _dependence(guide, joint, own, inside, outside)
+        own = {name: value for name, value in found.items() if name not in row_model.constraints}
+        of_theta, of_rows = _dependence(guide, row_model, own, inside, outside)
         both = sorted(of_theta & of_rows)
         if both:
             raise ModelError(
@@ -192,11 +198,11 @@ class GlobalGuide(NamedTuple):
             )
         draws_rows = bool(inside)
         params = tuple(name for name in own if name in of_theta or not draws_rows)
-        return cls(guide, tuple(joint.priors), tuple(outside), params, draws_rows)
+        return cls(guide, tuple(row_model.priors), tuple(outside), params, draws_rows)
 
-    def start(self, rng_key, joint, init_params):
+    def start(self, rng_key, row_model, init_params):
         """Initial values and constraints of φ, by name."""
-        sites = _trace(self.guide, joint, init_params, rng_key)
+        sites = _trace(self.guide, row_model, init_params, rng_key)
         constraint = lambda site: site["kwargs"].get("constraint", constraints.real)  # noqa: E731
         return {name: (sites[name]["value"], constraint(sites[name])) for name in self.parameters}
 
@@ -226,17 +232,17 @@ class GlobalGuide(NamedTuple):
         if not self.draws_rows:
             return None
         constants = {**draw.sites, **{name: params[name] for name in self.parameters}}
-        return hold(self.guide, stop_gradient(constants))
+        return substitute_and_block(self.guide, stop_gradient(constants))
 
 
-def _check_names(joint, inside, outside):
-    wrong = sorted(joint.priors.keys() & inside)
+def _check_names(row_model, inside, outside):
+    wrong = sorted(row_model.priors.keys() & inside)
     if wrong:
         raise ModelError(
             f"EnergySVI: the guide draws the parameter(s) {wrong} inside the data plate "
-            f"'{joint.plate}', once for every row. Draw them outside of it."
+            f"'{row_model.plate}', once for every row. Draw them outside of it."
         )
-    drawn = joint.priors.keys() & outside.keys()
+    drawn = row_model.priors.keys() & outside.keys()
     unknown = sorted(
         name
         for name, site in outside.items()
@@ -244,11 +250,12 @@ def _check_names(joint, inside, outside):
     )
     if unknown:
         raise ModelError(
-            f"EnergySVI: the guide draws {unknown} outside the data plate '{joint.plate}', and the "
-            f"model has no such parameter (those with priors are {sorted(joint.priors)}). Mark "
+            f"EnergySVI: the guide draws {unknown} outside the data plate '{row_model.plate}', and "
+            "the model has no such parameter (those with priors are "
+            f"{sorted(row_model.priors)}). Mark "
             'what is no parameter by `infer={"is_auxiliary": True}`.'
         )
-    missing = sorted(joint.priors.keys() - drawn)
+    missing = sorted(row_model.priors.keys() - drawn)
     if drawn and missing:
         raise ModelError(
             f"EnergySVI: the guide draws {sorted(drawn)} and not {missing}, which have priors as "
@@ -263,22 +270,22 @@ def _check_names(joint, inside, outside):
             )
 
 
-def _dependence(guide, joint, params, inside, outside):
+def _dependence(guide, row_model, params, inside, outside):
     """Names of the guide's parameters that q(θ) depends on, and of those that q(h | v, θ) does."""
 
     def relevant(**labelled):
         own = {name: labelled[PARAM + name] for name in params}
         rows = {name: labelled[SITE + name] for name in inside}
-        theta = _trace(guide, joint, {**own, **rows})
+        theta = _trace(guide, row_model, {**own, **rows})
         held = {name: stop_gradient(first[name]["value"]) for name in outside}
-        local = _trace(hold(guide, held), joint, own)
+        local = _trace(substitute_and_block(guide, held), row_model, own)
         described = lambda site: (site["value"], _log_prob(site))  # noqa: E731
         return (
             {name: described(theta[name]) for name in outside},
             {name: described(local[name]) for name in inside},
         )
 
-    first = _trace(guide, joint, params)
+    first = _trace(guide, row_model, params)
     rows = {SITE + name: first[name]["value"] for name in inside}
     labelled = {PARAM + name: value for name, value in params.items()}
     is_set = lambda x: isinstance(x, frozenset)  # noqa: E731
@@ -290,16 +297,16 @@ def _dependence(guide, joint, params, inside, outside):
     if of_latent:
         raise ModelError(
             f"EnergySVI: the guide's draw of θ depends on its draw of {of_latent}, inside the data "
-            f"plate '{joint.plate}'. Draw θ first, and let q(h | v, θ) depend on it."
+            f"plate '{row_model.plate}'. Draw θ first, and let q(h | v, θ) depend on it."
         )
     names = lambda labels: {x.removeprefix(PARAM) for x in labels if x.startswith(PARAM)}  # noqa: E731
     return names(of_theta), names(of_rows)
 
 
-def _trace(guide, joint, data, rng_key=None):
+def _trace(guide, row_model, data, rng_key=None):
     rng_key = jax.random.key(0) if rng_key is None else rng_key
-    guide = seed(substitute(guide, data={**joint.plates, **data}), rng_key)
-    return trace(guide).get_trace(*joint.args, **joint.kwargs)
+    guide = seed(substitute(guide, data={**row_model.plates, **data}), rng_key)
+    return trace(guide).get_trace(*row_model.args, **row_model.kwargs)
 
 
 def _log_prob(site):

@@ -37,10 +37,10 @@ class Minibatches(NamedTuple):
     total_rows: int | None = None
 
     @classmethod
-    def of(cls, joint, args, kwargs, batch_size):
+    def of(cls, row_model, args, kwargs, batch_size):
         """Plan the minibatches of a run.
 
-        :param Joint joint: the model, read with all rows.
+        :param RowModel row_model: the model, read with all rows.
         :param tuple args: arguments with all rows.
         :param dict kwargs: keyword arguments with all rows.
         :param int batch_size: rows in a batch, or ``None``.
@@ -48,19 +48,19 @@ class Minibatches(NamedTuple):
             argument has the rows on its leading axis, or the model subsamples its data plate
             itself.
         """
-        num_rows = joint.num_rows
+        num_rows = row_model.num_rows
         leaves, tree = jax.tree.flatten((args, kwargs))
         kinds = tuple("array" if _is_array(x) else "static" for x in leaves)
         if batch_size is None:
-            return cls(num_rows, num_rows, tree, kinds, total_rows=joint.total_rows)
+            return cls(num_rows, num_rows, tree, kinds, total_rows=row_model.total_rows)
         if not isinstance(batch_size, int) or not 1 <= batch_size <= num_rows:
             raise ModelError(
                 f"`batch_size` must be an integer from 1 to the {num_rows} rows of the data plate "
-                f"'{joint.plate}', got {batch_size!r}."
+                f"'{row_model.plate}', got {batch_size!r}."
             )
-        if joint.total_rows != num_rows:
+        if row_model.total_rows != num_rows:
             raise ModelError(
-                f"The plate '{joint.plate}' has a `subsample_size` of its own; drop it or drop "
+                f"The plate '{row_model.plate}' has a `subsample_size` of its own; drop it or drop "
                 "`batch_size`."
             )
         if batch_size == num_rows:
@@ -72,7 +72,7 @@ class Minibatches(NamedTuple):
         if "rows" not in kinds:
             raise ModelError(
                 f"`batch_size` cuts the array arguments whose leading axis has the {num_rows} rows "
-                f"of the data plate '{joint.plate}', and there is none among them."
+                f"of the data plate '{row_model.plate}', and there is none among them."
             )
         return cls(num_rows, batch_size, tree, kinds, total_rows=num_rows)
 

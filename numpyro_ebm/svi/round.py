@@ -36,7 +36,7 @@ class Round(NamedTuple):
     """A round as a function of its key, a state and a batch; and what it is made of.
 
     - **model, guide, objective, static_kwargs** - as :class:`~numpyro_ebm.EnergySVI` has them.
-    - **optim, guide_optim, player_optims** - optimisers of the energy, the guide, and each of the
+    - **optim, guide_optim, network_optims** - optimisers of the energy, the guide, and each of the
       objective's networks.
     - **guide_loss, num_guide_steps** - the loss of the guide, ``None`` for the default one, and its
       steps.
@@ -53,7 +53,7 @@ class Round(NamedTuple):
     static_kwargs: dict
     optim: object
     guide_optim: object
-    player_optims: tuple
+    network_optims: tuple
     guide_loss: object
     num_guide_steps: int
     constrain: Callable
@@ -71,19 +71,19 @@ class Round(NamedTuple):
         :param bool forward_mode_differentiation: differentiate the energy's loss forward.
         :return: the next state and the loss of the energy.
         """
-        key_pose, key_energy, key_guide = jax.random.split(step_key, 3)
-        params, theta, problem = self.pose(step_key, key_pose, state, args, kwargs)
+        key_prepare, key_energy, key_guide = jax.random.split(step_key, 3)
+        params, theta, problem = self.prepare(step_key, key_prepare, state, args, kwargs)
         guide_optim_state = state.guide_optim_state
         if guide_optim_state is not None:
             own = {**self.constrain(self.optim.get_params(state.optim_state)), **theta}
             guide_optim_state = self._fit_guide(key_guide, own, guide_optim_state, problem)
             params.update(self.constrain(self.guide_optim.get_params(guide_optim_state)))
-        player_optim_states = []
-        for i, (player, optim, optim_state) in enumerate(self._players(state)):
-            key_player = jax.random.fold_in(key_guide, i)
-            optim_state = self._train(key_player, player, params, optim, optim_state, problem)
+        network_optim_states = []
+        for i, (network, optim, optim_state) in enumerate(self._networks(state)):
+            key_network = jax.random.fold_in(key_guide, i)
+            optim_state = self._train(key_network, network, params, optim, optim_state, problem)
             params.update(self.constrain(optim.get_params(optim_state)))
-            player_optim_states.append(optim_state)
+            network_optim_states.append(optim_state)
         key_advance = jax.random.fold_in(key_energy, 1)
         problem, objective_state = self.objective.advance(
             key_advance, lax.stop_gradient(params), problem, state.objective_state
@@ -99,15 +99,15 @@ class Round(NamedTuple):
         state = state._replace(
             optim_state=optim_state,
             guide_optim_state=guide_optim_state,
-            player_optim_states=tuple(player_optim_states),
+            network_optim_states=tuple(network_optim_states),
             objective_state=objective_state,
         )
         return state, loss
 
     def evaluate(self, step_key, state, args, kwargs):
         """The loss of the energy with the random numbers of the round, before anyone's step."""
-        key_pose, key_energy, _ = jax.random.split(step_key, 3)
-        params, _, problem = self.pose(step_key, key_pose, state, args, kwargs)
+        key_prepare, key_energy, _ = jax.random.split(step_key, 3)
+        params, _, problem = self.prepare(step_key, key_prepare, state, args, kwargs)
         key_advance = jax.random.fold_in(key_energy, 1)
         problem, _ = self.objective.advance(key_advance, params, problem, state.objective_state)
         return self._energy_loss(step_key, key_energy, params, problem)
@@ -117,7 +117,7 @@ class Round(NamedTuple):
         groups = self._unconstrained(state)
         return self.constrain({name: x for group in groups for name, x in group.items()})
 
-    def pose(self, step_key, key_pose, state, args, kwargs):
+    def prepare(self, step_key, key_prepare, state, args, kwargs):
         """Place the batch.
 
         :return: values of all parameters, those among them that a guide drew, and the objective's
@@ -129,7 +129,7 @@ class Round(NamedTuple):
             draw = self._draw(step_key, params, args, kwargs)
             guide = self.posterior.given(draw, params)
             params, theta = {**params, **draw.params}, draw.params
-        problem = self.objective.pose(key_pose, params, self.model, guide, args, kwargs)
+        problem = self.objective.prepare(key_prepare, params, self.model, guide, args, kwargs)
         return params, theta, problem
 
     def is_finite(self, state, loss):
@@ -144,11 +144,11 @@ class Round(NamedTuple):
         groups = [self.optim.get_params(state.optim_state)]
         if state.guide_optim_state is not None:
             groups.append(self.guide_optim.get_params(state.guide_optim_state))
-        return groups + [optim.get_params(x) for _, optim, x in self._players(state)]
+        return groups + [optim.get_params(x) for _, optim, x in self._networks(state)]
 
-    def _players(self, state):
-        optims, states = self.player_optims, state.player_optim_states
-        return list(zip(self.objective.players, optims, states, strict=True))
+    def _networks(self, state):
+        optims, states = self.network_optims, state.network_optim_states
+        return list(zip(self.objective.networks, optims, states, strict=True))
 
     def _draw(self, step_key, params, args, kwargs):
         rng_key = jax.random.fold_in(step_key, THETA_STREAM)
@@ -170,40 +170,41 @@ class Round(NamedTuple):
             return step(rng_key, optim_state)  # the key itself, not the one split off it
         return scan_keys(step, optim_state, jax.random.split(rng_key, self.num_guide_steps))
 
-    def _train(self, rng_key, player, params, optim, optim_state, problem):
+    def _train(self, rng_key, network, params, optim, optim_state, problem):
         def step(rng_key, optim_state):
             def loss_fn(unconstrained):
                 own = self.constrain(unconstrained)
-                return player.loss(rng_key, lax.stop_gradient(params), own, problem), None
+                return network.loss(rng_key, lax.stop_gradient(params), own, problem), None
 
             return optim.eval_and_update(loss_fn, optim_state)[1]
 
-        steps = jnp.arange(player.num_steps)
+        steps = jnp.arange(network.num_steps)
         keys = jax.vmap(partial(jax.random.fold_in, rng_key))(steps)
         return scan_keys(step, optim_state, keys)
 
     def _energy_loss(self, step_key, key_energy, params, problem):
         """The objective, and the share of a row in what the priors say."""
-        joint = problem.joint
-        if not joint.priors:
+        row_model = problem.row_model
+        if not row_model.priors:
             return self.objective.energy_loss(key_energy, params, problem)
         log_q = 0.0
         if self.posterior is not None:
-            draw = self._draw(step_key, params, joint.args, joint.kwargs)
+            draw = self._draw(step_key, params, row_model.args, row_model.kwargs)
             # The objective knows θ alone: φ acts through the draw.
             params = {k: x for k, x in params.items() if k not in self.posterior.parameters}
             params, log_q = {**params, **draw.params}, draw.log_density
-        log_ratio = log_q - log_prior(joint, params)
+        log_ratio = log_q - log_prior(row_model, params)
         loss = self.objective.energy_loss(key_energy, params, problem)
-        return loss + log_ratio / self._rows_in_all(joint)
+        return loss + log_ratio / self._rows_in_all(row_model)
 
-    def _rows_in_all(self, joint):
+    def _rows_in_all(self, row_model):
         if self.num_rows is not None:
             return self.num_rows
-        if joint.total_rows != self.rows_seen:
+        if row_model.total_rows != self.rows_seen:
             raise ModelError(
-                f"EnergySVI: the data plate '{joint.plate}' had {self.rows_seen} rows and has "
-                f"{joint.total_rows} now, and the priors of {sorted(joint.priors)} are weighed "
-                "against all rows once. Say how many there are: `EnergySVI(..., num_rows=N)`."
+                f"EnergySVI: the data plate '{row_model.plate}' had {self.rows_seen} rows and has "
+                f"{row_model.total_rows} now, and the priors of {sorted(row_model.priors)} are "
+                "weighed against all rows once. Say how many there are: `EnergySVI(..., "
+                "num_rows=N)`."
             )
-        return joint.total_rows
+        return row_model.total_rows

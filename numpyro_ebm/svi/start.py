@@ -16,7 +16,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
 from numpyro_ebm.svi.loop import compiled
 
@@ -29,7 +29,7 @@ class Start(NamedTuple):
     - **of_energy** - those that the energy's optimiser trains: of the model, of q(θ) and of the
       objective itself.
     - **of_guide** - those of q(h | v).
-    - **of_players** - those of the objective's networks, a dict each.
+    - **of_networks** - those of the objective's networks, a dict each.
     - **constraints** - the constraints of all of them.
     - **bounds** - numbers in the supports of penalised parameters, which the model may compute.
     - **posterior** - the part of the guide that draws parameters, or ``None``.
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
     of_energy: dict
     of_guide: dict
-    of_players: tuple
+    of_networks: tuple
     constraints: dict
     bounds: dict
     posterior: GlobalGuide | None
@@ -85,9 +85,9 @@ def find_start(rng_key, model, guide, objective, guide_loss, init_params, args, 
         tree = jax.tree.structure(constraints[name])
         constraints[name] = jax.tree.unflatten(tree, leaves)
     of_guide = {name: values.pop(name) for name in sorted(traced.of_guide)}
-    of_players = tuple({name: values.pop(name) for name in names} for names in traced.of_players)
+    of_networks = tuple({name: values.pop(name) for name in names} for names in traced.of_networks)
     return Start(
-        values, of_guide, of_players, constraints, bounds, traced.posterior, traced.total_rows
+        values, of_guide, of_networks, constraints, bounds, traced.posterior, traced.total_rows
     )
 
 
@@ -105,7 +105,7 @@ class _Traced(NamedTuple):
     constraints: dict
     penalised: list
     of_guide: list
-    of_players: list
+    of_networks: list
     posterior: GlobalGuide | None
     total_rows: int
 
@@ -113,9 +113,9 @@ class _Traced(NamedTuple):
 class _Parameters:
     """Values and constraints by name; those of the model, and what others add to them."""
 
-    def __init__(self, joint, init_params):
-        self.values = {k: x for k, x in joint.parameters.items() if k not in joint.priors}
-        self.constraints = dict(joint.constraints)
+    def __init__(self, row_model, init_params):
+        self.values = {k: x for k, x in row_model.parameters.items() if k not in row_model.priors}
+        self.constraints = dict(row_model.constraints)
         self.init_params = init_params
 
     def add(self, found, owner=None):
@@ -137,39 +137,39 @@ class _Parameters:
 def _ask(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs):
     """Initial values of all parameters, and what else is found on the way."""
     key_model, key_guide, key_check = jax.random.split(rng_key, 3)
-    joint = read(model, args, kwargs, init_params, rng_key=key_model)
-    parameters = _Parameters(joint, init_params)
+    row_model = read_model(model, args, kwargs, init_params, rng_key=key_model)
+    parameters = _Parameters(row_model, init_params)
     values = parameters.values  # grows with every `add`
-    theta, posterior, of_guide, of_players = {}, None, [], []
-    if joint.priors:
-        check_supports(joint)
-        posterior = GlobalGuide.find(guide, joint, init_params)
+    theta, posterior, of_guide, of_networks = {}, None, [], []
+    if row_model.priors:
+        check_supports(row_model)
+        posterior = GlobalGuide.find(guide, row_model, init_params)
     if posterior is not None:
-        parameters.add(posterior.start(key_guide, joint, init_params))
+        parameters.add(posterior.start(key_guide, row_model, init_params))
         draw = posterior.draw(key_guide, values, args, kwargs)
         theta, guide = draw.params, posterior.given(draw, values)
-    elif joint.priors:
-        parameters.add(start_at_median(joint, key_model, init_params))
+    elif row_model.priors:
+        parameters.add(start_at_median(row_model, key_model, init_params))
     if guide is not None:
-        reader = Guide(guide, joint, args, kwargs)
+        reader = Guide(guide, row_model, args, kwargs)
         found = reader.parameters(key_guide, {**values, **theta, **init_params})
         of_guide = parameters.add(found)
-    problem = objective.pose(key_check, {**values, **theta}, model, guide, args, kwargs)
+    problem = objective.prepare(key_check, {**values, **theta}, model, guide, args, kwargs)
     if of_guide:
         _check_guide_loss(guide_loss, problem)
-    for i, player in enumerate(objective.players):
-        found = player.parameters(jax.random.fold_in(key_guide, i), problem)
-        of_players.append(parameters.add(found, player.name))
+    for i, network in enumerate(objective.networks):
+        found = network.parameters(jax.random.fold_in(key_guide, i), problem)
+        of_networks.append(parameters.add(found, network.name))
     own_key = jax.random.fold_in(key_model, 1)
     parameters.add(objective.own_parameters(own_key, {**values, **theta}, problem))
-    penalised = [name for name in values if name in joint.priors]
+    penalised = [name for name in values if name in row_model.priors]
     return values, _Traced(
-        parameters.constraints, penalised, of_guide, of_players, posterior, joint.total_rows
+        parameters.constraints, penalised, of_guide, of_networks, posterior, row_model.total_rows
     )
 
 
 def _check_guide_loss(guide_loss, problem):
-    discrete = [name for name, site in problem.joint.latent.items() if site.is_discrete]
+    discrete = [name for name, site in problem.row_model.latent.items() if site.is_discrete]
     if guide_loss is None or not discrete:
         return
     if not getattr(guide_loss, "can_infer_discrete", False):

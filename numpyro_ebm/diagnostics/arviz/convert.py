@@ -19,7 +19,7 @@ from numpyro_ebm.diagnostics.arviz.likelihood import (
 )
 from numpyro_ebm.diagnostics.arviz.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 __all__ = ["to_arviz"]
 
@@ -117,7 +117,7 @@ def to_arviz(
     visible = None if seen is None else set(seen.visible)
     if fantasies is not None:
         groups["posterior_predictive"] = _visible_draws(fantasies, visible)
-    elif observed is not None and converted.joint is not None:
+    elif observed is not None and converted.row_model is not None:
         predictive = {name: x for name, x in groups["posterior"].items() if name in visible}
         if predictive:
             groups["posterior_predictive"] = predictive
@@ -132,21 +132,21 @@ def to_arviz(
 
 def _read_observed(converted, observed, args, kwargs):
     """The model at the rows that are to be shown as observed; ``None`` if there are none."""
-    model, joint = converted.model, converted.joint
-    args, kwargs = (args, kwargs) if joint is None else (joint.args, joint.kwargs)
+    model, row_model = converted.model, converted.row_model
+    args, kwargs = (args, kwargs) if row_model is None else (row_model.args, row_model.kwargs)
     if observed is not None:
         if model is None:
             raise ModelError("to_arviz: `observed` needs the model, `to_arviz(fit, model, ...)`.")
-        if joint is not None and joint.observed:
+        if row_model is not None and row_model.observed:
             raise ModelError(
-                f"to_arviz: the run itself observed {sorted(joint.observed)}; drop `observed`."
+                f"to_arviz: the run itself observed {sorted(row_model.observed)}; drop `observed`."
             )
-        return read(model, (observed, *args[1:]), kwargs)
-    if joint is not None:
-        return read(model, args, kwargs) if joint.observed else None
+        return read_model(model, (observed, *args[1:]), kwargs)
+    if row_model is not None:
+        return read_model(model, args, kwargs) if row_model.observed else None
     if model is None:
         return None
-    seen = read(model, args, kwargs)
+    seen = read_model(model, args, kwargs)
     return seen if seen.visible else None
 
 

@@ -10,7 +10,7 @@ from numpyro.infer import MCMC
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.model.row_model import read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model
 
 __all__ = ["convert_draws"]
 
@@ -58,15 +58,15 @@ def convert_draws(posterior, model, args, kwargs):
         )
     if model is None:
         raise ModelError("to_arviz: give the model of the draws, `to_arviz(draws, model)`.")
-    joint = read_fixed(model, args, kwargs)
-    dims = {name: list(site.dims) for name, site in joint.sites.items()}
-    dims |= {"row_energy": [joint.plate], "row_acceptance_rate": [joint.plate]}
-    stats = {**final, **_kernel_stats(extra, joint.num_rows)}
+    row_model = read_fixed_model(model, args, kwargs)
+    dims = {name: list(site.dims) for name, site in row_model.sites.items()}
+    dims |= {"row_energy": [row_model.plate], "row_acceptance_rate": [row_model.plate]}
+    stats = {**final, **_kernel_stats(extra, row_model.num_rows)}
     groups = {
         "posterior": {name: np.asarray(x) for name, x in draws.items()},
-        "sample_stats": {**_energies(joint, draws), **stats},
+        "sample_stats": {**_energies(row_model, draws), **stats},
     }
-    return Converted(groups, dims, model, joint)
+    return Converted(groups, dims, model, row_model)
 
 
 def _check_run(mcmc, args, kwargs):
@@ -79,19 +79,19 @@ def _check_run(mcmc, args, kwargs):
         )
 
 
-def _energies(joint, draws):
+def _energies(row_model, draws):
     """Energies of all draws, by row and in sum; latent sites without draws are summed out."""
-    given = {k: x for k, x in draws.items() if k in joint.sites}
-    missing = [name for name in joint.visible if name not in given]
+    given = {k: x for k, x in draws.items() if k in row_model.sites}
+    missing = [name for name in row_model.visible if name not in given]
     if missing:
         raise ModelError(f"to_arviz: the draws lack the site(s) {missing} of the model.")
-    summed_out = {name: site for name, site in joint.latent.items() if name not in given}
-    joint.latent = summed_out
+    summed_out = {name: site for name, site in row_model.latent.items() if name not in given}
+    row_model.latent = summed_out
 
     def negative_log_density(values):
         if summed_out:
-            return -Enumerated().log_density(joint, {}, values)
-        return -joint.log_density({}, values)
+            return -Enumerated().log_density(row_model, {}, values)
+        return -row_model.log_density({}, values)
 
     shape = jnp.shape(next(iter(given.values())))[:2]
     flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), given)

@@ -8,7 +8,7 @@ import numpy as np
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import fixed
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.contrastive_divergence import Chains, remembered_rounds
 
 __all__ = ["convert_fit"]
@@ -37,23 +37,26 @@ def convert_fit(fit, model, args, kwargs):
     history = np.swapaxes(rounds, 0, 1)  # one chain a row
     draws = {"visible": history[..., :-1]}
     if model is not None:
-        joint = read(model, args, kwargs)
-        if not joint.visible:
+        row_model = read_model(model, args, kwargs)
+        if not row_model.visible:
             raise ModelError(
                 "to_arviz: to name the coordinates of the chains the model needs its data: "
                 "`to_arviz(fit, model, data)`."
             )
-        draws = _sites_of_chains(joint, history[..., :-1])
-        dims |= {name: [d for d in joint.visible[name].dims if d != joint.plate] for name in draws}
+        draws = _sites_of_chains(row_model, history[..., :-1])
+        dims |= {
+            name: [d for d in row_model.visible[name].dims if d != row_model.plate]
+            for name in draws
+        }
     groups["posterior"] = draws
     groups["sample_stats"] = {"energy": history[..., -1]}
     groups["constant_data"] = params
     return Converted(groups, dims, model, None)
 
 
-def _sites_of_chains(joint, flat):
+def _sites_of_chains(row_model, flat):
     """Site values of the coordinates of rows, (chains, draws, coordinates)."""
-    like = jax.eval_shape(lambda: joint.to_rows(joint.unconstrain_visible()))
+    like = jax.eval_shape(lambda: row_model.to_rows(row_model.unconstrain_visible()))
     start, draws = 0, {}
     for name in sorted(like):
         shape = like[name].shape[1:]
@@ -61,10 +64,10 @@ def _sites_of_chains(joint, flat):
         if stop > flat.shape[-1]:
             break
         u = np.reshape(flat[..., start:stop], (*flat.shape[:2], *shape))
-        site = joint.visible[name]
+        site = row_model.visible[name]
         v = np.asarray(u if site.is_unconstrained else site.transform(jnp.asarray(u)))
         v = v.astype(jnp.asarray(site.value).dtype)
-        draws[name] = np.expand_dims(v, 2 + site.dims.index(joint.plate))  # a plate of one row
+        draws[name] = np.expand_dims(v, 2 + site.dims.index(row_model.plate))  # a plate of one row
         start = stop
     if start != flat.shape[-1] or set(draws) != set(like):
         raise ModelError(

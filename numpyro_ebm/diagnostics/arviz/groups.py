@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from numpyro_ebm.model.row_model import Joint
+from numpyro_ebm.model.row_model import RowModel
 
 __all__ = ["Converted", "Likelihood", "to_data"]
 
@@ -18,13 +18,13 @@ class Converted(NamedTuple):
     - **groups** - arrays by group and by name.
     - **dims** - names of the dimensions of an array after chains and draws, by name of the array.
     - **model** - the fixed model; ``None`` for a fit that came without.
-    - **joint** - that model as it was run; ``None`` for a fit, which is no run.
+    - **row_model** - that model as it was run; ``None`` for a fit, which is no run.
     """
 
     groups: dict
     dims: dict
     model: object
-    joint: Joint | None
+    row_model: RowModel | None
 
 
 class Likelihood(NamedTuple):

@@ -69,7 +69,7 @@ class _Summary(NamedTuple):
     norm: _Terms
 
 
-def bias_bounds(joint, params, points, q, p, total_variation, gradient):
+def bias_bounds(row_model, params, points, q, p, total_variation, gradient):
     """Biases of VaES and VaGES, and their bounds.
 
     :param points: values of the latent sites, points leading.
@@ -79,9 +79,11 @@ def bias_bounds(joint, params, points, q, p, total_variation, gradient):
     :return: two :class:`BiasBound`; ``None`` for VaGES unless it is asked for, and for both if a
         visible site is discrete.
     """
-    if any(site.is_discrete for site in joint.visible.values()):
+    if any(site.is_discrete for site in row_model.visible.values()):
         return None, None
-    under_q, under_p, low, high, norm = _summarise(_terms(joint, params, gradient), points, q, p)
+    under_q, under_p, low, high, norm = _summarise(
+        _terms(row_model, params, gradient), points, q, p
+    )
     width = jax.tree.map(lambda a, b: b - a, low, high)
     vaes = BiasBound(
         _length(under_q.score - under_p.score),
@@ -98,19 +100,19 @@ def bias_bounds(joint, params, points, q, p, total_variation, gradient):
     )
 
 
-def _terms(joint, params, gradient):
+def _terms(row_model, params, gradient):
     """The terms as a function of the latent sites."""
-    here = joint.unconstrain_visible()
-    own = {name: params[name] for name in joint.parameters}
+    here = row_model.unconstrain_visible()
+    own = {name: params[name] for name in row_model.parameters}
 
     def score(own, latent):
         def total(u):
-            return jnp.sum(joint.unconstrained_log_density({**params, **own}, u, latent))
+            return jnp.sum(row_model.unconstrained_log_density({**params, **own}, u, latent))
 
-        return joint.flatten(jax.grad(total)(here))
+        return row_model.flatten(jax.grad(total)(here))
 
     def log_density(own, latent):
-        return joint.log_density({**params, **own}, {**joint.visible_values, **latent})
+        return row_model.log_density({**params, **own}, {**row_model.visible_values, **latent})
 
     def terms(latent):
         f = score(own, latent)

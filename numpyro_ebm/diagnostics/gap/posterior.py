@@ -33,7 +33,7 @@ from numpyro_ebm.diagnostics.gap.weights import (
 from numpyro_ebm.diagnostics.reading import map_leading, read_guide
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.model.row_model import read
+from numpyro_ebm.model.row_model import read_model
 
 __all__ = ["PosteriorGap", "posterior_gap"]
 
@@ -128,12 +128,12 @@ def posterior_gap(
     >>> bool(jnp.all(gap.vaes.bias <= gap.vaes.range_bound))
     True
     """
-    joint, reader = _read(model, guide, params, args, kwargs, num_particles, gradient)
-    method = choose_method(joint, max_states)
-    visible = joint.visible_values
+    row_model, reader = _read(model, guide, params, args, kwargs, num_particles, gradient)
+    method = choose_method(row_model, max_states)
+    visible = row_model.visible_values
 
     def log_p(latent):
-        return joint.log_density(params, {**visible, **latent})
+        return row_model.log_density(params, {**visible, **latent})
 
     def log_q(latent):
         return reader.log_density(params, visible, latent)
@@ -141,7 +141,7 @@ def posterior_gap(
     @jax.jit
     def run():
         particles = reader.draw(rng_key, params, visible, num_particles)
-        points = all_states(joint) if method == "enumerate" else particles
+        points = all_states(row_model) if method == "enumerate" else particles
         log_joint = map_leading(log_p, points)
         log_guide = map_leading(log_q, points)
         if method == "enumerate":
@@ -149,17 +149,17 @@ def posterior_gap(
         else:
             exact = None
             if method == "marginal":
-                exact = Enumerated().log_density(joint, params, visible)
+                exact = Enumerated().log_density(row_model, params, visible)
             weights = weigh_particles(log_joint, log_guide, exact)
         kl = weights.log_marginal - weights.elbo
         tv = 0.5 * jnp.sum(jnp.abs(weights.q - weights.p), 0)
         tv_bound = jnp.minimum(jnp.sqrt(jnp.maximum(kl, 0.0) / 2), 1.0)
-        fisher, fisher_error = _fisher(joint, particles, log_p, log_q)
+        fisher, fisher_error = _fisher(row_model, particles, log_p, log_q)
         reach = tv if method == "enumerate" else tv_bound
-        vaes, vages = bias_bounds(joint, params, points, weights.q, weights.p, reach, gradient)
+        vaes, vages = bias_bounds(row_model, params, points, weights.q, weights.p, reach, gradient)
         result = PosteriorGap(
             value=jnp.mean(kl),
-            standard_error=jnp.sqrt(jnp.sum(weights.error**2)) / joint.num_rows,
+            standard_error=jnp.sqrt(jnp.sum(weights.error**2)) / row_model.num_rows,
             kl=kl,
             kl_error=weights.error,
             method=None,
@@ -184,17 +184,17 @@ def posterior_gap(
     return result._replace(method=method, pareto_k=pareto_k)
 
 
-def _fisher(joint, particles, log_p, log_q):
+def _fisher(row_model, particles, log_p, log_q):
     """Half the expected square of ∇_h log q/p̃, and its standard error, as in `PosteriorScore`."""
-    if any(site.is_discrete for site in joint.latent.values()):
+    if any(site.is_discrete for site in row_model.latent.values()):
         return None, None
 
     def of_particle(latent):
         ratio = jax.grad(lambda h: jnp.sum(log_q(h) - log_p(h)))(latent)
-        total = jnp.zeros(joint.num_rows)
+        total = jnp.zeros(row_model.num_rows)
         for name, x in ratio.items():
-            event = tuple(range(-joint.latent[name].event_dim, 0))
-            total = total + 0.5 * joint.sum_to_rows(jnp.sum(x**2, event))
+            event = tuple(range(-row_model.latent[name].event_dim, 0))
+            total = total + 0.5 * row_model.sum_to_rows(jnp.sum(x**2, event))
         return total
 
     squares = map_leading(of_particle, particles)
@@ -217,37 +217,37 @@ def _read(model, guide, params, args, kwargs, num_particles, gradient):
             "posterior_gap: `guide` must be a NumPyro function q(h | v) with the model's "
             f"arguments, got {guide!r}."
         )
-    joint = read(model, args, kwargs, params)
-    if not joint.visible:
+    row_model = read_model(model, args, kwargs, params)
+    if not row_model.visible:
         raise ModelError(
             "posterior_gap: the model observes nothing. Pass the rows as its data, after `params`."
         )
-    if not joint.latent:
+    if not row_model.latent:
         raise ModelError("posterior_gap: the model has no latent sites, so there is no posterior.")
-    missing = sorted(name for name in joint.parameters if name not in params)
+    missing = sorted(name for name in row_model.parameters if name not in params)
     if missing:
         raise ModelError(
             f"posterior_gap: no value for the parameter(s) {', '.join(map(repr, missing))} of the "
             "model. Give them in `params`, or pass `numpyro_ebm.fixed(model, params)`."
         )
-    if gradient and not joint.parameters:
+    if gradient and not row_model.parameters:
         raise ModelError(
             "posterior_gap: gradient=True bounds the bias in the parameters, and this model has "
             "none that are free. Pass the model itself, and its parameters in `params`."
         )
-    reader = read_guide("posterior_gap", guide, joint, params)
-    guide_trace = reader.trace(jax.random.key(0), params, joint.visible_values)
+    reader = read_guide("posterior_gap", guide, row_model, params)
+    guide_trace = reader.trace(jax.random.key(0), params, row_model.visible_values)
     extra = sorted(
         name
         for name, site in guide_trace.items()
-        if site["type"] == "sample" and not site["is_observed"] and name not in joint.latent
+        if site["type"] == "sample" and not site["is_observed"] and name not in row_model.latent
     )
     if extra:
         raise ModelError(
             f"posterior_gap: the guide draws {', '.join(map(repr, extra))}, which the model does "
             "not have, so that the density of its latent sites alone is not known."
         )
-    return joint, reader
+    return row_model, reader
 
 
 def _check_finite(log_w, log_guide, method):

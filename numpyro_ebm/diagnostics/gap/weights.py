@@ -44,17 +44,17 @@ class Weights(NamedTuple):
     ess: jax.Array
 
 
-def choose_method(joint, max_states):
+def choose_method(row_model, max_states):
     """How log p̃(v) is found.
 
     :return: ``"enumerate"``, from all states; ``"marginal"``, in closed form; ``"importance"``,
         from the weights of draws.
     """
-    num = _num_states(joint)
+    num = _num_states(row_model)
     if num is not None and num <= max_states:
         return "enumerate"
     try:
-        Enumerated().check(joint, None, 1)
+        Enumerated().check(row_model, None, 1)
     except ModelError:
         return "importance"
     return "marginal"
@@ -89,11 +89,11 @@ def weigh_particles(log_joint, log_guide, log_marginal=None):
     return Weights(q, p, jnp.mean(log_w, 0), log_marginal, error, 1 / jnp.sum(p * p, 0))
 
 
-def all_states(joint):
+def all_states(row_model):
     """All joint states of the latent sites, every one in all rows, states leading."""
-    shapes, sizes = _row_shapes(joint)
+    shapes, sizes = _row_shapes(row_model)
     counts, lowest = [], []
-    for name, site in joint.latent.items():
+    for name, site in row_model.latent.items():
         counts += [num_values_of(site.fn)] * sizes[name]
         lowest += [lowest_value(site.fn.support)] * sizes[name]
     grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
@@ -104,21 +104,23 @@ def all_states(joint):
             name: jnp.broadcast_to(jnp.reshape(x, shapes[name][1:]), shapes[name])
             for name, x in zip(sizes, state, strict=True)
         }
-        return joint.from_rows(rows)
+        return row_model.from_rows(rows)
 
     return jax.vmap(in_all_rows)([jnp.asarray(x) for x in columns])
 
 
-def _num_states(joint):
+def _num_states(row_model):
     """Number of joint states of the latent sites of a row; ``None`` if they cannot be counted."""
-    if not all(s.is_discrete and s.fn.has_enumerate_support for s in joint.latent.values()):
+    if not all(s.is_discrete and s.fn.has_enumerate_support for s in row_model.latent.values()):
         return None
-    _, sizes = _row_shapes(joint)
-    return math.prod(num_values_of(site.fn) ** sizes[name] for name, site in joint.latent.items())
+    _, sizes = _row_shapes(row_model)
+    return math.prod(
+        num_values_of(site.fn) ** sizes[name] for name, site in row_model.latent.items()
+    )
 
 
-def _row_shapes(joint):
+def _row_shapes(row_model):
     """Shapes of the latent sites, rows leading, and their numbers of coordinates in a row."""
-    values = {name: jnp.asarray(site.value) for name, site in joint.latent.items()}
-    shapes = {name: jnp.shape(joint.to_rows({name: x})[name]) for name, x in values.items()}
+    values = {name: jnp.asarray(site.value) for name, site in row_model.latent.items()}
+    shapes = {name: jnp.shape(row_model.to_rows({name: x})[name]) for name, x in values.items()}
     return shapes, {name: math.prod(shape[1:]) for name, shape in shapes.items()}

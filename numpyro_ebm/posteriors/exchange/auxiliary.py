@@ -20,14 +20,14 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import fixed, release
+from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.mcmc.annealed import AnnealedLangevin
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.kernel import ChainKernel
 from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.model.row_model import read_fixed
+from numpyro_ebm.model.row_model import read_fixed_model
 
 __all__ = ["Chain", "Enumeration", "Function", "make_auxiliary"]
 
@@ -105,7 +105,7 @@ class Enumeration:
     def _columns(self, target):
         """The values of every coordinate of a row, by site."""
         columns = {}
-        for name, site in target.joint.visible.items():
+        for name, site in target.row_model.visible.items():
             if not site.is_discrete:
                 raise ModelError(
                     f'Exchange: `auxiliary="enumerate"` cannot enumerate the visible site '
@@ -113,7 +113,7 @@ class Enumeration:
                     "`lambda model: MALA(model, step_size=0.1)`, or a function of exact draws."
                 )
             values = support_values(site, 'Exchange(auxiliary="enumerate")')
-            size = np.size(site.value) // target.joint.num_rows
+            size = np.size(site.value) // target.row_model.num_rows
             columns[name] = [values] * size
         states = math.prod(float(len(x)) for site in columns.values() for x in site)
         if states > self.max_states:
@@ -124,12 +124,12 @@ class Enumeration:
         return columns
 
     def simulate(self, rng_key, target, params, values, keep_latent=False):
-        columns, joint = self._columns(target), target.joint
+        columns, row_model = self._columns(target), target.row_model
         counts = [len(x) for site in columns.values() for x in site]
         index = np.indices(counts).reshape(len(counts), -1)
         flat = [x for site in columns.values() for x in site]
         states = np.stack([x[i] for x, i in zip(flat, index, strict=True)], -1)  # (states, coords)
-        rows = joint.to_rows(values)
+        rows = row_model.to_rows(values)
 
         def place(state):
             """A state, or one for every row, as values of the sites."""
@@ -137,13 +137,13 @@ class Enumeration:
             for name, site in columns.items():
                 part = state[..., start : start + len(site)]
                 like = rows[name]
-                part = jnp.broadcast_to(part, (joint.num_rows, len(site)))
+                part = jnp.broadcast_to(part, (row_model.num_rows, len(site)))
                 placed[name] = jnp.reshape(part, like.shape).astype(like.dtype)
                 start += len(site)
-            return joint.from_rows(placed)
+            return row_model.from_rows(placed)
 
         states = jnp.asarray(states)
-        batch_size = max(1, AT_ONCE // (joint.num_rows * states.shape[1]))
+        batch_size = max(1, AT_ONCE // (row_model.num_rows * states.shape[1]))
         logits = lax.map(
             lambda state: target.log_rows(params, place(state)),
             states,
@@ -183,9 +183,11 @@ class Chain:
         self.build, self.num_steps = build, num_steps
 
     def check(self, target, z, num_bridges):
-        free = release(_HideOutside(target.model, target.joint.plate), target.joint.visible)
+        free = uncondition(
+            _HideOutside(target.model, target.row_model.plate), target.row_model.visible
+        )
         kernel = self._kernel(fixed(free, {}))
-        discrete = sorted(k for k, site in target.joint.visible.items() if site.is_discrete)
+        discrete = sorted(k for k, site in target.row_model.visible.items() if site.is_discrete)
         if discrete and isinstance(kernel, ChainKernel):
             raise ModelError(
                 f"Exchange: {type(kernel).__name__} cannot draw fictitious data of {discrete}, "
@@ -221,7 +223,7 @@ class Chain:
 
     def simulate(self, rng_key, target, params, values, keep_latent=False):
         return tuple(
-            {k: x for k, x in drawn.items() if keep_latent or k in target.joint.visible}
+            {k: x for k, x in drawn.items() if keep_latent or k in target.row_model.visible}
             for drawn in self._run(rng_key, target, params, values, self.num_steps)
         )
 
@@ -240,7 +242,9 @@ class Chain:
 
     def _run(self, rng_key, target, params, values, num_steps):
         """Values half way and at the end."""
-        free = release(_HideOutside(target.model, target.joint.plate), target.joint.visible)
+        free = uncondition(
+            _HideOutside(target.model, target.row_model.plate), target.row_model.visible
+        )
         sites, kwargs = target.conditioned
 
         def auxiliary_model(params, sites, *args, **kwargs):
@@ -252,9 +256,9 @@ class Chain:
 
         args = ({**target.constants, **params}, sites, *target.args)
         kernel = self._kernel(auxiliary_model)
-        joint = read_fixed(auxiliary_model, args, kwargs)
+        row_model = read_fixed_model(auxiliary_model, args, kwargs)
         start = {
-            name: x if joint.sites[name].is_discrete else joint.sites[name].transform.inv(x)
+            name: x if row_model.sites[name].is_discrete else row_model.sites[name].transform.inv(x)
             for name, x in values.items()
         }
         key_init, rng_key = jax.random.split(rng_key)

@@ -174,7 +174,7 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
         diverging=_per_group(target, info.is_divergent),
         auxiliary=AuxiliaryTrace(
             info.proposal if target.by_row else info.proposal[0],
-            _per_group(target, info.log_densities) * target.num_groups / target.joint.num_rows,
+            _per_group(target, info.log_densities) * target.num_groups / target.row_model.num_rows,
             _per_group(target, info.log_ratios),
         ),
         adapt_state=adapt_state,

@@ -225,7 +225,7 @@ class Exchange(RowKernel):
             return 0
         if self._num_references is not None:
             return self._num_references
-        rows = 4 if self._by_row or target.joint.covariates else target.joint.num_rows
+        rows = 4 if self._by_row or target.row_model.covariates else target.row_model.num_rows
         return int(np.clip(-(-256 // rows), 1, min(128, self._num_warmup // 4 - 1)))
 
     def _warmup(self, target, z):

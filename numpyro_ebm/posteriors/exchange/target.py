@@ -38,15 +38,15 @@ class _UnsetParams(Messenger):
 
 def complete_prior(model, args, kwargs):
     """The prior part of a model, placeholders on the sites that nobody gives a value."""
-    joint = read_with_priors(model, args, {} if kwargs is None else kwargs, "Exchange")
-    prior = seed(prior_part(model, joint.plate), jax.random.key(0))
+    row_model = read_with_priors(model, args, {} if kwargs is None else kwargs, "Exchange")
+    prior = seed(prior_part(model, row_model.plate), jax.random.key(0))
     return substitute(prior, substitute_fn=placeholder)
 
 
 class Target:
     """A model with priors, read for the exchange algorithm.
 
-    - **joint** - the rows.
+    - **row_model** - the rows.
     - **prior** - the priors, an ordinary NumPyro model of the same arguments.
     - **constants** - values of the `param` sites.
 
@@ -62,22 +62,24 @@ class Target:
         self.kwargs = {} if kwargs is None else kwargs
         self.by_row = by_row
         unset = _UnsetParams(model)
-        self.joint = read_with_priors(unset, args, self.kwargs, "Exchange")
-        self.joint.model = model
-        joint = self.joint
-        self.prior = prior_part(model, joint.plate)
-        self.constants = {k: x for k, x in joint.parameters.items() if k not in joint.priors}
+        self.row_model = read_with_priors(unset, args, self.kwargs, "Exchange")
+        self.row_model.model = model
+        row_model = self.row_model
+        self.prior = prior_part(model, row_model.plate)
+        self.constants = {
+            k: x for k, x in row_model.parameters.items() if k not in row_model.priors
+        }
         self._check(unset.names)
         self.marginal = self._marginal()
 
     @property
     def num_groups(self):
-        return self.joint.num_rows if self.by_row else 1
+        return self.row_model.num_rows if self.by_row else 1
 
     @property
     def data(self):
         """The observed values of the visible sites."""
-        return self.joint.visible_values
+        return self.row_model.visible_values
 
     # Parameters
 
@@ -125,9 +127,9 @@ class Target:
     def log_rows(self, params, values):
         """log p̃ of every row, (rows,): of the visible sites, and of latent ones if given."""
         params = {**self.constants, **params}
-        if self.marginal is None or any(name in values for name in self.joint.latent):
-            return self.joint.log_density(params, values)
-        return self.marginal.log_density(self.joint, params, values)
+        if self.marginal is None or any(name in values for name in self.row_model.latent):
+            return self.row_model.log_density(params, values)
+        return self.marginal.log_density(self.row_model, params, values)
 
     def log_density(self, z, values):
         """log p̃ of a data set, (groups,)."""
@@ -150,16 +152,16 @@ class Target:
         """
         params = self.constrain(z)
         ratios = jax.vmap(lambda values: self.log_rows(params, values))(references) - baselines
-        if self.by_row or self.joint.covariates:
+        if self.by_row or self.row_model.covariates:
             log_z = self.group(logsumexp(ratios, 0))
         else:
-            log_z = self.joint.num_rows * logsumexp(ratios)[None]
+            log_z = self.row_model.num_rows * logsumexp(ratios)[None]
         return self.log_prior(z) + self.group(self.log_rows(params, self.data)) - log_z
 
     # Checks
 
     def _check(self, unset):
-        joint = self.joint
+        row_model = self.row_model
         if unset:
             names = sorted(unset)
             raise ModelError(
@@ -167,41 +169,43 @@ class Target:
                 "them priors, `numpyro.sample(...)`, or hold them: "
                 f'`numpyro.handlers.substitute(model, data={{"{names[0]}": ...}})`.'
             )
-        discrete = [name for name, fn in joint.priors.items() if fn.support.is_discrete]
+        discrete = [name for name, fn in row_model.priors.items() if fn.support.is_discrete]
         if discrete:
             raise ModelError(
                 f"Exchange: the parameter(s) {discrete} are discrete, and it moves continuous "
                 "ones. Draw them in another block of `numpyro.infer.Gibbs`, `(DiscreteGibbs(m), "
                 f"{discrete})` with `m = given(model, [...])`, or sum them out by hand."
             )
-        if joint.num_rows != joint.total_rows:
+        if row_model.num_rows != row_model.total_rows:
             raise ModelError(
-                f"Exchange: the plate '{joint.plate}' subsamples {joint.num_rows} of its "
-                f"{joint.total_rows} rows, and the ratio of acceptance needs all of them. Drop "
+                f"Exchange: the plate '{row_model.plate}' subsamples {row_model.num_rows} of its "
+                f"{row_model.total_rows} rows, and the ratio of acceptance needs all of them. Drop "
                 "`subsample_size`."
             )
-        if not joint.visible:
+        if not row_model.visible:
             raise ModelError("Exchange: the model observes nothing inside its data plate.")
         if self.by_row:
-            for name, fn in joint.priors.items():
+            for name, fn in row_model.priors.items():
                 shape = fn.shape()
-                if not fn.batch_shape or shape[0] != joint.num_rows:
+                if not fn.batch_shape or shape[0] != row_model.num_rows:
                     raise ModelError(
                         f"Exchange(by_row=True): the parameter '{name}' has shape {shape}, and a "
-                        f"value for each of the {joint.num_rows} rows should lead. Draw it in a "
-                        f'plate of that size, `with numpyro.plate("groups", {joint.num_rows})`, or '
+                        f"value for each of the {row_model.num_rows} rows should lead. Draw it "
+                        "in a "
+                        'plate of that size, `with numpyro.plate("groups", '
+                        f"{row_model.num_rows})`, or "
                         "give it to another block of `Gibbs`."
                     )
 
     def _marginal(self):
-        joint = self.joint
-        if not joint.latent:
+        row_model = self.row_model
+        if not row_model.latent:
             return None
         marginal = Enumerated()
         try:
-            marginal.check(joint, None, 1)
+            marginal.check(row_model, None, 1)
         except ModelError as error:
-            names, params = sorted(joint.latent), sorted(joint.priors)
+            names, params = sorted(row_model.latent), sorted(row_model.priors)
             raise ModelError(
                 f"Exchange: the latent site(s) {names} cannot be summed out of the ratio. Draw "
                 f"them in another block, which conditions them here: `m = given(model, {params})`, "
