@@ -8,7 +8,7 @@ from numpyro_ebm.objectives.denoising import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
 )
-from numpyro_ebm.objectives.discrete import PseudoLikelihood, RatioMatching
+from numpyro_ebm.objectives.neighbours import PseudoLikelihood, RatioMatching
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence, mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
