@@ -6,9 +6,6 @@ r"""The learning rate of a generalised posterior, from the spread of its estimat
     β = \frac{\sum_b ∇D·∇\log π + \operatorname{tr} ∇^2 D}{\sum_b \|∇D\|^2}
     \quad\text{(bootstrap)}
 
-Losses of this library are exact in their value and first derivatives; second ones are differences
-of gradients.
-
 Reference: Matsubara, Knoblauch, Briol, Oates, *Robust generalised Bayesian inference for
 intractable likelihoods*, JRSSB 2022; the same, *Generalised Bayesian inference for discrete
 intractable likelihood*, JASA 2023.
@@ -21,15 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jax.flatten_util import ravel_pytree
-from numpyro.distributions import biject_to
-from numpyro.handlers import seed
-from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.posteriors.potential import hessian_by_differences
 
-__all__ = ["Calibration", "Potential", "calibrate", "differences"]
+__all__ = ["Calibration", "calibrate"]
 
 AT_ONCE = 8
 """Data sets whose gradients are taken together."""
@@ -51,73 +44,6 @@ class Calibration(NamedTuple):
     standard_error: np.ndarray
 
 
-class Potential:
-    """Loss and log-prior of a model, as functions of one vector of unconstrained coordinates.
-
-    - **size** - number of coordinates.
-    - **num_rows** - N.
-    """
-
-    def __init__(self, loss, prior, row_model, own, args, kwargs):
-        self._loss, self._joint = loss, row_model
-        self._prior = seed(prior, jax.random.key(0))
-        self._own = {name: jnp.asarray(value) for name, (value, _) in own.items()}
-        self._args, self._kwargs = args, kwargs
-        self.num_rows = row_model.total_rows
-        start = {
-            name: jnp.zeros(biject_to(fn.support).inverse_shape(fn.shape()))
-            for name, fn in row_model.priors.items()
-        }
-        flat, self._unravel = ravel_pytree({**start, **self._own})
-        self.start, self.size = flat, flat.size
-
-    def params(self, x):
-        """Constrained parameters by name."""
-        z = self._unravel(x)
-        own = {name: z.pop(name) for name in self._own}
-        values = constrain_fn(self._prior, self._args, self._kwargs, z)
-        return {**{name: values[name] for name in self._joint.priors}, **own}
-
-    def log_prior(self, x):
-        """Log-density of the prior in unconstrained coordinates."""
-        z = self._unravel(x)
-        own = {name: z.pop(name) for name in self._own}
-        from numpyro_ebm.posteriors.generalized import own_prior
-
-        total = -potential_energy(self._prior, self._args, self._kwargs, z)
-        return total + sum(
-            own_prior(self._own[name]).log_prob(value) for name, value in own.items()
-        )
-
-    def loss(self, x, rng_key, args=None, kwargs=None):
-        """The objective, a mean over rows."""
-        args, kwargs = (self._args, self._kwargs) if args is None else (args, kwargs)
-        return self._loss(rng_key, self.params(x), args, kwargs)
-
-    def resampled(self):
-        """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
-        row_model = self._joint
-        if row_model.num_rows != row_model.total_rows:
-            raise ModelError(
-                f"generalized: a calibration needs all rows, and the plate '{row_model.plate}' has "
-                "a `subsample_size`. Calibrate a model without it, and pass the number on as "
-                "`learning_rate`."
-            )
-        if row_model.num_rows < 4:
-            raise ModelError(
-                f"generalized: a calibration measures the spread over rows, and there are "
-                f"{row_model.num_rows}. Pass a number as `learning_rate`."
-            )
-        cut = Minibatches.of(row_model, self._args, self._kwargs, row_model.num_rows - 1)
-        arrays, static = cut.split(self._args, self._kwargs)
-        cut = cut._replace(static=static)
-
-        def loss(x, rng_key, indices):
-            return self.loss(x, rng_key, *cut.batch(arrays, indices[None], 0))
-
-        return loss
-
-
 def calibrate(rng_key, potential, method, num_resamples):
     """See :meth:`~numpyro_ebm.generalized.calibrate`."""
     if method not in ("sandwich", "bootstrap"):
@@ -134,7 +60,7 @@ def calibrate(rng_key, potential, method, num_resamples):
     everything = jnp.arange(potential.num_rows)
     at_all = partial(value_and_gradient, rng_key=key_loss, indices=everything)
     best = _minimize(at_all, potential.start)
-    hessian = differences(lambda x: at_all(x)[1], best)
+    hessian = hessian_by_differences(lambda x: at_all(x)[1], best)
     lower = np.linalg.eigvalsh(hessian)[0]
     if not lower > 0:
         raise ModelError(
@@ -159,25 +85,6 @@ def calibrate(rng_key, potential, method, num_resamples):
         )
     error = np.sqrt(np.diag(spread))
     return Calibration(float(beta), method, potential.params(jnp.asarray(best)), error)
-
-
-def differences(gradient, x, step=None):
-    """Jacobian of a gradient by central differences, made symmetric.
-
-    :param gradient: maps (D,) to (D,).
-    :param x: where, (D,).
-    :param step: of the differences; balances rounding and curvature if ``None``.
-    :return: array (D, D).
-    """
-    x = jnp.asarray(x)
-    if step is None:
-        step = float(jnp.finfo(x.dtype).eps) ** (1 / 3) * (1 + np.abs(np.asarray(x)))
-    steps = np.diag(np.broadcast_to(step, x.shape)).astype(x.dtype)
-    columns = [
-        np.asarray(gradient(x + e), float) - np.asarray(gradient(x - e), float) for e in steps
-    ]
-    hessian = np.stack(columns) / (2 * np.diag(steps)[:, None].astype(float))
-    return 0.5 * (hessian + hessian.T)
 
 
 def _minimize(value_and_gradient, start):
@@ -222,7 +129,7 @@ def _bootstrap(potential, value_and_gradient, at_all, best, rng_key, key_resampl
         indices = jax.random.randint(key, (num_rows,), 0, num_rows)
         x = _minimize(partial(value_and_gradient, rng_key=rng_key, indices=indices), best)
         slope = num_rows * np.asarray(at_all(x)[1], float)
-        curvature = num_rows * np.trace(differences(lambda x: at_all(x)[1], x))
+        curvature = num_rows * np.trace(hessian_by_differences(lambda x: at_all(x)[1], x))
         above += slope @ np.asarray(prior_gradient(x), float) + curvature
         below += slope @ slope
         minimizers.append(np.asarray(x, float))

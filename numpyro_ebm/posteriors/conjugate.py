@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.posteriors.calibration import differences
+from numpyro_ebm.posteriors.potential import hessian_by_differences
 
 __all__ = ["GaussianPosterior", "gaussian_posterior"]
 
@@ -51,10 +51,10 @@ def gaussian_posterior(potential, learning_rate):
 
     start = potential.start
     # Differences of the gradient of a quadratic function are exact at any distance.
-    here = differences(gradient, start, 1.0)
+    here = hessian_by_differences(gradient, start, 1.0)
     tolerance = 10 * float(jnp.finfo(start.dtype).eps) ** 0.5 * np.abs(here).max()
     for shift in jax.random.normal(jax.random.key(1), (2, potential.size), start.dtype):
-        there = differences(gradient, start + shift, 1.0)
+        there = hessian_by_differences(gradient, start + shift, 1.0)
         if not np.abs(there - here).max() <= tolerance:
             raise ModelError(
                 "generalized: the posterior is not Gaussian (the curvature of its log-density "

@@ -8,7 +8,6 @@ promised is weaker than Bayes' rule: the posterior of a loss whose scale, β, ha
 """
 
 import jax
-import jax.numpy as jnp
 import numpyro
 from numpyro.util import not_jax_tracer
 
@@ -18,12 +17,12 @@ from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.priors import isolated, prior_part, quickly, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.posteriors import calibration, conjugate
+from numpyro_ebm.posteriors.potential import Potential, own_parameter_prior
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["generalized"]
 
 SITE = "generalized_loss"
-OWN_PRIOR_SCALE = 10.0
 
 SERVE = (
     "ScoreMatching, SlicedScoreMatching, DenoisingScoreMatching, KernelSteinDiscrepancy, "
@@ -128,7 +127,7 @@ class generalized:
         params, _, indices = run_prior(self.model, args, kwargs, row_model.plate)
         own = {}
         for name, (value, _) in self._own_parameters(row_model, params, args, kwargs).items():
-            own[name] = numpyro.sample(name, own_prior(value))
+            own[name] = numpyro.sample(name, own_parameter_prior(value))
         rng_key = numpyro.prng_key()
         if row_model.num_rows != row_model.total_rows:
             params = {**params, row_model.plate: indices}
@@ -234,10 +233,10 @@ class generalized:
         if type(self.objective).own_parameters is Objective.own_parameters:
             return {}
         with isolated():
-            problem = self._pose(jax.random.key(0), params, args, kwargs)
+            problem = self._prepare(jax.random.key(0), params, args, kwargs)
             return self.objective.own_parameters(jax.random.key(0), params, problem)
 
-    def _pose(self, rng_key, params, args, kwargs):
+    def _prepare(self, rng_key, params, args, kwargs):
         params = {**self.guide_params, **params}
         problem = self.objective.prepare(rng_key, params, self.model, self.guide, args, kwargs)
         marginal = problem.marginal
@@ -259,21 +258,16 @@ class generalized:
 
     def _loss(self, rng_key, params, args, kwargs):
         key_prepare, key_loss = jax.random.split(rng_key)
-        problem = self._pose(key_prepare, params, args, kwargs)
+        problem = self._prepare(key_prepare, params, args, kwargs)
         return self.objective.energy_loss(key_loss, {**self.guide_params, **params}, problem)
 
     def _potential(self, args, kwargs):
         """Loss and log-prior as functions of one unconstrained vector."""
         row_model = read_with_priors(self.model, args, kwargs, "generalized")
         own = self._own_parameters(row_model, row_model.parameters, args, kwargs)
-        return calibration.Potential(
+        return Potential(
             self._loss, prior_part(self.model, row_model.plate), row_model, own, args, kwargs
         )
-
-
-def own_prior(value):
-    """Prior of an objective's own parameter."""
-    return numpyro.distributions.Normal(value, OWN_PRIOR_SCALE).to_event(jnp.ndim(value))
 
 
 def _check_objective(objective):

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The potential of a generalised posterior, as a function of one vector of coordinates.
+
+.. math:: U(θ) = βN\mathcal L(θ) - \log π(θ)
+
+Losses are exact in their value and first derivatives; second derivatives are differences of
+gradients.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
+from numpyro.handlers import seed
+from numpyro.infer.util import constrain_fn, potential_energy
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.svi.minibatch import Minibatches
+
+__all__ = ["Potential", "hessian_by_differences", "own_parameter_prior"]
+
+OWN_PRIOR_SCALE = 10.0
+
+
+def own_parameter_prior(value):
+    """Prior of a parameter that the objective has itself, such as the log Z of NCE."""
+    return dist.Normal(value, OWN_PRIOR_SCALE).to_event(jnp.ndim(value))
+
+
+class Potential:
+    """Loss and log-prior of a model, as functions of one vector of unconstrained coordinates.
+
+    - **size** - number of coordinates.
+    - **num_rows** - N.
+    """
+
+    def __init__(self, loss, prior, row_model, own, args, kwargs):
+        self._loss, self._row_model = loss, row_model
+        self._prior = seed(prior, jax.random.key(0))
+        self._own = {name: jnp.asarray(value) for name, (value, _) in own.items()}
+        self._args, self._kwargs = args, kwargs
+        self.num_rows = row_model.total_rows
+        start = {
+            name: jnp.zeros(dist.biject_to(fn.support).inverse_shape(fn.shape()))
+            for name, fn in row_model.priors.items()
+        }
+        flat, self._unravel = ravel_pytree({**start, **self._own})
+        self.start, self.size = flat, flat.size
+
+    def params(self, x):
+        """Constrained parameters by name."""
+        z = self._unravel(x)
+        own = {name: z.pop(name) for name in self._own}
+        values = constrain_fn(self._prior, self._args, self._kwargs, z)
+        return {**{name: values[name] for name in self._row_model.priors}, **own}
+
+    def log_prior(self, x):
+        """Log-density of the prior in unconstrained coordinates."""
+        z = self._unravel(x)
+        own = {name: z.pop(name) for name in self._own}
+        total = -potential_energy(self._prior, self._args, self._kwargs, z)
+        return total + sum(
+            own_parameter_prior(self._own[name]).log_prob(value) for name, value in own.items()
+        )
+
+    def loss(self, x, rng_key, args=None, kwargs=None):
+        """The objective, a mean over rows."""
+        args, kwargs = (self._args, self._kwargs) if args is None else (args, kwargs)
+        return self._loss(rng_key, self.params(x), args, kwargs)
+
+    def resampled(self):
+        """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
+        row_model = self._row_model
+        if row_model.num_rows != row_model.total_rows:
+            raise ModelError(
+                f"generalized: a calibration needs all rows, and the plate '{row_model.plate}' has "
+                "a `subsample_size`. Calibrate a model without it, and pass the number on as "
+                "`learning_rate`."
+            )
+        if row_model.num_rows < 4:
+            raise ModelError(
+                f"generalized: a calibration measures the spread over rows, and there are "
+                f"{row_model.num_rows}. Pass a number as `learning_rate`."
+            )
+        cut = Minibatches.of(row_model, self._args, self._kwargs, row_model.num_rows - 1)
+        arrays, static = cut.split(self._args, self._kwargs)
+        cut = cut._replace(static=static)
+
+        def loss(x, rng_key, indices):
+            return self.loss(x, rng_key, *cut.batch(arrays, indices[None], 0))
+
+        return loss
+
+
+def hessian_by_differences(gradient, x, step=None):
+    """Jacobian of a gradient by central differences, made symmetric.
+
+    :param gradient: maps (D,) to (D,).
+    :param x: where, (D,).
+    :param step: of the differences; balances rounding and curvature if ``None``.
+    :return: array (D, D).
+    """
+    x = jnp.asarray(x)
+    if step is None:
+        step = float(jnp.finfo(x.dtype).eps) ** (1 / 3) * (1 + np.abs(np.asarray(x)))
+    steps = np.diag(np.broadcast_to(step, x.shape)).astype(x.dtype)
+    columns = [
+        np.asarray(gradient(x + e), float) - np.asarray(gradient(x - e), float) for e in steps
+    ]
+    hessian = np.stack(columns) / (2 * np.diag(steps)[:, None].astype(float))
+    return 0.5 * (hessian + hessian.T)
