@@ -20,8 +20,8 @@ from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import resolve_normalizer, uncondition
 from numpyro_ebm.log_normalizers.path import flatten, unflatten
 from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.marginals.finite import finite_values
 from numpyro_ebm.model import provenance
+from numpyro_ebm.model.finite_supports import finite_values
 from numpyro_ebm.model.row_model import read_fixed_model, read_model
 
 __all__ = ["Target", "read_target"]

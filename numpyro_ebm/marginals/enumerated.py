@@ -25,8 +25,8 @@ from numpyro.handlers import infer_config, trace
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.model.finite_supports import num_values_of
 from numpyro_ebm.model.row_model import lowest_value
 from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure
@@ -35,7 +35,6 @@ __all__ = [
     "Enumerated",
     "event_states",
     "factorises",
-    "num_values_of",
     "state_log_densities",
     "unit_logits",
 ]
@@ -218,15 +217,6 @@ def state_log_densities(row_model, params, values, states):
         return _sum_scalar_sites(row_model, params, {**values, **latent})
 
     return jax.vmap(at_state)(states)
-
-
-def num_values_of(fn):
-    """Number of values of one coordinate of a finite discrete distribution."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    if isinstance(fn, Counting):
-        return fn.num_values
-    return fn.enumerate_support(expand=False).shape[0]
 
 
 def _sum_scalar_sites(row_model, params, values):

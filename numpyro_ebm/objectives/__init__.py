@@ -8,13 +8,14 @@ from numpyro_ebm.objectives.denoising import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
 )
-from numpyro_ebm.objectives.neighbours import PseudoLikelihood, RatioMatching
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence, mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
 from numpyro_ebm.objectives.nce import NCE
+from numpyro_ebm.objectives.pseudo_likelihood import PseudoLikelihood
 from numpyro_ebm.objectives.ranking_nce import RankingNCE
+from numpyro_ebm.objectives.ratio_matching import RatioMatching
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
 

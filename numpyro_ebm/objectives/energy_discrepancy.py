@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals.finite import finite_values, shifted
+from numpyro_ebm.model.finite_supports import finite_values, shifted
 from numpyro_ebm.objectives.base import Objective
 
 __all__ = ["EnergyDiscrepancy"]

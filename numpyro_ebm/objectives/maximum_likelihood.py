@@ -25,7 +25,7 @@ from numpyro_ebm.log_normalizers.exact import (
     log_sum_over_rows,
     standard_nodes,
 )
-from numpyro_ebm.marginals.finite import finite_values
+from numpyro_ebm.model.finite_supports import finite_values
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.objectives.base import Objective
 

@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Pseudo-likelihood and ratio matching, for visible sites with finitely many values.
+r"""Objectives that compare log p̃ at a row with log p̃ at its neighbours, so that log Z cancels.
 
-Both compare log p̃ at a row with log p̃ at its neighbours, the states that differ from it in one
-coordinate, so that log Z cancels:
-
-.. math:: \log p(x_d = a \mid x_{-d}; θ) = \log\tilde p(a, x_{-d}; θ)
-    - \log\sum_b \tilde p(b, x_{-d}; θ)
-
-No sampler and no tuning: the first choice for discrete data, at the price of one evaluation of the
-energy for every neighbour. They are blind to what single coordinates cannot tell: the weights of
-modes that differ in many coordinates.
+The neighbours of a row are the states that differ from it in one coordinate; for a coordinate with
+K values there are K - 1 of them. Where log p̃ is quadratic in the values, all log-ratios follow from
+one gradient and the diagonal of a Hessian; otherwise every neighbour is an evaluation of log p̃.
 """
 
 from abc import abstractmethod
@@ -20,14 +14,14 @@ import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals.finite import finite_values, shifted
+from numpyro_ebm.model.finite_supports import finite_values, shifted
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.jaxprs import constants_of
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.program.quadratic import quadratic_form
 
-__all__ = ["PseudoLikelihood", "RatioMatching"]
+__all__ = ["NeighbourObjective"]
 
 NEIGHBOURS_AT_ONCE = 64
 """About how many neighbours of every row are evaluated together, which bounds the memory."""
@@ -36,7 +30,7 @@ MOST_COORDINATES = 2_048
 """Of a row, for a Hessian of log p̃ to be written down."""
 
 
-class _SingleCoordinate(Objective):
+class NeighbourObjective(Objective):
     """A sum over coordinates of a function of log p̃ at the other values of that coordinate."""
 
     needs = "value"
@@ -183,89 +177,6 @@ class _SingleCoordinate(Objective):
         # Too many to be kept for the backward pass, which evaluates them again.
         of_coordinate = jax.checkpoint(of_coordinate)
         return jnp.sum(jax.lax.map(of_coordinate, coordinates, batch_size=batch_size), 0)
-
-
-class PseudoLikelihood(_SingleCoordinate):
-    r"""Pseudo-likelihood (PL): every coordinate given all others.
-
-    .. math:: \mathcal L(θ) = -E \sum_d \log p(x_d \mid x_{-d}; θ)
-
-    over all coordinates of all visible sites. For a binary coordinate the term is
-    :math:`\operatorname{softplus}\big(\log\tilde p(\bar x^d) - \log\tilde p(x)\big)` with
-    :math:`\bar x^d` the row with bit d flipped. Consistent, and exact where coordinates are
-    independent; less efficient than maximum likelihood where they are strongly coupled.
-
-    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
-    :raises ModelError: when used, if a visible site is continuous or has infinitely many values, or
-        the marginal has no exact value.
-
-    Reference: Besag, *Statistical analysis of non-lattice data*, 1975.
-
-    **Example**
-
-    >>> import jax.numpy as jnp
-    >>> import jax, numpyro
-    >>> import numpyro_ebm as ebm
-    >>> def pair(data):
-    ...     coupling = numpyro.param("J", 0.0)
-    ...     with numpyro.plate("data", len(data)):
-    ...         x = numpyro.sample("x", ebm.Counting(event_shape=(2,)), obs=data)
-    ...         s = 2 * x - 1
-    ...         ebm.energy("E", -coupling * s[:, 0] * s[:, 1])
-    >>> data = jnp.array([[0, 0], [1, 1], [1, 1], [0, 1]])  # E[s₀ s₁] = ½ = tanh J
-    >>> loss = lambda J: ebm.PseudoLikelihood().loss(jax.random.key(0), {"J": J}, pair, None, data)
-    >>> bool(abs(jax.grad(loss)(jnp.arctanh(0.5))) < 1e-6)
-    True
-    """
-
-    def coordinate_loss(self, log_ratios):
-        if len(log_ratios) == 1:
-            return jax.nn.softplus(log_ratios[0])
-        here = jnp.zeros_like(log_ratios[:1])
-        return jax.nn.logsumexp(jnp.concatenate([here, log_ratios]), axis=0)
-
-
-class RatioMatching(_SingleCoordinate):
-    r"""Ratio matching (RM): score matching for bits.
-
-    .. math:: \mathcal L(θ) = E \sum_d
-        \left[ \frac{1}{1 + \tilde p(x; θ) / \tilde p(\bar x^d; θ)} \right]^2
-
-    with :math:`\bar x^d` the row with bit d flipped: the squared probability, given the others, of
-    the value that the bit does not have. It costs what :class:`PseudoLikelihood` costs and, being
-    bounded in every coordinate, is less moved by outlying rows.
-
-    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
-    :raises ModelError: when used, if a visible site is not binary, or the marginal has no exact
-        value.
-
-    Reference: Hyvärinen, *Some extensions of score matching*, 2007.
-
-    **Example**
-
-    >>> import jax.numpy as jnp
-    >>> import jax, numpyro
-    >>> import numpyro_ebm as ebm
-    >>> def bit(data):
-    ...     logit = numpyro.param("logit", 0.0)
-    ...     with numpyro.plate("data", len(data)):
-    ...         x = numpyro.sample("x", ebm.Counting(), obs=data)
-    ...         ebm.energy("E", -logit * x)
-    >>> data = jnp.array([1, 1, 1, 0])  # ¾ (1 - p)² + ¼ p² at p = ¾
-    >>> params = {"logit": jnp.log(3.0)}
-    >>> round(float(ebm.RatioMatching().loss(jax.random.key(0), params, bit, None, data)), 4)
-    0.1875
-    """
-
-    def check_values(self, site, num_values):
-        if num_values > 2:
-            raise ModelError(
-                f"RatioMatching is for binary sites, and the visible site '{site.name}' has "
-                f"{num_values} values. Use PseudoLikelihood."
-            )
-
-    def coordinate_loss(self, log_ratios):
-        return jnp.sum(jax.nn.sigmoid(log_ratios) ** 2, 0)
 
 
 def _as_floats(problem):

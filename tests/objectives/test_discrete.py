@@ -18,7 +18,7 @@ from oracles import jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives.discrete import PseudoLikelihood, RatioMatching
+from numpyro_ebm.objectives import PseudoLikelihood, RatioMatching
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 
 KEY = jax.random.key(0)
