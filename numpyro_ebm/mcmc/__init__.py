@@ -7,10 +7,11 @@ It may import :mod:`numpyro_ebm.samplers`, :mod:`numpyro_ebm.marginals` and what
 from numpyro_ebm.mcmc.annealed import AnnealedLangevin
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
+from numpyro_ebm.mcmc.kernel_choice import choose_kernel
 from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.mcmc.mclmc import MCLMC
 from numpyro_ebm.mcmc.replica_exchange import ReplicaExchange
-from numpyro_ebm.mcmc.sampling import choose_kernel, sample
+from numpyro_ebm.mcmc.sampling import sample
 from numpyro_ebm.mcmc.underdamped import UnderdampedLangevin
 
 __all__ = [

@@ -5,35 +5,23 @@ import logging
 import math
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from numpyro.handlers import condition
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.enumerated import (
-    Enumerated,
     event_states,
     factorises,
     state_log_densities,
     unit_logits,
 )
-from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
-from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
-from numpyro_ebm.mcmc.langevin import MALA
-from numpyro_ebm.model.finite_supports import support_values
+from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
 from numpyro_ebm.model.row_model import read_fixed_model
-from numpyro_ebm.samplers.block_gibbs import plan_block
 
-__all__ = ["choose_kernel", "sample"]
+__all__ = ["sample"]
 
 logger = logging.getLogger(__name__)
-
-MAX_STATES = 65_536  # of an all-discrete model that is drawn without a chain
-MAX_SUMMED = 4_096  # of discrete sites that are summed out in every step of a chain
-MAX_GAUSSIAN = 500  # coordinates of a Gaussian block with a full precision matrix
-MAX_SEQUENTIAL = 200  # units that are drawn one after the other
 
 
 def sample(
@@ -53,9 +41,10 @@ def sample(
 
     .. math:: (v, h) \sim p(v, h) \propto \tilde p(v, h; θ)
 
-    Many short chains run side by side. :func:`choose_kernel` says what moves them, and the logger
-    ``numpyro_ebm.mcmc.sampling`` at level INFO. Sites that the model observes stay where they are:
-    ``numpyro.handlers.condition(model, {"v": ...})`` draws the others given them.
+    Many short chains run side by side. :func:`~numpyro_ebm.mcmc.choose_kernel` says what moves
+    them, and the logger ``numpyro_ebm.mcmc.sampling`` at level INFO. Sites that the model observes
+    stay where they are: ``numpyro.handlers.condition(model, {"v": ...})`` draws the others given
+    them.
 
     :param rng_key: random key.
     :param model: a model with fixed parameters, ``fixed(model, params)``.
@@ -79,8 +68,7 @@ def sample(
 
     **Example**
 
-    >>> import jax.numpy as jnp
-    >>> import jax, numpyro
+    >>>     >>> import jax, numpyro
     >>> import numpyro_ebm as ebm
     >>> params = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": jnp.zeros(4), "scale": jnp.ones(2)}
     >>> draws = ebm.sample(jax.random.key(0), ebm.fixed(ebm.models.grbm, params), 200)
@@ -94,7 +82,7 @@ def sample(
     key_chains, key_discrete = jax.random.split(rng_key)
     row_model = read_fixed_model(model, args, kwargs)
     if kernel is None:
-        kernel = _choose(model, row_model)
+        kernel = kernel_for_rows(model, row_model)
     elif not isinstance(kernel, MCMCKernel):
         kernel = kernel(model) if callable(kernel) else kernel
         if not isinstance(kernel, MCMCKernel):
@@ -124,63 +112,6 @@ def sample(
     return draws
 
 
-def choose_kernel(model, *args, **kwargs):
-    """The kernel that :func:`sample` takes for a fixed model, from its supports and its energy.
-
-    ============================  =============================================================
-    sites                         kernel
-    ============================  =============================================================
-    discrete, few joint states    none (``None``): drawn from their probabilities
-    conditionals all Gaussian,    :class:`~numpyro_ebm.BlockGibbs`
-    Bernoulli or finite
-    discrete, more than 200       :class:`~numpyro_ebm.DiscreteLangevin` if the energy has a
-    units that all interact       gradient in them, else ``BlockGibbs``
-    continuous                    :class:`~numpyro_ebm.MALA`
-    continuous, and discrete      ``MALA`` on the exact marginal; discrete sites are then drawn from
-    ones that are quickly         their exact conditional
-    summed out
-    continuous, and others        ``Gibbs([(MALA(model), ...), (BlockGibbs(model), ...)])``, with
-                                  ``DiscreteLangevin`` as above
-    ============================  =============================================================
-
-    Few joint states are 65,536; quickly summed out are units in a plate, binary units that do not
-    interact, and up to 4,096 joint states.
-
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
-    :param args: arguments of the model.
-    :param kwargs: keyword arguments of the model.
-    :return: a NumPyro ``MCMCKernel``, ready for ``MCMC``, or ``None``.
-    :raises ModelError: if the model has free parameters or nothing to sample, or a discrete site
-        has infinitely many values.
-
-    **Example**
-
-    >>> import jax.numpy as jnp
-    >>> import numpyro_ebm as ebm
-    >>> from numpyro_ebm.mcmc import choose_kernel
-    >>> params = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": jnp.zeros(4), "scale": jnp.ones(2)}
-    >>> type(choose_kernel(ebm.fixed(ebm.models.grbm, params))).__name__
-    'BlockGibbs'
-    """
-    return _choose(model, read_fixed_model(model, args, kwargs))
-
-
-def _choose(model, row_model):
-    continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
-    if not continuous and _enumerable(row_model, MAX_STATES) and _all_event(row_model):
-        return None
-    discrete_kernel = _kernel_of_discrete(model, row_model) if discrete else BlockGibbs
-    gaussian = _gaussian_blocks(row_model)
-    if gaussian is not None and discrete_kernel is BlockGibbs:
-        return BlockGibbs(model, [*gaussian, *([name] for name in row_model.latent)])
-    if not continuous:
-        return discrete_kernel(model)
-    if not discrete or _enumerable(row_model, MAX_SUMMED):
-        return MALA(model)
-    first = MALA(model) if gaussian is None else BlockGibbs(model, gaussian)
-    return Gibbs([(first, continuous), (discrete_kernel(model), discrete)])
-
-
 def _describe(kernel):
     if kernel is None:
         return "drawn from the probabilities of all joint states"
@@ -188,60 +119,6 @@ def _describe(kernel):
         return type(kernel).__name__
     blocks = (f"({type(block).__name__}, {sites})" for block, sites in kernel.blocks)
     return f"Gibbs([{', '.join(blocks)}])"
-
-
-def _log_density(row_model):
-    z = {name: jnp.asarray(site.value) for name, site in row_model.sites.items()}
-    return lambda rows: row_model.log_density({}, row_model.from_rows(rows)), row_model.to_rows(z)
-
-
-def _gaussian_blocks(row_model):
-    """Blocks of continuous sites that are Gaussian given the rest; None if some are not."""
-    names = sorted(row_model.visible)
-    if not all(site.is_real for site in row_model.visible.values()):
-        return None
-    log_density, rows = _log_density(row_model)
-    sizes = {name: math.prod(rows[name].shape[1:]) for name in names}
-    partitions = [[names]] if sum(sizes.values()) <= MAX_GAUSSIAN else []
-    for blocks in [*partitions, [[name] for name in names]] if names else [[]]:
-        try:
-            plans = [plan_block(log_density, rows, block, {}) for block in blocks]
-        except ModelError:
-            continue
-        if all(p.is_diagonal or sum(sizes[k] for k in p.names) <= MAX_GAUSSIAN for p in plans):
-            return blocks
-    return None
-
-
-def _kernel_of_discrete(model, row_model):
-    values = {name: support_values(site, "sample") for name, site in row_model.latent.items()}
-    log_density, rows = _log_density(row_model)
-    sequential = sum(
-        math.prod(rows[name].shape[1:])
-        for name in row_model.latent
-        if plan_block(log_density, rows, [name], values).kind == "sequential"
-    )
-    if sequential <= MAX_SEQUENTIAL:
-        return BlockGibbs
-    z = {name: site.value for name, site in row_model.visible.items()}
-    try:  # whether the energy has a gradient
-        kernel = DiscreteLangevin(condition(model, z))
-        kernel.init(jax.random.key(0), 1, None, row_model.args, row_model.kwargs)
-    except ModelError:
-        return BlockGibbs
-    return DiscreteLangevin
-
-
-def _enumerable(row_model, max_states):
-    try:
-        Enumerated(max_states=max_states).check(row_model, None, 1)
-    except ModelError:
-        return False
-    return True
-
-
-def _all_event(row_model):
-    return all(site.fn.event_shape for site in row_model.latent.values())
 
 
 def _with_deterministic(row_model, draws):

@@ -16,7 +16,8 @@ from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.priors import isolated, prior_part, quickly, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.posteriors import calibration, conjugate
+from numpyro_ebm.posteriors.calibration import calibrate
+from numpyro_ebm.posteriors.conjugate import gaussian_posterior
 from numpyro_ebm.posteriors.potential import Potential, own_parameter_prior
 from numpyro_ebm.program.jaxprs import needed
 
@@ -208,7 +209,7 @@ class generalized:
         """
         key = jax.random.key(0) if rng_key is None else rng_key
         potential = self._potential(args, kwargs)
-        self.calibration = calibration.calibrate(key, potential, method, num_resamples)
+        self.calibration = calibrate(key, potential, method, num_resamples)
         return self.calibration
 
     def closed_form(self, *args, **kwargs):
@@ -225,7 +226,7 @@ class generalized:
         with isolated():
             if self.learning_rate is None:
                 self.calibrate(*args, **kwargs)
-            return conjugate.gaussian_posterior(self._potential(args, kwargs), self.learning_rate)
+            return gaussian_posterior(self._potential(args, kwargs), self.learning_rate)
 
     # Inside
 
