@@ -16,6 +16,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import set_visible, substitute_and_block
+from numpyro_ebm.language.sites import plates_of, unwrap
 
 __all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
 
@@ -69,12 +70,12 @@ class RelaxedELBO:
             site = guide_trace[name]
             if name not in site["infer"].get("relaxed", ()):
                 raise ModelError(
-                    f"RelaxedELBO: the guide draws '{name}' from {_base(site['fn'])}, not from a "
+                    f"RelaxedELBO: the guide draws '{name}' from {unwrap(site['fn'])}, not from a "
                     "Bernoulli. Pass `guide_loss=numpyro.infer.TraceGraph_ELBO()` to EnergySVI."
                 )
             h = site["value"]
             latent[name] = h
-            logits = _base(site["fn"]).logits
+            logits = unwrap(site["fn"]).logits
             logits = stop_gradient(logits) if self.path_derivative else logits
             log_prob = h * logits - jax.nn.softplus(logits)
             log_prob = jnp.broadcast_to(log_prob, jnp.shape(h))
@@ -151,7 +152,7 @@ def default_guide_loss(problem):
     if not any(site.is_discrete for site in row_model.latent.values()):
         return Trace_ELBO()
     guide_trace = guide.trace(jax.random.key(0), {}, row_model.visible_values)
-    if all(isinstance(_base(guide_trace[name]["fn"]), _BERNOULLI) for name in row_model.latent):
+    if all(isinstance(unwrap(guide_trace[name]["fn"]), _BERNOULLI) for name in row_model.latent):
         return RelaxedELBO()
     return TraceGraph_ELBO()
 
@@ -194,12 +195,6 @@ def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
 _BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
 
 
-def _base(fn):
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
 class _relax_bernoulli(Messenger):
     """Draw relaxed values at the Bernoulli sites of a guide."""
 
@@ -210,7 +205,7 @@ class _relax_bernoulli(Messenger):
     def process_message(self, msg):
         if msg["type"] != "sample" or msg["value"] is not None:
             return
-        fn = _base(msg["fn"])
+        fn = unwrap(msg["fn"])
         if isinstance(fn, _BERNOULLI):
             msg["infer"] = {**msg["infer"], "relaxed": (msg["name"],)}
             shape = msg["fn"].shape()
@@ -226,9 +221,7 @@ class _scale_rows(Messenger):
         super().__init__(fn)
 
     def process_message(self, msg):
-        if msg["type"] != "sample":
-            return
-        if not any(frame.name == self.row_model.plate for frame in msg["cond_indep_stack"]):
+        if msg["type"] != "sample" or self.row_model.plate not in plates_of(msg):
             return
         scale = self.row_scale
         if jnp.ndim(scale):

@@ -7,8 +7,8 @@ from numpyro.primitives import _PYRO_STACK, Messenger, plate
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import Unnormalized
 from numpyro_ebm.language.primitives import INVERSE_TEMPERATURE, NORMALIZER
+from numpyro_ebm.language.sites import is_energy, plates_of
 
 __all__ = [
     "resolve_normalizer",
@@ -157,11 +157,10 @@ class fixed(Messenger):
     def postprocess_message(self, msg):
         if msg["type"] != "sample" or msg["name"] in self.params:
             return
-        plates = frozenset(frame.name for frame in msg["cond_indep_stack"])
-        if _is_energy(msg["fn"]):
-            self._energies.append(plates)
+        if is_energy(msg):
+            self._energies.append(plates_of(msg))
         elif not msg["is_observed"]:
-            self._latent.append((msg["name"], plates))
+            self._latent.append((msg["name"], plates_of(msg)))
 
     def _check_latent(self):
         """Latent sites that do not share a plate with every energy are parameters with priors."""
@@ -230,9 +229,3 @@ class temper(Messenger):
 def _in_any_plate(msg):
     # Plates around the whole call have not announced themselves yet.
     return msg["cond_indep_stack"] or any(isinstance(h, plate) for h in _PYRO_STACK)
-
-
-def _is_energy(fn):
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Unnormalized)

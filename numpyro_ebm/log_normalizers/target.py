@@ -18,6 +18,7 @@ from numpyro.util import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import resolve_normalizer, uncondition
+from numpyro_ebm.language.sites import layers
 from numpyro_ebm.log_normalizers.path import flatten, unflatten
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model import provenance
@@ -369,11 +370,8 @@ def _unconstrained(row_model):
 
 
 def _is_proper(fn):
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, MaskedDistribution):
-            return False
-        fn = fn.base_dist
-    return not isinstance(fn, ImproperUniform | Counting)
+    improper = MaskedDistribution | ImproperUniform | Counting
+    return not any(isinstance(x, improper) for x in layers(fn))
 
 
 def _is_one(scale, plate_scale):

@@ -25,9 +25,10 @@ from numpyro.handlers import infer_config, trace
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.distributions import lowest_value
+from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 from numpyro_ebm.model.finite_supports import num_values_of
-from numpyro_ebm.model.row_model import lowest_value
 from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure
 
@@ -172,7 +173,7 @@ def _check_plates(row_model):
             *row_model.args, **row_model.kwargs
         )
         for site in filter(row_model.owns, model_trace.values()):
-            plates[site["name"]] = {frame.name for frame in site["cond_indep_stack"]}
+            plates[site["name"]] = plates_of(site)
         return row_model.site_log_densities(model_trace)
 
     for term, labels in eval_provenance(run, **latent).items():
@@ -246,7 +247,7 @@ def _sum_scalar_sites(row_model, params, values):
         if not dim_to_name:  # a plate of size one has no name in funsor
             log_prob = jnp.squeeze(log_prob)
         factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))
-        plates |= {frame.name for frame in site["cond_indep_stack"]}
+        plates |= plates_of(site)
     result = funsor.sum_product.sum_product(
         funsor.ops.logaddexp,
         funsor.ops.add,

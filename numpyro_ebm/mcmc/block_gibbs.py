@@ -22,6 +22,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.sites import layers
 from numpyro_ebm.mcmc.block_gibbs_plan import (
     check_colors,
     check_order,
@@ -271,9 +272,7 @@ def _unused(row_model, rows):
         observed = name.removesuffix("unobserved") + "observed"
         if not name.endswith("_unobserved") or observed not in row_model.observed:
             continue
-        fn = site.fn
-        while not isinstance(fn, MaskedDistribution):
-            fn = fn.base_dist
+        fn = next(fn for fn in layers(site.fn) if isinstance(fn, MaskedDistribution))
         x = row_model.from_rows({name: rows[name]})[name]
         mask = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * site.event_dim)
         squares = jnp.where(mask, 0.0, 0.5 * x**2)

@@ -8,6 +8,7 @@ from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting, lowest_value
+from numpyro_ebm.language.sites import unwrap
 
 __all__ = ["finite_values", "initial_values", "num_values_of", "shifted", "support_values"]
 
@@ -30,9 +31,7 @@ def initial_values(rng_key, row_model, init_strategy, init_params):
 
 def support_values(site, who):
     """The values of one coordinate of a discrete site, as a NumPy array of shape (K,)."""
-    fn = site.fn
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
+    fn = unwrap(site.fn)
     if not fn.has_enumerate_support:
         raise ModelError(
             f"{who}: the site '{site.name}' ({type(fn).__name__}) has no finite number of "
@@ -50,8 +49,7 @@ def support_values(site, who):
 
 def num_values_of(fn):
     """Number of values of one coordinate of a finite discrete distribution."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
+    fn = unwrap(fn)
     if isinstance(fn, Counting):
         return fn.num_values
     return fn.enumerate_support(expand=False).shape[0]

@@ -7,9 +7,9 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import Unnormalized
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.primitives import NORMALIZER
+from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
 from numpyro_ebm.model.priors import isolated
 
 __all__ = ["given"]
@@ -82,20 +82,20 @@ class given(Messenger):
     def _check(self, args, kwargs):
         """Raise if an unobserved parameter reaches an energy other than through the named sites."""
         sites = self._sites
-        energies = [name for name, site in sites.items() if _is_energy(site)]
-        rows = frozenset.intersection(*(_plates(sites[name]) for name in energies))
+        energies = [name for name, site in sites.items() if is_energy(site)]
+        rows = frozenset.intersection(*(plates_of(sites[name]) for name in energies))
         values = {k: site["value"] for k, site in sites.items() if k not in energies}
         free = {
             name: values[name]
             for name, site in sites.items()
             if site["type"] == "param"
-            or (site["type"] == "sample" and not site["is_observed"] and not _plates(site) & rows)
+            or (site["type"] == "sample" and not site["is_observed"] and not plates_of(site) & rows)
         }
 
         def run(**labelled):
             prepared = substitute(seed(self.fn, jax.random.key(0)), data={**values, **labelled})
             model_trace = trace(resolve_normalizer(prepared)).get_trace(*args, **kwargs)
-            return {name: _unwrap(model_trace[name]["fn"]).energy for name in energies}
+            return {name: unwrap(model_trace[name]["fn"]).energy for name in energies}
 
         with isolated():  # the handlers around see the run itself only
             reached = eval_provenance(run, **free)
@@ -107,17 +107,3 @@ class given(Messenger):
                     f"{list(self.names)} alone, so that its normalizer is not a constant there. "
                     f"Add to the names, and to the sites of `Exchange`, what reaches '{name}'."
                 )
-
-
-def _plates(site):
-    return frozenset(frame.name for frame in site.get("cond_indep_stack", ()))
-
-
-def _unwrap(fn):
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
-def _is_energy(site):
-    return site["type"] == "sample" and isinstance(_unwrap(site["fn"]), Unnormalized)

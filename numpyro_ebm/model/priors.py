@@ -19,6 +19,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import NORMALIZER
+from numpyro_ebm.language.sites import layers, plates_of
 from numpyro_ebm.model.row_model import placeholder, read_model
 
 __all__ = [
@@ -76,7 +77,7 @@ class OutsidePlate(Messenger):
             kept[msg["name"]] = msg["value"]
 
     def _is_inside(self, msg):
-        return any(frame.name == self.plate for frame in msg.get("cond_indep_stack", ()))
+        return self.plate in plates_of(msg)
 
     def _hides(self, msg):
         return self._is_inside(msg) and msg["name"] not in self.keep
@@ -180,14 +181,10 @@ def check_priors(row_model, who):
 
 def is_improper(fn):
     """Whether a distribution is an improper prior: flat on an unbounded set, or masked out."""
-    while True:
-        if isinstance(fn, ImproperUniform):
-            return True
-        if isinstance(fn, MaskedDistribution) and fn._mask is False:
-            return True
-        if not hasattr(fn, "base_dist"):
-            return False
-        fn = fn.base_dist
+    return any(
+        isinstance(x, ImproperUniform) or (isinstance(x, MaskedDistribution) and x._mask is False)
+        for x in layers(fn)
+    )
 
 
 def quickly(fn, *args):

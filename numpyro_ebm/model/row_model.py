@@ -28,15 +28,15 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import (
     Counting,
     Lebesgue,
-    Unnormalized,
     is_real,
     lowest_value,
 )
 from numpyro_ebm.language.handlers import resolve_normalizer
+from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.coupled_rows import check_rows
 
-__all__ = ["RowModel", "RowSite", "lowest_value", "placeholder", "read_model", "read_fixed_model"]
+__all__ = ["RowModel", "RowSite", "placeholder", "read_model", "read_fixed_model"]
 
 RESOLVED = ("fixed", "given")  # who answers for a normalizer that is a constant
 
@@ -75,7 +75,7 @@ class RowSite(NamedTuple):
     @property
     def is_flat(self):
         """Whether the base measure is constant, so that only energies can shape the site."""
-        return isinstance(_unwrap(self.fn), Lebesgue | Counting)
+        return isinstance(unwrap(self.fn), Lebesgue | Counting)
 
     @property
     def is_unconstrained(self):
@@ -130,10 +130,10 @@ class RowModel:
                 )
             elif site["type"] != "sample":
                 continue
-            elif _is_energy(site):
+            elif is_energy(site):
                 self.energies.append(name)
-                self.is_fixed = self.is_fixed and _unwrap(site["fn"]).handled_by in RESOLVED
-            elif not _in_plate(site, self.plate):
+                self.is_fixed = self.is_fixed and unwrap(site["fn"]).handled_by in RESOLVED
+            elif self.plate not in plates_of(site):
                 if not site["is_observed"]:
                     self.priors[name] = site["fn"]
                     self.parameters[name] = site["value"]
@@ -173,7 +173,7 @@ class RowModel:
 
     def owns(self, site):
         """Whether a site of a trace is a sample site inside the data plate."""
-        return site["type"] == "sample" and _in_plate(site, self.plate)
+        return site["type"] == "sample" and self.plate in plates_of(site)
 
     def scaled_log_prob(self, site):
         """Log-density of a traced site, without the N/B of a subsampled data plate."""
@@ -355,10 +355,10 @@ def _data_plate(model_trace, outside=()):
         parameters that another block of ``Gibbs`` holds, for one.
     """
     samples = [s for s in model_trace.values() if s["type"] == "sample"]
-    energies = [s for s in samples if _is_energy(s)]
+    energies = [s for s in samples if is_energy(s)]
     observed = [s for s in samples if s["is_observed"] and s["fn"].event_shape != (0,)]
-    plates = {frame.name for s in energies for frame in s["cond_indep_stack"]}
-    inside = [s for s in observed if plates & {frame.name for frame in s["cond_indep_stack"]}]
+    plates = frozenset().union(*map(plates_of, energies))
+    inside = [s for s in observed if plates & plates_of(s)]
     if outside is None and inside:
         observed = inside
     elif outside:
@@ -371,14 +371,14 @@ def _data_plate(model_trace, outside=()):
         )
     for site in observed + energies:
         if not site["cond_indep_stack"]:
-            what = "The energy" if _is_energy(site) else "The visible site"
+            what = "The energy" if is_energy(site) else "The visible site"
             raise ModelError(f"{what} '{site['name']}' is outside any plate. {WHAT_A_ROW_NEEDS}")
     shared = None
     for site in energies + observed:
         frames = {frame.name: frame for frame in site["cond_indep_stack"]}
         shared = frames if shared is None else {k: f for k, f in shared.items() if k in frames}
     if len(shared) != 1:
-        plates = {f.name for s in observed + energies for f in s["cond_indep_stack"]}
+        plates = frozenset().union(*map(plates_of, observed + energies))
         found = (
             f"all sites share the plates {sorted(shared)}"
             if shared
@@ -446,21 +446,6 @@ def _dims(site):
         plates[i] if i in plates else f"{site['name']}_dim_{next(free)}"
         for i in range(len(site["fn"].shape()))
     )
-
-
-def _in_plate(site, plate):
-    return any(frame.name == plate for frame in site["cond_indep_stack"])
-
-
-def _unwrap(fn):
-    """The distribution inside masks, expansions and event dimensions."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
-def _is_energy(site):
-    return isinstance(_unwrap(site["fn"]), Unnormalized)
 
 
 def _is_one(scale):

@@ -18,9 +18,9 @@ import numpy as np
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.distributions import lowest_value
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.finite_supports import num_values_of
-from numpyro_ebm.model.row_model import lowest_value
 
 __all__ = ["Weights", "all_states", "choose_method", "weigh_particles", "weigh_states"]
 

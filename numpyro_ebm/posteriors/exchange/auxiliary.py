@@ -21,6 +21,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.mcmc.annealed import AnnealedLangevin
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
@@ -162,7 +163,7 @@ class _HideOutside(Messenger):
 
     def process_message(self, msg):
         if msg["type"] == "sample" and msg["is_observed"]:
-            if all(frame.name != self.plate for frame in msg["cond_indep_stack"]):
+            if self.plate not in plates_of(msg):
                 msg["stop"] = True
 
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a site of a model's trace is: an energy or not, in which plates, and of which distribution.
+
+A plate, a mask or a scale wraps the distribution of a site before an outer handler sees it, so that
+none of these questions is answered by the class of ``site["fn"]``.
+"""
+
+from numpyro_ebm.language.distributions import Unnormalized
+
+__all__ = ["is_energy", "layers", "plates_of", "unwrap"]
+
+
+def layers(fn):
+    """A distribution and, one after the other, the distributions that it wraps."""
+    yield fn
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+        yield fn
+
+
+def unwrap(fn):
+    """The innermost distribution: without masks, expansions, event dimensions and transforms."""
+    *_, innermost = layers(fn)
+    return innermost
+
+
+def is_energy(site):
+    """Whether a site of a trace is an energy statement."""
+    return site["type"] == "sample" and isinstance(unwrap(site["fn"]), Unnormalized)
+
+
+def plates_of(site):
+    """Names of the plates around a site."""
+    return frozenset(frame.name for frame in site.get("cond_indep_stack", ()))
