@@ -11,7 +11,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import chi2
+from scipy.special import chdtrc
 
 from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
 
@@ -141,7 +141,7 @@ def _systematic_change(trace):
     drift = float(np.sqrt(np.mean(np.square(fitted))))
     # Half way and at the end the chain is as good as independent, if it is long enough.
     sds = drift / max(float(np.sqrt(np.mean(np.square(left)) / 2)), 1e-30)
-    return drift, sds, statistic, float(chi2.sf(statistic, degrees))
+    return drift, sds, statistic, float(chdtrc(degrees, statistic))
 
 
 def _finite(change):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import ks_2samp
 
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
@@ -131,6 +130,8 @@ def energy_gap(
                 f"energy_gap: {np.sum(~np.isfinite(x))} energies of the {name} are not finite, the "
                 f"first of them number {np.argmin(np.isfinite(x))}."
             )
+    from scipy.stats import ks_2samp  # half a second to import
+
     test = ks_2samp(of_data, of_samples, method="asymp")
     variance = sum(np.var(x, ddof=1) / len(x) for x in (of_data, of_samples))
     return EnergyGap(

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import choose
@@ -140,6 +139,8 @@ def fisher_divergence(
         for part in jnp.split(order, ends)
     )
     if optim is None:
+        import optax
+
         optim = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
         guide_optim = optax.adam(1e-3) if guide_optim is None else guide_optim
     guide_optim = optim if guide_optim is None else guide_optim

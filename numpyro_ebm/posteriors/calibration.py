@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.posteriors.potential import hessian_by_differences
@@ -96,7 +95,9 @@ def _minimize(value_and_gradient, start):
     scale = 1 + np.abs(on_host(start)[1]).max()
     tolerance = scale * float(np.finfo(start.dtype).eps) ** 0.5
     options = {"gtol": tolerance}
-    found = scipy.optimize.minimize(on_host, start, jac=True, method="BFGS", options=options)
+    from scipy.optimize import minimize  # a quarter of a second to import
+
+    found = minimize(on_host, start, jac=True, method="BFGS", options=options)
     if not np.isfinite(found.fun) or np.abs(found.jac).max() > 30 * tolerance:
         raise ModelError(
             "generalized: the loss has no minimum that a search from the middle of the priors "

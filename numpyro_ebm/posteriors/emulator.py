@@ -14,8 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
-import scipy.optimize
 
 __all__ = ["Emulator", "fit_emulator"]
 
@@ -84,6 +82,9 @@ def fit_emulator(points, values, errors):
     >>> bool(abs(value - np.sin(1.1)) < 4 * error < 0.05)
     True
     """
+    import scipy.linalg
+    from scipy.optimize import minimize  # a quarter of a second to import
+
     points, values = np.asarray(points, float), np.asarray(values, float)
     num, size = points.shape
     center, scale = points.mean(0), points.std(0)
@@ -121,7 +122,7 @@ def fit_emulator(points, values, errors):
         return 0.5 * rest @ rest + determinants + fence
 
     start = np.log(np.array([spread, *np.ones(size)]))
-    found = scipy.optimize.minimize(negative_evidence, start, method="Nelder-Mead")
+    found = minimize(negative_evidence, start, method="Nelder-Mead")
     lower, white_basis, gram, coefficients, rest = solved(found.x)
     half_inverse = scipy.linalg.solve_triangular(lower, np.eye(num), lower=True)
     weights = half_inverse.T @ rest

@@ -5,7 +5,6 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-import xarray as xr
 
 from numpyro_ebm.model.row_model import RowModel
 
@@ -59,6 +58,8 @@ def to_data(groups, dims, likelihood=None):
         rows.attrs.update(attrs)
         _add(data, "log_likelihood", rows)
     if "training" in groups:
+        import xarray as xr
+
         _add(data, "training", xr.Dataset({"loss": ("step", groups["training"]["loss"])}))
     return data
 
@@ -75,6 +76,8 @@ def _convert(groups, dims):
 
 
 def _add(data, name, group):
+    import xarray as xr
+
     if hasattr(data, "add_groups"):
         data.add_groups({name: group}, warn_on_custom_groups=False)
     elif isinstance(group, xr.Dataset):

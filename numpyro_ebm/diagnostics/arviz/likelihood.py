@@ -9,7 +9,7 @@ smoothing fails on equal ones: so they are told apart by a rounding error.
 
 import jax
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
@@ -63,7 +63,7 @@ def spread_over_draws(values, shape):
     if np.prod(shape) < FEWEST_DRAWS:
         shape = (1, ENOUGH_DRAWS)
     num = int(np.prod(shape))
-    quantiles = norm.ppf((np.arange(num) + 0.5) / num)
+    quantiles = ndtri((np.arange(num) + 0.5) / num)
     order = np.random.default_rng(0).permutation(num)
     return values + ROUNDING * np.reshape(quantiles[order], (*shape, 1))
 

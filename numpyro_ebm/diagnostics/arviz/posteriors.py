@@ -5,7 +5,6 @@ import warnings
 from functools import partial
 
 import numpy as np
-import xarray as xr
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import EmulationWarning, ModelError
@@ -77,7 +76,7 @@ def _groups(idata):
 
 
 def _dataset(group):
-    return group if isinstance(group, xr.Dataset) else group.to_dataset()
+    return group.to_dataset() if hasattr(group, "to_dataset") else group
 
 
 def _replace(idata, group, data):
@@ -86,4 +85,6 @@ def _replace(idata, group, data):
     elif hasattr(idata, "add_groups"):
         setattr(idata, group, data)
     else:
+        import xarray as xr
+
         idata[group] = xr.DataTree(data)
