@@ -253,7 +253,7 @@ class BlockGibbs(RowKernel):
         rng_key, key_step = jax.random.split(state.rng_key)
         rows = row_model.to_rows(state.z)
         blocks = self._plan(row_model, log_density, rows)
-        chains = block_gibbs.BlockGibbsState(rows, -state.potential_energy)
+        chains = block_gibbs.BlockGibbsChainState(rows, -state.potential_energy)
         chains, _ = block_gibbs.build_kernel(self.is_reversible)(
             key_step, chains, log_density, blocks
         )

@@ -316,7 +316,7 @@ class DiscreteLangevin(RowKernel):
     def _step(self, state, model_args, model_kwargs):
         row_model, log_density, values = self._target(model_args, model_kwargs)
         rng_key, key_step = jax.random.split(state.rng_key)
-        chains = discrete_langevin.DiscreteLangevinState(
+        chains = discrete_langevin.DiscreteLangevinChainState(
             row_model.to_rows(state.z), -state.potential_energy, state.differences
         )
         chains, info = self._kernel(

@@ -164,7 +164,7 @@ class ReplicaExchange(RowKernel):
     def refresh(self, state, model_args, model_kwargs):
         row_model, base, likelihood = self._target(model_args, model_kwargs)
         replicas, visited = state.memory
-        replicas = _evaluate(replicas.position, base, likelihood)
+        replicas = _evaluate_replicas(replicas.position, base, likelihood)
         return self._cache(state, replicas, visited, row_model)
 
     # Inside
@@ -217,7 +217,7 @@ class ReplicaExchange(RowKernel):
             )
 
         positions = jax.vmap(start)(jax.random.split(key_init, num_replicas))
-        replicas = _evaluate(positions, base, likelihood)
+        replicas = _evaluate_replicas(positions, base, likelihood)
         pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(row_model.num_rows)
         visited = jnp.zeros((num_replicas, row_model.num_rows), bool)
         state = ReplicaExchangeState(
@@ -298,6 +298,6 @@ class ReplicaExchange(RowKernel):
         )
 
 
-def _evaluate(positions, base, likelihood):
+def _evaluate_replicas(positions, base, likelihood):
     """Replicas of all rows, (K, rows, ...)."""
     return jax.vmap(jax.vmap(lambda x: tempering.evaluate(x, base, likelihood)))(positions)

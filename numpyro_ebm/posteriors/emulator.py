@@ -54,7 +54,7 @@ class Emulator(NamedTuple):
         x = (x - self.center) / self.scale
         square = jnp.sum(((x - self.points) / self.length_scales) ** 2, -1)
         k = self.amplitude**2 * jnp.exp(-0.5 * square)
-        basis = _basis(x[None], jnp)[0]
+        basis = _monomials(x[None], jnp)[0]
         value = basis @ self.coefficients + k @ self.weights
         explained = jnp.sum((self.half_inverse @ k) ** 2)
         rest = self.basis_half_inverse @ (basis - self.basis_map @ k)
@@ -90,7 +90,7 @@ def fit_emulator(points, values, errors):
     center, scale = points.mean(0), points.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     x = (points - center) / scale
-    basis = _basis(x, np)
+    basis = _monomials(x, np)
     left_over = values - basis @ np.linalg.lstsq(basis, values, rcond=None)[0]
     spread = max(left_over.std(), 1e-9 * (1 + np.abs(values).max()))
     noise = np.maximum(np.asarray(errors, float), FLOOR * spread) ** 2
@@ -138,7 +138,7 @@ def fit_emulator(points, values, errors):
     return Emulator(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays))
 
 
-def _basis(x, xp):
+def _monomials(x, xp):
     size = x.shape[1]
     rows, columns = np.triu_indices(size)
     return xp.concatenate([xp.ones((len(x), 1)), x, x[:, rows] * x[:, columns]], 1)

@@ -109,7 +109,7 @@ class normalized:
 
             def evaluate(params, latent):
                 log_z = self._log_z(row_model, params, args, kwargs)
-                return _log_density(row_model, params, latent) - log_z, log_z
+                return _partial_log_density(row_model, params, latent) - log_z, log_z
 
             rows, log_z = quickly(evaluate, params, latent)
         _observe(row_model, indices, rows)
@@ -187,7 +187,7 @@ class NormalizedRow(dist.Distribution):
         )
 
 
-def _log_density(row_model, params, latent):
+def _partial_log_density(row_model, params, latent):
     """log p̃ of every row, without the base measure of the sites that stay in the model."""
     values = {**row_model.visible_values, **latent}
     discrete = {name: site for name, site in row_model.latent.items() if name not in latent}

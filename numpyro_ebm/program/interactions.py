@@ -84,7 +84,7 @@ def interactions(fn, inputs):
         columns = np.tile(np.arange(start, start + size), var.aval.shape[0])
         reads.append(_ones(np.arange(len(columns)), columns, (len(columns), dimension)))
         start += size
-    walker = _Walker(dimension)
+    walker = _DependencyWalker(dimension)
     try:
         walker.walk(closed.jaxpr, closed.consts, reads)
     except _CannotTell:
@@ -148,11 +148,11 @@ class _Constant:
         return self._value
 
 
-def _known(x):
+def _known_constant(x):
     return _Constant(lambda: None if isinstance(x, Tracer) else np.asarray(x))
 
 
-class _Walker:
+class _DependencyWalker:
     """Values are sparse matrices (elements, coordinates) of what is read, or constants."""
 
     def __init__(self, dimension):
@@ -161,8 +161,8 @@ class _Walker:
 
     def walk(self, jaxpr, consts, values):
         known = dict(zip(jaxpr.invars, values, strict=True))
-        known.update((v, _known(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
-        read = lambda v: _known(v.val) if isinstance(v, Literal) else known[v]  # noqa: E731
+        known.update((v, _known_constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+        read = lambda v: _known_constant(v.val) if isinstance(v, Literal) else known[v]  # noqa: E731
         live = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         eqns = []
         for eqn in reversed(jaxpr.eqns):
@@ -246,7 +246,7 @@ class _Walker:
                 stack.append(x)
                 start += size
             arguments.append(value)
-        outputs = _evaluate(eqn, arguments)
+        outputs = _bind_eagerly(eqn, arguments)
         stack = vstack(stack, format="csr")
         return [self.rows_of(stack, np.maximum(x.ravel(), 0)) for x in outputs]  # < 0: filled in
 
@@ -350,7 +350,7 @@ def _union(reads):
     return np.asarray(reads.sum(0)) > 0
 
 
-def _evaluate(eqn, arguments):
+def _bind_eagerly(eqn, arguments):
     with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
         outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
     outputs = outputs if eqn.primitive.multiple_results else [outputs]
@@ -364,7 +364,7 @@ def _constants(eqn, operands):
         if not cache:
             values = [x.get() for x in operands]
             unknown = any(x is None for x in values) or eqn.effects
-            cache.append([None] * len(eqn.outvars) if unknown else _evaluate(eqn, values))
+            cache.append([None] * len(eqn.outvars) if unknown else _bind_eagerly(eqn, values))
         return cache[0][i]
 
     return [_Constant(lambda i=i: compute(i)) for i in range(len(eqn.outvars))]

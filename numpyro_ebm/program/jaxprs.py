@@ -70,7 +70,7 @@ def at_zero(fn, x):
     3.0
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
-    results = _evaluate(closed.jaxpr, closed.consts, [None] * len(jax.tree.leaves(x)))
+    results = _evaluate_with_zeros(closed.jaxpr, closed.consts, [None] * len(jax.tree.leaves(x)))
     leaves = [_zeros(v) if y is None else y for v, y in zip(closed.jaxpr.outvars, results)]  # noqa: B905
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
@@ -193,10 +193,10 @@ def _signature(eqn):
 
 
 def _evaluate_leaves(closed, *leaves):
-    return _evaluate(closed.jaxpr, closed.consts, leaves)
+    return _evaluate_with_zeros(closed.jaxpr, closed.consts, leaves)
 
 
-def _evaluate(jaxpr, consts, args):
+def _evaluate_with_zeros(jaxpr, consts, args):
     """Evaluate a jaxpr, `None` standing for zeros; jits are written out."""
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
@@ -208,7 +208,7 @@ def _evaluate(jaxpr, consts, args):
         vanished = [x is None for x in operands]
         if eqn.primitive.name in JITS:
             inner = eqn.params["jaxpr"]
-            results = _evaluate(inner.jaxpr, inner.consts, operands)
+            results = _evaluate_with_zeros(inner.jaxpr, inner.consts, operands)
         elif any(vanished) and vanishes(eqn, vanished):
             results = [None]
         elif any(vanished) and eqn.primitive.name in ("add", "sub"):

@@ -104,7 +104,7 @@ def structure(fn, inputs):
         labels = np.arange(start, start + size).reshape(var.aval.shape)
         values.append(_Value(1, labels if start + size <= MAX_LABELS else None))
         start += size
-    walker = _Walker()
+    walker = _DegreeWalker()
     outputs = walker.walk(closed.jaxpr, values)
     return Structure(
         max((x.degree for x in outputs), default=0),
@@ -113,7 +113,7 @@ def structure(fn, inputs):
     )
 
 
-class _Walker:
+class _DegreeWalker:
     def __init__(self):
         self.met_custom_rule = False
 

@@ -48,8 +48,8 @@ def quadratic_form(gradient, center):
     slope = jax.make_jaxpr(gradient)(point)
     derivative = jax.make_jaxpr(lambda t: jax.jvp(gradient, (point,), (t,))[1])(point)
     try:
-        (b,) = _evaluate(slope.jaxpr, slope.consts, [point])
-        (H,) = _evaluate(derivative.jaxpr, derivative.consts, [identity])
+        (b,) = _evaluate_structured(slope.jaxpr, slope.consts, [point])
+        (H,) = _evaluate_structured(derivative.jaxpr, derivative.consts, [identity])
     except NoSimpleForm:
         return None
     if H is None:
@@ -70,7 +70,7 @@ class Diagonal:
         self.vector = vector
 
 
-def _evaluate(jaxpr, consts, args):
+def _evaluate_structured(jaxpr, consts, args):
     """Evaluate a jaxpr; `None` stands for zeros, and what is known is computed at once."""
     values = dict(zip(jaxpr.constvars, map(_or_none, consts), strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -88,7 +88,7 @@ def _results(jaxpr, eqn, operands):
     name = eqn.primitive.name
     if name in JITS:
         inner = eqn.params["jaxpr"]
-        return _evaluate(inner.jaxpr, inner.consts, operands)
+        return _evaluate_structured(inner.jaxpr, inner.consts, operands)
     vanished = [x is None for x in operands]
     if any(vanished):
         if vanishes(eqn, vanished):

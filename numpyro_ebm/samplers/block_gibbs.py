@@ -31,12 +31,12 @@ from jax.scipy.linalg import solve_triangular
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.interactions import greedy_colors, interactions
 from numpyro_ebm.program.polynomial import structure
-from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured, flatten
+from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured, flatten_sites
 
 __all__ = [
     "Block",
     "BlockGibbsInfo",
-    "BlockGibbsState",
+    "BlockGibbsChainState",
     "as_top_level_api",
     "build_kernel",
     "draw_block",
@@ -65,7 +65,7 @@ class Block(NamedTuple):
     degree: float = np.inf
 
 
-class BlockGibbsState(NamedTuple):
+class BlockGibbsChainState(NamedTuple):
     """State of all chains, one a row.
 
     - **position** - dict of arrays of shape (rows, ...).
@@ -126,7 +126,7 @@ def plan_block(logdensity_fn, position, names, values, colors=None):
             f"A block of Gibbs sampling cannot draw the real sites {real} and the discrete sites "
             f"{sorted(discrete)} together; put them in blocks of their own."
         )
-    flat, unflatten = flatten(position, names)
+    flat, unflatten = flatten_sites(position, names)
 
     def log_density(x):
         return logdensity_fn({**position, **unflatten(x)})
@@ -214,7 +214,7 @@ def draw_block(rng_key, position, logdensity_fn, block, *, backwards=False):
         return _draw_sequential(rng_key, position, logdensity_fn, block, backwards)
     if block.kind == "coloured":
         return draw_coloured(rng_key, position, logdensity_fn, block, backwards=backwards)
-    flat, unflatten = flatten(position, block.names)
+    flat, unflatten = flatten_sites(position, block.names)
 
     # Rows are independent: the gradient of their sum has the gradient of every row.
     def total(x):
@@ -235,7 +235,7 @@ def draw_block(rng_key, position, logdensity_fn, block, *, backwards=False):
 
 def init(position, logdensity_fn):
     """State of the chains at a position."""
-    return BlockGibbsState(position, logdensity_fn(position))
+    return BlockGibbsChainState(position, logdensity_fn(position))
 
 
 def build_kernel(reversible=False):
@@ -300,7 +300,7 @@ def _draw_gaussian(rng_key, flat, gradient, block):
 
 def _draw_sequential(rng_key, position, logdensity_fn, block, backwards):
     for name in reversed(block.names) if backwards else block.names:
-        flat, unflatten = flatten(position, (name,))
+        flat, unflatten = flatten_sites(position, (name,))
         rows, size = flat.shape
         values = jnp.asarray(block.values[name], flat.dtype)[:, None, None]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["draw_coloured", "find_interaction", "flatten", "value_table"]
+__all__ = ["draw_coloured", "find_interaction", "flatten_sites", "value_table"]
 
 MAX_DEGREE = 8  # polynomials up to here are differenced through their gradient
 MAX_BATCH = 4_000_000  # coordinates of candidates that are weighed at once
@@ -48,7 +48,7 @@ def draw_coloured(rng_key, position, logdensity_fn, block, *, backwards=False):
     >>> draw_coloured(jax.random.key(0), position, chain, block)["s"].shape
     (3, 5)
     """
-    flat, unflatten = flatten(position, block.names)
+    flat, unflatten = flatten_sites(position, block.names)
     table, is_value = value_table(position, block.values)
     dtype = jnp.result_type(flat.dtype, float)
     values = jnp.asarray(table.T, flat.dtype)[:, None]  # (K, 1, coordinates)
@@ -128,7 +128,7 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
     >>> find_interaction(jax.random.key(0), chain, position, block)
     (1, 2)
     """
-    flat, unflatten = flatten(position, block.names)
+    flat, unflatten = flatten_sites(position, block.names)
     table, is_value = value_table(position, block.values)
     sizes = jnp.asarray(is_value.sum(1))
     colors = jnp.asarray(block.colors)
@@ -181,7 +181,7 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
     return tuple(sorted((int(jnp.argmax(first)), int(jnp.argmax(second)))))
 
 
-def flatten(position, names):
+def flatten_sites(position, names):
     """The named sites as one array of shape (rows, coordinates), and the way back."""
     parts = {name: jnp.reshape(position[name], (len(position[name]), -1)) for name in names}
     ends = np.cumsum([0, *(x.shape[1] for x in parts.values())])

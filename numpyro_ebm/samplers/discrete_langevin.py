@@ -26,18 +26,18 @@ import numpy as np
 from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
 
-from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, flatten, value_table
+from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, flatten_sites, value_table
 
 __all__ = [
     "DiscreteLangevinInfo",
-    "DiscreteLangevinState",
+    "DiscreteLangevinChainState",
     "as_top_level_api",
     "build_kernel",
     "init",
 ]
 
 
-class DiscreteLangevinState(NamedTuple):
+class DiscreteLangevinChainState(NamedTuple):
     """State of all chains, one a row.
 
     - **position** - dict of arrays of shape (rows, ...).
@@ -73,7 +73,7 @@ def init(position, logdensity_fn, values, differences="gradient"):
     :param str differences: "gradient" or "exact".
     """
     names = sorted(position)  # compiled functions sort dicts as well
-    flat, unflatten = flatten(position, names)
+    flat, unflatten = flatten_sites(position, names)
     table, _ = value_table(position, {name: values[name] for name in names})
 
     def log_density(x):
@@ -96,7 +96,7 @@ def init(position, logdensity_fn, values, differences="gradient"):
         densities = densities.reshape(*table.T.shape, len(flat))
         change = jnp.swapaxes(densities, 1, 2) - logdensity[:, None]
     logdensity = jnp.asarray(logdensity, jnp.result_type(logdensity, float))
-    return DiscreteLangevinState(position, logdensity, change)
+    return DiscreteLangevinChainState(position, logdensity, change)
 
 
 def build_kernel(adjusted=True, differences="gradient"):
@@ -108,7 +108,7 @@ def build_kernel(adjusted=True, differences="gradient"):
 
     def kernel(rng_key, state, logdensity_fn, step_size, values):
         names = sorted(state.position)
-        flat, unflatten = flatten(state.position, names)
+        flat, unflatten = flatten_sites(state.position, names)
         table, is_value = value_table(state.position, {name: values[name] for name in names})
         choices = jnp.asarray(table.T, flat.dtype)[:, None]  # (K, 1, coordinates)
         forbidden = jnp.where(is_value.T, 0.0, -jnp.inf)[:, None]
@@ -140,7 +140,7 @@ def build_kernel(adjusted=True, differences="gradient"):
         is_accepted = jax.random.uniform(key_test, log_ratio.shape, log_ratio.dtype)
         is_accepted = is_accepted < acceptance_rate
         position = unflatten(jnp.where(is_accepted[:, None], proposal, flat))
-        new = DiscreteLangevinState(
+        new = DiscreteLangevinChainState(
             position,
             jnp.where(is_accepted, new.logdensity, state.logdensity),
             jnp.where(is_accepted[:, None], new.differences, state.differences),

@@ -30,12 +30,12 @@ import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jax import lax
 
-__all__ = ["ExchangeInfo", "ExchangeState", "as_top_level_api", "build_kernel", "init"]
+__all__ = ["ExchangeInfo", "ExchangeChainState", "as_top_level_api", "build_kernel", "init"]
 
 LONGEST_DRIFT = 5.0  # in whitened coordinates, by root of the dimension
 
 
-class ExchangeState(NamedTuple):
+class ExchangeChainState(NamedTuple):
     """State of the chain, a group of parameters a row.
 
     - **position** - θ, of shape (groups, dimension).
@@ -79,7 +79,7 @@ def no_gradient(position):
 
 def init(position, data, logprior_fn, logdensity_fn, gradient_fn=no_gradient):
     """State of a chain at a position, an array of shape (groups, dimension)."""
-    return ExchangeState(
+    return ExchangeChainState(
         position, logprior_fn(position), logdensity_fn(position, data), gradient_fn(position)
     )
 

@@ -470,7 +470,7 @@ def test_the_sampler_is_blackjax_shaped():
     blocks = [block_gibbs.plan_block(log_density, position, [k], {"h": [0, 1]}) for k in "vh"]
     algorithm = block_gibbs.as_top_level_api(log_density, blocks)
     state, info = jax.jit(algorithm.step)(jax.random.key(0), algorithm.init(position))
-    assert isinstance(state, block_gibbs.BlockGibbsState) and state.logdensity.shape == (3,)
+    assert isinstance(state, block_gibbs.BlockGibbsChainState) and state.logdensity.shape == (3,)
     assert isinstance(info, block_gibbs.BlockGibbsInfo) and not info.is_divergent.any()
     assert state.position["h"].dtype == position["h"].dtype
 

@@ -30,7 +30,7 @@ from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import read_fixed_model
 
-__all__ = ["Chain", "Enumeration", "Function", "make_auxiliary"]
+__all__ = ["ChainSimulator", "EnumerationSimulator", "FunctionSimulator", "make_auxiliary"]
 
 AT_ONCE = 4_000_000  # coordinates of states that are weighed at the same time
 
@@ -41,13 +41,15 @@ def make_auxiliary(auxiliary, num_steps, max_states):
     :raises ModelError: if it means none.
     """
     if isinstance(auxiliary, str) and auxiliary == "enumerate":
-        return Enumeration(max_states)
+        return EnumerationSimulator(max_states)
     if isinstance(auxiliary, type) and issubclass(auxiliary, MCMCKernel):
-        return Chain(auxiliary, num_steps)
+        return ChainSimulator(auxiliary, num_steps)
     if not isinstance(auxiliary, MCMCKernel) and callable(auxiliary):
         num = _num_required(auxiliary)
         if num in (1, 2):
-            return Chain(auxiliary, num_steps) if num == 1 else Function(auxiliary)
+            return (
+                ChainSimulator(auxiliary, num_steps) if num == 1 else FunctionSimulator(auxiliary)
+            )
     raise ModelError(
         "Exchange: `auxiliary` draws the fictitious data: a kernel class, `BlockGibbs`; a function "
         "of one argument from a model to a kernel, `lambda model: MALA(model, step_size=0.1)`; a "
@@ -62,7 +64,7 @@ def _num_required(function):
     return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
 
-class Function:
+class FunctionSimulator:
     """Exact draws by a function of the user's, ``(rng_key, params) -> {site: values}``."""
 
     is_exact = True
@@ -88,7 +90,7 @@ class Function:
         return drawn, drawn
 
 
-class Enumeration:
+class EnumerationSimulator:
     """Exact draws of finite discrete rows: all states of a row are weighed.
 
     :param int max_states: the most states of a row.
@@ -167,7 +169,7 @@ class _HideOutside(Messenger):
                 msg["stop"] = True
 
 
-class Chain:
+class ChainSimulator:
     """A Markov chain that starts at the data and takes a number of steps.
 
     :param build: a function from a model to a kernel.

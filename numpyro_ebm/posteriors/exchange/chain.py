@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chain of :class:`~numpyro_ebm.Exchange`: its state, how it starts, and what a step does.
 
-Pure functions of a :class:`~numpyro_ebm.posteriors.exchange.target.Target`. Here NumPyro's dicts of
-parameters, the fictitious data sets and the warm-up meet :mod:`numpyro_ebm.samplers.exchange`,
-which knows nothing but densities of arrays.
+Pure functions of an :class:`~numpyro_ebm.posteriors.exchange.target.ExchangeTarget`. Here NumPyro's
+dicts of parameters, the fictitious data sets and the warm-up meet
+:mod:`numpyro_ebm.samplers.exchange`, which only takes densities of arrays.
 """
 
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def start_chain(rng_key, z, target, warmup, num_references):
     """The first state of a chain.
 
     :param dict z: unconstrained values of the parameters.
-    :param Target target: the posterior.
+    :param ExchangeTarget target: the posterior.
     :param Warmup warmup: what adapts its proposal.
     :param int num_references: data sets that warm-up is to draw, 0 for a random walk.
     """
@@ -119,7 +119,7 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
     """One step of a chain.
 
     :param ExchangeState state: where it is.
-    :param Target target: the posterior.
+    :param ExchangeTarget target: the posterior.
     :param Warmup warmup: what adapts its proposal.
     :param auxiliary: what draws the fictitious data, of
         :mod:`numpyro_ebm.posteriors.exchange.auxiliary`.
@@ -142,7 +142,7 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
         return auxiliary.transition(rng_key, target, params, data)
 
     groups = (target.num_groups,)
-    chain = exchange.ExchangeState(
+    chain = exchange.ExchangeChainState(
         position,
         jnp.reshape(state.log_prior, groups),
         jnp.reshape(state.log_density, groups),

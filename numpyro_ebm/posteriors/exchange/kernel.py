@@ -25,7 +25,7 @@ from numpyro_ebm.posteriors.exchange.chain import (
     step_chain,
 )
 from numpyro_ebm.posteriors.exchange.start import check_start, initial_parameters
-from numpyro_ebm.posteriors.exchange.target import Target, complete_prior
+from numpyro_ebm.posteriors.exchange.target import ExchangeTarget, complete_prior
 from numpyro_ebm.posteriors.exchange.warmup import Warmup
 
 __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
@@ -205,7 +205,7 @@ class Exchange(RowKernel):
     # Inside
 
     def _target(self, model_args, model_kwargs):
-        return Target(self._model, model_args, model_kwargs, self._by_row)
+        return ExchangeTarget(self._model, model_args, model_kwargs, self._by_row)
 
     def _check_warmup(self, num_warmup):
         if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):

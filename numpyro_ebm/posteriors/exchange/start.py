@@ -44,7 +44,7 @@ def check_start(state, target):
     """Look at the densities of a first state, and at whether its rows can accept on their own.
 
     :param ExchangeState state: of one chain, or of several that lead in its arrays.
-    :param Target target: the posterior.
+    :param ExchangeTarget target: the posterior.
     :raises ModelError: if a density is not finite, or the parameters of rows are coupled where
         every row has its own.
     """

@@ -21,7 +21,7 @@ from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_model import placeholder
 
-__all__ = ["Target", "complete_prior"]
+__all__ = ["ExchangeTarget", "complete_prior"]
 
 
 class _UnsetParams(Messenger):
@@ -43,7 +43,7 @@ def complete_prior(model, args, kwargs):
     return substitute(prior, substitute_fn=placeholder)
 
 
-class Target:
+class ExchangeTarget:
     """A model with priors, read for the exchange algorithm.
 
     - **row_model** - the rows.
