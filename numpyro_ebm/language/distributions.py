@@ -29,18 +29,21 @@ def _shape(event_shape, owner):
     return event_shape
 
 
-def is_real(support):
-    """Whether a support is all real numbers, vectors or arrays."""
+def scalar_support(support):
+    """The support of one number of an array, without event dimensions."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    return support is constraints.real
+    return support
+
+
+def is_real(support):
+    """Whether a support is all real numbers, vectors or arrays."""
+    return scalar_support(support) is constraints.real
 
 
 def lowest_value(support):
     """The smallest value of a discrete support."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return int(getattr(support, "lower_bound", 0))
+    return int(getattr(scalar_support(support), "lower_bound", 0))
 
 
 def is_enumerating():

@@ -18,11 +18,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import biject_to, constraints
+from numpyro.distributions import biject_to
 from numpyro.handlers import trace
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.distributions import scalar_support
 from numpyro_ebm.program.row_axes import MIXED, row_axes
 
 __all__ = ["check_rows"]
@@ -186,7 +187,7 @@ def _somewhere(rng_key, value, support, spread=1.0):
         return tree.unflatten(_near_zero(k, x) for k, x in zip(keys, leaves))  # noqa: B905
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if support.is_discrete:
-        low = jnp.asarray(getattr(_of_numbers(support), "lower_bound", 0))
+        low = jnp.asarray(getattr(scalar_support(support), "lower_bound", 0))
         up = low + jax.random.bernoulli(rng_key, 0.5, shape)
         return _if_supported(support, up, low).astype(jnp.result_type(dtype, low))
     transform = biject_to(support)
@@ -204,17 +205,10 @@ def _elsewhere(rng_key, value, support, spread):
 
 def _if_supported(support, wanted, other):
     """What is wanted, and the other where it is not on a discrete support."""
-    inside = _of_numbers(support)(wanted)
+    inside = scalar_support(support)(wanted)
     return jnp.where(
         inside.reshape(inside.shape + (1,) * (wanted.ndim - inside.ndim)), wanted, other
     )
-
-
-def _of_numbers(support):
-    """The support of one number of an array."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _near_zero(rng_key, like):

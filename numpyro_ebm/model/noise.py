@@ -21,7 +21,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import is_real
+from numpyro_ebm.language.distributions import is_real, scalar_support
 
 __all__ = ["Noise"]
 
@@ -257,8 +257,7 @@ def _same_bounds(support, other):
 
 
 def _bounds(support):
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
+    support = scalar_support(support)
     if isinstance(support, type(constraints.boolean)):
         return 0, 1
     return getattr(support, "lower_bound", -np.inf), getattr(support, "upper_bound", np.inf)
