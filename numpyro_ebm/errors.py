@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, by name: every error says which site it means and what to write instead."""
+"""What can go wrong, by name: every error says which site it means and what to write instead.
+
+The ``check_...`` functions hold options to their range, with one message for each kind.
+"""
 
 __all__ = [
     "FarNoiseWarning",
@@ -10,6 +13,9 @@ __all__ = [
     "QuadratureWarning",
     "ShortAuxiliaryWarning",
     "UnhandledEnergyError",
+    "check_fraction",
+    "check_integer",
+    "check_positive",
 ]
 
 
@@ -60,3 +66,29 @@ class EmulationWarning(RuntimeWarning):
 
 class ShortAuxiliaryWarning(RuntimeWarning):
     """Auxiliary chains of the exchange algorithm end while they still drift: they are too short."""
+
+
+def check_integer(owner, minimum=1, **options):
+    """Raise :class:`ModelError` unless options are integers of at least ``minimum``.
+
+    :param str owner: what the options belong to, for the message.
+    :param options: values by name; booleans are no integers.
+    """
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            what = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+            raise ModelError(f"{owner}: `{name}` must be {what}, got {value!r}.")
+
+
+def check_positive(owner, **options):
+    """Raise :class:`ModelError` unless options are positive numbers."""
+    for name, value in options.items():
+        if not value > 0:
+            raise ModelError(f"{owner}: `{name}` must be positive, got {value}.")
+
+
+def check_fraction(owner, **options):
+    """Raise :class:`ModelError` unless options are numbers between 0 and 1, without the ends."""
+    for name, value in options.items():
+        if not 0 < value < 1:
+            raise ModelError(f"{owner}: `{name}` must be between 0 and 1, got {value}.")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals.base import choose
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
@@ -119,8 +119,7 @@ def fisher_divergence(
             "fisher_divergence: `validation_fraction` and `test_fraction` must be positive, and "
             f"leave rows to train on, got {parts}."
         )
-    if num_steps < 1 or num_looks < 1:
-        raise ModelError("fisher_divergence: `num_steps` and `num_looks` must be positive.")
+    check_integer("fisher_divergence", num_steps=num_steps, num_looks=num_looks)
     row_model = read_model(model, (data,), kwargs)
     if row_model.parameters:
         raise ModelError(

@@ -13,7 +13,7 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 
 __all__ = [
     "Grid",
@@ -38,8 +38,7 @@ def make_grid(who, xlim, ylim, num):
     for name, limits in (("xlim", xlim), ("ylim", ylim)):
         if len(limits) != 2 or not limits[0] < limits[1]:
             raise ModelError(f"{who}: `{name}` must be (low, high), got {limits}.")
-    if not isinstance(num, int) or num < 2:
-        raise ModelError(f"{who}: `num` must be an integer of at least 2, got {num!r}.")
+    check_integer(who, 2, num=num)
     return Grid(np.linspace(*xlim, num), np.linspace(*ylim, num))
 
 

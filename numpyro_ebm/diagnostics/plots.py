@@ -16,7 +16,7 @@ from numpyro_ebm.diagnostics.plot_arrays import (
     make_grid,
     paths_of_chains,
 )
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 
 __all__ = ["chains", "density", "energies", "samples", "training"]
 
@@ -252,8 +252,7 @@ def training(fit, *, window=None, label=None, ax=None):
             f"{type(fit).__name__}."
         )
     window = max(1, len(losses) // 50) if window is None else window
-    if not isinstance(window, int) or window < 1:
-        raise ModelError(f"plots.training: `window` must be a positive integer, got {window!r}.")
+    check_integer("plots.training", window=window)
     window = min(window, len(losses))
     total = np.cumsum(np.concatenate([[0.0], losses]))
     mean = (total[window:] - total[:-window]) / window

@@ -25,7 +25,7 @@ from jax.lax import stop_gradient
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import VaGES
 from numpyro_ebm.objectives.stein import KERNELS
 
@@ -234,10 +234,7 @@ def _check_options(kernel, bandwidth, num_bootstrap, flip_probability):
         raise ModelError(
             f"stein_test: `bandwidth` must be a positive number or 'median', got {bandwidth!r}."
         )
-    if not isinstance(num_bootstrap, int) or num_bootstrap < 1:
-        raise ModelError(
-            f"stein_test: `num_bootstrap` must be a positive integer, got {num_bootstrap!r}."
-        )
+    check_integer("stein_test", num_bootstrap=num_bootstrap)
     if not 0 < flip_probability <= 0.5:
         raise ModelError(
             "stein_test: `flip_probability` must be above 0 and at most 0.5, got "

@@ -14,7 +14,7 @@ from numpyro.handlers import substitute
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import Messenger
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.language.handlers import set_visible, substitute_and_block
 from numpyro_ebm.language.sites import plates_of, unwrap
 
@@ -54,8 +54,7 @@ class RelaxedELBO:
     can_infer_discrete = True
 
     def __init__(self, temperature=0.1, *, path_derivative=True):
-        if not temperature > 0:
-            raise ModelError(f"RelaxedELBO: `temperature` must be positive, got {temperature}.")
+        check_positive("RelaxedELBO", temperature=temperature)
         self.temperature = temperature
         self.path_derivative = path_derivative
 

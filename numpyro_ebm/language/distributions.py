@@ -15,7 +15,12 @@ from jax import lax
 from numpyro.distributions import constraints
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnhandledEnergyError
+from numpyro_ebm.errors import (
+    ImproperSamplingError,
+    ModelError,
+    UnhandledEnergyError,
+    check_integer,
+)
 
 __all__ = ["Counting", "Lebesgue", "Unnormalized"]
 
@@ -134,10 +139,7 @@ class Counting(dist.Distribution):
     has_enumerate_support = True
 
     def __init__(self, num_values=2, event_shape=(), *, batch_shape=(), validate_args=None):
-        if not isinstance(num_values, int) or isinstance(num_values, bool) or num_values < 2:
-            raise ModelError(
-                f"Counting: `num_values` must be an integer of at least 2, got {num_values!r}."
-            )
+        check_integer("Counting", 2, num_values=num_values)
         self.num_values = num_values
         super().__init__(
             tuple(batch_shape), _shape(event_shape, "Counting"), validate_args=validate_args

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.util import find_stack_level, not_jax_tracer
 
-from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
+from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning, check_integer
 from numpyro_ebm.log_normalizers.annealing import annealed
 from numpyro_ebm.log_normalizers.enumeration import enumerated, why_not_enumerated
 from numpyro_ebm.log_normalizers.quadrature import integrated, why_not_integrated
@@ -154,11 +154,7 @@ class Options(NamedTuple):
         for name, number in self._asdict().items():
             if number is None and name in ("num_particles", "num_sweeps"):
                 continue
-            if not isinstance(number, int) or number < least.get(name, 1):
-                raise ModelError(
-                    f"log_normalizer: `{name}` must be an integer of at least "
-                    f"{least.get(name, 1)}, got {number!r}."
-                )
+            check_integer("log_normalizer", least.get(name, 1), **{name: number})
 
 
 def run_method(rng_key, target, method, options):

@@ -22,7 +22,7 @@ import jax
 from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 
 __all__ = ["ImportanceBound"]
@@ -52,11 +52,7 @@ class ImportanceBound(Marginal):
     value = "bound"
 
     def __init__(self, num_particles=5):
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ModelError(
-                "ImportanceBound: `num_particles` must be a positive integer, got "
-                f"{num_particles!r}."
-            )
+        check_integer("ImportanceBound", num_particles=num_particles)
         self.num_particles = num_particles
 
     @property

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.per_row import per_row
 
@@ -41,12 +41,8 @@ class LangevinRefinement:
     """
 
     def __init__(self, num_steps=5, step_size=1e-2, *, adjusted=False):
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ModelError(
-                f"LangevinRefinement: `num_steps` must be a positive integer, got {num_steps!r}."
-            )
-        if not step_size > 0:
-            raise ModelError(f"LangevinRefinement: `step_size` must be positive, got {step_size}.")
+        check_integer("LangevinRefinement", num_steps=num_steps)
+        check_positive("LangevinRefinement", step_size=step_size)
         self.num_steps = num_steps
         self.step_size = step_size
         self.adjusted = adjusted

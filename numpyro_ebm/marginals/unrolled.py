@@ -25,7 +25,7 @@ from jax.lax import stop_gradient
 from numpyro.distributions import biject_to
 from numpyro.infer import TraceGraph_ELBO
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.guides.losses import RelaxedELBO, default_guide_loss, row_guide_loss
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 from numpyro_ebm.program.draws import scan_keys
@@ -63,16 +63,10 @@ class Unrolled(Marginal):
     value = None
 
     def __init__(self, num_steps=5, *, step_size=None, num_particles=1, guide_loss=None):
-        if not isinstance(num_steps, int) or num_steps < 0:
-            raise ModelError(
-                f"Unrolled: `num_steps` must be an integer of at least 0, got {num_steps!r}."
-            )
-        if step_size is not None and not step_size > 0:
-            raise ModelError(f"Unrolled: `step_size` must be positive, got {step_size}.")
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ModelError(
-                f"Unrolled: `num_particles` must be a positive integer, got {num_particles!r}."
-            )
+        check_integer("Unrolled", 0, num_steps=num_steps)
+        if step_size is not None:
+            check_positive("Unrolled", step_size=step_size)
+        check_integer("Unrolled", num_particles=num_particles)
         self.num_steps = num_steps
         self.step_size = step_size
         self.num_particles = num_particles

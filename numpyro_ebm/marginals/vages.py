@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.nn import softmax
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 
 __all__ = ["VaGES", "cumulant_surrogate"]
@@ -53,11 +53,7 @@ class VaGES(Marginal):
     value = None
 
     def __init__(self, num_particles=2, importance_weighted=False, refine=None):
-        if not isinstance(num_particles, int) or num_particles < 2:
-            raise ModelError(
-                "VaGES: `num_particles` must be an integer of at least 2, got "
-                f"{num_particles!r}: the covariance of one particle is undefined."
-            )
+        check_integer("VaGES", 2, num_particles=num_particles)
         if importance_weighted and refine is not None:
             raise ModelError(
                 "VaGES: refined particles have no known density, so `refine` and "

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import init_to_uniform
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import AdaptState
 from numpyro_ebm.mcmc.kernel import LangevinState, RowKernel
@@ -125,14 +125,9 @@ class AnnealedLangevin(RowKernel):
         _check_levels(levels, "noise_scales" if by_noise else "inverse_temperatures", by_noise)
         step_size = 0.1 if step_size is None else step_size
         init_scale = (levels[0] if by_noise else 1.0) if init_scale is None else init_scale
-        for name, value in (
-            ("noise_scale", noise_scale),
-            ("num_steps", num_steps),
-            ("step_size", step_size),
-            ("init_scale", init_scale),
-        ):
-            if value is not None and not value > 0:
-                raise ModelError(f"AnnealedLangevin: `{name}` must be positive, got {value}.")
+        check_positive(self._name, num_steps=num_steps, step_size=step_size, init_scale=init_scale)
+        if noise_scale is not None:
+            check_positive(self._name, noise_scale=noise_scale)
         last = levels[-1] if by_noise else noise_scale
         if not by_noise and noise_scale is not None and denoise and levels[-1] != 1:
             raise ModelError(

@@ -19,7 +19,7 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values, support_values
@@ -130,13 +130,9 @@ class DiscreteLangevin(RowKernel):
         differences="gradient",
         init_strategy=init_to_uniform,
     ):
-        if step_size is not None and not step_size > 0:
-            raise ModelError(f"{self._name}: `step_size` must be positive, got {step_size}.")
-        if not 0 < target_accept_prob < 1:
-            raise ModelError(
-                f"{self._name}: `target_accept_prob` must be between 0 and 1, got "
-                f"{target_accept_prob}."
-            )
+        if step_size is not None:
+            check_positive(self._name, step_size=step_size)
+        check_fraction(self._name, target_accept_prob=target_accept_prob)
         if differences not in ("gradient", "exact"):
             raise ModelError(
                 f'{self._name}: `differences` must be "gradient" or "exact", got {differences!r}.'

@@ -21,7 +21,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
 from numpyro_ebm.model.row_model import read_fixed_model
@@ -251,13 +251,9 @@ class ChainKernel(RowKernel):
         target_accept_prob=0.5,
         adapt_mass_matrix=False,
     ):
-        if step_size is not None and not step_size > 0:
-            raise ModelError(f"{self._name}: `step_size` must be positive, got {step_size}.")
-        if not 0 < target_accept_prob < 1:
-            raise ModelError(
-                f"{self._name}: `target_accept_prob` must be between 0 and 1, got "
-                f"{target_accept_prob}."
-            )
+        if step_size is not None:
+            check_positive(self._name, step_size=step_size)
+        check_fraction(self._name, target_accept_prob=target_accept_prob)
         self._step_size = step_size
         self._adapt_step_size = adapt_step_size
         self._adapt_mass_matrix = adapt_mass_matrix

@@ -10,7 +10,7 @@ from blackjax.mcmc.integrators import IntegratorState
 from blackjax.util import generate_unit_vector
 from numpyro.infer import init_to_uniform
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.mcmc.adaptation import energy_error_tuner
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 
@@ -106,13 +106,11 @@ class MCLMC(ChainKernel):
         adapt_mass_matrix=True,
         init_strategy=init_to_uniform,
     ):
-        for name, value in (
-            ("trajectory_length", 1.0 if trajectory_length is None else trajectory_length),
-            ("target_energy_variance", target_energy_variance),
-            ("max_num_steps", max_num_steps),
-        ):
-            if not value > 0:
-                raise ModelError(f"MCLMC: `{name}` must be positive, got {value}.")
+        check_positive(
+            "MCLMC", target_energy_variance=target_energy_variance, max_num_steps=max_num_steps
+        )
+        if trajectory_length is not None:
+            check_positive("MCLMC", trajectory_length=trajectory_length)
         super().__init__(
             model,
             step_size,

@@ -9,7 +9,7 @@ from numpyro.handlers import trace
 from numpyro.infer import init_to_uniform
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import acceptance_tuner
 from numpyro_ebm.mcmc.kernel import RowKernel
@@ -140,13 +140,9 @@ class ReplicaExchange(RowKernel):
         target_accept_prob=0.574,
         init_strategy=init_to_uniform,
     ):
-        if step_size is not None and not step_size > 0:
-            raise ModelError(f"ReplicaExchange: `step_size` must be positive, got {step_size}.")
-        if not 0 < target_accept_prob < 1:
-            raise ModelError(
-                "ReplicaExchange: `target_accept_prob` must be between 0 and 1, got "
-                f"{target_accept_prob}."
-            )
+        if step_size is not None:
+            check_positive("ReplicaExchange", step_size=step_size)
+        check_fraction("ReplicaExchange", target_accept_prob=target_accept_prob)
         self._ladder = read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
         tuner = acceptance_tuner(target_accept_prob)
         adapt_ladder = adapt_ladder and len(self._ladder) > 2  # its ends stay

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.adaptation.staged_adaptation import build_schedule
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.mcmc.adaptation import Tuner
 from numpyro_ebm.samplers.tempering import equal_rejection_ladder
 
@@ -42,10 +42,7 @@ def read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature):
     :raises ModelError: if they mean none.
     """
     if inverse_temperatures is None:
-        if not (isinstance(num_replicas, int) and num_replicas > 1):
-            raise ModelError(
-                f"ReplicaExchange: `num_replicas` must be 2 at least, got {num_replicas!r}."
-            )
+        check_integer("ReplicaExchange", 2, num_replicas=num_replicas)
         if not 0 < min_inverse_temperature < 1:
             raise ModelError(
                 "ReplicaExchange: `min_inverse_temperature` must be between 0 and 1, got "

@@ -9,7 +9,7 @@ from jax import lax
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals.enumerated import (
     event_states,
     factorises,
@@ -75,9 +75,7 @@ def sample(
     >>> draws["v"].shape, draws["h"].shape
     ((200, 1, 2), (200, 1, 4))
     """
-    for name, number in (("num_samples", num_samples), ("thinning", thinning)):
-        if not isinstance(number, int) or number < 1:
-            raise ModelError(f"sample: `{name}` must be a positive integer, got {number!r}.")
+    check_integer("sample", num_samples=num_samples, thinning=thinning)
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
     key_chains, key_discrete = jax.random.split(rng_key)
     row_model = read_fixed_model(model, args, kwargs)

@@ -9,7 +9,7 @@ from blackjax.util import generate_gaussian_noise
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import check_positive
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 
 __all__ = ["UnderdampedLangevin"]
@@ -81,11 +81,7 @@ class UnderdampedLangevin(ChainKernel):
         adapt_mass_matrix=True,
         init_strategy=init_to_uniform,
     ):
-        if not friction > 0:
-            raise ModelError(
-                f"UnderdampedLangevin: `friction` must be positive, got {friction}: without it "
-                "the momenta would never change."
-            )
+        check_positive("UnderdampedLangevin", friction=friction)
         self._friction = friction
         self._kernel = blackjax.ghmc.build_kernel()
         super().__init__(

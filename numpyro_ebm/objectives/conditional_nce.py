@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn import softplus
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import check_integer, check_positive
 from numpyro_ebm.objectives.base import Objective, each
-from numpyro_ebm.objectives.noise_contrast import check_ratio
 
 __all__ = ["ConditionalNCE"]
 
@@ -41,9 +40,8 @@ class ConditionalNCE(Objective):
     needs = "value"
 
     def __init__(self, noise_scale, noise_ratio=1, marginal=None):
-        if not noise_scale > 0:
-            raise ModelError(f"ConditionalNCE: `noise_scale` must be positive, got {noise_scale}.")
-        check_ratio(self, noise_ratio)
+        check_positive("ConditionalNCE", noise_scale=noise_scale)
+        check_integer("ConditionalNCE", noise_ratio=noise_ratio)
         self.noise_scale = noise_scale
         self.noise_ratio = noise_ratio
         super().__init__(marginal)

@@ -28,7 +28,7 @@ from numpyro.diagnostics import split_gelman_rubin
 from numpyro.handlers import substitute
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.objectives.base import Objective
 
@@ -114,10 +114,7 @@ class ContrastiveDivergence(Objective):
                 "ContrastiveDivergence: `kernel` must be a function from a model to a kernel, such "
                 f"as `BlockGibbs` or `functools.partial(MALA, step_size=0.01)`, got {kernel!r}."
             )
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ModelError(
-                f"ContrastiveDivergence: `num_steps` must be a positive integer: {num_steps!r}."
-            )
+        check_integer("ContrastiveDivergence", num_steps=num_steps)
         if not 0 <= reset_probability <= 1:
             raise ModelError(
                 "ContrastiveDivergence: `reset_probability` must be between 0 and 1, got "

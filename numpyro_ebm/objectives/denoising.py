@@ -9,7 +9,7 @@ v, and the choice of most deep energy-based models. It estimates the *smoothed* 
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.objectives.base import Objective, half_square
 
 __all__ = ["DenoisingScoreMatching", "MultiscaleDenoisingScoreMatching"]
@@ -57,10 +57,7 @@ class DenoisingScoreMatching(Objective):
     """
 
     def __init__(self, noise_scale, marginal=None, *, variance_reduction=True):
-        if not noise_scale > 0:
-            raise ModelError(
-                f"DenoisingScoreMatching: `noise_scale` must be positive, got {noise_scale}."
-            )
+        check_positive("DenoisingScoreMatching", noise_scale=noise_scale)
         self.noise_scale = noise_scale
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
@@ -142,11 +139,8 @@ class MultiscaleDenoisingScoreMatching(Objective):
         spacing="linear",
         variance_reduction=True,
     ):
-        if noise_scale is not None and not noise_scale > 0:
-            raise ModelError(
-                "MultiscaleDenoisingScoreMatching: `noise_scale` must be positive, or None for "
-                f"each level its own, got {noise_scale}."
-            )
+        if noise_scale is not None:
+            check_positive("MultiscaleDenoisingScoreMatching", noise_scale=noise_scale)
         if not 0 < min_noise_scale <= max_noise_scale:
             raise ModelError(
                 "MultiscaleDenoisingScoreMatching: needs 0 < min_noise_scale <= max_noise_scale, "

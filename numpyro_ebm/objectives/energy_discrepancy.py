@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.model.finite_supports import finite_values, shifted
 from numpyro_ebm.objectives.base import Objective
 
@@ -101,17 +101,10 @@ class EnergyDiscrepancy(Objective):
             raise ModelError(
                 f"EnergyDiscrepancy: `noise_scale` must be positive, got {noise_scale!r}."
             )
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-            raise ModelError(
-                f"EnergyDiscrepancy: `num_samples` must be a positive integer, got {num_samples!r}."
-            )
+        check_integer("EnergyDiscrepancy", num_samples=num_samples)
         if not 0 <= w < math.inf:
             raise ModelError(f"EnergyDiscrepancy: `w` must be zero or positive, got {w!r}.")
-        if not 0 < flip_probability < 1:
-            raise ModelError(
-                "EnergyDiscrepancy: `flip_probability` must lie between 0 and 1, got "
-                f"{flip_probability!r}."
-            )
+        check_fraction("EnergyDiscrepancy", flip_probability=flip_probability)
         if perturbation not in PERTURBATIONS:
             raise ModelError(
                 "EnergyDiscrepancy: `perturbation` must be one of "

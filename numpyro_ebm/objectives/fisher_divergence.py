@@ -24,7 +24,7 @@ import numpyro
 from numpyro.distributions import constraints
 from numpyro.handlers import block, seed, substitute, trace
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, half_square
 from numpyro_ebm.objectives.score_matching import second_derivative
 
@@ -105,11 +105,7 @@ class FisherDivergence(Objective):
                 "FisherDivergence: `critic` must be a NumPyro function from (rows, D) to the same "
                 f"shape, got {critic!r}."
             )
-        if not isinstance(num_critic_steps, int) or num_critic_steps < 1:
-            raise ModelError(
-                "FisherDivergence: `num_critic_steps` must be a positive integer, got "
-                f"{num_critic_steps!r}."
-            )
+        check_integer("FisherDivergence", num_critic_steps=num_critic_steps)
         self.critic = mlp_critic if critic is None else critic
         self.residual = residual
         # Third derivatives are those of the trace in the energy's parameters.

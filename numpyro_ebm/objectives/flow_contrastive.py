@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.lax import stop_gradient
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.objectives.base import AuxiliaryNetwork
 from numpyro_ebm.objectives.nce import NCE
@@ -84,10 +84,7 @@ class FlowContrastive(NCE):
         num_flow_steps=1,
         likelihood_weight=0.0,
     ):
-        if not isinstance(num_flow_steps, int) or num_flow_steps < 1:
-            raise ModelError(
-                f"FlowContrastive: `num_flow_steps` must be a positive integer: {num_flow_steps!r}."
-            )
+        check_integer("FlowContrastive", num_flow_steps=num_flow_steps)
         if not likelihood_weight >= 0:
             raise ModelError(
                 f"FlowContrastive: `likelihood_weight` must not be negative: {likelihood_weight}."

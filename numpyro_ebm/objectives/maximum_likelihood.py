@@ -17,7 +17,7 @@ from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level
 
-from numpyro_ebm.errors import ModelError, QuadratureWarning
+from numpyro_ebm.errors import ModelError, QuadratureWarning, check_integer
 from numpyro_ebm.log_normalizers.exact import (
     AT_ONCE,
     REACH,
@@ -74,10 +74,7 @@ class MaximumLikelihood(Objective):
     needs = "value"
 
     def __init__(self, marginal=None, *, num_nodes=128, max_states=1_048_576):
-        if not isinstance(num_nodes, int) or num_nodes < 4:
-            raise ModelError(
-                f"MaximumLikelihood: `num_nodes` must be an integer of at least 4: {num_nodes!r}."
-            )
+        check_integer("MaximumLikelihood", 4, num_nodes=num_nodes)
         self.num_nodes = num_nodes
         self.max_states = max_states
         super().__init__(marginal)

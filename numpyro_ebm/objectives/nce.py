@@ -14,7 +14,7 @@ from numpyro.distributions import constraints
 from numpyro.ops.provenance import eval_provenance
 from numpyro.util import find_stack_level, not_jax_tracer
 
-from numpyro_ebm.errors import FarNoiseWarning, ModelError
+from numpyro_ebm.errors import FarNoiseWarning, ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import AuxiliaryNetwork
@@ -102,11 +102,7 @@ class NCE(NoiseContrast):
     ):
         super().__init__(noise, noise_ratio, marginal)
         self.init_log_normalizer = init_log_normalizer
-        if not isinstance(num_noise_steps, int) or num_noise_steps < 1:
-            raise ModelError(
-                f"{type(self).__name__}: `num_noise_steps` must be a positive integer, got "
-                f"{num_noise_steps!r}."
-            )
+        check_integer(type(self).__name__, num_noise_steps=num_noise_steps)
         if noise_optim is not None and (
             isinstance(noise, dist.Distribution) or not callable(noise)
         ):

@@ -28,11 +28,11 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import check_integer
 from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.objectives.base import Objective
 
-__all__ = ["NoiseContrast", "check_ratio"]
+__all__ = ["NoiseContrast"]
 
 
 class NoiseContrast(Objective):
@@ -41,7 +41,7 @@ class NoiseContrast(Objective):
     order = 1
 
     def __init__(self, noise, noise_ratio, marginal):
-        check_ratio(self, noise_ratio)
+        check_integer(type(self).__name__, noise_ratio=noise_ratio)
         self.noise = noise
         self.noise_ratio = noise_ratio
         super().__init__(marginal)
@@ -77,12 +77,3 @@ class NoiseContrast(Objective):
         }
         keys = jnp.concatenate([key_data[None], jax.random.split(key_noise, self.noise_ratio)])
         return jax.vmap(one)(keys, points)
-
-
-def check_ratio(objective, noise_ratio):
-    """Raise unless the number of noise draws for each row is a positive integer."""
-    if not isinstance(noise_ratio, int) or noise_ratio < 1:
-        raise ModelError(
-            f"{type(objective).__name__}: `noise_ratio` must be a positive integer, got "
-            f"{noise_ratio!r}."
-        )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import check_integer
 from numpyro_ebm.objectives.base import Objective, each, half_square
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
@@ -77,10 +77,7 @@ class SlicedScoreMatching(Objective):
     order = 3
 
     def __init__(self, num_slices=1, marginal=None, *, variance_reduction=True):
-        if not isinstance(num_slices, int) or num_slices < 1:
-            raise ModelError(
-                f"SlicedScoreMatching: `num_slices` must be a positive integer, got {num_slices!r}."
-            )
+        check_integer("SlicedScoreMatching", num_slices=num_slices)
         self.num_slices = num_slices
         self.variance_reduction = variance_reduction
         super().__init__(marginal)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.posteriors.potential import hessian_by_differences
 
 __all__ = ["Calibration", "calibrate"]
@@ -49,10 +49,7 @@ def calibrate(rng_key, potential, method, num_resamples):
         raise ModelError(
             f"generalized: `method` must be 'sandwich' or 'bootstrap', got {method!r}."
         )
-    if not isinstance(num_resamples, int) or num_resamples < 2:
-        raise ModelError(
-            f"generalized: `num_resamples` must be an integer of at least 2, got {num_resamples!r}."
-        )
+    check_integer("generalized", 2, num_resamples=num_resamples)
     key_loss, key_resample = jax.random.split(rng_key)
     resampled = potential.resampled()
     value_and_gradient = jax.jit(jax.value_and_grad(resampled))

@@ -21,7 +21,7 @@ from numpyro.infer.util import transform_fn
 from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
-from numpyro_ebm.errors import ModelError, NonFiniteLossWarning
+from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.svi.loop import CHUNK, compiled, compiler_options, next_length, select, take_rounds
@@ -155,12 +155,9 @@ class EnergySVI(SVI):
                 "EnergySVI: `loss` must be an objective such as `DenoisingScoreMatching(0.05)`, "
                 f"got {loss!r}. A NumPyro ELBO belongs in `guide_loss`."
             )
-        if not isinstance(num_guide_steps, int) or num_guide_steps < 1:
-            raise ModelError(
-                f"EnergySVI: `num_guide_steps` must be a positive integer, got {num_guide_steps!r}."
-            )
-        if num_rows is not None and (not isinstance(num_rows, int) or num_rows < 1):
-            raise ModelError(f"EnergySVI: `num_rows` must be a positive integer, got {num_rows!r}.")
+        check_integer("EnergySVI", num_guide_steps=num_guide_steps)
+        if num_rows is not None:
+            check_integer("EnergySVI", num_rows=num_rows)
         super().__init__(model, guide, optim, loss, **static_kwargs)
         self.guide_loss = guide_loss
         self.guide_optim = (

@@ -31,7 +31,7 @@ from numpyro_ebm.diagnostics.gap.weights import (
     weigh_states,
 )
 from numpyro_ebm.diagnostics.reading import map_leading, read_guide
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_model
 
@@ -203,10 +203,7 @@ def _fisher(row_model, particles, log_p, log_q):
 
 def _read(model, guide, params, args, kwargs, num_particles, gradient):
     """The model and the guide beside it, or what is wrong with them."""
-    if not isinstance(num_particles, int) or num_particles < 2:
-        raise ModelError(
-            f"posterior_gap: `num_particles` must be an integer of at least 2: {num_particles!r}."
-        )
+    check_integer("posterior_gap", 2, num_particles=num_particles)
     if not isinstance(params, dict):
         raise ModelError(
             "posterior_gap: `params` must be a dict of parameter values by site name, such as "

@@ -19,7 +19,7 @@ from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.mcmc.annealed import AnnealedLangevin
@@ -179,10 +179,7 @@ class ChainSimulator:
     is_exact = False
 
     def __init__(self, build, num_steps):
-        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-            raise ModelError(
-                f"Exchange: `num_auxiliary_steps` must be a positive integer, got {num_steps!r}."
-            )
+        check_integer("Exchange", num_auxiliary_steps=num_steps)
         self.build, self.num_steps = build, num_steps
 
     def check(self, target, z, num_bridges):

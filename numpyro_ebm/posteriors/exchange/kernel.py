@@ -14,7 +14,7 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_fraction, check_integer, check_positive
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.posteriors.exchange.auxiliary import make_auxiliary
 from numpyro_ebm.posteriors.exchange.chain import (
@@ -153,22 +153,13 @@ class Exchange(RowKernel):
             raise ModelError(
                 f'Exchange: `proposal` must be "random_walk" or "langevin", got {proposal!r}.'
             )
-        if not isinstance(num_bridges, int) or num_bridges < 0:
-            raise ModelError(
-                f"Exchange: `num_bridges` must be an integer of at least 0, got {num_bridges!r}."
-            )
-        if step_size is not None and not step_size > 0:
-            raise ModelError(f"Exchange: `step_size` must be positive, got {step_size}.")
-        if target_accept_prob is not None and not 0 < target_accept_prob < 1:
-            raise ModelError(
-                f"Exchange: `target_accept_prob` must be between 0 and 1, got {target_accept_prob}."
-            )
-        if num_references is not None and (
-            not isinstance(num_references, int) or num_references < 1
-        ):
-            raise ModelError(
-                f"Exchange: `num_references` must be a positive integer, got {num_references!r}."
-            )
+        check_integer("Exchange", 0, num_bridges=num_bridges)
+        if step_size is not None:
+            check_positive("Exchange", step_size=step_size)
+        if target_accept_prob is not None:
+            check_fraction("Exchange", target_accept_prob=target_accept_prob)
+        if num_references is not None:
+            check_integer("Exchange", num_references=num_references)
         self._auxiliary = make_auxiliary(auxiliary, num_auxiliary_steps, max_states)
         self._is_langevin = proposal == "langevin"
         self._num_bridges = num_bridges
