@@ -16,6 +16,7 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["EnergyGap", "energy_gap"]
 
@@ -114,7 +115,6 @@ def energy_gap(
         _, log_det = row_model.constrain(point)  # energies are those of v itself
         return log_det - estimate.log_density(params, point)
 
-    @jax.jit
     def run():
         key_data, key_samples = jax.random.split(rng_key)
         observed = row_model.to_rows(row_model.visible_values)
@@ -122,7 +122,7 @@ def energy_gap(
         keys = jax.random.split(key_samples, len(next(iter(groups.values()))))
         return energies((key_data, observed)), map_leading(energies, (keys, groups))
 
-    of_data, of_samples = (np.asarray(x).ravel() for x in run())
+    of_data, of_samples = (np.asarray(x).ravel() for x in run_compiled(run))
     of_samples = of_samples[: len(next(iter(values.values())))]
     for name, x in (("data", of_data), ("samples", of_samples)):
         if not np.all(np.isfinite(x)):

@@ -14,6 +14,7 @@ from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = [
     "Grid",
@@ -72,7 +73,6 @@ def log_density_on_grid(
     if marginal.needs_guide and rng_key is None:
         raise ModelError(f"{who}: the particles of {marginal!r} need an `rng_key`.")
 
-    @jax.jit
     def log_density():
         u = row_model.unconstrain_visible()
         key = jax.random.key(0) if rng_key is None else rng_key
@@ -80,7 +80,7 @@ def log_density_on_grid(
         _, log_det = row_model.constrain(u)
         return estimate.log_density(params, u) - log_det
 
-    log_p = np.asarray(log_density(), float).reshape(len(grid.y), len(grid.x))
+    log_p = np.asarray(run_compiled(log_density), float).reshape(len(grid.y), len(grid.x))
     if np.any(np.isnan(log_p)) or np.any(log_p == np.inf) or not np.any(np.isfinite(log_p)):
         at = points[np.argmin(np.isfinite(log_p).ravel())]
         raise ModelError(f"{who}: the energy is not a number at {tuple(at)}. Narrow the frame.")

@@ -28,6 +28,7 @@ from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_row
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import VaGES
 from numpyro_ebm.objectives.stein import KERNELS
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["SteinTest", "stein_test"]
 
@@ -129,7 +130,6 @@ def stein_test(
             raise ModelError("stein_test: `draws` take the place of `marginal` and `guide`.")
         score = _score_of_draws(row_model, draws)
 
-    @jax.jit
     def run():
         point = row_model.unconstrain_visible()
         points, scores = row_model.flatten(point), row_model.flatten(score(point))
@@ -143,7 +143,7 @@ def stein_test(
         p_value = (1 + jnp.sum(null >= statistic)) / (num_bootstrap + 1)
         return SteinTest(statistic, p_value, null, by_row, length), scores
 
-    result, scores = run()
+    result, scores = run_compiled(run)
     _check_result(row_model, result, scores)
     return result
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import ImproperUniform, MaskedDistribution
 from numpyro.primitives import Messenger
-from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import NORMALIZER
@@ -29,7 +28,6 @@ __all__ = [
     "data_plate",
     "prior",
     "prior_part",
-    "quickly",
     "read_with_priors",
     "run_prior",
 ]
@@ -185,16 +183,6 @@ def is_improper(fn):
         isinstance(x, ImproperUniform) or (isinstance(x, MaskedDistribution) and x._mask is False)
         for x in layers(fn)
     )
-
-
-def quickly(fn, *args):
-    """``fn(*args)``, compiled as one program where it would run operation by operation.
-
-    NumPyro runs a model so when it starts; in a function that is traced already nothing changes.
-    """
-    if all(map(not_jax_tracer, jax.tree.leaves(args))):
-        fn = jax.jit(fn)
-    return fn(*args)
 
 
 def data_plate(row_model, indices=None):

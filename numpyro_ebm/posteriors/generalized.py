@@ -14,11 +14,12 @@ from numpyro.util import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
-from numpyro_ebm.model.priors import isolated, prior_part, quickly, read_with_priors, run_prior
+from numpyro_ebm.model.priors import isolated, prior_part, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.posteriors.calibration import calibrate
 from numpyro_ebm.posteriors.conjugate import gaussian_posterior
 from numpyro_ebm.posteriors.potential import Potential, own_parameter_prior
+from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["generalized"]
@@ -140,7 +141,7 @@ class generalized:
                         "no random key. Run it inside of `numpyro.handlers.seed(model, rng_key)`."
                     )
                 rng_key = jax.random.key(0)
-            loss = quickly(
+            loss = run_compiled(
                 lambda key, params: self._loss(key, params, args, kwargs),
                 rng_key,
                 {**params, **own},

@@ -16,10 +16,11 @@ from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.methods import Options, run_method
 from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import Enumerated, Exact
-from numpyro_ebm.model.priors import data_plate, isolated, quickly, read_with_priors, run_prior
+from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["NormalizedRow", "normalized"]
 
@@ -111,7 +112,7 @@ class normalized:
                 log_z = self._log_z(row_model, params, args, kwargs)
                 return _partial_log_density(row_model, params, latent) - log_z, log_z
 
-            rows, log_z = quickly(evaluate, params, latent)
+            rows, log_z = run_compiled(evaluate, params, latent)
         _observe(row_model, indices, rows)
         if hasattr(self.log_normalizer, "mcse"):
             times = row_model.total_rows if jnp.ndim(log_z) == 0 else 1

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.svi.loop import CHUNK, compiled, compiler_options, next_length, select, take_rounds
+from numpyro_ebm.program.compilation import compiler_options, run_compiled
+from numpyro_ebm.svi.loop import CHUNK, next_length, select, take_rounds
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.start import find_start, same_bounds
@@ -398,7 +399,7 @@ class EnergySVI(SVI):
             params, _, problem = self._round().prepare(key, key_prepare, state, args, kwargs)
             return self.loss.init_state(key_state, params, problem)
 
-        kept = compiled(first, state, args, kwargs)
+        kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
         return state._replace(objective_state=kept)
 
     def _review(self, result, minibatches, arrays):

@@ -10,11 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.program.draws import at, split_off_draws
 
-__all__ = ["CHUNK", "compiled", "compiler_options", "next_length", "select", "take_rounds"]
+__all__ = ["CHUNK", "next_length", "select", "take_rounds"]
 
 CHUNK = 1024
 """The most rounds between two looks at the losses; each chunk is one compiled call."""
@@ -24,9 +23,6 @@ SECONDS_PER_LOOK = 0.5
 
 DRAWN_AHEAD = 4 * 2**20
 """Bytes of random numbers that are drawn before the rounds they are for."""
-
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
-"""On CPU: compiles several times faster than the default level and runs within a tenth of it."""
 
 
 def take_rounds(one_round, is_finite, state, length, *, watched, stable):
@@ -107,16 +103,3 @@ def select(condition, new, old):
         return jnp.where(condition, x, y)
 
     return jax.tree.map(leaf, new, old)
-
-
-def compiled(fn, argument, *closed_over):
-    """``fn(argument)`` as one program; inside of a user's own ``jit``, as a part of that."""
-    # Inside of a `jit` new arrays are traced, whatever the arguments are.
-    if all(map(not_jax_tracer, jax.tree.leaves((argument, closed_over, jnp.zeros(()))))):
-        fn = jax.jit(fn, compiler_options=compiler_options())
-    return fn(argument)
-
-
-def compiler_options():
-    """What the compiler is told on this backend."""
-    return COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}

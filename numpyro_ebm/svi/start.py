@@ -17,8 +17,8 @@ from numpyro.util import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
-from numpyro_ebm.svi.loop import compiled
 
 __all__ = ["Start", "find_start", "same_bounds"]
 
@@ -79,7 +79,9 @@ def find_start(rng_key, model, guide, objective, guide_loss, init_params, args, 
         bounds = {name: jax.tree.leaves(traced.constraints[name]) for name in traced.penalised}
         return values, bounds
 
-    values, bounds = compiled(initial_values, rng_key, args, kwargs)
+    values, bounds = run_compiled(
+        initial_values, rng_key, unless=(args, kwargs), options=compiler_options()
+    )
     constraints = dict(traced.constraints)
     for name, leaves in bounds.items():
         tree = jax.tree.structure(constraints[name])

@@ -11,6 +11,7 @@ from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["convert_draws"]
 
@@ -95,7 +96,7 @@ def _energies(row_model, draws):
 
     shape = jnp.shape(next(iter(given.values())))[:2]
     flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), given)
-    rows = jax.jit(lambda x: lax.map(negative_log_density, x, batch_size=ENERGY_BATCH))(flat)
+    rows = run_compiled(lambda x: lax.map(negative_log_density, x, batch_size=ENERGY_BATCH), flat)
     rows = np.asarray(rows).reshape(*shape, -1)
     return {"energy": rows.sum(-1), "row_energy": rows}
 

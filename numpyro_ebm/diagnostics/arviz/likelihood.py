@@ -14,6 +14,7 @@ from scipy.special import ndtri
 from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["log_likelihood_of_rows", "spread_over_draws"]
 
@@ -98,11 +99,10 @@ def _log_densities(seen, log_normalizer):
             f"with_error=True)` instead of `log_normalizer`. ({error})"
         ) from None
 
-    @jax.jit
     def log_density():
         u = seen.unconstrain_visible()
         _, log_det = seen.constrain(u)
         bound = marginal.bind(jax.random.key(0), seen, None, {}, u, order=1)
         return bound.log_density({}, u) - log_det
 
-    return np.asarray(log_density(), float)
+    return np.asarray(run_compiled(log_density), float)

@@ -34,6 +34,7 @@ from numpyro_ebm.diagnostics.reading import map_leading, read_guide
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["PosteriorGap", "posterior_gap"]
 
@@ -138,7 +139,6 @@ def posterior_gap(
     def log_q(latent):
         return reader.log_density(params, visible, latent)
 
-    @jax.jit
     def run():
         particles = reader.draw(rng_key, params, visible, num_particles)
         points = all_states(row_model) if method == "enumerate" else particles
@@ -176,7 +176,7 @@ def posterior_gap(
         )
         return result, log_joint - log_guide, log_guide
 
-    result, log_w, log_guide = run()
+    result, log_w, log_guide = run_compiled(run)
     pareto_k = None
     if not_jax_tracer(log_w):
         _check_finite(log_w, log_guide, method)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions run as one compiled program, the arrays that they close over among its arguments.
+
+A model closes over its data and, once its parameters are fixed, over these. Under a plain `jax.jit`
+they become constants of the program, and the compiler evaluates whatever depends on nothing else:
+the energy of a small network at the points of a grid took it ten seconds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
+
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
+"""On CPU: compiles several times faster than the default level and runs within a tenth of it."""
+
+
+def run_compiled(
+    fn: Callable[..., Any],
+    *args: Any,
+    unless: Any = (),
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """``fn(*args)`` as one program; inside of a function that is being traced, as a part of that.
+
+    :param fn: a function of pytrees of arrays, which may close over others.
+    :param args: its arguments.
+    :param unless: a pytree of what it closes over, as far as that may be traced.
+    :param dict options: what the compiler is told, such as :func:`compiler_options`.
+    :return: what ``fn`` returns, a pytree of arrays.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.program.compilation import run_compiled
+    >>> table = jnp.arange(3.0)
+    >>> float(run_compiled(lambda x: jnp.sum(table * x), jnp.ones(3)))
+    3.0
+    """
+    if is_traced(args, unless):
+        return fn(*args)
+    program, constants = constants_as_arguments(fn, *args)
+    return jax.jit(program, compiler_options=options)(constants, *args)
+
+
+def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list]:
+    """``fn`` as a function of the arrays that it closes over, then of its arguments.
+
+    :param fn: a function of pytrees of arrays.
+    :param args: its arguments, or their shapes and types.
+    :return: the function, and the arrays.
+    """
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+
+    def program(constants, *args):
+        leaves = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+    return program, closed.consts
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a function is being traced, or one of the arrays given is traced."""
+    # Inside of a `jit` new arrays are traced, whatever the arguments are.
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((trees, jnp.zeros(()))))
+
+
+def compiler_options() -> dict[str, Any]:
+    """What the compiler is told on this backend where a program runs for a while."""
+    return COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
