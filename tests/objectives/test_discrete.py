@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pseudo-likelihood and ratio matching against tables of all states, and an Ising model learned."""
+"""Objectives of discrete sites against tables of all states, and an Ising model learned."""
 
 import itertools
 from collections.abc import Callable
@@ -12,13 +12,14 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from jax.nn import log_softmax, softmax
+from jax.nn import softmax
 from jax.scipy.special import logsumexp
 from oracles import jit
+from registry.objectives import formulas
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives import PseudoLikelihood, RatioMatching
+from numpyro_ebm.objectives import PseudoLikelihood
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 
 KEY = jax.random.key(0)
@@ -130,20 +131,9 @@ SYSTEMS = {
 }
 
 
-def pseudo_likelihood(table, index):
-    """-Σ_d log p(x_d | x_-d), one value a row, from the table of all states."""
-    axes = range(table.ndim)
-    return -sum(log_softmax(table, axis=d)[tuple(index.T)] for d in axes)
-
-
-def ratio_matching(table, index):
-    """Σ_d p(1 - x_d | x_-d)²."""
-    axes = range(table.ndim)
-    return sum((1.0 - softmax(table, axis=d)[tuple(index.T)]) ** 2 for d in axes)
-
-
-CASES = [(PseudoLikelihood, pseudo_likelihood, name) for name in SYSTEMS]
-CASES += [(RatioMatching, ratio_matching, name) for name in ("ising", "plates")]
+CASES = [(name, system) for name in formulas("discrete") for system in SYSTEMS]
+CASES += [(name, system) for name in formulas("binary") for system in ("ising", "plates")]
+FORMULAS = formulas("discrete", "binary")
 
 
 def arrays(params):
@@ -154,30 +144,30 @@ def assert_close(a, b, rtol=1e-10):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12), a, b)
 
 
-@pytest.mark.parametrize("make, formula, name", CASES)
-def test_equals_enumeration(x64, make, formula, name):
+@pytest.mark.parametrize("name, system", CASES)
+def test_equals_enumeration(x64, name, system):
     """Value and gradient, in any order of the rows, compiled or not."""
-    system = SYSTEMS[name]
-    index, params, objective = system.rows(), arrays(system.params), make()
+    eager, system = system == "ising", SYSTEMS[system]  # op by op is slow
+    index, params, objective = system.rows(), arrays(system.params), FORMULAS[name].make()
 
     def loss(params, index):
         return objective.loss(KEY, params, system.model, None, *system.pack(index))
 
     def expected(params):
-        return jnp.mean(formula(system.table(params), index))
+        return jnp.mean(FORMULAS[name].expected(system.table(params), index))
 
     compiled = jit(jax.value_and_grad(loss))
     found = compiled(params, index)
     assert_close(found, jax.value_and_grad(expected)(params))
     assert_close(compiled(params, index[::-1]), found)
-    if name == "ising":  # op by op is slow
+    if eager:
         assert_close(loss(params, index), found[0])
 
 
-@pytest.mark.parametrize("make, formula, name", CASES)
-def test_minimal_at_the_truth(x64, make, formula, name):
+@pytest.mark.parametrize("name, system", CASES)
+def test_minimal_at_the_truth(x64, name, system):
     """Under the model's own law the gradient is zero at its parameters, and only there."""
-    system = SYSTEMS[name]
+    system, objective = SYSTEMS[system], FORMULAS[name].make()
     params, states = arrays(system.params), system.states()
     weights = softmax(system.table(params).reshape(-1))
 
@@ -186,7 +176,7 @@ def test_minimal_at_the_truth(x64, make, formula, name):
     def gradient(params):
         def row(index):
             args = system.pack(index[None])
-            return make().loss(KEY, params, system.model, None, *args)
+            return objective.loss(KEY, params, system.model, None, *args)
 
         return weights @ jax.vmap(row)(states)
 
@@ -224,14 +214,15 @@ def test_bits_of_any_dtype(data):
             x = numpyro.sample("x", ebm.Counting(), obs=x)
             ebm.energy("E", -logit * x)
 
-    for make, expected in ((PseudoLikelihood, np.log(2.0)), (RatioMatching, 0.25)):
-        loss = jit(make().loss, static_argnums=(2, 3))(KEY, {"logit": 0.0}, bit, None, data)
-        assert loss == pytest.approx(expected)
+    for formula in FORMULAS.values():
+        loss = jit(formula.make().loss, static_argnums=(2, 3))(KEY, {"logit": 0.0}, bit, None, data)
+        expected = formula.expected(jnp.zeros(2), data.astype(int)[:, None])
+        assert loss == pytest.approx(jnp.mean(expected))
 
 
 def test_one_value_is_no_choice():
     model, data = one_site(dist.DiscreteUniform(4, 4), np.full(3, 4))
-    for make in (PseudoLikelihood, RatioMatching, EnergyDiscrepancy):
+    for make in (EnergyDiscrepancy, *(formula.make for formula in FORMULAS.values())):
         loss = jit(make().loss, static_argnums=(2, 3))(KEY, {"a": 0.1}, model, None, data)
         expected = np.log1p(1 / 16) if make is EnergyDiscrepancy else 0.0
         assert loss == pytest.approx(expected)
@@ -247,26 +238,28 @@ def one_site(fn, data):
     return model, data
 
 
+@pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize(
-    "make, fn, data, message",
+    "fn, data, message",
     [
-        (PseudoLikelihood, ebm.Lebesgue(), np.ones(3), "'x'.*ScoreMatching.*Denoising.*NCE"),
-        (RatioMatching, dist.Normal(0, 1), np.ones(3), "'x'.*ScoreMatching.*Denoising.*NCE"),
-        (PseudoLikelihood, dist.Poisson(2.0), np.ones(3, int), "'x'.*infinitely many"),
-        (RatioMatching, dist.Poisson(2.0), np.ones(3, int), "'x'.*infinitely many"),
-        (RatioMatching, ebm.Counting(3), np.ones(3, int), "'x' has 3 values.*PseudoLikelihood"),
-        (
-            PseudoLikelihood,
-            dist.DiscreteUniform(np.array([0, 1, 2]), 4),
-            np.full(3, 3),
-            "'x' must be the same",
-        ),
+        (ebm.Lebesgue(), np.ones(3), "'x'.*ScoreMatching.*Denoising.*NCE"),
+        (dist.Normal(0, 1), np.ones(3), "'x'.*ScoreMatching.*Denoising.*NCE"),
+        (dist.Poisson(2.0), np.ones(3, int), "'x'.*infinitely many"),
+        (dist.DiscreteUniform(np.array([0, 1, 2]), 4), np.full(3, 3), "'x' must be the same"),
     ],
 )
-def test_sites_it_is_not_for(make, fn, data, message):
+def test_sites_it_is_not_for(name, fn, data, message):
     model, data = one_site(fn, data)
-    with pytest.raises(ModelError, match=message):
-        make().loss(KEY, {"a": 0.1}, model, None, data)
+    objective = FORMULAS[name].make()
+    with pytest.raises(ModelError, match=type(objective).__name__ + ".*" + message):
+        objective.loss(KEY, {"a": 0.1}, model, None, data)
+
+
+@pytest.mark.parametrize("name", formulas("binary"))
+def test_more_values_than_two(name):
+    model, data = one_site(ebm.Counting(3), np.ones(3, int))
+    with pytest.raises(ModelError, match="'x' has 3 values.*PseudoLikelihood"):
+        FORMULAS[name].make().loss(KEY, {"a": 0.1}, model, None, data)
 
 
 def test_needs_data_and_exact_values():
@@ -332,11 +325,11 @@ def test_learns_an_ising_model():
     least = error(maximum_likelihood(bonds[states].mean(0), bonds))
     print(f"exact maximum likelihood: {least:.4f}")
     # Over eight data sets: at most 1.12, 1.15 and 1.10 times the error of maximum likelihood.
-    for objective in (PseudoLikelihood(), RatioMatching(), EnergyDiscrepancy()):
+    for make in (EnergyDiscrepancy, *(formula.make for formula in FORMULAS.values())):
         optim = optax.adam(optax.cosine_decay_schedule(0.05, 300))
-        svi = ebm.EnergySVI(lattice, None, optim, objective)
+        svi = ebm.EnergySVI(lattice, None, optim, make())
         found = error(svi.run(KEY, 300, data, progress_bar=False).params["J"])
-        print(f"{objective!r}: {found:.4f}")
+        print(f"{make.__name__}: {found:.4f}")
         assert found < 1.3 * least
 
 
@@ -352,11 +345,12 @@ WAYS = {  # how the energy is written, the rows, and what that lets the objectiv
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("objective", [ebm.PseudoLikelihood(), ebm.RatioMatching()])
-def test_quadratic_energies_take_less_than_all_neighbours(x64, monkeypatch, objective, way):
-    """Against all neighbours one by one, curvature of single coordinates included."""
+@pytest.mark.parametrize("name", FORMULAS)
+def test_quadratic_energies_take_less_than_all_neighbours(x64, monkeypatch, name, way):
+    """Against the table of each row, curvature of single coordinates included."""
     form, num_rows, expected_ways = WAYS[way]
-    num_values = 2 if isinstance(objective, ebm.RatioMatching) else 3
+    num_values = 2 if name in formulas("binary") else 3
+    objective = FORMULAS[name].make()
     rng = np.random.default_rng(0)
     data = rng.integers(0, num_values, (num_rows, 4))
     params = {"J": rng.normal(size=(4, 4)), "field": rng.normal(size=4)}  # J has a diagonal
@@ -375,18 +369,13 @@ def test_quadratic_energies_take_less_than_all_neighbours(x64, monkeypatch, obje
             scale = {"closed over": jnp.asarray(ROW_FIELDS), "counted": jnp.arange(len(data)) / 5}
             ebm.energy("E", -log_density(J, field, v, scale.get(form, 1.0)))
 
-    scale = {"closed over": ROW_FIELDS, "counted": np.arange(num_rows) / 5}.get(form, 1.0)
-    here, expected = log_density(params["J"], params["field"], data, scale), 0.0
-    for d in range(4):
-        ratios = []
-        for shift in range(1, num_values):
-            moved = data.copy()
-            moved[:, d] = (moved[:, d] + shift) % num_values
-            ratios.append(log_density(params["J"], params["field"], moved, scale) - here)
-        if num_values == 2:
-            expected += np.mean((1 / (1 + np.exp(-ratios[0]))) ** 2)
-        else:
-            expected += np.mean(np.log(1 + np.sum(np.exp(np.array(ratios)), 0)))
+    scales = {"closed over": ROW_FIELDS, "counted": np.arange(num_rows) / 5}
+    states = np.indices((num_values,) * 4).reshape(4, -1).T
+    losses = []
+    for row, scale in zip(data, scales.get(form, np.ones(num_rows)), strict=True):
+        table = log_density(params["J"], params["field"], states, scale).reshape((num_values,) * 4)
+        losses.append(FORMULAS[name].expected(jnp.asarray(table), row[None]))
+    expected = np.mean(losses)
     tried = []
     for name in ("_by_products", "_by_gradient"):
         method = getattr(type(objective), name)
@@ -425,8 +414,8 @@ def test_spins_of_any_scale_and_bias(x64, name, hidden):
 
     pairs = spins(BITS) @ W @ spins(BITS).T
     table = (np.logaddexp.reduce(pairs, -1) if hidden else np.diag(pairs)).reshape(2, 2, 2)
-    for objective, formula in CASES[0][:2], (RatioMatching, ratio_matching):
-        loss = jit(lambda W, make=objective: make().loss(KEY, {"W": W}, model, None, data))
-        assert_close(loss(W), jnp.mean(formula(jnp.asarray(table), data)))
+    for formula in FORMULAS.values():
+        loss = jit(lambda W, make=formula.make: make().loss(KEY, {"W": W}, model, None, data))
+        assert_close(loss(W), jnp.mean(formula.expected(jnp.asarray(table), data)))
     loss = ebm.MaximumLikelihood().loss(KEY, {"W": W}, model, None, data)
     assert_close(loss, np.mean(np.logaddexp.reduce(table, None) - table[tuple(data.T)]))

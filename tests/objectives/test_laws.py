@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws over every objective of the library, whatever its kind.
 
-What an objective estimates is held against its formula elsewhere (the registry of test_objectives
-for those made of scores; a file of its own for each other kind). Here: jit equals eager, NumPyro's
-SVI and EnergySVI arrive at the same place, invalid marginals raise and name the valid ones, what
-has no place in plain SVI says so, and every objective can be printed, stored and resumed.
+What an objective estimates is held against its formula elsewhere (test_objectives for those made of
+scores, test_discrete for discrete sites; a file of its own for each other kind). Here: jit equals
+eager, NumPyro's SVI and EnergySVI arrive at the same place, invalid marginals raise and name the
+valid ones, what has no place in plain SVI says so, and every objective can be printed, stored and
+resumed.
 """
 
 import pickle
-from collections.abc import Callable
+import re
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,71 +22,12 @@ import oracles
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer import SVI
+from registry.objectives import NOISE, OBJECTIVES, flow, mala
 
 import numpyro_ebm as ebm
 from numpyro_ebm import objectives
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-NOISE = dist.Normal(0.0, 1.5)
-
-
-def flow():
-    scale = numpyro.param("flow_scale", 1.0, constraint=constraints.positive)
-    return dist.Normal(0.0, scale)
-
-
-class Member(NamedTuple):
-    """An objective.
-
-    - **make** - marginal -> objective.
-    - **discrete** - whether it learns discrete visible sites (else real ones).
-    - **marginals** - names of the marginals it is valid for.
-    - **sigma** - the standard deviation that is added to the data's (denoising), for the optimum.
-    - **plain** - whether plain SVI can train it.
-    """
-
-    make: Callable
-    discrete: bool = False
-    marginals: tuple = ("Exact", "Enumerated", "VaGES", "ImportanceBound", "Unrolled")
-    sigma: float = 0.0
-    plain: bool = True
-
-
-VALUE = ("Exact", "Enumerated")
-BOUND = (*VALUE, "ImportanceBound")
-
-
-def mala(model):
-    return ebm.MALA(model, step_size=0.5)
-
-
-MEMBERS = {
-    "ScoreMatching": Member(ebm.ScoreMatching),
-    "SlicedScoreMatching": Member(partial(ebm.SlicedScoreMatching, 1)),
-    "DenoisingScoreMatching": Member(partial(ebm.DenoisingScoreMatching, 0.3), sigma=0.3),
-    "MultiscaleDenoisingScoreMatching": Member(
-        lambda marginal=None: ebm.MultiscaleDenoisingScoreMatching(
-            0.3, marginal, min_noise_scale=0.3, max_noise_scale=0.3
-        ),
-        sigma=0.3,
-    ),
-    "KernelSteinDiscrepancy": Member(ebm.KernelSteinDiscrepancy),
-    "FisherDivergence": Member(
-        lambda marginal=None: ebm.FisherDivergence(None, marginal), plain=False
-    ),
-    "NCE": Member(partial(ebm.NCE, NOISE, 1), marginals=BOUND, plain=False),
-    "FlowContrastive": Member(partial(ebm.FlowContrastive, flow, 1), marginals=BOUND, plain=False),
-    "RankingNCE": Member(partial(ebm.RankingNCE, NOISE, 5), marginals=VALUE),
-    "ConditionalNCE": Member(partial(ebm.ConditionalNCE, 1.0, 3), marginals=VALUE),
-    "ContrastiveDivergence": Member(partial(ebm.ContrastiveDivergence, mala, 5)),
-    "MaximumLikelihood": Member(ebm.MaximumLikelihood, marginals=VALUE),
-    "EnergyDiscrepancy": Member(
-        lambda marginal=None: ebm.EnergyDiscrepancy(1.0, 8, marginal=marginal), marginals=VALUE
-    ),
-    "PseudoLikelihood": Member(ebm.PseudoLikelihood, discrete=True, marginals=VALUE),
-    "RatioMatching": Member(ebm.RatioMatching, discrete=True, marginals=VALUE),
-}
 
 MARGINALS = {
     "Exact": ebm.Exact,
@@ -96,7 +38,7 @@ MARGINALS = {
 }
 
 
-def test_every_objective_is_a_member():
+def test_every_objective_is_in_the_registry():
     exported = {
         x.__name__
         for module in (ebm, objectives)
@@ -105,8 +47,13 @@ def test_every_objective_is_a_member():
         and issubclass(x, objectives.Objective)
         and x is not objectives.Objective
     }
-    assert exported == set(MEMBERS)
-    assert {type(member.make()).__name__ for member in MEMBERS.values()} == exported
+    assert exported == set(OBJECTIVES)
+    here = Path(__file__)
+    others = [x.read_text() for x in here.parent.glob("test_*.py") if x != here]
+    for name, objective in OBJECTIVES.items():
+        made = [objective.make(), *(formula.make() for formula in objective.formulas.values())]
+        assert {type(x).__name__ for x in made} == {name}
+        assert objective.formulas or any(re.search(rf"\b{name}\(", text) for text in others), name
 
 
 # Models with and without latents, of either kind, with one parameter each.
@@ -148,9 +95,13 @@ def guide(data):
         numpyro.sample("h", dist.Bernoulli(logits=slope * x - 0.2))
 
 
+def is_discrete(member):
+    return member.sites != "real"
+
+
 def rows(member, num=400):
     rng = np.random.default_rng(0)
-    if member.discrete:
+    if is_discrete(member):
         first = rng.integers(0, 2, size=num)
         same = rng.random(num) < 0.8
         return jnp.asarray(np.stack([first, np.where(same, first, 1 - first)], -1))
@@ -171,13 +122,13 @@ def all_params(objective, model, reader, data, params):
     "name",
     [
         name if name in ("NCE", "PseudoLikelihood") else pytest.param(name, marks=pytest.mark.slow)
-        for name in MEMBERS
+        for name in OBJECTIVES
     ],
 )
 def test_jit_equals_eager(name):
-    member = MEMBERS[name]
+    member = OBJECTIVES[name]
     objective, data = member.make(), rows(member, 6)
-    model = pair if member.discrete else gaussian
+    model = pair if is_discrete(member) else gaussian
     params = all_params(objective, model, None, data, {"precision": jnp.asarray(0.7)})
 
     def of(params, data):
@@ -190,10 +141,10 @@ def test_jit_equals_eager(name):
     )
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("marginal", ["Enumerated", "VaGES", "ImportanceBound", "Unrolled"])
 def test_marginals_serve_or_are_refused_by_name(name, marginal):
-    member = MEMBERS[name]
+    member = OBJECTIVES[name]
     objective, data = member.make(MARGINALS[marginal]()), rows(member, 6)
     params = {"precision": jnp.asarray(0.7), "slope": jnp.asarray(0.5)}
 
@@ -215,9 +166,9 @@ def test_marginals_serve_or_are_refused_by_name(name, marginal):
     assert any(f"{valid}()" in str(error.value) for valid in member.marginals)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_exact_is_for_models_without_latents(name):
-    member = MEMBERS[name]
+    member = OBJECTIVES[name]
     with pytest.raises(ebm.ModelError, match=r"Exact\(\) is for models without latent sites"):
         member.make(ebm.Exact()).loss(
             jax.random.key(0), {"precision": 1.0}, mixture, None, rows(member, 6)
@@ -226,17 +177,17 @@ def test_exact_is_for_models_without_latents(name):
 
 def optimum(member, data):
     """What each objective tends to on these rows: the moment or the coupling they ask for."""
-    if member.discrete:
+    if is_discrete(member):
         return np.arctanh(np.mean((2 * data[:, 0] - 1) * (2 * data[:, 1] - 1)))
     return 1 / (np.mean(np.asarray(data) ** 2) + member.sigma**2)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_svi_and_energy_svi_agree_at_the_optimum(name):
     """One parameter, for which every objective has (nearly) the same minimiser."""
-    member = MEMBERS[name]
+    member = OBJECTIVES[name]
     data = rows(member, 500 if name == "KernelSteinDiscrepancy" else 2_000)  # it is quadratic
-    model = pair if member.discrete else gaussian
+    model = pair if is_discrete(member) else gaussian
     steps = numpyro.optim.Adam(lambda i: 0.1 / (1 + 0.02 * i))
     fit = ebm.EnergySVI(model, None, steps, member.make()).run(
         jax.random.key(1), 400, data, progress_bar=False
@@ -258,12 +209,12 @@ def test_persistent_chains_have_no_place_in_svi():
     objective = ebm.ContrastiveDivergence(mala, persistent=True)
     svi = SVI(gaussian, None, numpyro.optim.Adam(0.1), loss=objective)
     with pytest.raises(ebm.ModelError, match="keeps a state.*numpyro_ebm.EnergySVI"):
-        svi.run(jax.random.key(0), 2, rows(MEMBERS["NCE"], 10), progress_bar=False)
+        svi.run(jax.random.key(0), 2, rows(OBJECTIVES["NCE"], 10), progress_bar=False)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_repr_names_the_objective_and_its_options(name):
-    objective = MEMBERS[name].make()
+    objective = OBJECTIVES[name].make()
     assert repr(objective).startswith(name + "(")
     assert "marginal=" in repr(objective)
     assert "players" not in repr(objective)
@@ -286,13 +237,13 @@ def test_a_player_named_as_the_model_is_refused_or_shared(name):
     }[name]
     svi = ebm.EnergySVI(gaussian, None, numpyro.optim.Adam(0.1), make())
     with pytest.raises(ebm.ModelError, match=r"parameters named \['precision'\].*rename"):
-        svi.init(jax.random.key(0), rows(MEMBERS["NCE"], 10))
+        svi.init(jax.random.key(0), rows(OBJECTIVES["NCE"], 10))
 
 
 @pytest.mark.slow
 def test_states_pickle_and_resume_with_everything():
     """Flow, its optimiser, log Z and chains are all in the state."""
-    data = rows(MEMBERS["NCE"], 60)
+    data = rows(OBJECTIVES["NCE"], 60)
     for make in (
         lambda: ebm.FlowContrastive(flow),
         lambda: ebm.FisherDivergence(),
@@ -338,11 +289,11 @@ def regression(v, x):
         ebm.energy("E", 0.5 * (v - slope * x) ** 2)
 
 
-@pytest.mark.parametrize("name", [k for k, member in MEMBERS.items() if member.discrete])
+@pytest.mark.parametrize("name", [k for k, member in OBJECTIVES.items() if is_discrete(member)])
 def test_data_off_their_support_are_refused(name):
     data = jnp.array([[1, -1], [-1, -1]])
     with pytest.raises(ebm.ModelError, match=r"'x' leave its support.*3 of 4|'x' leave.*2 of 2"):
-        MEMBERS[name].make().loss(jax.random.key(0), {"field": 0.1}, spins, None, data)
+        OBJECTIVES[name].make().loss(jax.random.key(0), {"field": 0.1}, spins, None, data)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +303,7 @@ def test_covariates_are_refused_where_rows_are_taken_for_draws_of_one_density(na
     x = jnp.arange(4.0)
     params = {"slope": 1.0, "log_normalizer": 0.0}
     with pytest.raises(ebm.ModelError, match=r"differs from row\s+to row.*RankingNCE"):
-        MEMBERS[name].make().loss(jax.random.key(0), params, regression, None, x, x + 1)
+        OBJECTIVES[name].make().loss(jax.random.key(0), params, regression, None, x, x + 1)
 
 
 def test_noise_with_latent_sites_of_its_own_is_refused():
