@@ -433,25 +433,15 @@ def test_gap_of_continuous_latents():
 
 
 def test_tails_of_weights():
-    """The shape of Pareto weights is 1/α, and that of ArviZ, whose own functions have moved."""
-    from numpyro_ebm.diagnostics.gap.pareto import pareto_shapes
+    """Weights that are Pareto distributed have the shape 1/α, heavy tails included."""
+    from numpyro_ebm.diagnostics.gap.posterior import _pareto_shapes
 
     rng = np.random.default_rng(0)
-    shapes = np.array([0.2, 0.5, 0.9])
-    log_w = shapes * rng.exponential(size=(20_000, 3))
-    found = pareto_shapes(log_w)
-    np.testing.assert_allclose(found, shapes, atol=0.15)
-    try:
-        from arviz import psislw
-    except ImportError:
-        from arviz_stats.base.array import array_stats
-
-        by_arviz = array_stats.psislw(-log_w.T)[1]  # of log-likelihoods
-    else:
-        by_arviz = psislw(log_w.T)[1]
-    np.testing.assert_allclose(found, by_arviz, atol=0.02)
-    assert np.all(pareto_shapes(np.zeros((100, 2))) == -np.inf)
-    assert np.all(np.isnan(pareto_shapes(np.zeros((20, 2)))))
+    shapes = np.array([0.2, 0.5, 0.9, 2.0])
+    log_w = shapes * rng.exponential(size=(20_000, 4))
+    np.testing.assert_allclose(_pareto_shapes(jnp.asarray(log_w)), shapes, atol=0.15)
+    assert np.all(_pareto_shapes(jnp.zeros((100, 2))) == 0)
+    assert np.all(_pareto_shapes(jnp.zeros((20, 2))) == np.inf)
 
 
 def test_gap_of_discrete_visibles_has_no_scores():
@@ -623,16 +613,6 @@ def log_likelihood(data):
     return np.array([oracles.grbm_log_density(GRBM, v) for v in data]) - LOG_Z
 
 
-def elpd(loo):
-    return loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd
-
-
-def az_quiet():
-    """What ArviZ and its pandas warn of among themselves."""
-    return pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values:Warning")
-
-
-@az_quiet()
 def test_log_likelihood_only_with_log_z(run, held_out):
     import arviz as az
 
@@ -650,9 +630,9 @@ def test_log_likelihood_only_with_log_z(run, held_out):
     rows = idata["log_likelihood"]["v"]
     assert rows.dims == ("chain", "draw", "data") and rows.shape == (2, 60, 30)
     np.testing.assert_allclose(
-        rows.values, np.broadcast_to(log_likelihood(held_out), (2, 60, 30)), rtol=1e-4
+        rows.values, np.broadcast_to(log_likelihood(held_out), (2, 60, 30)), rtol=1e-5
     )
-    np.testing.assert_allclose(rows.values.mean((0, 1)), log_likelihood(held_out), rtol=1e-5)
+    assert np.all(rows.values == rows.values[0, 0])  # no draw depends on a row
     attrs = idata["log_likelihood"].attrs
     assert attrs["log_normalizer"] == LOG_Z and attrs["log_normalizer_mcse"] == 0.02
     assert (attrs["log_normalizer_method"], attrs["log_normalizer_bias"]) == ("ais", "below")
@@ -660,23 +640,6 @@ def test_log_likelihood_only_with_log_z(run, held_out):
     drawn = run.get_samples(group_by_chain=True)["v"]
     np.testing.assert_array_equal(idata["posterior_predictive"]["v"].values, drawn)
 
-    loo = az.loo(idata, pointwise=True)
-    assert elpd(loo) == pytest.approx(log_likelihood(held_out).sum(), abs=0.01)
-    assert float(np.max(loo.pareto_k)) < 0.5
-    wrong = {**GRBM, "b": GRBM["b"] + 1.0}
-    other = ebm.to_arviz(
-        some_draws(100),
-        ebm.fixed(oracles.grbm, wrong),
-        log_normalizer=ebm.models.grbm_log_normalizer(wrong),
-        observed=jnp.asarray(held_out),
-    )
-    table = az.compare({"right": idata, "wrong": other})
-    assert list(table.index) == ["right", "wrong"]
-    few = ebm.to_arviz(
-        some_draws(30), GRBM_FIXED, log_normalizer=LOG_Z, observed=jnp.asarray(held_out)
-    )
-    assert few["log_likelihood"]["v"].shape == (1, 30, 30)
-    assert elpd(az.loo(few)) == pytest.approx(log_likelihood(held_out).sum(), abs=0.01)
     plain_number = ebm.to_arviz(run, log_normalizer=LOG_Z, observed=jnp.asarray(held_out))
     assert np.isnan(plain_number["log_likelihood"].attrs["log_normalizer_mcse"])
 
@@ -709,7 +672,7 @@ def test_log_likelihood_of_continuous_latents_is_given():
         ebm.to_arviz(draws, model, data, log_normalizer=0.0)
     idata = ebm.to_arviz(draws, model, data, log_likelihood=np.arange(5.0))
     values = idata["log_likelihood"]["v"].values
-    assert values.shape == (1, 100, 5)  # ten draws are too few for ArviZ
+    assert values.shape == (1, 10, 5)
     np.testing.assert_allclose(values[0, 0], np.arange(5), atol=1e-5)
     assert np.isnan(idata["log_likelihood"].attrs["log_normalizer"])
 
@@ -830,9 +793,7 @@ def test_a_fit_with_persistent_chains(persistent):
         ebm.to_arviz(fit, gaussian, jnp.zeros(6))
 
 
-@az_quiet()
 def test_a_fit_without_chains(held_out):
-    import arviz as az
 
     data = jnp.asarray(held_out)
     svi = ebm.EnergySVI(oracles.grbm, None, optax.adam(0.01), ebm.DenoisingScoreMatching(0.1))
@@ -848,7 +809,7 @@ def test_a_fit_without_chains(held_out):
     assert idata["posterior"]["W"].shape == (1, 1, 2, 3)
     assert idata["posterior_predictive"]["v"].shape == (1, 50, 1, 2)
     exact = np.asarray(ebm.models.grbm_log_likelihood(fit.params, data))
-    assert elpd(az.loo(idata)) == pytest.approx(exact.sum(), abs=0.01)
+    np.testing.assert_allclose(idata["log_likelihood"]["v"].values[0, 0], exact, rtol=1e-5)
 
 
 @pytest.mark.slow

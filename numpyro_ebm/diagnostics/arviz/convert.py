@@ -15,7 +15,6 @@ from numpyro_ebm.diagnostics.arviz.fits import convert_fit
 from numpyro_ebm.diagnostics.arviz.groups import Likelihood, to_data
 from numpyro_ebm.diagnostics.arviz.likelihood import (
     log_likelihood_of_rows,
-    spread_over_draws,
 )
 from numpyro_ebm.diagnostics.arviz.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
@@ -77,12 +76,9 @@ def to_arviz(
         that cannot be summed out, or a shape is wrong.
 
     .. note:: With fixed parameters the log-likelihood of a row is one number, the same at every
-       draw. ArviZ's Pareto smoothing cannot do with equal weights, so it is spread over the draws
-       by a rounding error, with standard deviation 1e-6 nats and mean 0 (over 100 draws, if the
-       posterior has fewer than 30). ``arviz.loo`` then returns the log score of the rows, with no
-       effective parameters: it is an honest score of rows that were not trained on, and refits
-       nothing. The error of log Z is the same for all rows: for the sum over n rows it is n times
-       ``log_normalizer_mcse``.
+       draw, and its sum over rows is their log score: an honest one for rows that were not trained
+       on. No draw depends on a row, so ``arviz.loo`` has nothing to leave out. The error of log Z
+       is the same for all rows: for the sum over n rows it is n times ``log_normalizer_mcse``.
 
     **Example**
 
@@ -126,7 +122,9 @@ def to_arviz(
         shape = np.shape(next(iter(groups["posterior"].values())))[:2]
         values, attrs = log_likelihood_of_rows(seen, log_normalizer, log_likelihood)
         name = "_".join(sorted(visible))
-        likelihood = Likelihood(name, spread_over_draws(values, shape), seen.plate, attrs)
+        likelihood = Likelihood(
+            name, np.broadcast_to(values, (*shape, len(values))), seen.plate, attrs
+        )
     return to_data(groups, dims, likelihood)
 
 

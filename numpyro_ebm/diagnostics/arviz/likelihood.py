@@ -3,26 +3,18 @@ r"""The log-likelihood of observed rows under a fixed model, in the form that Ar
 
 .. math:: \log p(v) = \log\tilde p(v) - \log Z
 
-With fixed parameters it is one number a row. ArviZ wants one for every draw, and its Pareto
-smoothing fails on equal ones: so they are told apart by a rounding error.
+With fixed parameters it is one number a row, the same at every draw.
 """
 
 import jax
 import numpy as np
-from scipy.special import ndtri
 
 from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
 from numpyro_ebm.program.compilation import run_compiled
 
-__all__ = ["log_likelihood_of_rows", "spread_over_draws"]
-
-ROUNDING = 1e-6
-"""Standard deviation, in nats, of log-likelihoods over draws on which they do not depend."""
-
-FEWEST_DRAWS, ENOUGH_DRAWS = 30, 100
-"""Draws that Pareto smoothing needs, and draws of a log-likelihood where there are not as many."""
+__all__ = ["log_likelihood_of_rows"]
 
 
 def log_likelihood_of_rows(seen, log_normalizer, given):
@@ -57,16 +49,6 @@ def log_likelihood_of_rows(seen, log_normalizer, given):
         "log_normalizer_method": log_normalizer.method,
         "log_normalizer_bias": log_normalizer.bias,
     }
-
-
-def spread_over_draws(values, shape):
-    """(rows,) -> (chains, draws, rows), apart by a rounding error that is the same for all rows."""
-    if np.prod(shape) < FEWEST_DRAWS:
-        shape = (1, ENOUGH_DRAWS)
-    num = int(np.prod(shape))
-    quantiles = ndtri((np.arange(num) + 0.5) / num)
-    order = np.random.default_rng(0).permutation(num)
-    return values + ROUNDING * np.reshape(quantiles[order], (*shape, 1))
 
 
 def _with_error(log_normalizer):

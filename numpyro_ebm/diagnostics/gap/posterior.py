@@ -20,10 +20,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from blackjax.diagnostics import psis_weights
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.diagnostics.gap.bias import BiasBound, bias_bounds
-from numpyro_ebm.diagnostics.gap.pareto import pareto_shapes
 from numpyro_ebm.diagnostics.gap.weights import (
     all_states,
     choose_method,
@@ -58,8 +58,9 @@ class PosteriorGap(NamedTuple):
     - **fisher_error** - its standard error.
     - **ess** - effective number of the particles as weighted draws of p(h | v).
     - **pareto_k** - shape of the tail of the weights; above 0.7 neither they nor ``kl`` are to be
-      trusted, however small the standard error. Minus infinity where the largest weights are
-      equal, NaN below 25 particles, ``None`` where enumerated and under ``jax.jit``.
+      trusted, however small the standard error (Vehtari et al., *Pareto smoothed importance
+      sampling*, JMLR 2024). 0 where the largest weights are equal, infinite below 25 particles,
+      NaN where weights tie so that no tail can be fitted, ``None`` where enumerated.
     - **vaes** - :class:`BiasBound` of VaES, the score; ``None`` if a visible site is discrete.
     - **vages** - :class:`BiasBound` of VaGES, the gradient of the score; ``None`` unless asked for.
     """
@@ -76,7 +77,7 @@ class PosteriorGap(NamedTuple):
     fisher: jax.Array | None
     fisher_error: jax.Array | None
     ess: jax.Array
-    pareto_k: np.ndarray | None
+    pareto_k: jax.Array | None
     vaes: BiasBound | None
     vages: BiasBound | None
 
@@ -170,18 +171,21 @@ def posterior_gap(
             fisher=fisher,
             fisher_error=fisher_error,
             ess=weights.ess,
-            pareto_k=None,
+            pareto_k=None if method == "enumerate" else _pareto_shapes(log_joint - log_guide),
             vaes=vaes,
             vages=vages,
         )
         return result, log_joint - log_guide, log_guide
 
     result, log_w, log_guide = run_compiled(run)
-    pareto_k = None
     if not_jax_tracer(log_w):
         _check_finite(log_w, log_guide, method)
-        pareto_k = None if method == "enumerate" else pareto_shapes(np.asarray(log_w, float))
-    return result._replace(method=method, pareto_k=pareto_k)
+    return result._replace(method=method)
+
+
+def _pareto_shapes(log_w):
+    """Shape of the tail of the weights (particles, rows) of every row."""
+    return jax.vmap(lambda x: psis_weights(x)[1], 1)(log_w)
 
 
 def _fisher(row_model, particles, log_p, log_q):
