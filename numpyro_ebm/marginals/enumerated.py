@@ -25,10 +25,14 @@ from numpyro.handlers import infer_config, trace
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import lowest_value
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
-from numpyro_ebm.model.finite_supports import num_values_of
+from numpyro_ebm.model.finite_supports import (
+    in_all_rows,
+    is_binary,
+    joint_states,
+    num_joint_states,
+)
 from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure
 
@@ -63,7 +67,7 @@ class Enumerated(Marginal):
             raise ModelError("Enumerated is for discrete latent sites; use `Exact()` here.")
         if factorises(row_model):
             return
-        states = 1
+        event_sites = []
         for name, site in row_model.latent.items():
             if not site.is_discrete:
                 raise ModelError(
@@ -78,11 +82,12 @@ class Enumerated(Marginal):
                         f"The latent site '{name}' has event dimensions inside a further plate; "
                         "make them plates as well (they factorise), or all event dimensions."
                     )
-                states *= num_values_of(site.fn) ** math.prod(site.fn.event_shape)
+                event_sites.append(name)
+        states = num_joint_states(row_model, event_sites, "Enumerated")
         if states > self.max_states:
             raise ModelError(
-                f"The latent sites {sorted(row_model.latent)} have {states} joint states per row, "
-                f"more than max_states={self.max_states}. If the energy is a sum over units, "
+                f"The latent sites {sorted(row_model.latent)} have {states:.6g} joint states per "
+                f"row, more than max_states={self.max_states}. If the energy is a sum over units, "
                 "declare them in a plate, "
                 '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
                 "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
@@ -123,9 +128,7 @@ def factorises(row_model):
 
 def _is_affine(row_model):
     for site in row_model.latent.values():
-        if not (site.fn.event_shape and site.is_discrete and site.fn.has_enumerate_support):
-            return False
-        if num_values_of(site.fn) != 2 or lowest_value(site.fn.support) != 0:
+        if not (site.fn.event_shape and site.is_discrete and is_binary(site)):
             return False
 
     def log_density(latent):
@@ -191,30 +194,15 @@ def _check_plates(row_model):
 
 def event_states(row_model):
     """All joint states of the latent sites with event dimensions, states leading."""
-    sites = {name: site for name, site in row_model.latent.items() if site.fn.event_shape}
-    if not sites:
-        return {}
-    sizes = {name: math.prod(site.fn.event_shape) for name, site in sites.items()}
-    lowest, counts = [], []
-    for name, site in sites.items():
-        lowest += [lowest_value(site.fn.support)] * sizes[name]
-        counts += [num_values_of(site.fn)] * sizes[name]
-    grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
-    columns = np.split(grid, np.cumsum(list(sizes.values()))[:-1], axis=1)
-    return {
-        name: jnp.asarray(columns[i].reshape(-1, *site.fn.event_shape))
-        for i, (name, site) in enumerate(sites.items())
-    }
+    names = [name for name, site in row_model.latent.items() if site.fn.event_shape]
+    return joint_states(row_model, names, "Enumerated")
 
 
 def state_log_densities(row_model, params, values, states):
     """log p̃ of every row at each of the ``states``, scalar latents summed out: (states, rows)."""
 
     def at_state(state):
-        latent = {
-            name: jnp.broadcast_to(x, jnp.shape(row_model.latent[name].value))
-            for name, x in state.items()
-        }
+        latent = in_all_rows(row_model, state)
         return _sum_scalar_sites(row_model, params, {**values, **latent})
 
     return jax.vmap(at_state)(states)

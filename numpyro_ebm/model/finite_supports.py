@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sites whose coordinates have finitely many values: which they are; and where chains start."""
+"""Sites with finitely many values: which they are, all joint states, and where chains start."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,20 @@ import numpy as np
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import Counting, lowest_value
+from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.sites import unwrap
 
-__all__ = ["finite_values", "initial_values", "num_values_of", "shifted", "support_values"]
+__all__ = [
+    "finite_values",
+    "grid",
+    "initial_values",
+    "in_all_rows",
+    "is_binary",
+    "joint_states",
+    "num_joint_states",
+    "shifted",
+    "support_values",
+]
 
 
 def initial_values(rng_key, row_model, init_strategy, init_params):
@@ -30,51 +42,111 @@ def initial_values(rng_key, row_model, init_strategy, init_params):
 
 
 def support_values(site, who):
-    """The values of one coordinate of a discrete site, as a NumPy array of shape (K,)."""
+    """The values of one coordinate of a discrete site, as a NumPy array of shape (K,).
+
+    :param RowSite site: the site.
+    :param str who: who asks, for the error.
+    :raises ModelError: if there are infinitely many, if they are arrays, or if they are not the
+        same for all elements of the site.
+    """
     fn = unwrap(site.fn)
+    if isinstance(fn, Counting):
+        return np.arange(fn.num_values, dtype=jnp.result_type(int))
+    what = f"{who}: the values of the site '{site.name}' ({type(fn).__name__})"
     if not fn.has_enumerate_support:
         raise ModelError(
-            f"{who}: the site '{site.name}' ({type(fn).__name__}) has no finite number of "
-            "values to weigh."
+            f"{who}: the site '{site.name}' ({type(fn).__name__}) has infinitely many values, or "
+            "none that NumPyro can enumerate. Use a finite base measure, such as "
+            "`Counting(num_values)`, or a method that does not sum over values, such as NCE."
         )
-    with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
-        values = np.asarray(fn.enumerate_support(expand=False))
-    if values.size != len(values):
+    try:
+        with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
+            values = np.asarray(fn.enumerate_support(expand=False))
+    except (NotImplementedError, TypeError):
         raise ModelError(
-            f"{who}: the values of the site '{site.name}' ({type(fn).__name__}) are arrays, "
-            "not numbers; write it with `Counting(num_values)`."
-        )
+            f"{what} must be the same for all its elements, and known before the model runs."
+        ) from None
+    if values.size != len(values):
+        raise ModelError(f"{what} are arrays, not numbers; write it with `Counting(num_values)`.")
     return values.ravel()
 
 
-def num_values_of(fn):
-    """Number of values of one coordinate of a finite discrete distribution."""
-    fn = unwrap(fn)
-    if isinstance(fn, Counting):
-        return fn.num_values
-    return fn.enumerate_support(expand=False).shape[0]
+def finite_values(site, who):
+    """Lowest value and number of values of one coordinate of a discrete site."""
+    values = support_values(site, who)
+    return int(values[0]), len(values)
 
 
-def finite_values(site, owner):
-    """Values of one coordinate of a discrete site: lowest, lowest + 1, …, lowest + K - 1.
-
-    :param RowSite site: the site.
-    :param str owner: who asks, for the error.
-    :return: the lowest value and K.
-    :raises ModelError: if there are infinitely many values, or not the same in all elements.
-    """
-    if not site.fn.has_enumerate_support:
-        raise ModelError(
-            f"{owner}: the visible site '{site.name}' has infinitely many values, or none that "
-            "NumPyro can enumerate. Use NCE, or a finite base measure such as `Counting(K)`."
-        )
+def is_binary(site):
+    """Whether every coordinate of a discrete site is 0 or 1."""
     try:
-        return lowest_value(site.fn.support), num_values_of(site.fn)
-    except (NotImplementedError, TypeError):
-        raise ModelError(
-            f"{owner}: the values of the visible site '{site.name}' must be the same for all its "
-            "elements, and known before the model runs."
-        ) from None
+        return np.array_equal(support_values(site, ""), [0, 1])
+    except ModelError:
+        return False
+
+
+def num_joint_states(row_model, names, who):
+    """Number of joint states of some discrete sites of a row, a float: it may be infinite."""
+    columns = _coordinates(row_model, names, who)
+    return math.prod(float(len(x)) for site in columns.values() for x in site)
+
+
+def joint_states(row_model, names, who):
+    """All joint states of some discrete sites of a row.
+
+    :param RowModel row_model: the model.
+    :param names: names of its sites.
+    :param str who: who asks, for the error.
+    :return: dict of arrays of shape (states, ...), with the shape of the site in one row.
+    :raises ModelError: as in :func:`support_values`.
+    """
+    columns = _coordinates(row_model, names, who)
+    if not columns:
+        return {}
+    states = grid([x for site in columns.values() for x in site])
+    ends = np.cumsum([len(site) for site in columns.values()])
+    parts = np.split(states, ends[:-1], axis=1)
+    return {
+        name: jnp.asarray(part.reshape(-1, *_row_shape(row_model, name)))
+        for name, part in zip(columns, parts, strict=True)
+    }
+
+
+def in_all_rows(row_model, state):
+    """One of the :func:`joint_states` as values of its sites, the same in all rows."""
+    rows = row_model.num_rows
+    return row_model.from_rows({k: jnp.broadcast_to(x, (rows, *x.shape)) for k, x in state.items()})
+
+
+def grid(columns, xp=np):
+    """All combinations of the values of several coordinates, of shape (combinations, coordinates).
+
+    :param list columns: the values of each coordinate; the last one changes fastest.
+    :param xp: ``numpy``, or ``jax.numpy`` for arrays that may be traced.
+
+    **Example**
+
+    >>> from numpyro_ebm.model.finite_supports import grid
+    >>> grid([[0, 1], [5, 6]]).tolist()
+    [[0, 5], [0, 6], [1, 5], [1, 6]]
+    """
+    if not len(columns):
+        return xp.zeros((1, 0), int)
+    return xp.stack([x.ravel() for x in xp.meshgrid(*columns, indexing="ij")], -1)
+
+
+def _coordinates(row_model, names, who):
+    """The values of every coordinate of a row, by site."""
+    values = {name: support_values(row_model.sites[name], who) for name in names}
+    return {name: [x] * math.prod(_row_shape(row_model, name)) for name, x in values.items()}
+
+
+def _row_shape(row_model, name):
+    """Shape of a site in one row."""
+    value = row_model.sites[name].value
+    shape = list(jnp.shape(value))
+    del shape[row_model.row_axis(name, value)]
+    return tuple(shape)
 
 
 def shifted(values, shift, lowest, num_values):

@@ -10,17 +10,16 @@ form or bounded from below by the logarithm of the mean weight (Burda et al., IC
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import lowest_value
 from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.model.finite_supports import num_values_of
+from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 
 __all__ = ["Weights", "all_states", "choose_method", "weigh_particles", "weigh_states"]
 
@@ -50,8 +49,11 @@ def choose_method(row_model, max_states):
     :return: ``"enumerate"``, from all states; ``"marginal"``, in closed form; ``"importance"``,
         from the weights of draws.
     """
-    num = _num_states(row_model)
-    if num is not None and num <= max_states:
+    try:
+        num_states = num_joint_states(row_model, row_model.latent, "posterior_gap")
+    except ModelError:
+        num_states = math.inf
+    if num_states <= max_states:
         return "enumerate"
     try:
         Enumerated().check(row_model, None, 1)
@@ -91,36 +93,5 @@ def weigh_particles(log_joint, log_guide, log_marginal=None):
 
 def all_states(row_model):
     """All joint states of the latent sites, every one in all rows, states leading."""
-    shapes, sizes = _row_shapes(row_model)
-    counts, lowest = [], []
-    for name, site in row_model.latent.items():
-        counts += [num_values_of(site.fn)] * sizes[name]
-        lowest += [lowest_value(site.fn.support)] * sizes[name]
-    grid = np.indices(counts).reshape(len(counts), -1).T + np.asarray(lowest)
-    columns = np.split(grid, np.cumsum(list(sizes.values()))[:-1], axis=1)
-
-    def in_all_rows(state):
-        rows = {
-            name: jnp.broadcast_to(jnp.reshape(x, shapes[name][1:]), shapes[name])
-            for name, x in zip(sizes, state, strict=True)
-        }
-        return row_model.from_rows(rows)
-
-    return jax.vmap(in_all_rows)([jnp.asarray(x) for x in columns])
-
-
-def _num_states(row_model):
-    """Number of joint states of the latent sites of a row; ``None`` if they cannot be counted."""
-    if not all(s.is_discrete and s.fn.has_enumerate_support for s in row_model.latent.values()):
-        return None
-    _, sizes = _row_shapes(row_model)
-    return math.prod(
-        num_values_of(site.fn) ** sizes[name] for name, site in row_model.latent.items()
-    )
-
-
-def _row_shapes(row_model):
-    """Shapes of the latent sites, rows leading, and their numbers of coordinates in a row."""
-    values = {name: jnp.asarray(site.value) for name, site in row_model.latent.items()}
-    shapes = {name: jnp.shape(row_model.to_rows({name: x})[name]) for name, x in values.items()}
-    return shapes, {name: math.prod(shape[1:]) for name, shape in shapes.items()}
+    states = joint_states(row_model, row_model.latent, "posterior_gap")
+    return jax.vmap(partial(in_all_rows, row_model))(states)

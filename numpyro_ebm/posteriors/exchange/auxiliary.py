@@ -9,11 +9,9 @@ normalizing constants*, Journal of Statistical Computation and Simulation, 2010.
 """
 
 import inspect
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
@@ -27,11 +25,12 @@ from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.kernel import ChainKernel
 from numpyro_ebm.mcmc.langevin import MALA, ULA
-from numpyro_ebm.model.finite_supports import support_values
+from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 from numpyro_ebm.model.row_model import read_fixed_model
 
 __all__ = ["ChainSimulator", "EnumerationSimulator", "FunctionSimulator", "make_auxiliary"]
 
+ENUMERATE = 'Exchange(auxiliary="enumerate")'
 AT_ONCE = 4_000_000  # coordinates of states that are weighed at the same time
 
 
@@ -103,56 +102,34 @@ class EnumerationSimulator:
 
     def check(self, target, z, num_bridges):
         _no_bridges(num_bridges, 'exact draws by "enumerate" have no transitions')
-        self._columns(target)
-
-    def _columns(self, target):
-        """The values of every coordinate of a row, by site."""
-        columns = {}
-        for name, site in target.row_model.visible.items():
+        visible = target.row_model.visible
+        for name, site in visible.items():
             if not site.is_discrete:
                 raise ModelError(
                     f'Exchange: `auxiliary="enumerate"` cannot enumerate the visible site '
                     f"'{name}', which is continuous. Pass a kernel, such as "
                     "`lambda model: MALA(model, step_size=0.1)`, or a function of exact draws."
                 )
-            values = support_values(site, 'Exchange(auxiliary="enumerate")')
-            size = np.size(site.value) // target.row_model.num_rows
-            columns[name] = [values] * size
-        states = math.prod(float(len(x)) for site in columns.values() for x in site)
+        states = num_joint_states(target.row_model, visible, ENUMERATE)
         if states > self.max_states:
             raise ModelError(
-                f"Exchange: a row of {sorted(columns)} has {states:.3g} states, more than "
+                f"Exchange: a row of {sorted(visible)} has {states:.3g} states, more than "
                 f"max_states={self.max_states}. Pass a kernel: `auxiliary=BlockGibbs`."
             )
-        return columns
 
     def simulate(self, rng_key, target, params, values, keep_latent=False):
-        columns, row_model = self._columns(target), target.row_model
-        counts = [len(x) for site in columns.values() for x in site]
-        index = np.indices(counts).reshape(len(counts), -1)
-        flat = [x for site in columns.values() for x in site]
-        states = np.stack([x[i] for x, i in zip(flat, index, strict=True)], -1)  # (states, coords)
-        rows = row_model.to_rows(values)
-
-        def place(state):
-            """A state, or one for every row, as values of the sites."""
-            placed, start = {}, 0
-            for name, site in columns.items():
-                part = state[..., start : start + len(site)]
-                like = rows[name]
-                part = jnp.broadcast_to(part, (row_model.num_rows, len(site)))
-                placed[name] = jnp.reshape(part, like.shape).astype(like.dtype)
-                start += len(site)
-            return row_model.from_rows(placed)
-
-        states = jnp.asarray(states)
-        batch_size = max(1, AT_ONCE // (row_model.num_rows * states.shape[1]))
+        row_model = target.row_model
+        states = joint_states(row_model, row_model.visible, ENUMERATE)
+        states = {name: x.astype(jnp.result_type(values[name])) for name, x in states.items()}
+        num_states = len(jax.tree.leaves(states)[0])
+        coordinates = sum(x[0].size for x in states.values())
         logits = lax.map(
-            lambda state: target.log_rows(params, place(state)),
+            lambda state: target.log_rows(params, in_all_rows(row_model, state)),
             states,
-            batch_size=min(batch_size, len(states)),
+            batch_size=max(1, min(AT_ONCE // (row_model.num_rows * coordinates), num_states)),
         )
-        drawn = place(states[jax.random.categorical(rng_key, logits, axis=0)])
+        chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
+        drawn = row_model.from_rows({name: x[chosen] for name, x in states.items()})
         return drawn, drawn
 
 
