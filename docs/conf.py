@@ -2,6 +2,7 @@
 """Sphinx configuration. The build needs no network: there is no intersphinx."""
 
 import os
+from importlib import import_module
 from importlib.metadata import version as installed_version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,11 +24,25 @@ extensions = [
 exclude_patterns = ["_build"]
 
 # Markdown
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
+
+
+def reference(folder):
+    """Reference entries of the public names of a folder, for ``{{ folder }}`` in a page."""
+    module = import_module(f"numpyro_ebm.{folder}")
+    lines = []
+    for name in module.__all__:
+        kind = "autoclass" if isinstance(getattr(module, name), type) else "autofunction"
+        lines.append(f".. {kind}:: numpyro_ebm.{name}")
+    return "\n".join(["```{eval-rst}", *lines, "```"])
+
+
+myst_substitutions = {folder: reference(folder) for folder in ("mcmc", "objectives")}
 
 # API reference
 autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"

@@ -9,7 +9,7 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 (4,)
 """
 
-from numpyro_ebm import datasets, diagnostics, models
+from numpyro_ebm import datasets, diagnostics, mcmc, models, objectives
 from numpyro_ebm.diagnostics import (
     auxiliary_adequacy,
     energy_gap,
@@ -43,83 +43,34 @@ from numpyro_ebm.marginals import (
     Unrolled,
     VaGES,
 )
-from numpyro_ebm.mcmc import (
-    MALA,
-    MCLMC,
-    ULA,
-    AnnealedLangevin,
-    BlockGibbs,
-    DiscreteLangevin,
-    ReplicaExchange,
-    UnderdampedLangevin,
-    sample,
-)
+from numpyro_ebm.mcmc import *  # noqa: F403
 from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior
-from numpyro_ebm.objectives import (
-    NCE,
-    ConditionalNCE,
-    ContrastiveDivergence,
-    DenoisingScoreMatching,
-    EnergyDiscrepancy,
-    FisherDivergence,
-    FlowContrastive,
-    KernelSteinDiscrepancy,
-    MaximumLikelihood,
-    MultiscaleDenoisingScoreMatching,
-    PseudoLikelihood,
-    RankingNCE,
-    RatioMatching,
-    ScoreMatching,
-    SlicedScoreMatching,
-)
+from numpyro_ebm.objectives import *  # noqa: F403
 from numpyro_ebm.posteriors import Exchange, emulate_log_normalizer, generalized, normalized
 from numpyro_ebm.svi import EnergySVI
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MALA",
-    "MCLMC",
-    "NCE",
-    "ULA",
-    "AnnealedLangevin",
-    "BlockGibbs",
-    "ConditionalNCE",
-    "ContrastiveDivergence",
     "Counting",
-    "DenoisingScoreMatching",
-    "DiscreteLangevin",
-    "EnergyDiscrepancy",
     "EnergySVI",
     "Enumerated",
     "Exact",
     "Exchange",
     "EmulationWarning",
     "FarNoiseWarning",
-    "FisherDivergence",
-    "FlowContrastive",
     "ImportanceBound",
     "ImproperSamplingError",
-    "KernelSteinDiscrepancy",
     "LangevinRefinement",
     "Lebesgue",
-    "MaximumLikelihood",
     "ModelError",
-    "MultiscaleDenoisingScoreMatching",
     "NonFiniteLossWarning",
     "NormalizerDisagreementWarning",
     "PosteriorScore",
-    "PseudoLikelihood",
     "QuadratureWarning",
-    "RankingNCE",
-    "RatioMatching",
     "RelaxedELBO",
-    "ReplicaExchange",
-    "ScoreMatching",
     "ShortAuxiliaryWarning",
-    "SlicedScoreMatching",
-    "UnderdampedLangevin",
     "UnhandledEnergyError",
     "Unrolled",
     "VaGES",
@@ -140,9 +91,10 @@ __all__ = [
     "plots",
     "posterior_gap",
     "prior",
-    "sample",
     "stein_test",
     "temper",
     "to_arviz",
     "visible",
 ]
+__all__ += mcmc.__all__
+__all__ += objectives.__all__

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: losses over rows that learn the parameters of an energy."""
+"""Objectives: losses over rows that learn the parameters of an energy.
 
-from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, Problem
+They may import :mod:`numpyro_ebm.log_normalizers`, :mod:`numpyro_ebm.marginals` and what these
+stand on. ``__all__`` is what :mod:`numpyro_ebm` gives and the manual lists.
+"""
+
+from numpyro_ebm.objectives.base import AuxiliaryNetwork as AuxiliaryNetwork
+from numpyro_ebm.objectives.base import Objective as Objective
+from numpyro_ebm.objectives.base import Problem as Problem
 from numpyro_ebm.objectives.conditional_nce import ConditionalNCE
 from numpyro_ebm.objectives.contrastive_divergence import ContrastiveDivergence
 from numpyro_ebm.objectives.denoising import (
@@ -9,7 +15,8 @@ from numpyro_ebm.objectives.denoising import (
     MultiscaleDenoisingScoreMatching,
 )
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
-from numpyro_ebm.objectives.fisher_divergence import FisherDivergence, mlp_critic
+from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
+from numpyro_ebm.objectives.fisher_divergence import mlp_critic as mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
 from numpyro_ebm.objectives.nce import NCE
@@ -30,13 +37,9 @@ __all__ = [
     "KernelSteinDiscrepancy",
     "MaximumLikelihood",
     "MultiscaleDenoisingScoreMatching",
-    "Objective",
-    "AuxiliaryNetwork",
-    "Problem",
     "PseudoLikelihood",
     "RankingNCE",
     "RatioMatching",
     "ScoreMatching",
     "SlicedScoreMatching",
-    "mlp_critic",
 ]
