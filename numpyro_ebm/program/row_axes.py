@@ -102,7 +102,7 @@ def _apply(eqn, operands):
     if name == "transpose":
         return params["permutation"].index(axis)
     if name == "squeeze" or name.startswith(("reduce_", "arg")):
-        return _without(params, axis, name)
+        return _without(params, axis)
     if name in ALONG_ONE:
         return axis if params[ALONG_ONE[name]] != axis else MIXED
     if name in ("concatenate", "stack", "split", "unstack"):
@@ -129,9 +129,9 @@ def _reshaped(before, after, axis):
     return MIXED
 
 
-def _without(params, axis, name):
+def _without(params, axis):
     gone = params.get("axes", params.get("dimensions"))
-    if gone is None or axis in gone or name == "reduce_precision":
+    if gone is None or axis in gone:
         return MIXED
     return axis - sum(other < axis for other in gone)
 
