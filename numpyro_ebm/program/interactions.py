@@ -22,11 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import Literal
 from scipy.sparse import csr_matrix, vstack
 
-from numpyro_ebm.program.jaxprs import CALLS, ELEMENTWISE
-from numpyro_ebm.program.polynomial import _is_integer, _keeps_values
+from numpyro_ebm.program.jaxprs import (
+    ELEMENTWISE,
+    called,
+    interpret,
+    is_integer,
+    keeps_values,
+)
 
 __all__ = ["greedy_colors", "interactions"]
 
@@ -86,7 +90,7 @@ def interactions(fn, inputs):
         start += size
     walker = _DependencyWalker(dimension)
     try:
-        walker.walk(closed.jaxpr, closed.consts, reads)
+        walker.walk(closed, reads)
     except _CannotTell:
         return None
     graph = walker.edges + walker.edges.T
@@ -159,29 +163,16 @@ class _DependencyWalker:
         self.dimension = dimension
         self.edges = csr_matrix((dimension, dimension), dtype=bool)
 
-    def walk(self, jaxpr, consts, values):
-        known = dict(zip(jaxpr.invars, values, strict=True))
-        known.update((v, _known_constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
-        read = lambda v: _known_constant(v.val) if isinstance(v, Literal) else known[v]  # noqa: E731
-        live = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-        eqns = []
-        for eqn in reversed(jaxpr.eqns):
-            if live.intersection(eqn.outvars):
-                live.update(v for v in eqn.invars if not isinstance(v, Literal))
-                eqns.append(eqn)
-        for eqn in reversed(eqns):
-            outputs = self.apply(eqn, [read(v) for v in eqn.invars])
-            known.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+    def walk(self, closed, values):
+        return interpret(closed, self.apply, values, _known_constant)
 
     def apply(self, eqn, operands):
         """Values of all outputs of one equation."""
         name = eqn.primitive.name
-        inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
-        if name in CALLS and inner is not None:
-            jaxpr = getattr(inner, "jaxpr", inner)
-            if len(jaxpr.invars) == len(operands):
-                return self.walk(jaxpr, getattr(inner, "consts", ()), operands)
+        if not eqn.outvars:  # an effect, such as printing
+            return []
+        if called(eqn) is not None:
+            return self.walk(called(eqn), operands)
         if all(isinstance(x, _Constant) for x in operands):
             return _constants(eqn, operands)
         moved = self.move(eqn, operands)
@@ -327,7 +318,7 @@ class _DependencyWalker:
                 x = self.rows_of(x, np.broadcast_to(index, shape).ravel())
             reads.append(x)
         union = sum(reads[1:], start=reads[0])
-        keeps = _keeps_values(eqn)
+        keeps = keeps_values(eqn)
         if name == "mul" and len(reads) == 1 and keeps:
             factor = next(x for x in operands if isinstance(x, _Constant)).get()
             if factor is not None and not np.all(factor):
@@ -339,7 +330,7 @@ class _DependencyWalker:
         elif name == "select_n" and isinstance(operands[0], _Constant):
             pass  # which case is not known, but each element is one of them
         elif name == "div" and isinstance(operands[1], _Constant):
-            if _is_integer(eqn.outvars[0]):
+            if is_integer(eqn.outvars[0]):
                 self.join(union)
         elif name not in LINEAR or not keeps:
             self.join(union)

@@ -5,22 +5,23 @@ What a compiler may not do, because zero times a number is not zero where the nu
 and what a person writing the same function by hand would do without a thought.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import DropVar, Literal
+from jax.extend.core import ClosedJaxpr, DropVar, Literal
 
 __all__ = [
-    "CALLS",
     "CUSTOM_RULES",
     "ELEMENTWISE",
     "JITS",
     "applied",
     "at_zero",
+    "called",
     "constants_of",
     "inner_jaxpr",
+    "interpret",
+    "is_integer",
+    "keeps_values",
     "needed",
     "vanishes",
     "variables",
@@ -32,7 +33,7 @@ JITS = ("jit", "pjit")
 
 CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", *CUSTOM_RULES}
-"""Operations that call one function on all of their operands; see :func:`inner_jaxpr`."""
+"""Operations that call one function on all of their operands; see :func:`called`."""
 
 ELEMENTWISE = set(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
@@ -70,7 +71,7 @@ def at_zero(fn, x):
     3.0
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
-    results = _evaluate_with_zeros(closed.jaxpr, closed.consts, [None] * len(jax.tree.leaves(x)))
+    results = _evaluate_with_zeros(closed, [None] * len(jax.tree.leaves(x)))
     leaves = [_zeros(v) if y is None else y for v, y in zip(closed.jaxpr.outvars, results)]  # noqa: B905
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
@@ -83,7 +84,9 @@ def written_out(fn, *args):
     :return: the jaxpr, and the shape of the result.
     """
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    flat = jax.make_jaxpr(partial(_evaluate_leaves, closed))(*jax.tree.leaves(args))
+    flat = jax.make_jaxpr(lambda *leaves: _evaluate_with_zeros(closed, leaves))(
+        *jax.tree.leaves(args)
+    )
     return flat, shape
 
 
@@ -127,11 +130,41 @@ def applied(jaxpr, eqn, operands):
 
 
 def inner_jaxpr(eqn):
-    """The jaxpr of a function that an operation calls, or ``None``."""
+    """The closed jaxpr of the function that an operation has among its parameters, or ``None``."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
-            return getattr(eqn.params[name], "jaxpr", eqn.params[name])
+            inner = eqn.params[name]
+            return inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
     return None
+
+
+def called(eqn):
+    """The closed jaxpr of the function that an operation calls on all its operands, or ``None``."""
+    inner = inner_jaxpr(eqn) if eqn.primitive.name in CALLS else None
+    same = inner is not None and len(inner.jaxpr.invars) == len(eqn.invars)
+    return inner if same else None
+
+
+def interpret(closed, apply, arguments, constant=lambda x: x):
+    """Evaluate a jaxpr with another meaning of its values and operations.
+
+    :param closed: a closed jaxpr.
+    :param apply: ``(eqn, operands) -> results``, the meaning of one operation.
+    :param arguments: the values of its arguments.
+    :param constant: maps an array that the jaxpr holds to the value that stands for it.
+    :return: list of the values of its results.
+    """
+    jaxpr = closed.jaxpr
+    values = dict(zip(jaxpr.invars, arguments, strict=True))
+    values.update(zip(jaxpr.constvars, map(constant, closed.consts), strict=True))
+
+    def read(atom):
+        return constant(atom.val) if isinstance(atom, Literal) else values[atom]
+
+    for eqn in needed(jaxpr):
+        results = apply(eqn, [read(v) for v in eqn.invars])
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
 
 
 def needed(jaxpr):
@@ -192,34 +225,23 @@ def _signature(eqn):
     return signature
 
 
-def _evaluate_leaves(closed, *leaves):
-    return _evaluate_with_zeros(closed.jaxpr, closed.consts, leaves)
-
-
-def _evaluate_with_zeros(jaxpr, consts, args):
+def _evaluate_with_zeros(closed, args):
     """Evaluate a jaxpr, `None` standing for zeros; jits are written out."""
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-    def read(atom):
-        return atom.val if isinstance(atom, Literal) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        operands = [read(v) for v in eqn.invars]
-        vanished = [x is None for x in operands]
-        if eqn.primitive.name in JITS:
-            inner = eqn.params["jaxpr"]
-            results = _evaluate_with_zeros(inner.jaxpr, inner.consts, operands)
-        elif any(vanished) and vanishes(eqn, vanished):
-            results = [None]
-        elif any(vanished) and eqn.primitive.name in ("add", "sub"):
+    def apply(eqn, operands):
+        name, vanished = eqn.primitive.name, [x is None for x in operands]
+        if name in JITS:
+            return _evaluate_with_zeros(eqn.params["jaxpr"], operands)
+        if any(vanished) and vanishes(eqn, vanished):
+            return [None]
+        if any(vanished) and name in ("add", "sub"):
             other = operands[0] if vanished[1] else operands[1]
-            other = -other if vanished[0] and eqn.primitive.name == "sub" else other
-            results = [jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
-        else:
-            filled = [_zeros(v) if x is None else x for v, x in zip(eqn.invars, operands)]  # noqa: B905
-            results = applied(jaxpr, eqn, filled)
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+            other = -other if vanished[0] and name == "sub" else other
+            return [jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
+        pairs = zip(eqn.invars, operands, strict=True)
+        return applied(closed.jaxpr, eqn, [_zeros(v) if x is None else x for v, x in pairs])
+
+    return interpret(closed, apply, args)
 
 
 def vanishes(eqn, vanished):
@@ -240,3 +262,21 @@ def _is_jaxpr(x):
 
 def _zeros(variable):
     return jnp.zeros(variable.aval.shape, variable.aval.dtype)
+
+
+def is_integer(variable):
+    """Whether a variable holds integers or booleans."""
+    return not jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+
+
+def keeps_values(eqn):
+    """Whether a linear operation is one in its number type: no rounding, no wrapping around."""
+    dtype = eqn.outvars[0].aval.dtype
+    if eqn.primitive.name == "convert_element_type":
+        before = eqn.invars[0].aval.dtype
+        if jnp.issubdtype(dtype, jnp.floating):
+            return not jnp.issubdtype(before, jnp.complexfloating)
+        return is_integer(eqn.invars[0]) and dtype.kind != "b" and np.can_cast(before, dtype)
+    if eqn.primitive.name in ("neg", "sub"):
+        return not jnp.issubdtype(dtype, jnp.unsignedinteger)
+    return True

@@ -15,11 +15,10 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from numpyro_ebm.program.jaxprs import CALLS, CUSTOM_RULES, inner_jaxpr
+from numpyro_ebm.program.jaxprs import CUSTOM_RULES, called, interpret, is_integer, keeps_values
 
 __all__ = ["Structure", "degree", "structure"]
 
@@ -105,7 +104,7 @@ def structure(fn, inputs):
         values.append(_Value(1, labels if start + size <= MAX_LABELS else None))
         start += size
     walker = _DegreeWalker()
-    outputs = walker.walk(closed.jaxpr, values)
+    outputs = walker.walk(closed, values)
     return Structure(
         max((x.degree for x in outputs), default=0),
         all(x.separable for x in outputs),
@@ -117,13 +116,8 @@ class _DegreeWalker:
     def __init__(self):
         self.met_custom_rule = False
 
-    def walk(self, jaxpr, values):
-        known = dict(zip(jaxpr.invars, values, strict=True))
-        read = lambda v: _Value() if isinstance(v, Literal) else known.get(v, _Value())  # noqa: E731
-        for eqn in jaxpr.eqns:
-            operands = [read(v) for v in eqn.invars]
-            known.update(zip(eqn.outvars, self.apply(eqn, operands), strict=True))
-        return [read(v) for v in jaxpr.outvars]
+    def walk(self, closed, values):
+        return interpret(closed, self.apply, values, lambda _: _Value())
 
     def apply(self, eqn, operands):
         """Values of all outputs of one equation."""
@@ -131,19 +125,16 @@ class _DegreeWalker:
         truth = _truth(eqn, operands)
         if truth is not None or not inputs:
             value = _Value(0 if not inputs else math.inf, None, not inputs, truth)
-        elif name in CALLS:
-            inner = inner_jaxpr(eqn)
-            if inner is not None and len(inner.invars) == len(operands):
-                self.met_custom_rule |= name in CUSTOM_RULES
-                return self.walk(inner, operands)
-            value = _unknown()
+        elif called(eqn) is not None:
+            self.met_custom_rule |= name in CUSTOM_RULES
+            return self.walk(called(eqn), operands)
         elif name == "select_n":
             value = _select(eqn, operands)
-        elif name in LINEAR and _keeps_values(eqn):
+        elif name in LINEAR and keeps_values(eqn):
             value = _linear(eqn, operands)
         elif name in LINEAR_IN_FIRST:
             is_linear = not any(x.degree for x in operands[1:]) and not (
-                name == "div" and _is_integer(eqn.outvars[0])
+                name == "div" and is_integer(eqn.outvars[0])
             )
             value = _linear(eqn, operands) if is_linear else _unknown()
         elif name == "triangular_solve" and not operands[0].degree:
@@ -159,23 +150,6 @@ class _DegreeWalker:
 
 def _unknown():
     return _Value(math.inf, None, False)
-
-
-def _is_integer(var):
-    return not jnp.issubdtype(var.aval.dtype, jnp.inexact)
-
-
-def _keeps_values(eqn):
-    """Whether a linear operation is one in its number type: no rounding, no wrapping around."""
-    dtype = eqn.outvars[0].aval.dtype
-    if eqn.primitive.name == "convert_element_type":
-        before = eqn.invars[0].aval.dtype
-        if jnp.issubdtype(dtype, jnp.floating):
-            return not jnp.issubdtype(before, jnp.complexfloating)
-        return _is_integer(eqn.invars[0]) and dtype.kind != "b" and np.can_cast(before, dtype)
-    if eqn.primitive.name in ("neg", "sub"):
-        return not jnp.issubdtype(dtype, jnp.unsignedinteger)
-    return True
 
 
 def _truth(eqn, operands):

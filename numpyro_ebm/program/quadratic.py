@@ -12,10 +12,9 @@ product with a diagonal matrix is a scaling. So H of the energy :math:`-s^\top J
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.program.jaxprs import JITS, applied, needed, vanishes
+from numpyro_ebm.program.jaxprs import JITS, applied, interpret, vanishes
 
 __all__ = ["quadratic_form"]
 
@@ -48,8 +47,8 @@ def quadratic_form(gradient, center):
     slope = jax.make_jaxpr(gradient)(point)
     derivative = jax.make_jaxpr(lambda t: jax.jvp(gradient, (point,), (t,))[1])(point)
     try:
-        (b,) = _evaluate_structured(slope.jaxpr, slope.consts, [point])
-        (H,) = _evaluate_structured(derivative.jaxpr, derivative.consts, [identity])
+        (b,) = _evaluate_structured(slope, [point])
+        (H,) = _evaluate_structured(derivative, [identity])
     except NoSimpleForm:
         return None
     if H is None:
@@ -70,44 +69,32 @@ class Diagonal:
         self.vector = vector
 
 
-def _evaluate_structured(jaxpr, consts, args):
+def _evaluate_structured(closed, args):
     """Evaluate a jaxpr; `None` stands for zeros, and what is known is computed at once."""
-    values = dict(zip(jaxpr.constvars, map(_or_none, consts), strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(atom):
-        return _or_none(atom.val) if isinstance(atom, Literal) else values[atom]
-
-    for eqn in needed(jaxpr):
-        results = _results(jaxpr, eqn, [read(v) for v in eqn.invars])
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _results(jaxpr, eqn, operands):
-    name = eqn.primitive.name
-    if name in JITS:
-        inner = eqn.params["jaxpr"]
-        return _evaluate_structured(inner.jaxpr, inner.consts, operands)
-    vanished = [x is None for x in operands]
-    if any(vanished):
-        if vanishes(eqn, vanished):
+    def apply(eqn, operands):
+        name, vanished = eqn.primitive.name, [x is None for x in operands]
+        if name in JITS:
+            return _evaluate_structured(eqn.params["jaxpr"], operands)
+        if any(vanished) and vanishes(eqn, vanished):
             return [None]
-        if name in ADDITIONS:
+        if any(vanished) and name in ADDITIONS:
             other = operands[0] if vanished[1] else operands[1]
             other = _scaled(other, -1.0) if vanished[0] and name == "sub" else other
             is_diagonal = isinstance(other, Diagonal)
             return [other if is_diagonal else jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
-    if any(isinstance(x, Diagonal) for x in operands):
-        return [_of_diagonals(eqn, operands)]
-    operands = [
-        np.zeros(v.aval.shape, v.aval.dtype) if x is None else x
-        for v, x in zip(eqn.invars, operands, strict=True)
-    ]
-    if not all(map(not_jax_tracer, operands)):
-        return applied(jaxpr, eqn, operands)
-    with jax.ensure_compile_time_eval():
-        return [_or_none(x) for x in applied(jaxpr, eqn, operands)]
+        if any(isinstance(x, Diagonal) for x in operands):
+            return [_of_diagonals(eqn, operands)]
+        operands = [
+            np.zeros(v.aval.shape, v.aval.dtype) if x is None else x
+            for v, x in zip(eqn.invars, operands, strict=True)
+        ]
+        if not all(map(not_jax_tracer, operands)):
+            return applied(closed.jaxpr, eqn, operands)
+        with jax.ensure_compile_time_eval():
+            return [_or_none(x) for x in applied(closed.jaxpr, eqn, operands)]
+
+    return interpret(closed, apply, args, _or_none)
 
 
 def _of_diagonals(eqn, operands):

@@ -9,9 +9,8 @@ apart is apart.
 import math
 
 import jax
-from jax.extend.core import Literal
 
-from numpyro_ebm.program.jaxprs import CALLS, ELEMENTWISE, inner_jaxpr, needed
+from numpyro_ebm.program.jaxprs import ELEMENTWISE, called, inner_jaxpr, interpret
 
 __all__ = ["MIXED", "row_axes"]
 
@@ -50,21 +49,20 @@ def row_axes(fn, values, axes):
     >>> row_axes(lambda v: v - v.mean(0), jnp.ones((5, 3)), [0]) == [MIXED]
     True
     """
-    return _walk(jax.make_jaxpr(fn)(values).jaxpr, axes)
+    return _walk(jax.make_jaxpr(fn)(values), axes)
 
 
-def _walk(jaxpr, states):
-    known = dict(zip(jaxpr.invars, states, strict=True))
-    read = lambda v: None if isinstance(v, Literal) else known.get(v)  # noqa: E731
-    for eqn in needed(jaxpr):
-        operands = [read(v) for v in eqn.invars]
-        if all(x is None for x in operands):
-            continue
-        results = MIXED if any(x is MIXED for x in operands) else _apply(eqn, operands)
-        if not isinstance(results, list):
-            results = [results] * len(eqn.outvars)
-        known.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+def _walk(closed, states):
+    return interpret(closed, _results, states, lambda _: None)
+
+
+def _results(eqn, operands):
+    state = None
+    if any(x is MIXED for x in operands):
+        state = MIXED
+    elif any(x is not None for x in operands):
+        state = _apply(eqn, operands)
+    return state if isinstance(state, list) else [state] * len(eqn.outvars)
 
 
 def _apply(eqn, operands):
@@ -72,10 +70,8 @@ def _apply(eqn, operands):
     shapes = [v.aval.shape for v in eqn.invars]
     axes = {x for x in operands if x is not None}
     axis = axes.pop()
-    if name in CALLS:
-        inner = inner_jaxpr(eqn)
-        known = inner is not None and len(inner.invars) == len(operands)
-        return _walk(inner, operands) if known else MIXED
+    if called(eqn) is not None:
+        return _walk(called(eqn), operands)
     if name == "scan":
         return _scan(eqn, operands)
     if name == "dot_general":
@@ -203,10 +199,10 @@ def _scan(eqn, operands):
     """A loop over another axis than the rows; what it carries takes up rows as it goes."""
     inner = inner_jaxpr(eqn)
     # Slices have an axis less inside; versions of JAX differ in how they count them otherwise.
-    num_xs = sum(v.aval.ndim > u.aval.ndim for v, u in zip(eqn.invars, inner.invars, strict=True))
-    num_carry = sum(
-        v.aval.ndim == u.aval.ndim for v, u in zip(eqn.outvars, inner.outvars, strict=True)
-    )
+    arguments = zip(eqn.invars, inner.jaxpr.invars, strict=True)
+    results = zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
+    num_xs = sum(v.aval.ndim > u.aval.ndim for v, u in arguments)
+    num_carry = sum(v.aval.ndim == u.aval.ndim for v, u in results)
     num_consts = len(operands) - num_xs - num_carry
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
