@@ -19,6 +19,7 @@ from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.objectives.fisher_divergence import mlp_critic as mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
+from numpyro_ebm.objectives.minimum_probability_flow import MinimumProbabilityFlow
 from numpyro_ebm.objectives.nce import NCE
 from numpyro_ebm.objectives.pseudo_likelihood import PseudoLikelihood
 from numpyro_ebm.objectives.ranking_nce import RankingNCE
@@ -36,6 +37,7 @@ __all__ = [
     "FlowContrastive",
     "KernelSteinDiscrepancy",
     "MaximumLikelihood",
+    "MinimumProbabilityFlow",
     "MultiscaleDenoisingScoreMatching",
     "PseudoLikelihood",
     "RankingNCE",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import oracles
@@ -133,6 +134,14 @@ def ratio_matching(table, index):
     return sum((1.0 - jax.nn.softmax(table, axis=d)[tuple(index.T)]) ** 2 for d in axes)
 
 
+def minimum_probability_flow(table, index):
+    """Σ over all states y that differ from x in one coordinate, of √(p̃(y) / p̃(x))."""
+    states = np.indices(table.shape).reshape(table.ndim, -1).T
+    near = (states != index[:, None]).sum(-1) == 1  # rows, states
+    log_ratios = table.reshape(-1) - table[tuple(index.T)][:, None]
+    return jnp.sum(jnp.where(near, jnp.sqrt(jnp.exp(log_ratios)), 0.0), -1)
+
+
 # Noise, networks and kernels ---------------------------------------------------------------------
 
 NOISE = dist.Normal(0.0, 1.5)
@@ -198,6 +207,12 @@ OBJECTIVES = {
     "MaximumLikelihood": Objective(ebm.MaximumLikelihood, marginals=VALUE),
     "EnergyDiscrepancy": Objective(
         lambda marginal=None: ebm.EnergyDiscrepancy(1.0, 8, marginal=marginal), marginals=VALUE
+    ),
+    "MinimumProbabilityFlow": Objective(
+        ebm.MinimumProbabilityFlow,
+        sites="discrete",
+        marginals=VALUE,
+        formulas={"MPF": Formula(ebm.MinimumProbabilityFlow, minimum_probability_flow)},
     ),
     "PseudoLikelihood": Objective(
         ebm.PseudoLikelihood,
