@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Warm-up of the kernels: step size, diagonal preconditioner and trajectory length.
+r"""Warm-up of the kernels, one step at a time, as NumPyro's ``MCMC`` asks for it.
 
-BlackJAX's and Stan's parts, one step at a time, as NumPyro's ``MCMC`` asks for them: dual averaging
-of the rows' mean acceptance, and variances by Welford's algorithm in windows that double. The
-variance of a coordinate is taken over time within each row, then averaged over rows: rows may have
-different laws, where their energies read covariates or clamped sites.
+:class:`WindowAdaptation` is Stan's schedule on BlackJAX's parts: the step size follows the steps by
+dual averaging, and whatever else a kernel adapts is gathered in windows that double and changes at
+their ends. :class:`Adaptation` gathers variances for a diagonal preconditioner and the length of a
+trajectory; the ladder of :mod:`numpyro_ebm.mcmc.replica_ladder` and the proposal of
+:mod:`numpyro_ebm.posteriors.exchange.warmup` are adapted by other subclasses.
 
 Reference: Hoffman, Gelman, *The No-U-Turn sampler*, 2014; Stan reference manual, *HMC algorithm
 parameters*; for the unadjusted kernel, Robnik et al., *Microcanonical Hamiltonian Monte Carlo*,
 2023.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +22,17 @@ from blackjax.adaptation.mass_matrix import welford_algorithm
 from blackjax.adaptation.staged_adaptation import build_schedule
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 
-__all__ = ["AdaptState", "Adaptation", "acceptance_tuner", "energy_error_tuner"]
+__all__ = [
+    "AdaptState",
+    "Adaptation",
+    "Tuner",
+    "WindowAdaptation",
+    "acceptance_tuner",
+    "energy_error_tuner",
+    "running_mean",
+    "tree_where",
+    "warmup_windows",
+]
 
 INIT_WELFORD, UPDATE_WELFORD, _ = welford_algorithm(is_diagonal_matrix=True)
 
@@ -91,11 +103,104 @@ def energy_error_tuner(trust=1.5, num_effective=150):
     return Tuner(init, update, lambda state: state.step_size, lambda state: state.step_size)
 
 
-class Adaptation:
-    """Warm-up of a kernel, as pure functions of :class:`AdaptState`.
+def running_mean(mean, x, i, num_warmup):
+    """The mean of a statistic over the steps since the warm-up, or the sampling, began.
+
+    :param mean: the mean before step i.
+    :param x: the statistic of step i.
+    """
+    count = jnp.where(i < num_warmup, i, i - num_warmup) + 1
+    return (mean + (x - mean) / count).astype(mean.dtype)
+
+
+def warmup_windows(num_warmup):
+    """Stan's windows: which steps are in one, and which end one, two arrays of shape (steps,)."""
+    if not num_warmup:
+        return np.zeros((2, 0), bool)
+    with jax.ensure_compile_time_eval():  # BlackJAX makes arrays of it
+        return np.asarray(build_schedule(num_warmup), bool).T
+
+
+class WindowAdaptation:
+    """Warm-up in windows, as pure functions of a state with ``step_size`` and ``tuner``.
+
+    A subclass says what it gathers in a window and what it makes of it at the end, where the step
+    size starts anew.
 
     :param int num_warmup: length of the warm-up.
-    :param tuner: a :class:`Tuner`.
+    :param Tuner tuner: of the step size.
+    :param bool adapt_step_size: whether the step size is adapted.
+    :param bool in_windows: whether anything is gathered in windows.
+    :param windows: of :func:`warmup_windows`, its default for this length if ``None``.
+    """
+
+    def __init__(self, num_warmup, tuner, adapt_step_size, in_windows, windows=None):
+        self.num_warmup, self.tuner = num_warmup, tuner
+        self.adapt_step_size, self.in_windows = adapt_step_size, in_windows
+        if in_windows:
+            self.windows = warmup_windows(num_warmup) if windows is None else windows
+
+    def update(self, i, state, statistic, observed=None):
+        """State after step i, which may be past the warm-up.
+
+        :param i: index of the step, from 0.
+        :param state: the state before.
+        :param statistic: what the tuner wants to know of the step.
+        :param observed: a function without arguments: what :meth:`_gather` wants to know.
+        """
+        if self.num_warmup == 0 or not (self.adapt_step_size or self.in_windows):
+            return state
+        return jax.lax.cond(
+            i < self.num_warmup,
+            lambda state: jax.tree.map(
+                lambda new, old: jnp.asarray(new).astype(jnp.asarray(old).dtype),
+                self._update(i, state, statistic, observed),
+                state,
+            ),
+            lambda state: state,
+            state,
+        )
+
+    def _update(self, i, state, statistic, observed):
+        if self.adapt_step_size:
+            tuner = self.tuner.update(state.tuner, statistic)
+            is_last = i == self.num_warmup - 1
+            step_size = jnp.where(is_last, self.tuner.final(tuner), self.tuner.current(tuner))
+            state = state._replace(step_size=step_size, tuner=tuner)
+        if self.in_windows:
+            in_window, ends_window = (jnp.asarray(x)[i] for x in self.windows)
+            state = tree_where(in_window, self._gather(state, observed()), state)
+            state = tree_where(ends_window, self._restart(self._end_window(state)), state)
+        return state
+
+    def _restart(self, state):
+        """Tune from the present step size on."""
+        if not self.adapt_step_size:
+            return state
+        return state._replace(tuner=self.tuner.init(state.step_size))
+
+    def _gather(self, state, observed):
+        """The state with what was observed in a step of a window."""
+        raise NotImplementedError
+
+    def _end_window(self, state):
+        """The state with what follows from a window, ready for the next."""
+        raise NotImplementedError
+
+
+def tree_where(condition, x, y):
+    """``jnp.where`` of two trees."""
+    return jax.tree.map(partial(jnp.where, condition), x, y)
+
+
+class Adaptation(WindowAdaptation):
+    """Step size, diagonal preconditioner and trajectory length of a kernel on rows.
+
+    The variance of a coordinate is taken over time within each row, then averaged over rows: rows
+    may have different laws, where their energies read covariates or clamped sites.
+
+    :param int num_warmup: length of the warm-up.
+    :param Tuner tuner: of the step size.
     :param bool adapt_step_size: whether to adapt the step size.
     :param bool adapt_mass_matrix: whether to adapt the diagonal preconditioner.
     :param float length_factor: L over the root of the summed variances, in units of the
@@ -105,26 +210,13 @@ class Adaptation:
     def __init__(
         self, num_warmup, tuner, adapt_step_size, adapt_mass_matrix=False, length_factor=None
     ):
-        self.num_warmup = num_warmup
-        self.tuner = tuner
-        self.adapt_step_size = adapt_step_size
         self.adapt_mass_matrix = adapt_mass_matrix
         self.length_factor = length_factor
-        schedule = np.zeros((num_warmup, 2), bool)
-        if self._needs_moments and num_warmup:
-            with jax.ensure_compile_time_eval():  # BlackJAX makes arrays of it
-                schedule = np.asarray(build_schedule(num_warmup), bool)
-        self.in_window, self.ends_window = schedule.T
-
-    @property
-    def _needs_moments(self):
-        return self.adapt_mass_matrix or self.length_factor is not None
+        in_windows = adapt_mass_matrix or length_factor is not None
+        super().__init__(num_warmup, tuner, adapt_step_size, in_windows)
 
     def init(self, step_size, num_rows, dimension, has_mass_matrix, trajectory_length):
         """Initial state, for rows of ``dimension`` coordinates."""
-        moments = None
-        if self._needs_moments:
-            moments = jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(num_rows))
         if self.length_factor is not None:
             trajectory_length = self.length_factor * dimension**0.5
         return AdaptState(
@@ -132,39 +224,14 @@ class Adaptation:
             tuner=self.tuner.init(step_size),
             inverse_mass_matrix=jnp.ones(dimension) if has_mass_matrix else None,
             trajectory_length=None if trajectory_length is None else jnp.asarray(trajectory_length),
-            moments=moments,
+            moments=self._no_moments(num_rows, dimension) if self.in_windows else None,
         )
 
-    def update(self, i, state, rows, statistic):
-        """State after a step.
+    def _no_moments(self, num_rows, dimension):
+        return jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(num_rows))
 
-        :param i: index of the step, from 0.
-        :param AdaptState state: the state before.
-        :param rows: coordinates after the step, (rows, dimension), a function without arguments.
-        :param statistic: what the tuner wants to know of the step, a scalar.
-        """
-        if self.num_warmup == 0 or not (self.adapt_step_size or self._needs_moments):
-            return state
-        return jax.lax.cond(
-            i < self.num_warmup,
-            lambda state: self._update(i, state, rows, statistic),
-            lambda state: state,
-            state,
-        )
-
-    def _update(self, i, state, rows, statistic):
-        new = state
-        if self.adapt_step_size:
-            tuner = self.tuner.update(state.tuner, statistic)
-            is_last = i == self.num_warmup - 1
-            step_size = jnp.where(is_last, self.tuner.final(tuner), self.tuner.current(tuner))
-            new = new._replace(step_size=step_size, tuner=tuner)
-        if self._needs_moments:
-            moments = jax.vmap(UPDATE_WELFORD)(state.moments, rows())
-            moments = _select(jnp.asarray(self.in_window)[i], moments, state.moments)
-            new = new._replace(moments=moments)
-            new = _select(jnp.asarray(self.ends_window)[i], self._end_window(new), new)
-        return jax.tree.map(lambda x, like: jnp.asarray(x).astype(like.dtype), new, _arrays(state))
+    def _gather(self, state, observed):
+        return state._replace(moments=jax.vmap(UPDATE_WELFORD)(state.moments, observed))
 
     def _end_window(self, state):
         _, sums, counts = state.moments
@@ -177,15 +244,4 @@ class Adaptation:
         if self.length_factor is not None:
             length = jnp.sqrt(jnp.sum(variance / state.inverse_mass_matrix))
             state = state._replace(trajectory_length=self.length_factor * length)
-        if self.adapt_step_size:
-            state = state._replace(tuner=self.tuner.init(state.step_size))
-        moments = jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(num_rows))
-        return state._replace(moments=moments)
-
-
-def _arrays(tree):
-    return jax.tree.map(jnp.asarray, tree)
-
-
-def _select(condition, x, y):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+        return state._replace(moments=self._no_moments(num_rows, dimension))

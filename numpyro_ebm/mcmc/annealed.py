@@ -90,6 +90,8 @@ class AnnealedLangevin(RowKernel):
     True
     """
 
+    leaves_invariant = False
+
     def __init__(
         self,
         model,

@@ -135,6 +135,8 @@ class BlockGibbs(RowKernel):
     ('coloured', 2)
     """
 
+    moves_discrete = True
+
     def __init__(
         self, model, blocks=None, *, colors=None, reversible=False, init_strategy=init_to_uniform
     ):

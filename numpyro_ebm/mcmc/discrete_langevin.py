@@ -19,17 +19,15 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 from numpyro.util import is_prng_key, not_jax_tracer
 
-from numpyro_ebm.errors import ModelError, check_fraction, check_positive
-from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
-from numpyro_ebm.mcmc.kernel import RowKernel
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
+from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.model.finite_supports import initial_values, support_values
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers import discrete_langevin
 
 __all__ = ["DiscreteLangevin", "DiscreteLangevinState"]
-
-INITIAL_STEP_SIZE = 0.2  # the paper's
 
 
 class DiscreteLangevinState(NamedTuple):
@@ -57,7 +55,7 @@ class DiscreteLangevinState(NamedTuple):
     rng_key: jax.Array
 
 
-class DiscreteLangevin(RowKernel):
+class DiscreteLangevin(AdaptiveKernel):
     r"""Metropolis-adjusted discrete Langevin sampling (DMALA) of the finite discrete sites.
 
     .. math:: q_i(x_i' \mid x) \propto
@@ -119,6 +117,9 @@ class DiscreteLangevin(RowKernel):
     (100, 200, 10)
     """
 
+    moves_discrete = True
+    default_step_size = 0.2  # the paper's
+
     def __init__(
         self,
         model,
@@ -130,9 +131,6 @@ class DiscreteLangevin(RowKernel):
         differences="gradient",
         init_strategy=init_to_uniform,
     ):
-        if step_size is not None:
-            check_positive(self._name, step_size=step_size)
-        check_fraction(self._name, target_accept_prob=target_accept_prob)
         if differences not in ("gradient", "exact"):
             raise ModelError(
                 f'{self._name}: `differences` must be "gradient" or "exact", got {differences!r}.'
@@ -142,22 +140,15 @@ class DiscreteLangevin(RowKernel):
                 f"{self._name}: without the test (`adjusted=False`) pass a `step_size`; there is "
                 "no acceptance to adapt it to."
             )
-        self._step_size = step_size
-        self._adjusted = adjusted
-        self._adapt_step_size = adapt_step_size and adjusted
-        self._tuner = acceptance_tuner(target_accept_prob)
+        self.leaves_invariant = self.is_reversible = adjusted
         self._differences = differences
         self._kernel = discrete_langevin.build_kernel(adjusted, differences)
-        super().__init__(model, init_strategy)
+        adapt_step_size = adapt_step_size and adjusted
+        super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
     @property
     def default_fields(self):
         return ("z", "potential_energy", "accept_prob", "diverging")
-
-    def get_diagnostics_str(self, state):
-        return (
-            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
-        )
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         state = super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
@@ -178,13 +169,6 @@ class DiscreteLangevin(RowKernel):
         return lambda z: {**z, **row_model.deterministic({}, z)}
 
     # Inside
-
-    def _check_warmup(self, num_warmup):
-        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
-            raise ModelError(
-                f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
-                "`adapt_step_size=True`) pass a `step_size`."
-            )
 
     def _check_energy(self, state, model_args, model_kwargs):
         if not np.all(np.isfinite(np.asarray(state.potential_energy))):
@@ -217,12 +201,8 @@ class DiscreteLangevin(RowKernel):
         return row_model, log_density, values
 
     @property
-    def _initial(self):
-        return INITIAL_STEP_SIZE if self._step_size is None else self._step_size
-
-    @property
     def _adaptation(self):
-        return Adaptation(self._num_warmup, self._tuner, self._adapt_step_size)
+        return Adaptation(self._num_warmup, self._tuner(), self._adapt_step_size)
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
@@ -239,7 +219,7 @@ class DiscreteLangevin(RowKernel):
             mean_accept_prob=jnp.zeros(()),
             diverging=jnp.zeros(row_model.num_rows, bool),
             adapt_state=self._adaptation.init(
-                jnp.asarray(self._initial, float), row_model.num_rows, 0, False, None
+                jnp.asarray(self._initial_step_size(), float), row_model.num_rows, 0, False, None
             ),
             rng_key=rng_key,
         )
@@ -318,17 +298,17 @@ class DiscreteLangevin(RowKernel):
         chains, info = self._kernel(
             key_step, chains, log_density, state.adapt_state.step_size, values
         )
-        since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
         mean = jnp.mean(info.acceptance_rate)
-        adapt_state = self._adaptation.update(state.i, state.adapt_state, dict, mean)
+        adapt_state = self._adaptation.update(state.i, state.adapt_state, mean)
         if self._adapt_step_size:
             largest = 1_000.0 * max(np.ptp(x) ** 2 for x in values.values())
-            step_size = jnp.minimum(adapt_state.step_size, jnp.maximum(largest, self._initial))
+            largest = jnp.maximum(largest, self._initial_step_size())
+            step_size = jnp.minimum(adapt_state.step_size, largest)
             adapt_state = adapt_state._replace(step_size=step_size)
         return self._cache(state, chains, row_model)._replace(
             i=state.i + 1,
             accept_prob=info.acceptance_rate,
-            mean_accept_prob=state.mean_accept_prob + (mean - state.mean_accept_prob) / since,
+            mean_accept_prob=running_mean(state.mean_accept_prob, mean, state.i, self._num_warmup),
             diverging=info.is_divergent,
             adapt_state=adapt_state,
             rng_key=rng_key,

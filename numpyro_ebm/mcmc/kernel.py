@@ -23,11 +23,11 @@ from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner
+from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers.per_row import per_row
 
-__all__ = ["Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
+__all__ = ["AdaptiveKernel", "Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
 
 
 class LangevinState(NamedTuple):
@@ -84,8 +84,20 @@ class StepInfo(NamedTuple):
 
 
 class RowKernel(MCMCKernel):
-    """NumPyro's protocol for a kernel on the continuous sites of the rows of a fixed model."""
+    """NumPyro's protocol for a kernel on the unobserved sites of the rows of a fixed model.
 
+    What a kernel is, it says by these attributes, which others ask for:
+
+    - **leaves_invariant** - whether its steps leave the law of the model invariant.
+    - **is_reversible** - whether they are reversible with respect to it.
+    - **moves_discrete** - whether it draws discrete sites; otherwise they are summed out.
+    - **needs_warmup** - whether it has to be adapted before it can be used.
+    """
+
+    leaves_invariant = True
+    is_reversible = False
+    moves_discrete = False
+    needs_warmup = False
     sample_field = "z"
 
     def __init__(self, model, init_strategy):
@@ -104,7 +116,7 @@ class RowKernel(MCMCKernel):
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         self._num_warmup = num_warmup
-        self._check_warmup(num_warmup)
+        self._check_warmup()
         self._sample_fn = self._step
 
         def init_one(rng_key, init_params):
@@ -150,8 +162,8 @@ class RowKernel(MCMCKernel):
     def _name(self):
         return type(self).__name__
 
-    def _check_warmup(self, num_warmup):
-        pass
+    def _check_warmup(self):
+        """Raise if a warm-up of ``_num_warmup`` steps is not enough."""
 
     def _read(self, model, model_args, model_kwargs):
         """The row model, its marginal, and the row log-density of unconstrained rows."""
@@ -235,10 +247,50 @@ class RowKernel(MCMCKernel):
         )
 
 
-class ChainKernel(RowKernel):
+class AdaptiveKernel(RowKernel):
+    """A kernel with a step size, which its warm-up may adapt to an acceptance probability."""
+
+    default_step_size = 0.1
+
+    def __init__(self, model, step_size, init_strategy, adapt_step_size, target_accept_prob):
+        if step_size is not None:
+            check_positive(self._name, step_size=step_size)
+        if target_accept_prob is not None:
+            check_fraction(self._name, target_accept_prob=target_accept_prob)
+        self._step_size = step_size
+        self._adapt_step_size = adapt_step_size
+        self._target_accept_prob = target_accept_prob
+        super().__init__(model, init_strategy)
+
+    @property
+    def needs_warmup(self):
+        return self._step_size is None
+
+    def get_diagnostics_str(self, state):
+        return (
+            f"step size {jnp.mean(state.adapt_state.step_size):.2e}. "
+            f"acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
+        )
+
+    def _initial_step_size(self, dimension=1):
+        """The step size at the start, for rows of so many coordinates."""
+        return self.default_step_size if self._step_size is None else self._step_size
+
+    def _tuner(self):
+        """What adapts the step size."""
+        return acceptance_tuner(self._target_accept_prob)
+
+    def _check_warmup(self):
+        if self.needs_warmup and not (self._adapt_step_size and self._num_warmup > 0):
+            raise ModelError(
+                f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
+                "`adapt_step_size=True`) pass a `step_size`."
+            )
+
+
+class ChainKernel(AdaptiveKernel):
     """One step of a BlackJAX kernel on every row, with its warm-up."""
 
-    initial_step_size = 0.1
     has_mass_matrix = False
 
     def __init__(
@@ -251,21 +303,10 @@ class ChainKernel(RowKernel):
         target_accept_prob=0.5,
         adapt_mass_matrix=False,
     ):
-        if step_size is not None:
-            check_positive(self._name, step_size=step_size)
-        check_fraction(self._name, target_accept_prob=target_accept_prob)
-        self._step_size = step_size
-        self._adapt_step_size = adapt_step_size
         self._adapt_mass_matrix = adapt_mass_matrix
-        self._tuner = acceptance_tuner(target_accept_prob)
         self._trajectory_length = None
         self._length_factor = None
-        super().__init__(model, init_strategy)
-
-    def get_diagnostics_str(self, state):
-        return (
-            f"step size {state.adapt_state.step_size:.2e}. acc. prob={state.mean_accept_prob:.2f}"
-        )
+        super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
     def refresh(self, state, model_args, model_kwargs):
         row_model, one_row = self._target(model_args, model_kwargs, state.z)
@@ -293,13 +334,6 @@ class ChainKernel(RowKernel):
 
     # Inside
 
-    def _check_warmup(self, num_warmup):
-        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
-            raise ModelError(
-                f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
-                "`adapt_step_size=True`) pass a `step_size`."
-            )
-
     def _target(self, model_args, model_kwargs, z):
         row_model, log_density = self._read(self._model, model_args, model_kwargs)
         return row_model, per_row(log_density, (row_model.to_rows(z),))
@@ -308,7 +342,7 @@ class ChainKernel(RowKernel):
     def _adaptation(self):
         return Adaptation(
             self._num_warmup,
-            self._tuner,
+            self._tuner(),
             self._adapt_step_size,
             self._adapt_mass_matrix,
             self._length_factor,
@@ -326,9 +360,6 @@ class ChainKernel(RowKernel):
             jax.random.split(key_rows, row_model.num_rows), chains.position
         )
         chains = chains._replace(memory=memory)
-        step_size = self._step_size
-        if step_size is None:
-            step_size = self._default_step_size(dimension)
         state = LangevinState(
             i=jnp.array(0),
             z=z,
@@ -340,7 +371,7 @@ class ChainKernel(RowKernel):
             diverging=jnp.zeros(row_model.num_rows, bool),
             num_steps=jnp.array(0),
             adapt_state=self._adaptation.init(
-                jnp.asarray(step_size, float),
+                jnp.asarray(self._initial_step_size(dimension), float),
                 row_model.num_rows,
                 dimension,
                 self.has_mass_matrix,
@@ -350,9 +381,6 @@ class ChainKernel(RowKernel):
             rng_key=rng_key,
         )
         return self._cache(state, chains, row_model)
-
-    def _default_step_size(self, dimension):
-        return self.initial_step_size
 
     def _evaluate(self, row_model, one_row, z):
         rows = row_model.to_rows(z)
@@ -383,17 +411,16 @@ class ChainKernel(RowKernel):
         chains, info = jax.vmap(
             lambda key, chain: self._move(key, chain, one_row, state.adapt_state, state.i)
         )(keys, chains)
-        since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
         mean = jnp.mean(info.accept_prob)
         new = self._cache(state, chains, row_model)
         adapt_state = self._adaptation.update(
-            state.i, state.adapt_state, lambda: row_model.flatten(new.z), jnp.mean(info.statistic)
+            state.i, state.adapt_state, jnp.mean(info.statistic), lambda: row_model.flatten(new.z)
         )
         return new._replace(
             i=state.i + 1,
             energy=info.energy,
             accept_prob=info.accept_prob,
-            mean_accept_prob=state.mean_accept_prob + (mean - state.mean_accept_prob) / since,
+            mean_accept_prob=running_mean(state.mean_accept_prob, mean, state.i, self._num_warmup),
             diverging=info.diverging,
             num_steps=jnp.max(info.num_steps),
             adapt_state=adapt_state,

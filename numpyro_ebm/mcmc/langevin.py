@@ -59,6 +59,8 @@ class MALA(ChainKernel):
     True
     """
 
+    is_reversible = True
+
     def __init__(
         self,
         model,
@@ -129,6 +131,8 @@ class ULA(ChainKernel):
     ... )
     >>> kernel = ebm.ULA(model, step_size=0.01)
     """
+
+    leaves_invariant = False
 
     def __init__(self, model, step_size, *, init_strategy=init_to_uniform):
         if step_size is None:

@@ -119,7 +119,7 @@ class MCLMC(ChainKernel):
             target_accept_prob=target_accept_prob,
             adapt_mass_matrix=adapt_mass_matrix,
         )
-        self._adjusted = adjusted
+        self._adjusted = self.leaves_invariant = adjusted
         self._max_num_steps = max_num_steps
         self._target_energy_variance = target_energy_variance
         self._trajectory_length = trajectory_length
@@ -129,7 +129,6 @@ class MCLMC(ChainKernel):
             self._kernel = blackjax.adjusted_mclmc.build_kernel()
         else:
             self._kernel = blackjax.mclmc.build_kernel()
-            self._tuner = energy_error_tuner()
 
     def get_diagnostics_str(self, state):
         steps = f" {state.num_steps} steps." if self._adjusted else ""
@@ -142,8 +141,11 @@ class MCLMC(ChainKernel):
                 "which a velocity of fixed length cannot turn. Use `MALA` or `UnderdampedLangevin`."
             )
 
-    def _default_step_size(self, dimension):
-        return 0.25 * dimension**0.5
+    def _tuner(self):
+        return super()._tuner() if self._adjusted else energy_error_tuner()
+
+    def _initial_step_size(self, dimension=1):
+        return 0.25 * dimension**0.5 if self._step_size is None else self._step_size
 
     def _start_row(self, rng_key, position):
         return None if self._adjusted else generate_unit_vector(rng_key, position)

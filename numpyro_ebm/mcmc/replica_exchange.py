@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replica exchange (parallel tempering) of a fixed energy-based model as an ``MCMCKernel``."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,11 +10,11 @@ from numpyro.handlers import trace
 from numpyro.infer import init_to_uniform
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
-from numpyro_ebm.errors import ModelError, check_fraction, check_positive
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import temper
-from numpyro_ebm.mcmc.adaptation import acceptance_tuner
-from numpyro_ebm.mcmc.kernel import RowKernel
-from numpyro_ebm.mcmc.replica_ladder import LadderState, LadderWarmup, read_ladder
+from numpyro_ebm.mcmc.adaptation import running_mean
+from numpyro_ebm.mcmc.kernel import AdaptiveKernel
+from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, read_ladder
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.per_row import per_row
 
@@ -60,7 +61,7 @@ class ReplicaExchangeState(NamedTuple):
     rng_key: jax.Array
 
 
-class ReplicaExchange(RowKernel):
+class ReplicaExchange(AdaptiveKernel):
     r"""Replica exchange (parallel tempering) on the continuous sites of an energy-based model.
 
     .. math:: p_β(z) \propto b(z)\, e^{-β E(z)}, \qquad 1 = β_1 > β_2 > … > β_K
@@ -140,14 +141,9 @@ class ReplicaExchange(RowKernel):
         target_accept_prob=0.574,
         init_strategy=init_to_uniform,
     ):
-        if step_size is not None:
-            check_positive("ReplicaExchange", step_size=step_size)
-        check_fraction("ReplicaExchange", target_accept_prob=target_accept_prob)
         self._ladder = read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
-        tuner = acceptance_tuner(target_accept_prob)
-        adapt_ladder = adapt_ladder and len(self._ladder) > 2  # its ends stay
-        self._warmup = LadderWarmup(step_size, tuner, adapt_step_size, adapt_ladder)
-        super().__init__(model, init_strategy)
+        self._adapt_ladder = adapt_ladder and len(self._ladder) > 2  # its ends stay
+        super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
     def get_diagnostics_str(self, state):
         rates = state.mean_swap_prob
@@ -165,8 +161,11 @@ class ReplicaExchange(RowKernel):
 
     # Inside
 
-    def _check_warmup(self, num_warmup):
-        self._warmup.check(num_warmup)
+    @property
+    def _adaptation(self):
+        return LadderAdaptation(
+            self._num_warmup, self._tuner(), self._adapt_step_size, self._adapt_ladder
+        )
 
     def _target(self, model_args, model_kwargs):
         """The row model, and the base and the tempered part of its row log-density."""
@@ -230,7 +229,7 @@ class ReplicaExchange(RowKernel):
             swap_prob=pairs,
             mean_swap_prob=pairs,
             round_trips=jnp.zeros(row_model.num_rows, int),
-            adapt_state=self._warmup.init(self._ladder),
+            adapt_state=self._adaptation.init(self._ladder, self._initial_step_size()),
             memory=None,
             rng_key=rng_key,
         )
@@ -269,15 +268,11 @@ class ReplicaExchange(RowKernel):
         keys = jax.random.split(key_swap, row_model.num_rows)
         replicas, visited, swap_prob, _ = swap(keys, replicas, visited)
         new_phase = (state.i == 0) | (state.i == self._num_warmup)
-        since = jnp.where(state.i < self._num_warmup, state.i, state.i - self._num_warmup) + 1
         trips = jnp.where(new_phase, 0, state.round_trips) + visited[0]
         visited = visited.at[0].set(False).at[-1].set(True)
         replica_accept, swap_prob = jnp.mean(accept, 1), jnp.mean(swap_prob, 1)
         dtype = state.accept_prob.dtype
-
-        def running(mean, x):
-            return (mean + (x - mean) / since).astype(dtype)
-
+        running = partial(running_mean, i=state.i, num_warmup=self._num_warmup)
         return self._cache(state, replicas, visited, row_model)._replace(
             i=state.i + 1,
             accept_prob=accept[0].astype(dtype),
@@ -287,9 +282,7 @@ class ReplicaExchange(RowKernel):
             swap_prob=swap_prob.astype(dtype),
             mean_swap_prob=running(state.mean_swap_prob, swap_prob),
             round_trips=trips.astype(state.round_trips.dtype),
-            adapt_state=self._warmup.update(
-                state.i, self._num_warmup, ladder, replica_accept, swap_prob
-            ),
+            adapt_state=self._adaptation.update(state.i, ladder, replica_accept, lambda: swap_prob),
             rng_key=rng_key,
         )
 

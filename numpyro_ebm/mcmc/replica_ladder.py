@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ladder of temperatures of :class:`~numpyro_ebm.ReplicaExchange`, and its warm-up.
 
-Step sizes follow the acceptance of every replica by dual averaging. The inner temperatures move at
-the end of every window of BlackJAX's schedule, which double, to where all pairs would have swapped
-equally often in it; the ends stay.
+Step sizes follow the acceptance of every replica. The inner temperatures move at the end of every
+window of the warm-up to where all pairs would have swapped equally often in it; the ends stay.
 """
 
 from typing import NamedTuple
@@ -11,13 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.adaptation.staged_adaptation import build_schedule
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.mcmc.adaptation import Tuner
+from numpyro_ebm.mcmc.adaptation import Tuner, WindowAdaptation
 from numpyro_ebm.samplers.tempering import equal_rejection_ladder
 
-__all__ = ["LadderState", "LadderWarmup", "read_ladder"]
+__all__ = ["LadderAdaptation", "LadderState", "read_ladder"]
 
 
 class LadderState(NamedTuple):
@@ -64,83 +62,42 @@ def read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature):
     return ladder
 
 
-class LadderWarmup(NamedTuple):
-    """The warm-up as pure functions of :class:`LadderState`.
+class LadderAdaptation(WindowAdaptation):
+    """Step sizes of all replicas, and the temperatures between the ends of the ladder.
 
-    - **step_size** - ε at β = 1 at its start; ``None`` where the user gave none.
-    - **tuner** - of the step sizes.
-    - **adapt_step_size, adapt_ladder** - whether step sizes and temperatures move.
+    :param int num_warmup: length of the warm-up.
+    :param Tuner tuner: of one step size.
+    :param bool adapt_step_size: whether step sizes move.
+    :param bool adapt_ladder: whether temperatures do.
     """
 
-    step_size: float | None
-    tuner: Tuner
-    adapt_step_size: bool
-    adapt_ladder: bool
+    def __init__(self, num_warmup, tuner, adapt_step_size, adapt_ladder):
+        super().__init__(num_warmup, Tuner(*map(jax.vmap, tuner)), adapt_step_size, adapt_ladder)
 
-    def check(self, num_warmup):
-        """Somebody has to choose the step size.
+    def init(self, ladder, step_size):
+        """State at the start.
 
-        :raises ModelError: if neither the user nor a warm-up of this length does.
+        :param ladder: of :func:`read_ladder`.
+        :param float step_size: ε at β = 1.
         """
-        if self.step_size is None and not (self.adapt_step_size and num_warmup > 0):
-            raise ModelError(
-                "ReplicaExchange: without warm-up adaptation (`num_warmup` > 0 and "
-                "`adapt_step_size=True`) pass a `step_size`."
-            )
-
-    def init(self, ladder):
-        """State at the start, from a ladder of :func:`read_ladder`."""
-        step_size = 0.1 if self.step_size is None else self.step_size
         least = ladder[ladder > 0].min()  # β = 0 has the step size of the replica before it
         ladder = jnp.asarray(ladder, float)
         step_sizes = step_size / jnp.maximum(ladder, least)
         pairs = jnp.zeros(len(ladder) - 1)
-        tuner = jax.vmap(self.tuner.init)(step_sizes)
-        return LadderState(step_sizes, ladder, tuner, pairs, jnp.zeros(()))
+        return LadderState(step_sizes, ladder, self.tuner.init(step_sizes), pairs, jnp.zeros(()))
 
-    def update(self, i, num_warmup, state, accept, swap_prob):
-        """State after step i, which may be past the warm-up.
-
-        :param accept: mean acceptance probability of every replica, (K,).
-        :param swap_prob: mean swap probability of every pair, (K - 1,).
-        """
-        if num_warmup == 0 or not (self.adapt_step_size or self.adapt_ladder):
-            return state
-        return jax.lax.cond(
-            i < num_warmup,
-            lambda: self._update(i, num_warmup, state, accept, swap_prob),
-            lambda: state,
-        )
-
-    def _update(self, i, num_warmup, state, accept, swap_prob):
-        new = state
-        if self.adapt_step_size:
-            tuner = jax.vmap(self.tuner.update)(state.tuner, accept)
-            is_last = i == num_warmup - 1
-            final, current = (jax.vmap(f)(tuner) for f in (self.tuner.final, self.tuner.current))
-            new = new._replace(step_size=jnp.where(is_last, final, current), tuner=tuner)
-        if self.adapt_ladder:
-            with jax.ensure_compile_time_eval():  # BlackJAX makes arrays of it
-                schedule = np.asarray(build_schedule(num_warmup), bool)
-            in_window, ends = (jnp.asarray(x)[i] for x in schedule.T)
-            new = new._replace(
-                rejection=state.rejection + in_window * (1 - swap_prob),
-                count=state.count + in_window,
-            )
-            moved = self._end_window(new)
-            new = jax.tree.map(lambda a, b: jnp.where(ends, a, b), moved, new)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, state)
+    def _gather(self, state, observed):
+        return state._replace(rejection=state.rejection + (1 - observed), count=state.count + 1)
 
     def _end_window(self, state):
         old = state.inverse_temperatures
         rejection = state.rejection / jnp.maximum(state.count, 1)
         ladder = equal_rejection_ladder(old, rejection)
-        state = state._replace(
+        if self.adapt_step_size:
+            step_size = jnp.exp(jnp.interp(-ladder, -old, jnp.log(state.step_size)))
+            state = state._replace(step_size=step_size)
+        return state._replace(
             inverse_temperatures=ladder,
             rejection=jnp.zeros_like(state.rejection),
             count=jnp.zeros_like(state.count),
         )
-        if not self.adapt_step_size:
-            return state
-        step_size = jnp.exp(jnp.interp(-ladder, -old, jnp.log(state.step_size)))
-        return state._replace(step_size=step_size, tuner=jax.vmap(self.tuner.init)(step_size))

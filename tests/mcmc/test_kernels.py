@@ -728,7 +728,7 @@ def test_warm_up_windows():
     state = adaptation.init(jnp.asarray(0.1), 30, 2, True, None)
     rng = np.random.default_rng(0)
     sd, shift = np.array([0.1, 3.0]), 100.0 * np.arange(30)[:, None]
-    update = jax.jit(lambda i, s, x: adaptation.update(i, s, lambda: x, 0.5))
+    update = jax.jit(lambda i, s, x: adaptation.update(i, s, 0.5, lambda: x))
     for i in range(210):
         rows = jnp.asarray(shift + sd * rng.normal(size=(30, 2)), jnp.float32)
         if i == 200:

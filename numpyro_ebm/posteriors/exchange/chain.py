@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptState
 from numpyro_ebm.samplers import exchange
 
@@ -69,12 +70,12 @@ class ExchangeState(NamedTuple):
         return -self.log_prior - self.log_density
 
 
-def start_chain(rng_key, z, target, warmup, num_references):
+def start_chain(rng_key, z, target, adaptation, num_references):
     """The first state of a chain.
 
     :param dict z: unconstrained values of the parameters.
     :param ExchangeTarget target: the posterior.
-    :param Warmup warmup: what adapts its proposal.
+    :param ExchangeAdaptation adaptation: what adapts its proposal.
     :param int num_references: data sets that warm-up is to draw, 0 for a random walk.
     """
     position = target.flatten(z)
@@ -84,7 +85,7 @@ def start_chain(rng_key, z, target, warmup, num_references):
         references, baselines = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (num_references, *jnp.shape(x))), (target.data, rows)
         )
-    adapt_state = warmup.init(position, references, baselines)
+    adapt_state = adaptation.init(position, references, baselines)
     _, functions = _functions(target, z, adapt_state)
     chain = exchange.init(position, target.data, **functions)
     per_group = jnp.zeros_like(_per_group(target, chain.logprior))
@@ -115,12 +116,12 @@ def refresh_chain(state, target):
     return _cache(target, state, chain)
 
 
-def step_chain(state, target, warmup, auxiliary, num_bridges):
+def step_chain(state, target, adaptation, auxiliary, num_bridges):
     """One step of a chain.
 
     :param ExchangeState state: where it is.
     :param ExchangeTarget target: the posterior.
-    :param Warmup warmup: what adapts its proposal.
+    :param ExchangeAdaptation adaptation: what adapts its proposal.
     :param auxiliary: what draws the fictitious data, of
         :mod:`numpyro_ebm.posteriors.exchange.auxiliary`.
     :param int num_bridges: distributions that these cross on their way back.
@@ -129,7 +130,7 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
     unflatten, functions = _functions(target, state.z, adapt_state)
     position = target.flatten(state.z)
     rng_key, key_step = jax.random.split(state.rng_key)
-    holds = warmup.at(state.i, "holds")
+    holds = adaptation.at(state.i, "holds")
 
     def simulate(rng_key, position):
         position = jnp.where(holds, adapt_state.reference, position)
@@ -162,15 +163,17 @@ def step_chain(state, target, warmup, auxiliary, num_bridges):
         drawn = {name: info.fictitious[name] for name in target.data}
         params = target.constrain(unflatten(adapt_state.reference))
         rows = target.log_rows(params, drawn)
-        adapt_state = warmup.remember(state.i, adapt_state, drawn, rows)
-    adapt_state = warmup.update(state.i, adapt_state, chain.position, info.acceptance_rate)
-    num_warmup = warmup.num_warmup
-    since = jnp.where(state.i < num_warmup, state.i, state.i - num_warmup) + 1
+        adapt_state = adaptation.remember(state.i, adapt_state, drawn, rows)
+    adapt_state = adaptation.update(
+        state.i, adapt_state, info.acceptance_rate, lambda: chain.position
+    )
     accept_prob = _per_group(target, info.acceptance_rate)
     return _cache(target, state, chain)._replace(
         i=state.i + 1,
         accept_prob=accept_prob,
-        mean_accept_prob=state.mean_accept_prob + (accept_prob - state.mean_accept_prob) / since,
+        mean_accept_prob=running_mean(
+            state.mean_accept_prob, accept_prob, state.i, adaptation.num_warmup
+        ),
         diverging=_per_group(target, info.is_divergent),
         auxiliary=AuxiliaryTrace(
             info.proposal if target.by_row else info.proposal[0],

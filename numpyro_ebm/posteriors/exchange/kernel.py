@@ -14,8 +14,8 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
-from numpyro_ebm.errors import ModelError, check_fraction, check_integer, check_positive
-from numpyro_ebm.mcmc.kernel import RowKernel
+from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.posteriors.exchange.auxiliary import make_auxiliary
 from numpyro_ebm.posteriors.exchange.chain import (
     AuxiliaryTrace,
@@ -26,12 +26,12 @@ from numpyro_ebm.posteriors.exchange.chain import (
 )
 from numpyro_ebm.posteriors.exchange.start import check_start, initial_parameters
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget, complete_prior
-from numpyro_ebm.posteriors.exchange.warmup import Warmup
+from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptation
 
 __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
 
 
-class Exchange(RowKernel):
+class Exchange(AdaptiveKernel):
     r"""The exchange algorithm: the posterior of parameters whose normalizer nobody knows.
 
     .. math:: \log α = \log\frac{π(θ')}{π(θ)} + \log\frac{\tilde p(x; θ')}{\tilde p(x; θ)}
@@ -154,30 +154,23 @@ class Exchange(RowKernel):
                 f'Exchange: `proposal` must be "random_walk" or "langevin", got {proposal!r}.'
             )
         check_integer("Exchange", 0, num_bridges=num_bridges)
-        if step_size is not None:
-            check_positive("Exchange", step_size=step_size)
-        if target_accept_prob is not None:
-            check_fraction("Exchange", target_accept_prob=target_accept_prob)
         if num_references is not None:
             check_integer("Exchange", num_references=num_references)
         self._auxiliary = make_auxiliary(auxiliary, num_auxiliary_steps, max_states)
         self._is_langevin = proposal == "langevin"
         self._num_bridges = num_bridges
         self._by_row = by_row
-        self._step_size = step_size
-        self._adapt_step_size = adapt_step_size
         self._adapt_covariance = adapt_covariance
-        self._target_accept_prob = target_accept_prob
         self._num_references = num_references
-        super().__init__(model, init_strategy)
+        super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
+
+    @property
+    def leaves_invariant(self):
+        return self._auxiliary.is_exact
 
     @property
     def default_fields(self):
         return ("z", "accept_prob", "diverging", "auxiliary")
-
-    def get_diagnostics_str(self, state):
-        step_size = jnp.mean(state.adapt_state.step_size)
-        return f"step size {step_size:.2e}. acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
 
     def refresh(self, state, model_args, model_kwargs):
         return refresh_chain(state, self._target(model_args, model_kwargs))
@@ -198,17 +191,13 @@ class Exchange(RowKernel):
     def _target(self, model_args, model_kwargs):
         return ExchangeTarget(self._model, model_args, model_kwargs, self._by_row)
 
-    def _check_warmup(self, num_warmup):
-        if self._step_size is None and not (self._adapt_step_size and num_warmup > 0):
-            raise ModelError(
-                "Exchange: without warm-up adaptation (`num_warmup` > 0 and "
-                "`adapt_step_size=True`) pass a `step_size`."
-            )
+    def _check_warmup(self):
+        super()._check_warmup()
         least = 40 if self._num_references is None else 4 * (self._num_references + 1)
-        if self._is_langevin and num_warmup < least:
+        if self._is_langevin and self._num_warmup < least:
             raise ModelError(
                 f'Exchange(proposal="langevin") draws its references in a quarter of the warm-up: '
-                f"`num_warmup` must be at least {least}, got {num_warmup}."
+                f"`num_warmup` must be at least {least}, got {self._num_warmup}."
             )
 
     def _num_of_references(self, target):
@@ -219,7 +208,7 @@ class Exchange(RowKernel):
         rows = 4 if self._by_row or target.row_model.covariates else target.row_model.num_rows
         return int(np.clip(-(-256 // rows), 1, min(128, self._num_warmup // 4 - 1)))
 
-    def _warmup(self, target, z):
+    def _adaptation(self, target, z):
         dimension = sum(jnp.size(x) for x in z.values()) // target.num_groups
         accept, step_size = self._target_accept_prob, self._step_size
         if self._is_langevin:
@@ -228,7 +217,7 @@ class Exchange(RowKernel):
         else:
             accept = 0.234 + 0.206 / dimension if accept is None else accept
             step_size = 2.38 / dimension**0.5 if step_size is None else step_size
-        return Warmup(
+        return ExchangeAdaptation(
             self._num_warmup,
             self._num_of_references(target),
             accept,
@@ -243,12 +232,12 @@ class Exchange(RowKernel):
         z = initial_parameters(key_init, target, self._init_strategy, init_params)
         self._auxiliary.check(target, z, self._num_bridges)
         num_references = self._num_of_references(target)
-        return start_chain(rng_key, z, target, self._warmup(target, z), num_references)
+        return start_chain(rng_key, z, target, self._adaptation(target, z), num_references)
 
     def _step(self, state, model_args, model_kwargs):
         target = self._target(model_args, model_kwargs)
-        warmup = self._warmup(target, state.z)
-        return step_chain(state, target, warmup, self._auxiliary, self._num_bridges)
+        adaptation = self._adaptation(target, state.z)
+        return step_chain(state, target, adaptation, self._auxiliary, self._num_bridges)
 
     def _check_energy(self, state, model_args, model_kwargs):
         check_start(state, self._target(model_args, model_kwargs))

@@ -14,11 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blackjax.adaptation.mass_matrix import welford_algorithm
-from blackjax.adaptation.staged_adaptation import build_schedule
 
-from numpyro_ebm.mcmc.adaptation import acceptance_tuner
+from numpyro_ebm.mcmc.adaptation import (
+    Tuner,
+    WindowAdaptation,
+    acceptance_tuner,
+    tree_where,
+    warmup_windows,
+)
 
-__all__ = ["ExchangeAdaptState", "Schedule", "Warmup"]
+__all__ = ["ExchangeAdaptState", "ExchangeAdaptation"]
 
 INIT_WELFORD, UPDATE_WELFORD, _ = welford_algorithm(is_diagonal_matrix=False)
 
@@ -48,48 +53,37 @@ class ExchangeAdaptState(NamedTuple):
     has_gradient: jax.Array
 
 
-class Schedule(NamedTuple):
-    """What happens at every step of the warm-up, arrays of shape (steps,)."""
+class ReferenceSchedule(NamedTuple):
+    """What a warm-up that draws reference data sets does at its steps, arrays of shape (steps,)."""
 
-    in_window: np.ndarray
-    ends_window: np.ndarray
-    in_center: np.ndarray
+    in_center: np.ndarray  # whether the reference is a mean of what the chain sees
     slot: np.ndarray  # which data set is drawn, or -1
     holds: np.ndarray  # whether the chain stands still
     begins: np.ndarray  # whether the last of them is there, and the step size starts anew
+    windows: np.ndarray  # of the covariance: those of the walk, and of what follows the references
 
 
-def schedule(num_warmup, num_references):
+def reference_schedule(num_warmup, num_references):
     """The schedule of a warm-up that draws so many reference data sets (0: a random walk)."""
-
-    def windows(num):
-        if not num:
-            return np.zeros((0, 2), bool)
-        with jax.ensure_compile_time_eval():  # BlackJAX makes arrays of it
-            return np.asarray(build_schedule(num), bool)
-
-    if not num_references:
-        in_window, ends_window = windows(num_warmup).T
-        nothing = np.zeros(num_warmup, bool)
-        none = np.full(num_warmup, -1)
-        return Schedule(in_window, ends_window, nothing, none, nothing, nothing)
-    walk = num_warmup // 2
-    hold = num_references + 1  # one more to see the gradient of all of them
-    pieces = (windows(walk), np.zeros((hold, 2), bool), windows(num_warmup - walk - hold))
-    in_window, ends_window = np.concatenate(pieces).T
+    walk, hold = num_warmup, 0
+    if num_references:
+        walk, hold = num_warmup // 2, num_references + 1  # one more to see the gradient of them all
     step = np.arange(num_warmup)
-    slot = np.where((step >= walk) & (step < walk + num_references), step - walk, -1)
-    return Schedule(
-        in_window,
-        ends_window,
-        (step >= walk // 2) & (step < walk),
-        slot,
-        (step >= walk) & (step < walk + hold),
-        step == walk + num_references - 1,
+    pieces = (
+        warmup_windows(walk),
+        np.zeros((2, hold), bool),
+        warmup_windows(num_warmup - walk - hold),
+    )
+    return ReferenceSchedule(
+        in_center=(step >= walk // 2) & (step < walk),
+        slot=np.where((step >= walk) & (step < walk + num_references), step - walk, -1),
+        holds=(step >= walk) & (step < walk + hold),
+        begins=step == walk + num_references - 1,
+        windows=np.concatenate(pieces, axis=1),
     )
 
 
-class Warmup:
+class ExchangeAdaptation(WindowAdaptation):
     """The warm-up as pure functions of :class:`ExchangeAdaptState`.
 
     :param int num_warmup: its length.
@@ -103,20 +97,23 @@ class Warmup:
     def __init__(
         self, num_warmup, num_references, target, adapt_step_size, adapt_covariance, step_size
     ):
-        self.num_warmup = num_warmup
-        self.adapt_step_size, self.adapt_covariance = adapt_step_size, adapt_covariance
-        self.tuner = acceptance_tuner(target)
-        self.step_size = step_size
-        self.schedule = schedule(num_warmup, num_references)
+        tuner = Tuner(*map(jax.vmap, acceptance_tuner(target)))
+        # Dual averaging aims at ten times its start; the start here is about right.
+        tuner = tuner._replace(init=lambda step_size, init=tuner.init: init(step_size / 10))
+        self.step_size, self.num_references = step_size, num_references
+        self.schedule = reference_schedule(num_warmup, num_references)
+        super().__init__(
+            num_warmup, tuner, adapt_step_size, adapt_covariance, self.schedule.windows
+        )
 
     def init(self, position, references, baselines):
         """State at the start, for a position of shape (groups, dimension)."""
         groups, dimension = position.shape
-        moments = jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(groups))
+        moments = self._no_moments(groups, dimension)
         step_size = jnp.full(groups, self.step_size, position.dtype)
         return ExchangeAdaptState(
             step_size=step_size,
-            tuner=self._start_tuner(step_size),
+            tuner=self.tuner.init(step_size),
             scale=jnp.broadcast_to(
                 jnp.eye(dimension, dtype=position.dtype), (groups, dimension, dimension)
             ),
@@ -128,10 +125,6 @@ class Warmup:
             has_gradient=jnp.array(False),
         )
 
-    def _start_tuner(self, step_size):
-        # Dual averaging aims at ten times its start; the start here is about right.
-        return jax.vmap(self.tuner.init)(step_size / 10)
-
     def at(self, i, name, otherwise=False):
         """What the schedule says of step i."""
         if not self.num_warmup:
@@ -139,41 +132,6 @@ class Warmup:
         values = jnp.asarray(getattr(self.schedule, name))
         return jnp.where(
             i < self.num_warmup, values[jnp.minimum(i, self.num_warmup - 1)], otherwise
-        )
-
-    def update(self, i, state, position, acceptance_rate):
-        """State after step i.
-
-        :param position: θ after the step, (groups, dimension).
-        :param acceptance_rate: (groups,).
-        """
-        if not self.num_warmup:
-            return state
-        new = state
-        if self.adapt_step_size:
-            tuner = jax.vmap(self.tuner.update)(state.tuner, acceptance_rate)
-            is_last = i == self.num_warmup - 1
-            current, final = (jax.vmap(f)(tuner) for f in (self.tuner.current, self.tuner.final))
-            moved = new._replace(tuner=tuner, step_size=jnp.where(is_last, final, current))
-            new = _select(self.at(i, "holds"), new, moved)
-        if self.adapt_covariance:
-            moments = jax.vmap(UPDATE_WELFORD)(state.moments, position)
-            moments = _select(self.at(i, "in_window"), moments, state.moments)
-            new = new._replace(moments=moments)
-            new = _select(self.at(i, "ends_window"), self._end_window(new), new)
-        center = jax.vmap(UPDATE_WELFORD)(state.center, position)
-        center = _select(self.at(i, "in_center"), center, state.center)
-        seen = jnp.reshape(center[2] > 0, (-1, 1))
-        new = new._replace(center=center, reference=jnp.where(seen, center[0], state.reference))
-        begins = self.at(i, "begins")
-        new = new._replace(has_gradient=state.has_gradient | begins)
-        if self.adapt_step_size:
-            again = jnp.full_like(new.step_size, self.step_size)
-            fresh = new._replace(step_size=again, tuner=self._start_tuner(again))
-            new = _select(begins, fresh, new)
-        new = _select(i < self.num_warmup, new, state)
-        return jax.tree.map(
-            lambda x, like: jnp.asarray(x).astype(jnp.asarray(like).dtype), new, state
         )
 
     def remember(self, i, state, data, rows):
@@ -188,6 +146,35 @@ class Warmup:
         baselines = state.baselines.at[slot].set(rows, mode="drop")
         return state._replace(references=references, baselines=baselines)
 
+    def _update(self, i, state, statistic, observed):
+        new = super()._update(i, state, statistic, observed)
+        if not self.num_references:
+            return new
+        new = tree_where(self.at(i, "holds"), state, new)
+        center = jax.vmap(UPDATE_WELFORD)(state.center, observed())
+        center = tree_where(self.at(i, "in_center"), center, state.center)
+        seen = jnp.reshape(center[2] > 0, (-1, 1))
+        begins = self.at(i, "begins")
+        new = new._replace(
+            center=center,
+            reference=jnp.where(seen, center[0], state.reference),
+            has_gradient=state.has_gradient | begins,
+        )
+        return tree_where(begins, self._restart(new), new)
+
+    def _restart(self, state):
+        if not self.adapt_step_size:
+            return state
+        return super()._restart(
+            state._replace(step_size=jnp.full_like(state.step_size, self.step_size))
+        )
+
+    def _no_moments(self, groups, dimension):
+        return jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(groups))
+
+    def _gather(self, state, observed):
+        return state._replace(moments=jax.vmap(UPDATE_WELFORD)(state.moments, observed))
+
     def _end_window(self, state):
         _, sums, counts = state.moments
         groups, dimension, _ = sums.shape
@@ -198,13 +185,6 @@ class Warmup:
         diagonal, effective = covariance * jnp.eye(dimension), count / (10 * dimension)
         covariance = (effective * covariance + 5 * diagonal) / (effective + 5)
         covariance = (count * covariance + 5e-3 * jnp.eye(dimension)) / (count + 5)  # Stan's
-        moments = jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(groups))
-        new = state._replace(scale=jnp.linalg.cholesky(covariance), moments=moments)
-        if self.adapt_step_size:
-            again = jnp.full_like(state.step_size, self.step_size)
-            new = new._replace(step_size=again, tuner=self._start_tuner(again))
-        return new
-
-
-def _select(condition, x, y):
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+        return state._replace(
+            scale=jnp.linalg.cholesky(covariance), moments=self._no_moments(groups, dimension)
+        )
