@@ -20,11 +20,6 @@ from numpyro.primitives import Messenger
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of
-from numpyro_ebm.mcmc.annealed import AnnealedLangevin
-from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
-from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
-from numpyro_ebm.mcmc.kernel import ChainKernel
-from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 from numpyro_ebm.model.row_model import read_fixed_model
 
@@ -165,19 +160,19 @@ class ChainSimulator:
         )
         kernel = self._kernel(fixed(free, {}))
         discrete = sorted(k for k, site in target.row_model.visible.items() if site.is_discrete)
-        if discrete and isinstance(kernel, ChainKernel):
+        # NumPyro's own kernels say nothing: they are right, and refuse what they cannot move.
+        if discrete and not getattr(kernel, "moves_discrete", True):
             raise ModelError(
                 f"Exchange: {type(kernel).__name__} cannot draw fictitious data of {discrete}, "
                 "which are discrete: it moves continuous sites. Use `BlockGibbs`, "
                 '`DiscreteLangevin` or "enumerate".'
             )
-        adjusted = getattr(kernel, "_adjusted", True)
-        if isinstance(kernel, ULA | AnnealedLangevin) or not adjusted:
+        if not getattr(kernel, "leaves_invariant", True):
             raise ModelError(
                 f"Exchange: {type(kernel).__name__} without a Metropolis test has not the law of "
                 "the model, however many steps it takes. Use an adjusted kernel, such as `MALA`."
             )
-        if num_bridges and not is_reversible(kernel):
+        if num_bridges and not getattr(kernel, "is_reversible", False):
             raise ModelError(
                 f"Exchange: bridges need reversible transitions, and {type(kernel).__name__} does "
                 "not say that it makes them. `lambda model: BlockGibbs(model, reversible=True)`, "
@@ -248,13 +243,6 @@ class ChainSimulator:
         halfway = steps(state, num_steps // 2)
         end = steps(halfway, num_steps - num_steps // 2)
         return tuple(dict(constrain(getattr(s, kernel.sample_field))) for s in (halfway, end))
-
-
-def is_reversible(kernel):
-    """Whether a kernel says that its transitions are reversible."""
-    if isinstance(kernel, BlockGibbs):
-        return kernel.is_reversible
-    return isinstance(kernel, MALA | DiscreteLangevin) or getattr(kernel, "is_reversible", False)
 
 
 def _no_bridges(num_bridges, why):
