@@ -4,26 +4,24 @@ r"""Which coordinates of a row interact in a function, read off its jaxpr.
 .. math:: (i, j) \notin \text{graph} \;\Rightarrow\; f(x) = g(x_{-j}) + g'(x_{-i})
 
 Coordinates without an edge are conditionally independent given all others, so that a proper
-colouring of the graph cuts the coordinates of a lattice into a few groups that can be drawn at
-once. As in :mod:`numpyro_ebm.program.polynomial` an evaluation could never show it; the operations
-can. Every element of every intermediate array carries the set of coordinates that it reads, linear
-operations unite these sets, and only the others (products, comparisons, table lookups) join the
-coordinates of an element. Constants count with their values: a matrix of couplings has edges where
-it is not zero. Edges may be too many, never too few.
+colouring of the graph (:mod:`~numpyro_ebm.program.coloring`) divides the coordinates of a lattice
+into a few groups that can be drawn at once. Every element of every intermediate array carries the
+set of coordinates that it reads. Linear operations unite these sets; only the others (products,
+comparisons, table lookups) add edges between the coordinates of an element. Constants are used with
+their values: a matrix of couplings has edges where it is not zero. The graph may have too many
+edges, never too few.
 
 Reference: sparsity detection of Hessians, Gebremedhin, Manne, Pothen, *What color is your
-Jacobian?*, SIAM Review 2005; colouring: Brélaz, *New methods to color the vertices of a graph*,
-1979.
+Jacobian?*, SIAM Review 2005.
 """
 
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from scipy.sparse import csr_matrix, vstack
 
+from numpyro_ebm.program.constants import Constant, evaluate, evaluate_later, known
 from numpyro_ebm.program.jaxprs import (
     ELEMENTWISE,
     called,
@@ -32,7 +30,7 @@ from numpyro_ebm.program.jaxprs import (
     keeps_values,
 )
 
-__all__ = ["greedy_colors", "interactions"]
+__all__ = ["interactions"]
 
 MAX_ENTRIES = 30_000_000  # entries of sparse matrices; beyond, nothing is told
 
@@ -99,61 +97,10 @@ def interactions(fn, inputs):
     return graph.tocsr()
 
 
-def greedy_colors(graph):
-    """A proper colouring of a graph with few colours: two for every bipartite one.
-
-    :param graph: symmetric sparse matrix of shape (n, n).
-    :return: NumPy array of n colours, 0, 1, ...; neighbours differ.
-
-    **Example**
-
-    >>> import numpy as np
-    >>> from scipy.sparse import csr_matrix
-    >>> from numpyro_ebm.program.interactions import greedy_colors
-    >>> greedy_colors(csr_matrix([[0, 1, 0], [1, 0, 1], [0, 1, 0]])).tolist()
-    [1, 0, 1]
-    """
-    size = graph.shape[0]
-    neighbours = np.split(graph.indices, graph.indptr[1:-1])
-    degrees = np.diff(graph.indptr)
-    colors = np.full(size, -1)
-    seen = [set() for _ in range(size)]  # colours of the neighbours
-    # Most colours around it first, then most neighbours (DSATUR).
-    priority = degrees / (degrees.max(initial=0) + 1.0)
-    for _ in range(size):
-        i = int(np.argmax(priority))
-        color = 0
-        while color in seen[i]:
-            color += 1
-        colors[i], priority[i] = color, -np.inf
-        for j in neighbours[i]:
-            if color not in seen[j]:
-                seen[j].add(color)
-                priority[j] += 1.0
-    return colors
-
-
 def _ones(rows, columns, shape):
     if len(rows) > MAX_ENTRIES:
         raise _CannotTell
     return csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape)
-
-
-class _Constant:
-    """An array that reads no coordinate, evaluated when its values are asked for."""
-
-    def __init__(self, compute):
-        self._compute, self._value = compute, None
-
-    def get(self):
-        """Its values as a NumPy array, or ``None`` where they are not known yet (under `jit`)."""
-        if self._compute is not None:
-            self._value, self._compute = self._compute(), None
-        return self._value
-
-
-def _known_constant(x):
-    return _Constant(lambda: None if isinstance(x, Tracer) else np.asarray(x))
 
 
 class _DependencyWalker:
@@ -164,7 +111,7 @@ class _DependencyWalker:
         self.edges = csr_matrix((dimension, dimension), dtype=bool)
 
     def walk(self, closed, values):
-        return interpret(closed, self.apply, values, _known_constant)
+        return interpret(closed, self.apply, values, known)
 
     def apply(self, eqn, operands):
         """Values of all outputs of one equation."""
@@ -173,12 +120,12 @@ class _DependencyWalker:
             return []
         if called(eqn) is not None:
             return self.walk(called(eqn), operands)
-        if all(isinstance(x, _Constant) for x in operands):
-            return _constants(eqn, operands)
+        if all(isinstance(x, Constant) for x in operands):
+            return evaluate_later(eqn, operands)
         moved = self.move(eqn, operands)
         if moved is not None:
             return moved
-        if name == "gather" and isinstance(operands[0], _Constant):
+        if name == "gather" and isinstance(operands[0], Constant):
             return [self.look_up(eqn, operands[1])]
         if name in REDUCTIONS:
             return [self.reduce(eqn, operands[0])]
@@ -200,7 +147,7 @@ class _DependencyWalker:
 
     def anything(self, eqn, operands):
         """An operation of which nothing is known."""
-        union = sum(_union(x) for x in operands if not isinstance(x, _Constant)) > 0
+        union = sum(_union(x) for x in operands if not isinstance(x, Constant)) > 0
         union = csr_matrix(union)
         self.join(union)
         return [self.rows_of(union, np.zeros(math.prod(v.aval.shape), int)) for v in eqn.outvars]
@@ -226,10 +173,10 @@ class _DependencyWalker:
         arguments, stack, start = [], [csr_matrix((1, self.dimension), dtype=bool)], 1
         for i, (x, v) in enumerate(zip(operands, eqn.invars, strict=True)):
             if i not in moving:
-                value = x.get() if isinstance(x, _Constant) else None
+                value = x.get() if isinstance(x, Constant) else None
                 if value is None:
                     return None
-            elif isinstance(x, _Constant):
+            elif isinstance(x, Constant):
                 value = np.zeros(v.aval.shape, np.int32)
             else:
                 size = math.prod(v.aval.shape)
@@ -237,7 +184,7 @@ class _DependencyWalker:
                 stack.append(x)
                 start += size
             arguments.append(value)
-        outputs = _bind_eagerly(eqn, arguments)
+        outputs = evaluate(eqn, arguments)
         stack = vstack(stack, format="csr")
         return [self.rows_of(stack, np.maximum(x.ravel(), 0)) for x in outputs]  # < 0: filled in
 
@@ -279,8 +226,8 @@ class _DependencyWalker:
             np.arange(math.prod(s)).reshape(s).transpose(o).reshape(t)
             for s, o, t in zip(sizes, order, shapes, strict=True)
         ]
-        constant = [isinstance(x, _Constant) for x in operands]
-        out = B * L * R, sum(x.shape[0] for x in operands if not isinstance(x, _Constant))
+        constant = [isinstance(x, Constant) for x in operands]
+        out = B * L * R, sum(x.shape[0] for x in operands if not isinstance(x, Constant))
         if any(constant):
             c = constant.index(True)
             value, width = operands[c].get(), (L, R)[1 - c]
@@ -311,7 +258,7 @@ class _DependencyWalker:
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
         reads = []
         for x, v in zip(operands, eqn.invars, strict=True):
-            if isinstance(x, _Constant):
+            if isinstance(x, Constant):
                 continue
             if v.aval.shape != shape:
                 index = np.arange(x.shape[0]).reshape(v.aval.shape)
@@ -320,16 +267,16 @@ class _DependencyWalker:
         union = sum(reads[1:], start=reads[0])
         keeps = keeps_values(eqn)
         if name == "mul" and len(reads) == 1 and keeps:
-            factor = next(x for x in operands if isinstance(x, _Constant)).get()
+            factor = next(x for x in operands if isinstance(x, Constant)).get()
             if factor is not None and not np.all(factor):
                 nonzero = np.broadcast_to(factor != 0, shape).ravel()
                 union = union.multiply(nonzero[:, None]).tocsr().astype(bool)
                 union.eliminate_zeros()
         elif name == "mul" and len(reads) == 2:
             self.join(*reads)
-        elif name == "select_n" and isinstance(operands[0], _Constant):
+        elif name == "select_n" and isinstance(operands[0], Constant):
             pass  # which case is not known, but each element is one of them
-        elif name == "div" and isinstance(operands[1], _Constant):
+        elif name == "div" and isinstance(operands[1], Constant):
             if is_integer(eqn.outvars[0]):
                 self.join(union)
         elif name not in LINEAR or not keeps:
@@ -339,23 +286,3 @@ class _DependencyWalker:
 
 def _union(reads):
     return np.asarray(reads.sum(0)) > 0
-
-
-def _bind_eagerly(eqn, arguments):
-    with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
-        outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
-    outputs = outputs if eqn.primitive.multiple_results else [outputs]
-    return [np.asarray(x) for x in outputs]
-
-
-def _constants(eqn, operands):
-    cache = []
-
-    def compute(i):
-        if not cache:
-            values = [x.get() for x in operands]
-            unknown = any(x is None for x in values) or eqn.effects
-            cache.append([None] * len(eqn.outvars) if unknown else _bind_eagerly(eqn, values))
-        return cache[0][i]
-
-    return [_Constant(lambda i=i: compute(i)) for i in range(len(eqn.outvars))]

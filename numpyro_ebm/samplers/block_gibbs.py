@@ -29,7 +29,8 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.program.interactions import greedy_colors, interactions
+from numpyro_ebm.program.coloring import greedy_colors
+from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured, flatten_sites
 

@@ -22,7 +22,8 @@ from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs
 import numpyro_ebm as ebm
 from numpyro_ebm.mcmc import choose_kernel
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbsState
-from numpyro_ebm.program.interactions import greedy_colors, interactions
+from numpyro_ebm.program.coloring import greedy_colors
+from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.samplers import block_gibbs, chromatic_gibbs, discrete_langevin
 
 # Interactions -------------------------------------------------------------------------------------

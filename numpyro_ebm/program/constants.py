@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of a program that read no input, evaluated when an analysis asks for their values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Constant", "evaluate", "evaluate_later", "known"]
+
+
+class Constant:
+    """An array that reads no input.
+
+    :param compute: returns its values, or ``None`` where they are not known yet (under `jit`).
+    """
+
+    def __init__(self, compute):
+        self._compute, self._value = compute, None
+
+    def get(self):
+        """Its values as a NumPy array, or ``None``."""
+        if self._compute is not None:
+            self._value, self._compute = self._compute(), None
+        return self._value
+
+
+def known(x):
+    """The constant of an array that a program holds."""
+    return Constant(lambda: None if isinstance(x, jax.core.Tracer) else np.asarray(x))
+
+
+def evaluate(eqn, arguments):
+    """The results of one operation at these values, as NumPy arrays."""
+    with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
+        outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
+    outputs = outputs if eqn.primitive.multiple_results else [outputs]
+    return [np.asarray(x) for x in outputs]
+
+
+def evaluate_later(eqn, operands):
+    """The results of one operation on constants, as constants."""
+    cache = []
+
+    def compute(i):
+        if not cache:
+            values = [x.get() for x in operands]
+            unknown = any(x is None for x in values) or eqn.effects
+            cache.append([None] * len(eqn.outvars) if unknown else evaluate(eqn, values))
+        return cache[0][i]
+
+    return [Constant(lambda i=i: compute(i)) for i in range(len(eqn.outvars))]
