@@ -26,7 +26,7 @@ from numpyro_ebm.log_normalizers.smc import (
     log_mean_weight,
     sequential_monte_carlo,
 )
-from numpyro_ebm.samplers.block_gibbs import plan_block
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 __all__ = ["annealed"]
 

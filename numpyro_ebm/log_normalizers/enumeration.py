@@ -23,7 +23,7 @@ from numpyro_ebm.log_normalizers.path import flatten, unflatten
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import Enumerated
 from numpyro_ebm.marginals.enumerated import factorises
-from numpyro_ebm.samplers.block_gibbs import plan_block
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 __all__ = ["enumerated", "gaussian_block", "why_not_enumerated"]
 

@@ -34,6 +34,7 @@ from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers import block_gibbs
+from numpyro_ebm.samplers.gibbs_blocks import advice
 
 __all__ = ["BlockGibbs", "BlockGibbsState"]
 
@@ -157,7 +158,7 @@ class BlockGibbs(RowKernel):
 
         :param args: arguments of the model.
         :param kwargs: keyword arguments of the model.
-        :return: list of :class:`~numpyro_ebm.samplers.block_gibbs.Block`, in the order of drawing.
+        :return: list of :class:`~numpyro_ebm.samplers.gibbs_blocks.Block`, in the order of drawing.
         """
         row_model, log_density = self._target(args, kwargs)
         z = {name: jnp.asarray(site.value) for name, site in row_model.sites.items()}
@@ -214,7 +215,7 @@ class BlockGibbs(RowKernel):
                 raise ModelError(
                     f"BlockGibbs: the site '{name}' has the support {site.fn.support}, and only "
                     "real and finite discrete sites are drawn exactly. "
-                    + block_gibbs.advice([name], set(row_model.sites) - {name})
+                    + advice([name], set(row_model.sites) - {name})
                 )
 
         def log_density(rows):

@@ -10,8 +10,8 @@ import numpy as np
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.samplers.block_gibbs import plan_block
 from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 __all__ = ["check_colors", "check_order", "plan_blocks", "read_blocks", "read_colors"]
 
@@ -51,7 +51,7 @@ def read_colors(colors):
 
 
 def plan_blocks(row_model, log_density, rows, blocks, colors):
-    """How the blocks are drawn, a list of :class:`~numpyro_ebm.samplers.block_gibbs.Block`.
+    """How the blocks are drawn, a list of :class:`~numpyro_ebm.samplers.gibbs_blocks.Block`.
 
     :param row_model: the model.
     :param log_density: of its rows.

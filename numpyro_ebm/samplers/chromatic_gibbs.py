@@ -33,14 +33,14 @@ def draw_coloured(rng_key, position, logdensity_fn, block, *, backwards=False):
     :param rng_key: random key.
     :param dict position: arrays of shape (rows, ...) by name.
     :param logdensity_fn: maps such a dict to log π of shape (rows,), row by row.
-    :param block: a coloured :class:`~numpyro_ebm.samplers.block_gibbs.Block`.
+    :param block: a coloured :class:`~numpyro_ebm.samplers.gibbs_blocks.Block`.
     :param bool backwards: the last colour first.
     :return: dict of the new values of the block's sites.
 
     **Example**
 
     >>> import jax, jax.numpy as jnp
-    >>> from numpyro_ebm.samplers.block_gibbs import plan_block
+    >>> from numpyro_ebm.samplers.gibbs_blocks import plan_block
     >>> from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
     >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
     >>> position = {"s": jnp.zeros((3, 5), int)}
@@ -118,7 +118,7 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
     **Example**
 
     >>> import jax, jax.numpy as jnp
-    >>> from numpyro_ebm.samplers.block_gibbs import plan_block
+    >>> from numpyro_ebm.samplers.gibbs_blocks import plan_block
     >>> from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
     >>> chain = lambda x: jnp.sum(x["s"][:, 1:] * x["s"][:, :-1], -1)
     >>> position = {"s": jnp.zeros((3, 5), int)}

@@ -18,6 +18,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.program.polynomial import degree, structure
 from numpyro_ebm.samplers import block_gibbs
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 ONES = jnp.ones((3, 2))
 MATRIX = np.array([[1.0, 0.3], [0.2, -0.5]])
@@ -218,7 +219,7 @@ def test_two_values_need_not_be_zero_and_one():
         return 0.4 * x["s"][:, 0] - 0.6 * x["s"][:, 1]
 
     position = {"s": jnp.full((4_000, 2), 3)}
-    block = block_gibbs.plan_block(log_density, position, ["s"], {"s": [3, 5]})
+    block = plan_block(log_density, position, ["s"], {"s": [3, 5]})
     assert block.kind == "bernoulli"
     s = block_gibbs.draw_block(jax.random.key(0), position, log_density, block)["s"]
     assert_law((s - 3) // 2, lambda h: -2 * h @ np.array([0.4, -0.6]), 2)
@@ -467,7 +468,7 @@ def test_the_sampler_is_blackjax_shaped():
         return jnp.sum(x["h"] * x["v"] - 0.5 * x["v"] ** 2, -1)
 
     position = {"v": jnp.zeros((3, 2)), "h": jnp.ones((3, 2), int)}
-    blocks = [block_gibbs.plan_block(log_density, position, [k], {"h": [0, 1]}) for k in "vh"]
+    blocks = [plan_block(log_density, position, [k], {"h": [0, 1]}) for k in "vh"]
     algorithm = block_gibbs.as_top_level_api(log_density, blocks)
     state, info = jax.jit(algorithm.step)(jax.random.key(0), algorithm.init(position))
     assert isinstance(state, block_gibbs.BlockGibbsChainState) and state.logdensity.shape == (3,)

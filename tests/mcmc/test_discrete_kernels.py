@@ -24,7 +24,8 @@ from numpyro_ebm.mcmc import choose_kernel
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbsState
 from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
-from numpyro_ebm.samplers import block_gibbs, chromatic_gibbs, discrete_langevin
+from numpyro_ebm.samplers import chromatic_gibbs, discrete_langevin
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 # Interactions -------------------------------------------------------------------------------------
 
@@ -371,7 +372,7 @@ def test_a_weak_interaction_of_one_pair_is_found():
 
     position = {"s": jnp.zeros((1, 30), int)}
     colors = {"s": np.zeros(30, int)}
-    plan = block_gibbs.plan_block(log_density, position, ["s"], {"s": np.arange(3)}, colors)
+    plan = plan_block(log_density, position, ["s"], {"s": np.arange(3)}, colors)
     assert chromatic_gibbs.find_interaction(jax.random.key(0), log_density, position, plan) == (
         3,
         17,

@@ -21,6 +21,7 @@ from scipy.special import gammaln, logsumexp
 
 import numpyro_ebm as ebm
 from numpyro_ebm.samplers import block_gibbs
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 MALA = partial(ebm.MALA, step_size=0.8)
@@ -323,7 +324,7 @@ def test_reversible_sweeps_are_in_detailed_balance_and_plain_ones_are_not():
     start = np.random.default_rng(0).choice(8, size=200_000, p=p)
     position = {"s": jnp.asarray(states[start])}
     for colors in (None, {"s": np.array([0, 1, 2])}):  # coloured, then every spin on its own
-        block = block_gibbs.plan_block(log_density, position, ["s"], {"s": [0, 1]}, colors)
+        block = plan_block(log_density, position, ["s"], {"s": [0, 1]}, colors)
 
         def largest(reversible, block=block):
             kernel = block_gibbs.build_kernel(reversible)
@@ -345,7 +346,7 @@ def test_sequential_sweeps_go_there_and_back():
         return 0.3 * jnp.sum(jnp.sort(x["s"], -1) * jnp.arange(3), -1) * x["s"][:, 0]
 
     states = jnp.asarray((np.arange(8)[:, None] >> np.arange(3)) & 1)
-    block = block_gibbs.plan_block(log_density, {"s": states}, ["s"], {"s": [0, 1]})
+    block = plan_block(log_density, {"s": states}, ["s"], {"s": [0, 1]})
     assert block.kind == "sequential"
     log_p = np.asarray(log_density({"s": states}), float)
     p = np.exp(log_p - logsumexp(log_p))
