@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws over every objective of the library, whatever its kind.
 
-What an objective estimates is held against its formula elsewhere (test_objectives for those made of
+What an objective estimates is held against its formula elsewhere (test_formulas for those made of
 scores, test_discrete for discrete sites; a file of its own for each other kind). Here: jit equals
 eager, NumPyro's SVI and EnergySVI arrive at the same place, invalid marginals raise and name the
 valid ones, what has no place in plain SVI says so, and every objective can be printed, stored and

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernelised Stein discrepancy against the population, and with each way to a score.
 
-Its formula over every marginal is held in `test_objectives.py`; here the pairs are averaged out.
+Its formula over every marginal is held in `test_formulas.py`; here the pairs are averaged out.
 """
 
 from functools import partial

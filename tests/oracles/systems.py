@@ -1,63 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the laws are held against: closed forms, quadrature and enumeration.
-
-Nothing here calls the library, except for the models themselves, which are what a user writes. Each
-density comes with its closed-form score and Hessian trace in *unconstrained* coordinates, row by
-row, so that every objective can be written down from its formula.
-"""
+"""Models with closed forms, with latents of every kind and without."""
 
 import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jax.flatten_util import ravel_pytree
 from jax.nn import sigmoid, softplus
 from numpyro.distributions import constraints
 
 import numpyro_ebm as ebm
-
-# The lowest level of XLA's optimiser compiles several times faster; the arithmetic is the same.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-# Monte Carlo ------------------------------------------------------------------------------------
-
-
-def flat(tree):
-    """All leaves of a tree as one vector."""
-    return ravel_pytree(tree)[0]
-
-
-def draws(fn, rng_key, num_draws):
-    """``fn`` of many keys, its leaves flattened: an array of shape (num_draws, size)."""
-    keys = jax.random.split(rng_key, num_draws)
-    return np.asarray(jit(jax.vmap(lambda key: flat(fn(key))))(keys))
-
-
-def z_scores(samples, expected):
-    """(mean - expected) / standard error, column by column."""
-    samples, expected = np.asarray(samples), np.asarray(expected)
-    error = samples.mean(0) - expected
-    standard_error = samples.std(0, ddof=1) / np.sqrt(len(samples))
-    rounding = 1e-9 * (1.0 + np.abs(expected))
-    return np.where(np.abs(error) <= rounding, 0.0, error / np.maximum(standard_error, 1e-300))
-
-
-def assert_unbiased(samples, expected, what="", limit=4.0):
-    """Every column of ``samples`` has the expected mean, within ``limit`` standard errors."""
-    z = z_scores(samples, expected)
-    worst = np.max(np.abs(z))
-    print(f"{what}: max |z| = {worst:.2f} over {z.size} components, {len(samples)} draws")
-    assert worst <= limit, f"{what}: max |z| = {worst:.2f}, mean {samples.mean(0)}, not {expected}"
-
-
-# Models with closed forms -----------------------------------------------------------------------
 
 
 class System(NamedTuple):
@@ -82,7 +38,7 @@ class System(NamedTuple):
     unconstrain: Callable = lambda v: v
 
 
-def _rows(data):
+def count_rows(data):
     return 1 if data is None else len(data)
 
 
@@ -97,10 +53,18 @@ GAUSSIAN = {
 def gaussian(data=None):
     mean = numpyro.param("mean", jnp.zeros(2))
     precision = numpyro.param("precision", jnp.eye(2))
-    with numpyro.plate("data", _rows(data)):
+    with numpyro.plate("data", count_rows(data)):
         v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
         x = v - mean
         ebm.energy("E", 0.5 * jnp.sum((x @ precision) * x, -1))
+
+
+def precision(data):
+    """One real coordinate, and how far it spreads."""
+    precision = numpyro.param("precision", 1.0)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * v**2)
 
 
 def gaussian_score(p, v):
@@ -138,7 +102,7 @@ def grbm_plated(data=None, *, num_hidden=3):
     b = numpyro.param("b", jnp.zeros(2))
     c = numpyro.param("c", jnp.zeros(num_hidden))
     scale = numpyro.param("scale", jnp.ones(2), constraint=constraints.positive)
-    with numpyro.plate("data", _rows(data), dim=-1):
+    with numpyro.plate("data", count_rows(data), dim=-1):
         v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
         ebm.energy("bowl", 0.5 * jnp.sum(((v - b) / scale) ** 2, -1))
         with numpyro.plate("hidden", num_hidden, dim=-2):
@@ -223,7 +187,7 @@ def linear_gaussian(data=None):
     A = numpyro.param("A", jnp.ones((3, 2)))
     b = numpyro.param("b", jnp.zeros(3))
     scale = numpyro.param("scale", jnp.array(1.0), constraint=constraints.positive)
-    with numpyro.plate("data", _rows(data)):
+    with numpyro.plate("data", count_rows(data)):
         v = numpyro.sample("v", ebm.Lebesgue(event_shape=(3,)), obs=data)
         h = numpyro.sample("h", dist.Normal(0, 1).expand([2]).to_event(1))
         ebm.energy("E", 0.5 * jnp.sum((v - b - h @ A.T) ** 2, -1) / scale**2)
@@ -306,7 +270,7 @@ def linear_system(num_rows=4, seed=0):
 def gamma(data=None):
     a = numpyro.param("a", jnp.array(1.0))
     rate = numpyro.param("rate", jnp.array(1.0))
-    with numpyro.plate("data", _rows(data)):
+    with numpyro.plate("data", count_rows(data)):
         v = numpyro.sample("v", ebm.Lebesgue(support=constraints.positive), obs=data)
         ebm.energy("E", rate * v - (a - 1) * jnp.log(v))
 
@@ -314,7 +278,7 @@ def gamma(data=None):
 def log_normal(data=None):
     mean = numpyro.param("mean", jnp.array(0.0))
     scale = numpyro.param("scale", jnp.array(1.0), constraint=constraints.positive)
-    with numpyro.plate("data", _rows(data)):
+    with numpyro.plate("data", count_rows(data)):
         v = numpyro.sample("v", ebm.Lebesgue(support=constraints.positive), obs=data)
         ebm.energy("E", 0.5 * ((jnp.log(v) - mean) / scale) ** 2 + jnp.log(v))
 
@@ -323,7 +287,7 @@ def beta(data=None):
     """Two independent coordinates on the unit interval."""
     a = numpyro.param("a", jnp.ones(2))
     b = numpyro.param("b", jnp.ones(2))
-    with numpyro.plate("data", _rows(data)):
+    with numpyro.plate("data", count_rows(data)):
         unit = ebm.Lebesgue(event_shape=(2,), support=constraints.unit_interval)
         v = numpyro.sample("v", unit, obs=data)
         ebm.energy("E", -jnp.sum((a - 1) * jnp.log(v) + (b - 1) * jnp.log1p(-v), -1))
@@ -366,220 +330,3 @@ def beta_system():
         lambda p, u: -jnp.sum((p["a"] + p["b"]) * sigmoid(u) * sigmoid(-u)),
         lambda v: np.log(v) - np.log1p(-v),
     )
-
-
-# Objectives from their formulas -----------------------------------------------------------------
-
-
-def score_matching(system):
-    """½‖s‖² + tr ∇s, a mean over rows, as a function of the parameters."""
-
-    def row(p, u):
-        return 0.5 * jnp.sum(system.score(p, u) ** 2) + system.trace(p, u)
-
-    points = jnp.asarray(system.unconstrain(system.data))
-    return lambda p: jnp.mean(jax.vmap(lambda u: row(p, u))(points))
-
-
-def denoising(system, levels, noise, noise_scale=None, variance_reduction=False):
-    """½‖s(u + σε)/c + ε/d‖² at given noise: c = 1, d = σ, or for many levels c = σ, d = σ₀².
-
-    A ``noise_scale`` of "level" is σ₀ = σ. With variance reduction what is of first order in the
-    noise is taken off, which has mean zero: (ε/σ)·s(u) + (‖ε‖² - D)/(2σ²).
-    """
-    points = jnp.asarray(system.unconstrain(system.data))
-
-    def row(p, u, level, e):
-        score = system.score(p, u + level * e)
-        one_level = noise_scale is None
-        divisor = level if one_level else (level if noise_scale == "level" else noise_scale) ** 2
-        scale, offset = 1.0 if one_level else 1 / level, e / divisor
-        loss = 0.5 * jnp.sum((scale * score + offset) ** 2)
-        if variance_reduction:
-            control = scale * jnp.sum(offset * system.score(p, u))
-            loss = loss - control - 0.5 * (jnp.sum(offset**2) - jnp.size(e) / divisor**2)
-        return loss
-
-    return lambda p: jnp.mean(jax.vmap(partial(row, p))(points, levels, noise))
-
-
-def expected_denoising(system, levels, weights, noise_scale=None, degree=24):
-    """The denoising loss with noise and levels integrated out by quadrature."""
-    dim = np.size(system.data[0])
-    x, w = np.polynomial.hermite_e.hermegauss(degree)
-    nodes = np.array(list(itertools.product(x, repeat=dim))).reshape(-1, *system.data[0].shape)
-    node_weights = np.prod(np.array(list(itertools.product(w, repeat=dim))), -1)
-    node_weights = node_weights / node_weights.sum()
-    num_rows = len(system.data)
-
-    def loss(p):
-        def at(level, e):
-            row = jnp.full(num_rows, level), jnp.broadcast_to(e, (num_rows, *e.shape))
-            return denoising(system, *row, noise_scale)(p)
-
-        values = jax.vmap(lambda s: jax.vmap(lambda e: at(s, e))(jnp.asarray(nodes)))(levels)
-        return weights @ values @ node_weights
-
-    return loss
-
-
-def level_quadrature(low, high, spacing, degree=24):
-    """Nodes and weights of the uniform law of a level, in σ or in log σ."""
-    x, w = np.polynomial.legendre.leggauss(degree)
-    fraction, w = 0.5 * (x + 1), 0.5 * w
-    levels = (
-        low + (high - low) * fraction if spacing == "linear" else low * (high / low) ** fraction
-    )
-    return jnp.asarray(levels), jnp.asarray(w)
-
-
-# Lateral couplings: the posterior does not factorise --------------------------------------------
-
-LATERAL = {
-    "W": np.array([[1.0, -0.8, 0.6, 0.4], [-0.5, 0.7, 0.9, -1.1]]),
-    "b": np.array([0.1, -0.2]),
-    "c": np.array([-0.6, -0.4, -0.5, -0.3]),
-    "U": np.array([[0, 1.2, -0.4, 0.5], [0, 0, -0.6, 0.4], [0, 0, 0, 0.7], [0, 0, 0, 0]]),
-    "scale": np.array([0.8, 1.1]),
-}
-
-
-def lateral(data=None, *, num_hidden=4):
-    W = numpyro.param("W", jnp.zeros((2, num_hidden)))
-    b = numpyro.param("b", jnp.zeros(2))
-    c = numpyro.param("c", jnp.zeros(num_hidden))
-    U = numpyro.param("U", jnp.zeros((num_hidden, num_hidden)))
-    scale = numpyro.param("scale", jnp.ones(2), constraint=constraints.positive)
-    with numpyro.plate("data", _rows(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
-        h = numpyro.sample("h", ebm.Counting(event_shape=(num_hidden,)))
-        bowl = 0.5 * jnp.sum(((v - b) / scale) ** 2, -1)
-        ebm.energy("E", bowl - h @ c - jnp.sum((v @ W) * h, -1) - jnp.sum((h @ U) * h, -1))
-
-
-def binary_states(num):
-    return np.array(list(itertools.product([0, 1], repeat=num)))
-
-
-def lateral_log_joint(p, v):
-    """log p̃(v, h) at all states h, for one row."""
-    h = jnp.asarray(binary_states(len(p["c"])))
-    field = h @ (p["c"] + v @ p["W"]) + jnp.sum((h @ p["U"]) * h, -1)
-    return field - 0.5 * jnp.sum(((v - p["b"]) / p["scale"]) ** 2)
-
-
-def lateral_system(data):
-    def log_density(p, v):
-        return jax.nn.logsumexp(lateral_log_joint(p, v))
-
-    return System(
-        lateral,
-        None,
-        LATERAL,
-        data,
-        log_density,
-        jax.grad(log_density, 1),
-        lambda p, v: jnp.trace(jax.hessian(log_density, 1)(p, v)),
-    )
-
-
-def mean_field(params, v, num_sweeps=500):
-    """The best Bernoulli product for p(h | v), by exact coordinate ascent from many starts."""
-    field = params["c"] + v @ params["W"]
-    coupling = params["U"] + params["U"].T
-    h = binary_states(len(params["c"]))
-    log_p = h @ field + np.sum((h @ params["U"]) * h, -1)
-    best, best_bound = None, -np.inf
-    for start in np.random.default_rng(0).uniform(0.05, 0.95, size=(8, len(field))):
-        m = start.copy()
-        for _ in range(num_sweeps):
-            for j in range(len(m)):
-                m[j] = 1 / (1 + np.exp(-(field[j] + coupling[j] @ m)))
-        q = np.prod(np.where(h, m, 1 - m), -1)
-        bound = q @ (log_p - np.log(q))
-        if bound > best_bound:
-            best, best_bound = m, bound
-    return np.log(best) - np.log1p(-best)
-
-
-def table_guide(logits):
-    """A guide that knows the logits of every row by heart."""
-
-    def guide(data=None, **kwargs):
-        with numpyro.plate("data", len(data)):
-            v = ebm.visible("v", data)
-            table = jnp.asarray(logits) + 0.0 * jnp.sum(v, -1, keepdims=True)
-            numpyro.sample("h", dist.Bernoulli(logits=table).to_event(1))
-
-    return guide
-
-
-# Kernelised Stein discrepancy --------------------------------------------------------------------
-
-RADIAL = {
-    "rbf": lambda x, y, width: jnp.exp(-0.5 * jnp.sum((x - y) ** 2) / width**2),
-    "imq": lambda x, y, width: 1 / jnp.sqrt(1 + jnp.sum((x - y) ** 2) / width**2),
-}
-
-
-def stein_kernel(score, kernel, width):
-    """κ(x, y) of one pair from a score function, all derivatives of the kernel by autodiff."""
-
-    def k(x, y):
-        return RADIAL[kernel](x, y, width)
-
-    def kappa(x, y):
-        in_y = jax.grad(k, 1)
-        return (
-            k(x, y) * (score(x) @ score(y))
-            + score(x) @ in_y(x, y)
-            + score(y) @ jax.grad(k)(x, y)
-            + jnp.trace(jax.jacfwd(in_y, 0)(x, y))
-        )
-
-    return kappa
-
-
-def median_distance(points, pairs="all"):
-    """The median distance of the pairs, in NumPy."""
-    half = len(points) // 2
-    if pairs == "all":
-        index = itertools.combinations(range(len(points)), 2)
-    else:
-        index = ((i, half + i) for i in range(half))
-    return np.median([np.linalg.norm(np.subtract(points[i], points[j])) for i, j in index])
-
-
-def stein_discrepancy(system, kernel="rbf", bandwidth="median", pairs="all"):
-    """The mean of κ over the pairs of rows, as a function of the parameters.
-
-    Over ``halves`` its gradient is that of the second side alone, twice: the same in the mean over
-    rows in any order.
-    """
-    shape = np.shape(system.data[0])
-    points = np.reshape(system.unconstrain(system.data), (len(system.data), -1))
-    num, width = len(points), bandwidth
-    if bandwidth == "median":
-        width = median_distance(points, pairs)
-    points = jnp.asarray(points)
-
-    def kappa(p, q):
-        """κ with the parameters p on its first side and q on its second."""
-
-        def of(x, y):
-            sides = [jnp.ravel(system.score(r, u.reshape(shape))) for r, u in ((p, x), (q, y))]
-            two = lambda u: jnp.where(jnp.all(u == x), *sides)  # noqa: E731
-            return stein_kernel(two, kernel, width)(x, y)
-
-        return of
-
-    def all_pairs(p):
-        table = jax.vmap(lambda x: jax.vmap(lambda y: kappa(p, p)(x, y))(points))(points)
-        return jnp.sum(table - jnp.diag(jnp.diag(table))) / (num * (num - 1))
-
-    def halves(p):
-        left, right = points[: num // 2], points[num // 2 :]
-        mean = jnp.mean(jax.vmap(kappa(jax.lax.stop_gradient(p), p))(left, right))
-        return 2.0 * mean - jax.lax.stop_gradient(mean)
-
-    return all_pairs if pairs == "all" else halves
