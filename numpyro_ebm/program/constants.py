@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Constant", "evaluate", "evaluate_later", "known"]
+__all__ = ["Constant", "evaluate_now", "evaluate_later", "known"]
 
 
 class Constant:
@@ -29,7 +29,7 @@ def known(x):
     return Constant(lambda: None if isinstance(x, jax.core.Tracer) else np.asarray(x))
 
 
-def evaluate(eqn, arguments):
+def evaluate_now(eqn, arguments):
     """The results of one operation at these values, as NumPy arrays."""
     with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
         outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
@@ -45,7 +45,7 @@ def evaluate_later(eqn, operands):
         if not cache:
             values = [x.get() for x in operands]
             unknown = any(x is None for x in values) or eqn.effects
-            cache.append([None] * len(eqn.outvars) if unknown else evaluate(eqn, values))
+            cache.append([None] * len(eqn.outvars) if unknown else evaluate_now(eqn, values))
         return cache[0][i]
 
     return [Constant(lambda i=i: compute(i)) for i in range(len(eqn.outvars))]

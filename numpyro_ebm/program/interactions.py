@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 
-from numpyro_ebm.program.constants import Constant, evaluate, evaluate_later, known
+from numpyro_ebm.program.constants import Constant, evaluate_later, evaluate_now, known
 from numpyro_ebm.program.jaxprs import (
     ELEMENTWISE,
     called,
@@ -184,7 +184,7 @@ class _DependencyWalker:
                 stack.append(x)
                 start += size
             arguments.append(value)
-        outputs = evaluate(eqn, arguments)
+        outputs = evaluate_now(eqn, arguments)
         stack = vstack(stack, format="csr")
         return [self.rows_of(stack, np.maximum(x.ravel(), 0)) for x in outputs]  # < 0: filled in
 
