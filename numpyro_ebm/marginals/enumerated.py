@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from numpyro.handlers import infer_config, trace
+from numpyro.handlers import infer_config
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError
@@ -172,9 +172,7 @@ def _check_plates(row_model):
 
     def run(**latent):
         values = {**row_model.parameters, **row_model.visible_values, **latent}
-        model_trace = trace(row_model.substituted(values)).get_trace(
-            *row_model.args, **row_model.kwargs
-        )
+        model_trace = row_model.trace_at(values)
         for site in filter(row_model.owns, model_trace.values()):
             plates[site["name"]] = plates_of(site)
         return row_model.site_log_densities(model_trace)

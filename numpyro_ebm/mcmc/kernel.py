@@ -231,10 +231,7 @@ class RowKernel(MCMCKernel):
             z = {name: x[where[0][0]] for name, x in z.items()}
         row_model, _ = self._read(self._model, model_args, model_kwargs)
         values, _ = row_model.constrain(z)
-        model_trace = trace(row_model.substituted(values)).get_trace(
-            *row_model.args, **row_model.kwargs
-        )
-        terms = row_model.site_log_densities(model_trace)
+        terms = row_model.terms(values)
         sites = [k for k, x in terms.items() if not np.all(np.isfinite(np.asarray(x)))]
         rows = sorted({int(row) for row in where[:, -1]})
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro.handlers import trace
 from numpyro.infer import init_to_uniform
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
@@ -191,10 +190,7 @@ class ReplicaExchange(AdaptiveKernel):
 
         def terms(rows):
             values, log_det = row_model.constrain(row_model.from_rows(rows))
-            model_trace = trace(row_model.substituted(values)).get_trace(
-                *row_model.args, **row_model.kwargs
-            )
-            by_site = row_model.site_log_densities(model_trace)
+            by_site = row_model.terms(values)
             energies = [x for name, x in by_site.items() if name in row_model.energies]
             others = [x for name, x in by_site.items() if name not in row_model.energies]
             return sum(others) + log_det, sum(energies)

@@ -13,13 +13,11 @@ evaluated at few rows, some of them moved.
 
 from contextlib import suppress
 from copy import copy
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to
-from numpyro.handlers import trace
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
@@ -53,7 +51,7 @@ def check_rows(row_model, read_again, params):
     names = []
 
     def terms(values):
-        found = _terms(row_model, row_model.parameters, values)
+        found = row_model.terms({**row_model.parameters, **values})
         names[:] = sorted(found)
         return [found[name] for name in names]
 
@@ -70,14 +68,6 @@ def check_rows(row_model, read_again, params):
         )
 
 
-def _terms(row_model, params, values):
-    """Log-densities per row of the sites of the data plate, the energies among them."""
-    prepared = row_model.substituted({**params, **values})
-    return row_model.site_log_densities(
-        trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
-    )
-
-
 def _coupled(row_model, read_again, params, names):
     """Those of the terms that change in some rows when the values of others do.
 
@@ -86,7 +76,7 @@ def _coupled(row_model, read_again, params, names):
     found, moving = set(), sorted(row_model.sites)  # not those that were set aside as observed
     with jax.ensure_compile_time_eval():  # whatever is traced around it
         row_model = _at_few_rows(row_model, read_again, params) or _with_known_arguments(row_model)
-        terms = jax.jit(partial(_terms, row_model))
+        terms = jax.jit(row_model.terms)
         for seed, spread in enumerate(SPREADS):
             with suppress(Exception):  # whatever a model says of values that it was not made for
                 found |= _changed(row_model, terms, moving, jax.random.key(seed), spread, names)
@@ -106,14 +96,14 @@ def _changed(row_model, terms, moving, rng_key, spread, names):
     }
     here = {name: _somewhere(next(keys), x.value, x.fn.support, spread) for name, x in sites}
     there = {name: _elsewhere(next(keys), here[name], x.fn.support, spread) for name, x in sites}
-    before, found = terms(params, here), set()
+    before, found = terms({**params, **here}), set()
     for moves in _halves(row_model.num_rows):
         values = {}
         for name, site in sites:
             rank = jnp.ndim(site.value)
             mask = moves.reshape(-1, *[1] * (rank - _axis(row_model, site, rank) - 1))
             values[name] = jnp.where(mask, there[name], here[name])
-        after = terms(params, values)
+        after = terms({**params, **values})
         found |= {x for x in names if _differs(before[x], after[x], ~moves)}
     return found
 

@@ -154,10 +154,15 @@ class RowModel:
             named keep their observed value.
         :return: array of shape (rows,).
         """
-        model_trace = trace(self.substituted({**params, **values})).get_trace(
-            *self.args, **self.kwargs
-        )
-        return sum(self.site_log_densities(model_trace).values())
+        return sum(self.terms({**params, **values}).values())
+
+    def terms(self, data):
+        """The terms of :meth:`log_density` by site, each of shape (rows,)."""
+        return self.site_log_densities(self.trace_at(data))
+
+    def trace_at(self, data):
+        """The model's trace at given parameters and site values."""
+        return trace(self.substituted(data)).get_trace(*self.args, **self.kwargs)
 
     def substituted(self, data):
         """The model at given parameters and site values, its energies allowed to evaluate."""
@@ -177,10 +182,14 @@ class RowModel:
 
     def scaled_log_prob(self, site):
         """Log-density of a traced site, without the N/B of a subsampled data plate."""
-        log_prob = site["fn"].log_prob(site["value"])
-        # What is left is the user's own `handlers.scale`.
+        log_prob, scale = site["fn"].log_prob(site["value"]), self.user_scale(site)
+        return log_prob if scale is None else scale * log_prob
+
+    def user_scale(self, site):
+        """The scale of a traced site that the user's own `handlers.scale` gave it, if any."""
         scale = 1.0 if site["scale"] is None else site["scale"] / self._scale
-        return log_prob if _is_one(scale) else scale * log_prob
+        is_one = not_jax_tracer(scale) and bool(np.all(np.asarray(scale) == 1.0))
+        return None if is_one else scale
 
     def sum_to_rows(self, log_prob):
         """Sum over all plates but the data plate."""
@@ -189,9 +198,7 @@ class RowModel:
 
     def deterministic(self, params, values):
         """Values of the model's `deterministic` sites at given parameters and site values."""
-        model_trace = trace(self.substituted({**params, **values})).get_trace(
-            *self.args, **self.kwargs
-        )
+        model_trace = self.trace_at({**params, **values})
         return {k: s["value"] for k, s in model_trace.items() if s["type"] == "deterministic"}
 
     @property
@@ -446,7 +453,3 @@ def _dims(site):
         plates[i] if i in plates else f"{site['name']}_dim_{next(free)}"
         for i in range(len(site["fn"].shape()))
     )
-
-
-def _is_one(scale):
-    return not_jax_tracer(scale) and bool(np.all(np.asarray(scale) == 1.0))

@@ -204,9 +204,7 @@ def _partial_log_density(row_model, params, latent):
     if not latent:
         return total
     placeholders = {name: site.value for name, site in discrete.items()}
-    substituted = row_model.substituted({**params, **values, **placeholders})
-    model_trace = numpyro.handlers.trace(substituted).get_trace(*row_model.args, **row_model.kwargs)
-    terms = row_model.site_log_densities(model_trace)
+    terms = row_model.terms({**params, **values, **placeholders})
     return total - sum(terms[name] for name in latent)
 
 
