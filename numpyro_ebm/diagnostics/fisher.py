@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.marginals.base import choose
+from numpyro_ebm.marginals import choose
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.svi.energy_svi import EnergySVI

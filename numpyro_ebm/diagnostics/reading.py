@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.marginals.base import Marginal, choose
+from numpyro_ebm.marginals import Marginal, choose
 from numpyro_ebm.model.row_model import read_model
 
 __all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]

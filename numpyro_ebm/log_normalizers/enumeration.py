@@ -7,7 +7,6 @@ Discrete sites are summed state by state, but for those whose sum factorises giv
 real sites in which the energy is quadratic are integrated as Gaussians, state by state.
 """
 
-import copy
 import itertools
 import math
 
@@ -21,8 +20,7 @@ from numpyro_ebm.log_normalizers.exact import log_gaussian_integral, log_sum_in_
 from numpyro_ebm.log_normalizers.exploring import diverges, falling
 from numpyro_ebm.log_normalizers.path import flatten, unflatten
 from numpyro_ebm.log_normalizers.result import LogNormalizer
-from numpyro_ebm.marginals import Enumerated
-from numpyro_ebm.marginals.enumerated import factorises
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 __all__ = ["enumerated", "gaussian_block", "why_not_enumerated"]
@@ -77,29 +75,16 @@ def _split(target):
             outer = tuple(name for name in names if name not in inner)
             if _num_states(target, outer) >= _num_states(target, best[0]):
                 continue
-            if _has_closed_form(_with_latent(target, inner)):
+            if _has_closed_form(target.row_model.with_latent(inner)):
                 best = outer, inner
     return best
 
 
-def _with_latent(target, inner):
-    """The row model with some of its discrete sites as latents, the others as visible ones."""
-    row_model = copy.copy(target.row_model)
-    row_model.visible = {k: site for k, site in row_model.sites.items() if k not in inner}
-    row_model.latent = {k: site for k, site in target.row_model.latent.items() if k in inner}
-    return row_model
-
-
 def _has_closed_form(row_model):
-    if factorises(row_model):
-        return True
-    if any(site.fn.event_shape for site in row_model.latent.values()):
-        return False
     try:
-        Enumerated().check(row_model, None, 1)
+        return exact_marginal(row_model).num_states(row_model) == 1
     except ModelError:
         return False
-    return True
 
 
 def enumerated(target):
@@ -108,7 +93,8 @@ def enumerated(target):
     :raises ModelError: if a Gaussian integral diverges.
     """
     outer, inner = _split(target) if not target.real else (target.discrete, ())
-    row_model = _with_latent(target, inner) if inner else None
+    row_model = target.row_model.with_latent(inner)
+    marginal = exact_marginal(row_model) if inner else None
     problems = target.num_problems
     block = gaussian_block(target) if target.real else None
     sizes = [target.size(name) for name in outer]
@@ -126,7 +112,7 @@ def enumerated(target):
             return target.log_density(position)
 
         def of_rows(rows):
-            return Enumerated().log_density(row_model, {}, row_model.from_rows(rows))
+            return marginal.log_density(row_model, {}, row_model.from_rows(rows))
 
         return target.over_rows(of_rows)(position)
 
@@ -146,7 +132,7 @@ def enumerated(target):
         elif outer:
             terms = log_density(position)
         else:  # everything in closed form
-            terms = Enumerated().log_density(row_model, {}, {})[:problems]
+            terms = marginal.log_density(row_model, {}, {})[:problems]
         return jnp.reshape(terms, (len(chunk), problems))
 
     width = max(1, target.size_real) ** (1 if block is None or block.is_diagonal else 2)

@@ -14,7 +14,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import methods as front
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.target import read_target
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.row_model import read_fixed_model, read_model
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -108,12 +108,10 @@ def log_likelihood(
 
 def _sum_latents(rng_key, row_model, model, args, kwargs, options):
     """log ∫ p̃(v, h) dh of every row and its error."""
-    if not row_model.latent:
-        return jax.jit(lambda: row_model.log_density({}, row_model.visible_values))(), 0.0
     try:
-        Enumerated().check(row_model, None, 1)
+        marginal = exact_marginal(row_model)
     except ModelError:
         target = read_target(rng_key, model, args, kwargs, unconditioned=False)
         result = front.run_method(rng_key, target, None, options)
         return jnp.broadcast_to(result.value, (row_model.num_rows,)), jnp.asarray(result.mcse)
-    return jax.jit(lambda: Enumerated().log_density(row_model, {}, row_model.visible_values))(), 0.0
+    return jax.jit(lambda: marginal.log_density(row_model, {}, row_model.visible_values))(), 0.0

@@ -20,7 +20,7 @@ from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import resolve_normalizer, uncondition
 from numpyro_ebm.language.sites import layers
 from numpyro_ebm.log_normalizers.path import flatten, unflatten
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.finite_supports import finite_values
 from numpyro_ebm.model.row_model import read_fixed_model, read_model
@@ -53,7 +53,7 @@ class Target:
 
     def sum_out(self):
         """The same with its discrete sites summed out; raises ModelError if that is too much."""
-        Enumerated().check(self.row_model, None, 1)
+        exact_marginal(self.row_model)
         return Target(self.row_model, self.is_shared, self.data, summed=True)
 
     @property
@@ -203,7 +203,8 @@ class Target:
         values = {**values, **flat, **proper}
         shape = (row_model.num_rows,)
         if self.summed:
-            target = Enumerated().log_density(row_model, {}, values) + log_det + log_det_flat
+            target = exact_marginal(row_model).log_density(row_model, {}, values)
+            target = target + log_det + log_det_flat
             return jnp.zeros(shape, target.dtype), jnp.broadcast_to(target, shape)
         model_trace = trace(row_model.substituted(values)).get_trace(
             *row_model.args, **row_model.kwargs

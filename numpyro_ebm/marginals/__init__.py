@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to integrate the latent sites out."""
+"""Ways to integrate the latent sites out, and which exact one covers a model.
 
-from numpyro_ebm.marginals.base import Estimate, Marginal, choose
+It may import :mod:`numpyro_ebm.guides`, :mod:`numpyro_ebm.model` and the floors below. Whatever
+sums or integrates latent sites out exactly asks :func:`exact_marginal`: objectives, kernels and
+``sample``, log Z and log-likelihoods, posteriors and diagnostics.
+"""
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginals.base import Estimate, ExactMarginal, Marginal
 from numpyro_ebm.marginals.enumerated import Enumerated
 from numpyro_ebm.marginals.exact import Exact
 from numpyro_ebm.marginals.importance_bound import ImportanceBound
@@ -10,13 +16,67 @@ from numpyro_ebm.marginals.unrolled import Unrolled
 from numpyro_ebm.marginals.vages import VaGES
 
 __all__ = [
+    "EXACT",
     "Enumerated",
     "Estimate",
     "Exact",
+    "ExactMarginal",
     "ImportanceBound",
     "LangevinRefinement",
     "Marginal",
     "Unrolled",
     "VaGES",
     "choose",
+    "exact_marginal",
 ]
+
+EXACT = {"none": (Exact(),), "discrete": (Enumerated(),), "real": ()}
+"""The exact marginals by the latent sites they are for: none, discrete ones alone, or real ones
+with or without discrete ones beside them. The first that covers a model serves."""
+
+
+def exact_marginal(row_model):
+    """The exact marginal that covers the latent sites of a model.
+
+    :param RowModel row_model: the model.
+    :return: an :class:`~numpyro_ebm.marginals.base.ExactMarginal`.
+    :raises ModelError: if there is none; the message says why.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpyro_ebm as ebm
+    >>> from numpyro_ebm.marginals import exact_marginal
+    >>> from numpyro_ebm.model.row_model import read_model
+    >>> exact_marginal(read_model(ebm.models.grbm, (jnp.zeros((3, 2)),)))
+    Enumerated(max_states=65536)
+    """
+    latent = row_model.latent
+    kind = "none"
+    if latent:
+        kind = "discrete" if all(site.is_discrete for site in latent.values()) else "real"
+    reasons = []
+    for marginal in EXACT[kind]:
+        try:
+            marginal.check(row_model, None, 1)
+        except ModelError as error:
+            reasons.append(str(error))
+        else:
+            return marginal
+    raise ModelError(
+        f"No exact marginal covers the latent site(s) {', '.join(map(repr, latent))}. "
+        + " ".join(reasons or ["They are not all discrete."])
+    )
+
+
+def choose(row_model):
+    """The default marginal of a model: exact if there is one, else the user has to choose.
+
+    :raises ModelError: if the model has latent sites that no exact marginal covers.
+    """
+    try:
+        return exact_marginal(row_model)
+    except ModelError as error:
+        raise ModelError(
+            f"{error} Pass `marginal=VaGES(num_particles=2)` with a guide q(h | v)."
+        ) from None

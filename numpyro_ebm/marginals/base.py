@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from numpyro_ebm.errors import ModelError
 
-__all__ = ["Estimate", "Marginal", "choose"]
+__all__ = ["Estimate", "ExactMarginal", "Marginal", "score_of"]
 
 
 class Estimate(NamedTuple):
@@ -72,6 +73,66 @@ class Marginal(ABC):
         return f"{type(self).__name__}({options})"
 
 
+class ExactMarginal(Marginal):
+    """Base class of the marginals that give log p̃(v; θ) itself, without a guide.
+
+    A subclass says which latent sites it covers, what is left of the row log-joint without them,
+    and how they are drawn given the other sites. Where it stands in ``EXACT`` of
+    :mod:`numpyro_ebm.marginals`, it serves objectives, kernels, :func:`~numpyro_ebm.sample`, log Z,
+    posteriors and diagnostics.
+    """
+
+    @abstractmethod
+    def why_not(self, row_model):
+        """Why the latent sites of a model are not covered, or an empty string."""
+
+    @abstractmethod
+    def log_density(self, row_model, params, values):
+        """log p̃ of every row at given values of the other sites, of shape (rows,)."""
+
+    @abstractmethod
+    def conditional(self, row_model, params, values):
+        """The law of the latent sites given the values of the others.
+
+        :return: a function that maps a key to one draw, a dict of values by name.
+        """
+
+    def num_states(self, row_model):
+        """How many joint states of latent sites the log-density of a row sums over."""
+        return 1
+
+    def draw(self, rng_key, row_model, params, values, num_draws):
+        """Exact draws of the latent sites, one for each value of the other sites.
+
+        :param dict values: values of the other sites, draws leading; empty if there are none.
+        :param int num_draws: how many draws.
+        :return: dict of values of the latent sites, draws leading.
+        """
+        keys = jax.random.split(rng_key, num_draws)
+        if not values:
+            return lax.map(self.conditional(row_model, params, {}), keys)
+        # One draw at a time: all states of all rows are in memory at once.
+        return lax.map(lambda x: self.conditional(row_model, params, x[1])(x[0]), (keys, values))
+
+    def unconstrained_log_density(self, row_model, params, unconstrained):
+        """log p̃ of every row in unconstrained coordinates, log-Jacobian included."""
+        values, log_det = row_model.constrain(unconstrained)
+        return self.log_density(row_model, params, values) + log_det
+
+    def check(self, row_model, guide, order):
+        reason = row_model.remember(self, lambda: self.why_not(row_model))
+        if reason:
+            raise ModelError(reason)
+
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+        self.check(row_model, guide, order)
+
+        def log_density(params, unconstrained):
+            return self.unconstrained_log_density(row_model, params, unconstrained)
+
+        return Estimate(log_density, score_of(log_density, params))
+
+
 def score_of(log_density, params):
     """The score of a row log-density, constant under differentiation."""
 
@@ -80,25 +141,3 @@ def score_of(log_density, params):
         return jax.lax.stop_gradient(jax.grad(total)(unconstrained))
 
     return score
-
-
-def choose(row_model):
-    """The default marginal of a model: exact if there is one, else the user has to choose.
-
-    :raises ModelError: if the model has latent sites that no exact marginal covers.
-    """
-    from numpyro_ebm.marginals.enumerated import Enumerated
-    from numpyro_ebm.marginals.exact import Exact
-
-    if not row_model.latent:
-        return Exact()
-    enumerated = Enumerated()
-    try:
-        enumerated.check(row_model, None, 2)
-    except ModelError as error:
-        raise ModelError(
-            f"The model has the latent site(s) {', '.join(map(repr, row_model.latent))}, and no "
-            "exact marginal covers them. Pass `marginal=VaGES(num_particles=2)` with a guide q(h | "
-            f"v). ({error})"
-        ) from None
-    return enumerated

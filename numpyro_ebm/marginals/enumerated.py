@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 from numpyro.handlers import infer_config
+from numpyro.infer import Predictive
 from numpyro.ops.provenance import eval_provenance
 
-from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.sites import plates_of
-from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import (
     in_all_rows,
     is_binary,
@@ -36,16 +36,10 @@ from numpyro_ebm.model.finite_supports import (
 from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure
 
-__all__ = [
-    "Enumerated",
-    "event_states",
-    "factorises",
-    "state_log_densities",
-    "unit_logits",
-]
+__all__ = ["Enumerated", "factorises"]
 
 
-class Enumerated(Marginal):
+class Enumerated(ExactMarginal):
     """The exact marginal of a model whose latent sites are all discrete.
 
     :param int max_states: the most joint states of latent sites with event dimensions, per row;
@@ -62,68 +56,103 @@ class Enumerated(Marginal):
     def __init__(self, *, max_states=65_536):
         self.max_states = max_states
 
-    def check(self, row_model, guide, order):
+    def why_not(self, row_model):
         if not row_model.latent:
-            raise ModelError("Enumerated is for discrete latent sites; use `Exact()` here.")
+            return "Enumerated() is for discrete latent sites; use `Exact()` here."
         if factorises(row_model):
-            return
-        event_sites = []
+            return ""
         for name, site in row_model.latent.items():
             if not site.is_discrete:
-                raise ModelError(
+                return (
                     f"Enumerated() cannot sum out the continuous latent site '{name}'; use "
                     "`VaGES()` with a guide."
                 )
             if not site.fn.has_enumerate_support:
-                raise ModelError(f"The latent site '{name}' has infinitely many values.")
+                return f"The latent site '{name}' has infinitely many values."
             if site.fn.event_shape:
                 if np.size(site.value) != row_model.num_rows * math.prod(site.fn.event_shape):
-                    raise ModelError(
+                    return (
                         f"The latent site '{name}' has event dimensions inside a further plate; "
                         "make them plates as well (they factorise), or all event dimensions."
                     )
-                event_sites.append(name)
-        states = num_joint_states(row_model, event_sites, "Enumerated")
+        states = self.num_states(row_model)
         if states > self.max_states:
-            raise ModelError(
+            return (
                 f"The latent sites {sorted(row_model.latent)} have {states:.6g} joint states per "
                 f"row, more than max_states={self.max_states}. If the energy is a sum over units, "
                 "declare them in a plate, "
                 '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
                 "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
             )
+        return _leaving_plates(row_model)
 
-        _check_plates(row_model)
-
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
-        self.check(row_model, guide, order)
-
-        def log_density(params, unconstrained):
-            values, log_det = row_model.constrain(unconstrained)
-            return self.log_density(row_model, params, values) + log_det
-
-        return Estimate(log_density, score_of(log_density, params))
+    def num_states(self, row_model):
+        if factorises(row_model):
+            return 1
+        return num_joint_states(row_model, _event_sites(row_model), "Enumerated")
 
     def log_density(self, row_model, params, values):
-        """log p̃ of every row at given values of the other sites, of shape (rows,)."""
         if factorises(row_model):
-            without, logits = unit_logits(row_model, params, values)
+            without, logits = _unit_logits(row_model, params, values)
             return without + sum(
                 row_model.sum_to_rows(_sum_event(row_model.latent[name], jax.nn.softplus(x)))
                 for name, x in logits.items()
             )
-        states = event_states(row_model)
+        states = _event_states(row_model)
         if not states:
             return _sum_scalar_sites(row_model, params, values)
-        return logsumexp(state_log_densities(row_model, params, values, states), axis=0)
+        return logsumexp(_state_log_densities(row_model, params, values, states), axis=0)
+
+    def conditional(self, row_model, params, values):
+        """As in the base class, for the sites with event dimensions."""
+        if factorises(row_model):
+            _, logits = _unit_logits(row_model, params, values)
+
+            def draw(rng_key):
+                keys = jax.random.split(rng_key, len(logits))
+                return {
+                    name: jax.random.bernoulli(key, jax.nn.sigmoid(x))
+                    for key, (name, x) in zip(keys, logits.items(), strict=True)
+                }
+        else:
+            states = _event_states(row_model)
+            log_densities = _state_log_densities(row_model, params, values, states)
+
+            def draw(rng_key):
+                chosen = jax.random.categorical(rng_key, log_densities, axis=0)  # (rows,)
+                return row_model.from_rows({name: x[chosen] for name, x in states.items()})
+
+        def of_type(rng_key):
+            types = {name: site.value.dtype for name, site in row_model.latent.items()}
+            return {name: x.astype(types[name]) for name, x in draw(rng_key).items()}
+
+        return of_type
+
+    def draw(self, rng_key, row_model, params, values, num_draws):
+        event = _event_sites(row_model)
+        scalar = [name for name in row_model.latent if name not in event]
+        key_event = rng_key
+        if values or scalar:
+            key_event, key_scalar = jax.random.split(rng_key)
+        draws = {}
+        if event:
+            draws = super().draw(key_event, row_model, params, values, num_draws)
+        if scalar:
+            predictive = Predictive(
+                _enumerating(row_model, params, scalar),
+                {**values, **draws},
+                num_samples=num_draws,
+                infer_discrete=True,
+                parallel=True,
+            )
+            predicted = predictive(key_scalar, *row_model.args, **row_model.kwargs)
+            draws |= {name: predicted[name] for name in scalar}
+        return draws
 
 
 def factorises(row_model):
     """Whether all latent sites are binary, with event dimensions, and log p̃ is affine in them."""
-    names = tuple(row_model.latent)
-    if row_model.affine_latents is None or row_model.affine_latents[0] != names:
-        row_model.affine_latents = names, _is_affine(row_model)
-    return row_model.affine_latents[1]
+    return row_model.remember("affine", lambda: _is_affine(row_model))
 
 
 def _is_affine(row_model):
@@ -141,7 +170,7 @@ def _is_affine(row_model):
     return bool(row_model.latent) and found.degree <= 1 and found.true_gradient
 
 
-def unit_logits(row_model, params, values):
+def _unit_logits(row_model, params, values):
     """log p̃(v, h = 0) of every row, and the log-odds of every unit, where it :func:`factorises`."""
 
     def rows(latent):
@@ -163,11 +192,11 @@ def _sum_event(site, x):
     return jnp.sum(x, tuple(range(-site.event_dim, 0)))
 
 
-def _check_plates(row_model):
-    """A site of a further plate factorises only over that plate: nothing outside may read it."""
+def _leaving_plates(row_model):
+    """A site of a further plate factorises only over that plate: what outside reads it, if any."""
     latent = {name: site.value for name, site in row_model.latent.items()}
     if all(np.ndim(site.value) - site.event_dim <= 1 for site in row_model.latent.values()):
-        return
+        return ""
     plates = {}
 
     def run(**latent):
@@ -181,22 +210,26 @@ def _check_plates(row_model):
         for name in sorted(labels):
             outside = plates[name] - plates[term]
             if outside:
-                raise ModelError(
+                return (
                     f"Enumerated(): '{term}' reads the latent site '{name}' outside its plate(s) "
                     f"{sorted(outside)}, so that the sum over '{name}' does not factorise. Put the "
                     "term inside the plate, one value for each unit; or, where it couples the "
                     "units, give them event dimensions instead of a plate, "
                     "`Counting(event_shape=...)`, which are enumerated jointly."
                 )
+    return ""
 
 
-def event_states(row_model):
+def _event_sites(row_model):
+    return [name for name, site in row_model.latent.items() if site.fn.event_shape]
+
+
+def _event_states(row_model):
     """All joint states of the latent sites with event dimensions, states leading."""
-    names = [name for name, site in row_model.latent.items() if site.fn.event_shape]
-    return joint_states(row_model, names, "Enumerated")
+    return joint_states(row_model, _event_sites(row_model), "Enumerated")
 
 
-def state_log_densities(row_model, params, values, states):
+def _state_log_densities(row_model, params, values, states):
     """log p̃ of every row at each of the ``states``, scalar latents summed out: (states, rows)."""
 
     def at_state(state):
@@ -204,6 +237,16 @@ def state_log_densities(row_model, params, values, states):
         return _sum_scalar_sites(row_model, params, {**values, **latent})
 
     return jax.vmap(at_state)(states)
+
+
+def _enumerating(row_model, values, scalar):
+    """The model at given values, its scalar discrete sites to be enumerated by NumPyro."""
+
+    def configure(site):
+        # All other sites have values, whatever their own `infer` says.
+        return {"enumerate": "parallel" if site["name"] in scalar else None}
+
+    return infer_config(row_model.substituted(values), configure)
 
 
 def _sum_scalar_sites(row_model, params, values):
@@ -219,12 +262,7 @@ def _sum_scalar_sites(row_model, params, values):
         [-row_model.dim] + [np.ndim(s.value) - s.event_dim for s in row_model.latent.values()]
     )
 
-    def configure(site):
-        # All other sites have values, whatever their own `infer` says.
-        return {"enumerate": "parallel" if site["name"] in scalar else None}
-
-    model = infer_config(row_model.substituted({**params, **values}), configure)
-    model = enum(model, -num_plate_dims - 1)
+    model = enum(_enumerating(row_model, {**params, **values}, scalar), -num_plate_dims - 1)
     with plate_to_enum_plate():
         model_trace = packed_trace(model).get_trace(*row_model.args, **row_model.kwargs)
     factors, plates = [], frozenset()

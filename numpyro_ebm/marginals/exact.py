@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """No latent sites: the row log-joint is the marginal."""
 
-from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import ExactMarginal
 
 __all__ = ["Exact"]
 
 
-class Exact(Marginal):
+class Exact(ExactMarginal):
     r"""The marginal of a model without latent sites.
 
     .. math:: \log \tilde p(v; θ) = -E(v; θ) + \log b(v)
@@ -19,18 +18,16 @@ class Exact(Marginal):
     ScoreMatching(marginal=Exact())
     """
 
-    def check(self, row_model, guide, order):
-        if row_model.latent:
-            raise ModelError(
-                f"Exact() is for models without latent sites; this one has "
-                f"{sorted(row_model.latent)}. Use `Enumerated()` for small discrete latents, "
-                "`VaGES()` with a guide for any."
-            )
+    def why_not(self, row_model):
+        if not row_model.latent:
+            return ""
+        return (
+            f"Exact() is for models without latent sites; this one has {sorted(row_model.latent)}. "
+            "Use `Enumerated()` for small discrete latents, `VaGES()` with a guide for any."
+        )
 
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
-        self.check(row_model, guide, order)
+    def log_density(self, row_model, params, values):
+        return row_model.log_density(params, values)
 
-        def log_density(params, unconstrained):
-            return row_model.unconstrained_log_density(params, unconstrained, {})
-
-        return Estimate(log_density, score_of(log_density, params))
+    def conditional(self, row_model, params, values):
+        return lambda rng_key: {}

@@ -22,7 +22,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_positive
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers.per_row import per_row
@@ -174,26 +174,19 @@ class RowKernel(MCMCKernel):
                 "discrete. Use `numpyro_ebm.DiscreteLangevin`, `numpyro_ebm.BlockGibbs`, "
                 "`numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`, which chooses one."
             )
-        marginal = None
-        if row_model.latent:
-            marginal = Enumerated()
-            try:
-                marginal.check(row_model, None, 1)
-            except ModelError as error:
-                raise ModelError(
-                    f"{self._name} sums discrete sites out, and cannot here. Draw them in a block "
-                    f"of their own: `numpyro.infer.Gibbs([({self._name}(model), "
-                    f"{sorted(row_model.visible)}), (DiscreteGibbs(model), "
-                    f"{sorted(row_model.latent)})])`, with `DiscreteLangevin` or `BlockGibbs` "
-                    f"beside `DiscreteGibbs`. ({error})"
-                ) from None
+        try:
+            marginal = exact_marginal(row_model)
+        except ModelError as error:
+            raise ModelError(
+                f"{self._name} sums discrete sites out, and cannot here. Draw them in a block "
+                f"of their own: `numpyro.infer.Gibbs([({self._name}(model), "
+                f"{sorted(row_model.visible)}), (DiscreteGibbs(model), "
+                f"{sorted(row_model.latent)})])`, with `DiscreteLangevin` or `BlockGibbs` "
+                f"beside `DiscreteGibbs`. ({error})"
+            ) from None
 
         def log_density(rows):
-            z = row_model.from_rows(rows)
-            if marginal is None:
-                return row_model.unconstrained_log_density({}, z, {})
-            values, log_det = row_model.constrain(z)
-            return marginal.log_density(row_model, {}, values) + log_det
+            return marginal.unconstrained_log_density(row_model, {}, row_model.from_rows(rows))
 
         return row_model, log_density
 

@@ -9,7 +9,7 @@ from numpyro.handlers import condition
 from numpyro.infer import Gibbs
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals.enumerated import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.langevin import MALA
@@ -127,10 +127,9 @@ def _kernel_of_discrete(model, row_model):
 
 def _enumerable(row_model, max_states):
     try:
-        Enumerated(max_states=max_states).check(row_model, None, 1)
+        return exact_marginal(row_model).num_states(row_model) <= max_states
     except ModelError:
         return False
-    return True
 
 
 def _all_event(row_model):

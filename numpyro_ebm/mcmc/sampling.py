@@ -6,16 +6,11 @@ import math
 
 import jax
 from jax import lax
-from numpyro.infer import MCMC, DiscreteGibbs, Gibbs, Predictive
+from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.marginals.enumerated import (
-    event_states,
-    factorises,
-    state_log_densities,
-    unit_logits,
-)
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
 from numpyro_ebm.model.row_model import read_fixed_model
 
@@ -90,7 +85,8 @@ def sample(
             )
     logger.info("sample: %s", _describe(kernel))
     if kernel is None:
-        return _with_deterministic(row_model, _draw_exactly(key_discrete, row_model, num_samples))
+        draws = exact_marginal(row_model).draw(key_discrete, row_model, {}, {}, num_samples)
+        return _with_deterministic(row_model, draws)
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
     mcmc = MCMC(
         kernel,
@@ -105,8 +101,9 @@ def sample(
     draws = {name: x[:num_samples] for name, x in mcmc.get_samples().items()}
     missing = [name for name in row_model.latent if name not in draws]
     if missing:
-        draws = _draw_discrete(key_discrete, model, row_model, draws, args, kwargs)
-        draws = _with_deterministic(row_model, draws)
+        marginal, others = exact_marginal(row_model), {k: draws[k] for k in row_model.visible}
+        drawn = marginal.draw(key_discrete, row_model, {}, others, num_samples)
+        draws = _with_deterministic(row_model, {**draws, **drawn})
     return draws
 
 
@@ -129,57 +126,3 @@ def _with_deterministic(row_model, draws):
     if not jax.eval_shape(replay, {name: x[0] for name, x in values.items()}):
         return draws
     return {**draws, **lax.map(replay, values)}
-
-
-def _draw_exactly(rng_key, row_model, num_samples):
-    """Independent draws of a model whose sites are all discrete, with event dimensions."""
-    keys = jax.random.split(rng_key, num_samples)
-    law = _law_of_event_sites(row_model, {})
-    return lax.map(lambda key: _draw_from_law(key, row_model, law), keys)
-
-
-def _draw_discrete(rng_key, model, row_model, draws, args, kwargs):
-    """Draw the enumerated sites from their exact conditional, given draws of the others."""
-    key_event, key_scalar = jax.random.split(rng_key)
-    num_samples = len(next(iter(draws.values())))
-    values = {name: draws[name] for name in row_model.visible}
-    if any(site.fn.event_shape for site in row_model.latent.values()):
-        keys = jax.random.split(key_event, num_samples)
-        # One draw at a time: all states of all rows are in memory at once.
-        event = lax.map(lambda x: _draw_event_sites(x[0], row_model, x[1]), (keys, values))
-        draws, values = {**draws, **event}, {**values, **event}
-    if any(not site.fn.event_shape for site in row_model.latent.values()):
-        predictive = Predictive(model, values, infer_discrete=True, parallel=True)
-        predicted = predictive(key_scalar, *args, **kwargs)
-        draws = {
-            **draws,
-            **{name: predicted[name] for name in row_model.latent if name not in values},
-        }
-    return draws
-
-
-def _draw_event_sites(rng_key, row_model, values):
-    """One exact draw of the latent sites with event dimensions, given the continuous sites."""
-    return _draw_from_law(rng_key, row_model, _law_of_event_sites(row_model, values))
-
-
-def _law_of_event_sites(row_model, values):
-    """Their states and the logits of these, or (``None`` for the states) the logits of units."""
-    if factorises(row_model):
-        return None, unit_logits(row_model, {}, values)[1]
-    states = event_states(row_model)
-    return states, state_log_densities(row_model, {}, values, states)
-
-
-def _draw_from_law(rng_key, row_model, law):
-    states, logits = law
-    if states is None:
-        keys = jax.random.split(rng_key, len(logits))
-        draws = {
-            name: jax.random.bernoulli(key, jax.nn.sigmoid(x))
-            for key, (name, x) in zip(keys, logits.items(), strict=True)
-        }
-    else:
-        chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
-        draws = {name: x[chosen] for name, x in states.items()}
-    return {name: x.astype(row_model.latent[name].value.dtype) for name, x in draws.items()}

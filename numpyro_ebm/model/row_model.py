@@ -13,6 +13,7 @@ visible sites may be several and of any event shape, and may sit in further plat
 with fixed parameters; :class:`~numpyro_ebm.guides.guide.Guide` does the same for a guide.
 """
 
+import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ class RowModel:
         self.constraints, self.priors, self.energies = {}, {}, []
         self.is_fixed = True  # whether the model itself answers for its normalizer
         self.arguments = {}  # which argument is the value of which visible site; see `provenance`
-        self.affine_latents = None  # cache of `marginal.enumerated.factorises`
+        self._remembered = {}  # see `remember`
         self.unconditioned = (
             set()
         )  # sites whose observation was taken away; see `handlers.uncondition`
@@ -205,6 +206,20 @@ class RowModel:
     def sites(self):
         """All visible and latent sites."""
         return {**self.visible, **self.latent}
+
+    def with_latent(self, names):
+        """The same model with these sites as latent ones, and all others as visible ones."""
+        row_model = copy.copy(self)
+        row_model.latent = {k: site for k, site in self.sites.items() if k in names}
+        row_model.visible = {k: site for k, site in self.sites.items() if k not in names}
+        return row_model
+
+    def remember(self, question, find):
+        """What ``find()`` returns, found once for a question about these latent sites."""
+        key = repr(question), tuple(self.latent)
+        if key not in self._remembered:
+            self._remembered[key] = find()
+        return self._remembered[key]
 
     def row_axis(self, name, unconstrained):
         """Axis of the rows in an unconstrained value of a visible or latent site."""

@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
-from numpyro_ebm.marginals.base import Marginal, choose
+from numpyro_ebm.marginals import Marginal, choose
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.row_model import RowModel, read_model
 

@@ -4,8 +4,6 @@ r"""Exact posteriors of an energy's parameters, where log Z(θ) can be computed.
 .. math:: π(θ \mid v) \propto π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
 """
 
-import copy
-
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -15,7 +13,7 @@ from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.methods import Options, run_method
 from numpyro_ebm.log_normalizers.target import read_target
-from numpyro_ebm.marginals import Enumerated, Exact
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.base import Problem
@@ -145,8 +143,7 @@ class normalized:
                 "function."
             )
         self._quadrature.check_sites(row_model)
-        marginal = Enumerated() if row_model.latent else Exact()
-        marginal.check(row_model, None, 1)
+        marginal = exact_marginal(row_model)
         problem = Problem(row_model, None, marginal, row_model.unconstrain_visible())
         return self._quadrature.log_normalizer(params, problem)
 
@@ -191,19 +188,11 @@ class NormalizedRow(dist.Distribution):
 def _partial_log_density(row_model, params, latent):
     """log p̃ of every row, without the base measure of the sites that stay in the model."""
     values = {**row_model.visible_values, **latent}
-    discrete = {name: site for name, site in row_model.latent.items() if name not in latent}
-    if discrete:
-        rest = copy.copy(row_model)
-        rest.latent = discrete
-        rest.visible = {k: site for k, site in row_model.sites.items() if k not in discrete}
-        marginal = Enumerated()
-        marginal.check(rest, None, 1)
-        total = marginal.log_density(rest, params, values)
-    else:
-        total = row_model.log_density(params, values)
+    rest = row_model.with_latent([name for name in row_model.latent if name not in latent])
+    total = exact_marginal(rest).log_density(rest, params, values)
     if not latent:
         return total
-    placeholders = {name: site.value for name, site in discrete.items()}
+    placeholders = {name: site.value for name, site in rest.latent.items()}
     terms = row_model.terms({**params, **values, **placeholders})
     return total - sum(terms[name] for name in latent)
 

@@ -355,6 +355,30 @@ def test_sample_draws_discrete_models_exactly():
     assert abs(a.mean() - np.arange(3) @ weights / weights.sum()) < 4.5 * error
 
 
+def test_sample_draws_units_of_both_kinds_beside_each_other():
+    """Event dimensions and a hidden plate, which are drawn one after the other."""
+
+    def model():
+        with numpyro.plate("data", 2, dim=-1):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            g = numpyro.sample("g", ebm.Counting(3, (2,)))
+            ebm.energy("E", 0.5 * v**2 - jnp.sin(v) * jnp.prod(g, -1))
+            with numpyro.plate("units", 2, dim=-2):
+                h = numpyro.sample("h", ebm.Counting())
+                ebm.energy("E_h", -h * (jnp.cos(v) + 0.5 * jnp.sum(g, -1)))
+
+    draws = ebm.sample(jax.random.key(0), ebm.fixed(model, {}), 4_000, num_chains=100)
+    g = np.indices((3, 3)).reshape(2, -1).T
+    v = np.asarray(draws["v"])[..., None]
+    on = jax.nn.sigmoid(np.cos(v) + 0.5 * g.sum(-1))
+    log_weights = np.sin(v) * g.prod(-1) - 2 * np.log1p(-on)
+    weights = jax.nn.softmax(log_weights, -1)
+    chains = lambda x: np.reshape(x, (100, 40, *x.shape[1:]))  # noqa: E731
+    assert_mean(chains(draws["g"].prod(-1) - np.sum(weights * g.prod(-1), -1)), 0.0)
+    h = draws["h"][:, 0] * draws["h"][:, 1]
+    assert_mean(chains(h - np.sum(weights * on**2, -1)), 0.0)
+
+
 def test_sample_composes_gibbs_where_units_cannot_be_enumerated():
     draws = ebm.sample(
         jax.random.key(0), ebm.fixed(units, {}), 400, num_chains=40, num_warmup=200, num_units=20

@@ -9,7 +9,7 @@ from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.program.compilation import run_compiled
 
@@ -86,13 +86,11 @@ def _energies(row_model, draws):
     missing = [name for name in row_model.visible if name not in given]
     if missing:
         raise ModelError(f"to_arviz: the draws lack the site(s) {missing} of the model.")
-    summed_out = {name: site for name, site in row_model.latent.items() if name not in given}
-    row_model.latent = summed_out
+    row_model = row_model.with_latent([name for name in row_model.latent if name not in given])
+    marginal = exact_marginal(row_model)
 
     def negative_log_density(values):
-        if summed_out:
-            return -Enumerated().log_density(row_model, {}, values)
-        return -row_model.log_density({}, values)
+        return -marginal.log_density(row_model, {}, values)
 
     shape = jnp.shape(next(iter(given.values())))[:2]
     flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), given)

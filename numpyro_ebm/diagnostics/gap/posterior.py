@@ -32,7 +32,7 @@ from numpyro_ebm.diagnostics.gap.weights import (
 )
 from numpyro_ebm.diagnostics.reading import map_leading, read_guide
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.program.compilation import run_compiled
 
@@ -150,7 +150,7 @@ def posterior_gap(
         else:
             exact = None
             if method == "marginal":
-                exact = Enumerated().log_density(row_model, params, visible)
+                exact = exact_marginal(row_model).log_density(row_model, params, visible)
             weights = weigh_particles(log_joint, log_guide, exact)
         kl = weights.log_marginal - weights.elbo
         tv = 0.5 * jnp.sum(jnp.abs(weights.q - weights.p), 0)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 
 __all__ = ["Weights", "all_states", "choose_method", "weigh_particles", "weigh_states"]
@@ -56,7 +56,7 @@ def choose_method(row_model, max_states):
     if num_states <= max_states:
         return "enumerate"
     try:
-        Enumerated().check(row_model, None, 1)
+        exact_marginal(row_model)
     except ModelError:
         return "importance"
     return "marginal"

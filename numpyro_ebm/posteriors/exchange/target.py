@@ -17,7 +17,7 @@ from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals import Enumerated
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_model import placeholder
 
@@ -127,7 +127,7 @@ class ExchangeTarget:
     def log_rows(self, params, values):
         """log p̃ of every row, (rows,): of the visible sites, and of latent ones if given."""
         params = {**self.constants, **params}
-        if self.marginal is None or any(name in values for name in self.row_model.latent):
+        if any(name in values for name in self.row_model.latent):
             return self.row_model.log_density(params, values)
         return self.marginal.log_density(self.row_model, params, values)
 
@@ -199,11 +199,8 @@ class ExchangeTarget:
 
     def _marginal(self):
         row_model = self.row_model
-        if not row_model.latent:
-            return None
-        marginal = Enumerated()
         try:
-            marginal.check(row_model, None, 1)
+            return exact_marginal(row_model)
         except ModelError as error:
             names, params = sorted(row_model.latent), sorted(row_model.priors)
             raise ModelError(
@@ -212,7 +209,6 @@ class ExchangeTarget:
                 f"`numpyro.infer.Gibbs([(Exchange(m, ...), {params}), (BlockGibbs(m), {names})])`, "
                 f"with the kernel that suits them. ({error})"
             ) from None
-        return marginal
 
     @property
     def conditioned(self):
