@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door from a NumPyro guide q(h | v) to arrays: particles, and their density for every row."""
+"""A NumPyro guide q(h | v) read as arrays: particles, and their density for every row."""
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import set_visible
+from numpyro_ebm.language.sites import param_sites
 
 __all__ = ["Guide"]
 
@@ -39,11 +39,7 @@ class Guide:
         """Initial values and constraints of the guide's `param` sites by name."""
         guide_trace = self.trace(rng_key, {} if params is None else params, {})
         self.check(guide_trace)
-        return {
-            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
-            for name, site in guide_trace.items()
-            if site["type"] == "param"
-        }
+        return param_sites(guide_trace)
 
     def check(self, guide_trace):
         """Every latent site of the model must be drawn by the guide, inside the data plate."""

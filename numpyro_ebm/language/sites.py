@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a site of a model's trace is: an energy or not, in which plates, and of which distribution.
+"""What the sites of a trace are: energies or not, in which plates, of which distribution.
 
 A plate, a mask or a scale wraps the distribution of a site before an outer handler sees it, so that
 none of these questions is answered by the class of ``site["fn"]``.
 """
 
+from numpyro.distributions import constraints
+
 from numpyro_ebm.language.distributions import Unnormalized
 
-__all__ = ["is_energy", "layers", "plates_of", "unwrap"]
+__all__ = ["is_energy", "layers", "param_sites", "plates_of", "unwrap"]
 
 
 def layers(fn):
@@ -32,3 +34,12 @@ def is_energy(site):
 def plates_of(site):
     """Names of the plates around a site."""
     return frozenset(frame.name for frame in site.get("cond_indep_stack", ()))
+
+
+def param_sites(sites):
+    """Values and constraints of the `param` sites of a trace, by name."""
+    return {
+        name: (site["value"], site["kwargs"].get("constraint", constraints.real))
+        for name, site in sites.items()
+        if site["type"] == "param"
+    }

@@ -25,6 +25,7 @@ from numpyro.distributions import constraints
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, half_square
 from numpyro_ebm.objectives.score_matching import second_derivative
 
@@ -134,11 +135,7 @@ class FisherDivergence(Objective):
         v = problem.row_model.flatten(problem.unconstrained)
         with block():
             critic_trace = trace(seed(self.critic, rng_key)).get_trace(v)
-        found = {
-            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
-            for name, site in critic_trace.items()
-            if site["type"] == "param"
-        }
+        found = param_sites(critic_trace)
         if self.residual:
             found[SCORE_WEIGHT] = (jnp.zeros(()), constraints.real)
         return found

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from numpyro.distributions import Delta, constraints
+from numpyro.distributions import Delta
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoLaplaceApproximation
@@ -28,6 +28,7 @@ from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
 from numpyro_ebm.language.handlers import substitute_and_block
+from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.model.priors import check_priors, prior_part
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "log_prior", "start_at_median"]
@@ -202,9 +203,8 @@ class GlobalGuide(NamedTuple):
 
     def start(self, rng_key, row_model, init_params):
         """Initial values and constraints of φ, by name."""
-        sites = _trace(self.guide, row_model, init_params, rng_key)
-        constraint = lambda site: site["kwargs"].get("constraint", constraints.real)  # noqa: E731
-        return {name: (sites[name]["value"], constraint(sites[name])) for name in self.parameters}
+        found = param_sites(_trace(self.guide, row_model, init_params, rng_key))
+        return {name: found[name] for name in self.parameters}
 
     def draw(self, rng_key, params, args, kwargs):
         """Draw θ ~ q(θ; φ), differentiable in φ.
