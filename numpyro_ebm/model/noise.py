@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door from a noise distribution over the visible sites to arrays: draws, and their density.
+"""A noise distribution over the visible sites, read as arrays: draws, and their density.
 
 A noise may be written as a NumPyro distribution over the one visible site, a dict of distributions
 by site name, a stack of transforms of a standard Normal, a flow of another library with ``sample``
@@ -8,7 +8,6 @@ them), or one that samples the visible sites inside the data plate, as a guide d
 called with the model's arguments, or without any if it takes none.
 """
 
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -22,13 +21,17 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import is_real, scalar_support
+from numpyro_ebm.language.sites import param_sites
+from numpyro_ebm.model.noise_forms import (
+    FORMS,
+    is_float_array,
+    is_flow,
+    named_leaves,
+    transformed_normal,
+    with_arguments,
+)
 
 __all__ = ["Noise"]
-
-WAYS = (
-    "a NumPyro distribution over the visible site, a dict of distributions by site name, or a "
-    "NumPyro function that returns one of them or samples the visible sites in the data plate"
-)
 
 
 class Noise:
@@ -46,19 +49,19 @@ class Noise:
         self.row_model, self.name = row_model, name
         self._function, self._leaves, self._tree, self._trained = None, (), None, {}
         if isinstance(noise, Transform | list | tuple):
-            noise = _stack(noise, row_model)
+            noise = transformed_normal(noise, row_model)
         elif isinstance(noise, Callable) and not isinstance(noise, dist.Distribution):
-            self._function = _bound(noise, row_model)
-        elif not isinstance(noise, dict | dist.Distribution) and not _is_flow(noise):
-            raise ModelError(f"The noise must be {WAYS}; got {noise!r}.")
+            self._function = with_arguments(noise, row_model)
+        elif not isinstance(noise, dict | dist.Distribution) and not is_flow(noise):
+            raise ModelError(f"The noise must be {FORMS}; got {noise!r}.")
         if self._function is None:
             self._leaves, self._tree = jax.tree.flatten(noise)
             if trainable:
                 # Copies, because one array may stand at two places with different constraints.
-                self._leaves = [jnp.array(x) if _is_float_array(x) else x for x in self._leaves]
-                named = _named_leaves(jax.tree.unflatten(self._tree, self._leaves), name)
+                self._leaves = [jnp.array(x) if is_float_array(x) else x for x in self._leaves]
+                named = named_leaves(jax.tree.unflatten(self._tree, self._leaves), name)
                 for i, x in enumerate(self._leaves):
-                    if _is_float_array(x):
+                    if is_float_array(x):
                         path, constraint = named[id(x)]
                         self._trained[path] = i, constraint
 
@@ -67,21 +70,13 @@ class Noise:
         if self._function is None:
             return {name: (self._leaves[i], c) for name, (i, c) in self._trained.items()}
         with block():
-            noise_trace = trace(seed(self._function, rng_key)).get_trace()
-        return {
-            name: (site["value"], site["kwargs"].get("constraint", constraints.real))
-            for name, site in noise_trace.items()
-            if site["type"] == "param"
-        }
+            return param_sites(trace(seed(self._function, rng_key)).get_trace())
 
     def _check_own_sites(self, params):
         """A latent site of the noise's own would have to be summed out of its density."""
-        with block():
-            run = substitute(self._function, data={**self.row_model.plates, **params})
-            noise_trace = trace(seed(run, jax.random.key(0))).get_trace()
         own = [
             name
-            for name, site in noise_trace.items()
+            for name, site in self._trace(params).items()
             if site["type"] == "sample" and name not in self.row_model.visible
         ]
         if own:
@@ -106,11 +101,9 @@ class Noise:
         sites = self.row_model.visible
         found = self._checked(params)
         if found is None:  # the noise samples the sites itself
-            run = substitute(self._function, data={**self.row_model.plates, **params})
 
             def one(key):
-                with block():
-                    noise_trace = trace(seed(run, key)).get_trace()
+                noise_trace = self._trace(params, key)
                 return {name: noise_trace[name]["value"] for name in sites}
 
             values = jax.vmap(one)(jax.random.split(rng_key, num))
@@ -157,11 +150,12 @@ class Noise:
             found = {name: noise_trace[name]["fn"] for name in self.row_model.visible}
         return found
 
-    def _trace(self, data):
-        """Run a noise that samples the sites itself."""
+    def _trace(self, data, rng_key=None):
+        """Run a noise that is a NumPyro function, unseen by handlers around it."""
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
         with block():
             run = substitute(self._function, data={**self.row_model.plates, **data})
-            return trace(seed(run, jax.random.key(0))).get_trace()
+            return trace(seed(run, rng_key)).get_trace()
 
     def _checked(self, params):
         """Distributions by site name; ``None`` where the noise samples the sites itself."""
@@ -175,7 +169,7 @@ class Noise:
                 if name not in noise_trace or noise_trace[name]["type"] != "sample":
                     raise ModelError(
                         f"The noise neither returns a distribution nor samples the visible site "
-                        f"'{name}'. It must be {WAYS}."
+                        f"'{name}'. It must be {FORMS}."
                     )
                 if not self.row_model.owns(noise_trace[name]):
                     raise ModelError(
@@ -200,8 +194,8 @@ class Noise:
     def _check_site(self, name, fn):
         site = self.row_model.visible[name]
         if not isinstance(fn, dist.Distribution):
-            if not _is_flow(fn):
-                raise ModelError(f"The noise of the visible site '{name}' must be {WAYS}.")
+            if not is_flow(fn):
+                raise ModelError(f"The noise of the visible site '{name}' must be {FORMS}.")
             if not site.is_real or tuple(fn.shape) != tuple(site.fn.event_shape):
                 raise ModelError(
                     f"The flow has shape {tuple(fn.shape)} and lives on the reals; the visible "
@@ -228,25 +222,6 @@ class Noise:
             )
 
 
-def _bound(function, row_model):
-    """The function with the model's arguments, or with none if it takes none."""
-    try:
-        signature = inspect.signature(function)
-        signature.bind(*row_model.args, **row_model.kwargs)
-    except TypeError:
-        try:
-            signature.bind()
-        except TypeError:
-            raise ModelError(
-                f"The noise function {function!r} can be called neither with the model's "
-                "arguments nor with none."
-            ) from None
-        return function
-    except ValueError:
-        pass
-    return lambda: function(*row_model.args, **row_model.kwargs)
-
-
 def _same_bounds(support, other):
     """Whether two supports have the same bounds, as far as they are known."""
     bounds = [*_bounds(support), *_bounds(other)]
@@ -261,53 +236,3 @@ def _bounds(support):
     if isinstance(support, type(constraints.boolean)):
         return 0, 1
     return getattr(support, "lower_bound", -np.inf), getattr(support, "upper_bound", np.inf)
-
-
-def _is_flow(x):
-    """A distribution of another library, such as flowjax: a pytree with a density and draws."""
-    return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
-
-
-def _stack(transforms, row_model):
-    """A standard Normal through a stack of transforms, for the one real visible site."""
-    transforms = [transforms] if isinstance(transforms, Transform) else list(transforms)
-    if len(row_model.visible) != 1 or not all(isinstance(t, Transform) for t in transforms):
-        raise ModelError(f"The noise must be {WAYS}; a list has to hold NumPyro transforms.")
-    (site,) = row_model.visible.values()
-    shape = site.fn.event_shape
-    # The base is the reference that the transforms move: numbers, which are not parameters.
-    base = dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape))
-    return dist.TransformedDistribution(base, transforms)
-
-
-def _named_leaves(noise, name):
-    """Name and constraint of every array by its identity.
-
-    The names are attributes, ``flow.base_dist.scale``, and not places in the tree, because NumPyro
-    flattens its distributions in an order that is another one in every process.
-    """
-    found = {}
-
-    def visit(x, path, constraint=constraints.real):
-        if isinstance(x, dict):
-            for key, value in x.items():
-                visit(value, f"{path}.{key}")
-        elif isinstance(x, list | tuple):
-            for i, value in enumerate(x):
-                visit(value, f"{path}.{i}")
-        elif isinstance(x, dist.Distribution):
-            for field in x.gather_pytree_data_fields():
-                known = x.arg_constraints.get(field, constraints.real)
-                visit(x.__dict__.get(field), f"{path}.{field}", known)
-        elif _is_float_array(x):
-            found[id(x)] = path, constraint
-        else:
-            for i, value in enumerate(jax.tree.leaves(x)):
-                found[id(value)] = f"{path}.{i}", constraints.real
-
-    visit(noise, name)
-    return found
-
-
-def _is_float_array(x):
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

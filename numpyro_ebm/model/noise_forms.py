@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which a noise may be written, and the parameters in it by name."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform
+
+from numpyro_ebm.errors import ModelError
+
+__all__ = [
+    "FORMS",
+    "is_float_array",
+    "is_flow",
+    "named_leaves",
+    "transformed_normal",
+    "with_arguments",
+]
+
+FORMS = (
+    "a NumPyro distribution over the visible site, a dict of distributions by site name, or a "
+    "NumPyro function that returns one of them or samples the visible sites in the data plate"
+)
+
+
+def is_flow(x):
+    """A distribution of another library, such as flowjax: a pytree with a density and draws."""
+    return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
+
+
+def transformed_normal(transforms, row_model):
+    """A standard Normal through a stack of transforms, for the one real visible site."""
+    transforms = [transforms] if isinstance(transforms, Transform) else list(transforms)
+    if len(row_model.visible) != 1 or not all(isinstance(t, Transform) for t in transforms):
+        raise ModelError(f"The noise must be {FORMS}; a list has to hold NumPyro transforms.")
+    (site,) = row_model.visible.values()
+    shape = site.fn.event_shape
+    # The base is the reference that the transforms move: numbers, which are not parameters.
+    base = dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape))
+    return dist.TransformedDistribution(base, transforms)
+
+
+def with_arguments(function, row_model):
+    """The function with the model's arguments, or with none if it takes none."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*row_model.args, **row_model.kwargs)
+    except TypeError:
+        try:
+            signature.bind()
+        except TypeError:
+            raise ModelError(
+                f"The noise function {function!r} can be called neither with the model's "
+                "arguments nor with none."
+            ) from None
+        return function
+    except ValueError:
+        pass
+    return lambda: function(*row_model.args, **row_model.kwargs)
+
+
+def named_leaves(noise, name):
+    """Name and constraint of every array by its identity.
+
+    The names are attributes, ``flow.base_dist.scale``, and not places in the tree, because NumPyro
+    flattens its distributions in an order that is another one in every process.
+    """
+    found = {}
+
+    def visit(x, path, constraint=constraints.real):
+        if isinstance(x, dict):
+            for key, value in x.items():
+                visit(value, f"{path}.{key}")
+        elif isinstance(x, list | tuple):
+            for i, value in enumerate(x):
+                visit(value, f"{path}.{i}")
+        elif isinstance(x, dist.Distribution):
+            for field in x.gather_pytree_data_fields():
+                known = x.arg_constraints.get(field, constraints.real)
+                visit(x.__dict__.get(field), f"{path}.{field}", known)
+        elif is_float_array(x):
+            found[id(x)] = path, constraint
+        else:
+            for i, value in enumerate(jax.tree.leaves(x)):
+                found[id(value)] = f"{path}.{i}", constraints.real
+
+    visit(noise, name)
+    return found
+
+
+def is_float_array(x):
+    """Whether something is an array that can be trained."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
