@@ -18,6 +18,7 @@ from conftest import assert_mean, enable_x64
 from jax import lax
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs
+from registry.kernels import kernels
 
 import numpyro_ebm as ebm
 from numpyro_ebm.mcmc import choose_kernel
@@ -228,16 +229,8 @@ LAWS = {
     "potts": Law(potts_energy, 3, 6, "coloured"),
     "ordinal": Law(ordinal_energy, 3, 6, "coloured"),
 }
-KERNELS = {
-    "BlockGibbs": (ebm.BlockGibbs, 20, LAWS),
-    "DiscreteLangevin": (ebm.DiscreteLangevin, 100, ("lattice", "dense", "ordinal")),
-    "exact differences": (
-        lambda model: ebm.DiscreteLangevin(model, differences="exact"),
-        80,
-        ("dense", "potts"),
-    ),
-}
-CASES = [(kernel, law) for kernel, (_, _, laws) in KERNELS.items() for law in laws]
+KERNELS = kernels(moves_discrete=True)
+CASES = [(name, law) for name, kernel in KERNELS.items() for law in kernel.laws]
 MOST_CASES = [
     pytest.param(*case, marks=[pytest.mark.slow] if case[1] == "dense" else []) for case in CASES
 ]
@@ -253,9 +246,8 @@ def last(kernel, num_rows, num_warmup, num_steps, seed=0, **kwargs):
 
 @pytest.mark.parametrize("kernel, law", MOST_CASES)
 def test_stationary_law_is_that_of_enumeration(kernel, law):
-    make, num_steps, _ = KERNELS[kernel]
-    law = LAWS[law]
-    state = last(make(law.model), 10_000, num_steps // 3, num_steps)
+    kernel, law = KERNELS[kernel], LAWS[law]
+    state = last(kernel.make(law.model), 10_000, kernel.num_steps // 3, kernel.num_steps)
     assert abs(law.z_score(state.z["s"])) < 4.5
     assert np.all(np.abs(law.moment_z_scores(state.z["s"])) < 4.5)
     energy = np.asarray(law.energy(np.asarray(state.z["s"])))
@@ -265,9 +257,9 @@ def test_stationary_law_is_that_of_enumeration(kernel, law):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel, law", CASES)
 def test_stationary_law_in_double_precision(kernel, law):
-    make, num_steps, _ = KERNELS[kernel]
+    kernel, model = KERNELS[kernel], LAWS[law].model
     with enable_x64():
-        state = last(make(LAWS[law].model), 20_000, num_steps // 3, num_steps)
+        state = last(kernel.make(model), 20_000, kernel.num_steps // 3, kernel.num_steps)
         assert state.potential_energy.dtype == "float64" and state.z["s"].dtype == "int64"
         assert abs(LAWS[law].z_score(state.z["s"])) < 4.5
 
@@ -395,12 +387,6 @@ def test_bad_colors(colors, message):
 
 # Protocol -----------------------------------------------------------------------------------------
 
-PROTOCOL = {
-    "BlockGibbs": lambda model: ebm.BlockGibbs(model),
-    "DiscreteLangevin": lambda model: ebm.DiscreteLangevin(model),
-    "DULA": lambda model: ebm.DiscreteLangevin(model, 0.5, adjusted=False),
-}
-
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers:UserWarning")  # NumPyro's, under vmap
 @pytest.mark.parametrize(
@@ -409,14 +395,14 @@ PROTOCOL = {
         ("DiscreteLangevin", "vectorized"),
         *(
             pytest.param(name, method, marks=pytest.mark.slow)
-            for name, method in itertools.product(PROTOCOL, ("sequential", "vectorized", jax.vmap))
+            for name, method in itertools.product(KERNELS, ("sequential", "vectorized", jax.vmap))
             if (name, method) != ("DiscreteLangevin", "vectorized")
         ),
     ],
 )
 def test_protocol(name, method):
     law = LAWS["ordinal"]
-    kernel = PROTOCOL[name](law.model)
+    kernel = KERNELS[name].make(law.model)
     options = {"num_warmup": 5, "num_samples": 20, "num_chains": 2, "progress_bar": False}
     mcmc = MCMC(kernel, chain_method=method, **options)
     mcmc.run(jax.random.key(0), num_rows=3, extra_fields=kernel.default_fields[1:])
@@ -429,10 +415,10 @@ def test_protocol(name, method):
     np.testing.assert_allclose(extra["potential_energy"], energy, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PROTOCOL)
+@pytest.mark.parametrize("name", KERNELS)
 def test_states_start_where_they_are_told_and_refresh(name):
     law = LAWS["ordinal"]
-    kernel = PROTOCOL[name](law.model)
+    kernel = KERNELS[name].make(law.model)
     kwargs = {"num_rows": 3}
     state = kernel.init(jax.random.key(0), 5, {"s": jnp.ones((3, 6), int)}, (), kwargs)
     np.testing.assert_array_equal(state.z["s"], 1)

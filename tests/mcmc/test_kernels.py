@@ -22,9 +22,13 @@ from jax import lax
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
+from numpyro.infer.mcmc import MCMCKernel
+from registry.kernels import KERNELS as REGISTRY
+from registry.kernels import kernels
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm import mcmc
 from numpyro_ebm.mcmc.adaptation import Adaptation, acceptance_tuner, energy_error_tuner
 from numpyro_ebm.samplers import annealed, tempering
 from numpyro_ebm.samplers.per_row import per_row
@@ -32,33 +36,16 @@ from numpyro_ebm.samplers.per_row import per_row
 COVARIANCE = np.array([[1.0, 0.8], [0.8, 2.0]])
 PRECISION = np.linalg.inv(COVARIANCE)
 
-# Kernels whose law is the model's, with a coarse step size for the test of invariance.
-ADJUSTED = {
-    "MALA": (ebm.MALA, {}, 1.0),
-    "MALA-mass": (ebm.MALA, {"adapt_mass_matrix": True}, 1.0),
-    "UnderdampedLangevin": (ebm.UnderdampedLangevin, {}, 1.2),
-    "MCLMC": (ebm.MCLMC, {}, 2.0),
-    "ReplicaExchange": (ebm.ReplicaExchange, {"num_replicas": 3}, 1.0),
-}
-TEMPERATURES = {"inverse_temperatures": [0.3, 1.0], "num_steps": 5, "step_size": 0.1}
-KERNELS = {
-    **{name: (make, options, None) for name, (make, options, _) in ADJUSTED.items()},
-    "ULA": (ebm.ULA, {}, 0.05),
-    "MCLMC-unadjusted": (ebm.MCLMC, {"adjusted": False}, None),
-    "AnnealedLangevin": (ebm.AnnealedLangevin, TEMPERATURES, None),
-}
+KERNELS = kernels(moves_discrete=False)
+ADJUSTED = kernels(moves_discrete=False, leaves_invariant=True)
 FIELDS = ("potential_energy", "energy", "accept_prob", "diverging")
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-def make(name, model, registry=KERNELS, **options):
-    build, own, step_size = registry[name]
-    own = {**own, **options}
-    if step_size is not None:
-        own.setdefault("step_size", step_size)
-    return build(model, **own)
+def make(name, model, **options):
+    return KERNELS[name].make(model, **options)
 
 
 def skewed(num_rows=20):
@@ -115,6 +102,16 @@ def assert_law(draws, num_errors=4.5):
     ):
         error = values.std() / np.sqrt(len(values))
         assert abs(values.mean() - expected) < num_errors * error, (values.mean(), expected, error)
+
+
+def test_every_kernel_is_in_the_registry():
+    members = [getattr(mcmc, name) for name in mcmc.__all__]
+    exported = {x for x in members if isinstance(x, type) and issubclass(x, MCMCKernel)}
+    assert {type(x.make(ebm.fixed(skewed, {}))) for x in REGISTRY.values()} == exported
+    for name in ADJUSTED:
+        assert ADJUSTED[name].step_size is not None
+    for name, kernel in kernels(moves_discrete=True, leaves_invariant=True).items():
+        assert kernel.laws and kernel.num_steps, name
 
 
 # The protocol
@@ -199,7 +196,7 @@ def test_chain_methods(name, method):
 
 PARALLEL = """
 import sys, warnings
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}
 import jax, numpy as np
 from test_kernels import KERNELS, make, run, skewed
 import numpyro_ebm as ebm
@@ -222,7 +219,7 @@ def test_chains_in_parallel(names):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
     }
-    script = PARALLEL.format(here=str(Path(__file__).parent), names=names)
+    script = PARALLEL.format(here=[str(x) for x in Path(__file__).parents[:2]], names=names)
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
@@ -241,7 +238,7 @@ def test_the_law_of_the_model_is_invariant(name, precision):
     rng = np.random.default_rng(0)
     with enable_x64() if precision == "float64" else jax.default_matmul_precision("highest"):
         # An uneven preconditioner where there is one, as warm-up would leave it.
-        kernel = make(name, ebm.fixed(skewed, {}), ADJUSTED)
+        kernel = make(name, ebm.fixed(skewed, {}), step_size=ADJUSTED[name].step_size)
         start = {k: jnp.asarray(x, float) for k, x in exact_draws(rng, num_rows).items()}
         state = kernel.init(jax.random.key(1), 0, start, (), {"num_rows": num_rows})
         if name == "ReplicaExchange":
@@ -286,7 +283,7 @@ def test_geweke_data_and_hidden_units_have_their_joint_law(grbm, name):
         model = ebm.fixed(ebm.models.grbm, grbm.params)
         return handlers.condition(model, {"h": h})(num_hidden=3, num_rows=num_rows)
 
-    kernel = make(name, conditional, ADJUSTED, step_size=0.8)
+    kernel = make(name, conditional, step_size=0.8)
     W, c = jnp.asarray(grbm.params["W"]), jnp.asarray(grbm.params["c"])
 
     def both(_, carry):
