@@ -116,33 +116,22 @@ def build_kernel(num_bridges=0):
     ):
         key_noise, key_simulate, key_bridges, key_test = jax.random.split(rng_key, 4)
         old, step = state.position, jnp.reshape(step_size, (-1, 1))
-
-        def drift(gradient):
-            """Whitened, and bounded: far out the approximate gradient is any size."""
-            whitened = jnp.einsum("gij,gi->gj", scale, gradient)
-            length = jnp.linalg.norm(whitened, axis=-1, keepdims=True)
-            longest = LONGEST_DRIFT * old.shape[1] ** 0.5
-            return whitened * jnp.minimum(1.0, longest / jnp.maximum(length, longest))
-
-        forth = drift(state.gradient)
+        forth = _drift(state.gradient, scale)
         noise = jax.random.normal(key_noise, old.shape, old.dtype)
         move = 0.5 * step**2 * forth + step * noise
         proposal = old + jnp.einsum("gij,gj->gi", scale, move)
         new = init(proposal, data, logprior_fn, logdensity_fn, gradient_fn)
-        back = noise + 0.5 * step * (forth + drift(new.gradient))
+        back = noise + 0.5 * step * (forth + _drift(new.gradient, scale))
         proposal_ratio = 0.5 * jnp.sum(noise**2 - back**2, -1)
 
         halfway, fictitious = simulate_fn(key_simulate, proposal)
-
-        def densities(data):
-            return logdensity_fn(proposal, data), logdensity_fn(old, data)
-
-        at_new, at_old = densities(fictitious)
-        half_new, half_old = densities(halfway)
-        exchange_ratio = at_old - at_new
+        at_end, at_halfway = (
+            (logdensity_fn(proposal, y), logdensity_fn(old, y)) for y in (fictitious, halfway)
+        )
+        exchange_ratio = at_end[1] - at_end[0]
         if num_bridges:
             exchange_ratio = _cross_bridges(
-                key_bridges, fictitious, proposal, old, logdensity_fn, transition_fn
+                key_bridges, fictitious, proposal, old, logdensity_fn, transition_fn, num_bridges
             )
 
         log_ratio = new.logprior - state.logprior + new.logdensity - state.logdensity
@@ -152,8 +141,8 @@ def build_kernel(num_bridges=0):
         acceptance_rate = jnp.exp(jnp.minimum(log_ratio, 0.0))
         uniform = jax.random.uniform(key_test, log_ratio.shape, log_ratio.dtype)
         is_accepted = uniform < acceptance_rate
-        log_densities = jnp.stack([new.logdensity, half_new, at_new])
-        at_current = jnp.stack([state.logdensity, half_old, at_old])
+        at_start = (new.logdensity, state.logdensity)
+        at_new, at_old = map(jnp.stack, zip(at_start, at_halfway, at_end, strict=True))
         state = jax.tree.map(
             lambda a, b: jnp.where(jnp.reshape(is_accepted, (-1,) + (1,) * (a.ndim - 1)), a, b),
             new,
@@ -165,30 +154,41 @@ def build_kernel(num_bridges=0):
             is_divergent,
             proposal,
             fictitious,
-            log_densities,
-            log_densities - at_current,
+            log_densities=at_new,
+            log_ratios=at_new - at_old,
         )
         return state, info
 
-    def _cross_bridges(rng_key, fictitious, start, end, logdensity_fn, transition_fn):
-        def at(k):
-            return start + (end - start) * k / (num_bridges + 1)
-
-        def weight(k, data):
-            return logdensity_fn(at(k + 1), data) - logdensity_fn(at(k), data)
-
-        def cross(carry, key_and_k):
-            data, total = carry
-            key, k = key_and_k
-            data = transition_fn(key, at(k), data)
-            return (data, total + weight(k, data)), None
-
-        keys = jax.random.split(rng_key, num_bridges)
-        first = (fictitious, weight(0, fictitious))
-        (_, total), _ = lax.scan(cross, first, (keys, jnp.arange(1, num_bridges + 1)))
-        return total
-
     return kernel
+
+
+def _drift(gradient, scale):
+    """The gradient, whitened and bounded: far out the approximate one is any size."""
+    whitened = jnp.einsum("gij,gi->gj", scale, gradient)
+    length = jnp.linalg.norm(whitened, axis=-1, keepdims=True)
+    longest = LONGEST_DRIFT * gradient.shape[1] ** 0.5
+    return whitened * jnp.minimum(1.0, longest / jnp.maximum(length, longest))
+
+
+def _cross_bridges(rng_key, fictitious, start, end, logdensity_fn, transition_fn, num_bridges):
+    """The log-ratio of fictitious data that cross all bridges from θ' to θ."""
+
+    def at(k):
+        return start + (end - start) * k / (num_bridges + 1)
+
+    def weight(k, data):
+        return logdensity_fn(at(k + 1), data) - logdensity_fn(at(k), data)
+
+    def cross(carry, key_and_k):
+        data, total = carry
+        key, k = key_and_k
+        data = transition_fn(key, at(k), data)
+        return (data, total + weight(k, data)), None
+
+    keys = jax.random.split(rng_key, num_bridges)
+    first = (fictitious, weight(0, fictitious))
+    (_, total), _ = lax.scan(cross, first, (keys, jnp.arange(1, num_bridges + 1)))
+    return total
 
 
 def as_top_level_api(
