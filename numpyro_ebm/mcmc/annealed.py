@@ -105,26 +105,10 @@ class AnnealedLangevin(RowKernel):
         denoise=True,
         init_scale=None,
     ):
-        if (noise_scales is None) == (inverse_temperatures is None):
-            raise ModelError(
-                "AnnealedLangevin: give either `noise_scales` or `inverse_temperatures`."
-            )
+        levels = _read_levels(
+            noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size
+        )
         by_noise = noise_scales is not None
-        if by_noise and (noise_argument is None) == (noise_scale is None):
-            raise ModelError(
-                "AnnealedLangevin: say how the energy depends on the noise: `noise_argument`, the "
-                "name of the keyword argument by which the model takes its noise scale, or "
-                "`noise_scale`, that of the `MultiscaleDenoisingScoreMatching` that learned it."
-            )
-        if not by_noise and noise_argument is not None:
-            raise ModelError("AnnealedLangevin: `noise_argument` goes with `noise_scales`.")
-        if not by_noise and step_size is None:
-            raise ModelError(
-                "AnnealedLangevin: with `inverse_temperatures` pass a `step_size`, in squared "
-                "units of the sites."
-            )
-        levels = np.atleast_1d(np.asarray(noise_scales if by_noise else inverse_temperatures))
-        _check_levels(levels, "noise_scales" if by_noise else "inverse_temperatures", by_noise)
         step_size = 0.1 if step_size is None else step_size
         init_scale = (levels[0] if by_noise else 1.0) if init_scale is None else init_scale
         check_positive(self._name, num_steps=num_steps, step_size=step_size, init_scale=init_scale)
@@ -245,6 +229,29 @@ class AnnealedLangevin(RowKernel):
             z_grad=row_model.from_rows(jax.tree.map(jnp.negative, rows.logdensity_grad)),
             energy=-rows.logdensity,
         )
+
+
+def _read_levels(noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size):
+    """The noise scales or temperatures, if the options say which score is meant at each."""
+    if (noise_scales is None) == (inverse_temperatures is None):
+        raise ModelError("AnnealedLangevin: give either `noise_scales` or `inverse_temperatures`.")
+    by_noise = noise_scales is not None
+    if by_noise and (noise_argument is None) == (noise_scale is None):
+        raise ModelError(
+            "AnnealedLangevin: say how the energy depends on the noise: `noise_argument`, the "
+            "name of the keyword argument by which the model takes its noise scale, or "
+            "`noise_scale`, that of the `MultiscaleDenoisingScoreMatching` that learned it."
+        )
+    if not by_noise and noise_argument is not None:
+        raise ModelError("AnnealedLangevin: `noise_argument` goes with `noise_scales`.")
+    if not by_noise and step_size is None:
+        raise ModelError(
+            "AnnealedLangevin: with `inverse_temperatures` pass a `step_size`, in squared "
+            "units of the sites."
+        )
+    levels = np.atleast_1d(np.asarray(noise_scales if by_noise else inverse_temperatures))
+    _check_levels(levels, "noise_scales" if by_noise else "inverse_temperatures", by_noise)
+    return levels
 
 
 def _check_levels(levels, name, decreasing):

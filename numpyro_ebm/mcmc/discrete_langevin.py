@@ -21,10 +21,10 @@ from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
+from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.model.finite_supports import initial_values, support_values
 from numpyro_ebm.model.row_model import read_fixed_model
-from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers import discrete_langevin
 
 __all__ = ["DiscreteLangevin", "DiscreteLangevinState"]
@@ -246,39 +246,11 @@ class DiscreteLangevin(AdaptiveKernel):
         )
 
     def _check_gradient(self, rng_key, state, model_args, model_kwargs):
-        """A gradient that vanishes everywhere while the energy changes is none."""
-        row_model, log_density, values = self._target(model_args, model_kwargs)
+        row_model, _, values = self._target(model_args, model_kwargs)
         z = state.z
         while not is_prng_key(rng_key):  # one of the vectorised chains will do
             rng_key, z = rng_key[0], {name: x[0] for name, x in z.items()}
-        real = {k: x.astype(jnp.result_type(x, float)) for k, x in z.items()}
-        if structure(lambda z: row_model.log_density({}, z), real).degree < np.inf:
-            return  # a polynomial, which has one
-
-        @jax.jit
-        def try_out(rng_key):
-            def at(key):
-                moved = dict(z)
-                for name, x in z.items():
-                    key, key_site = jax.random.split(key)
-                    choices = jnp.asarray(values[name], x.dtype)
-                    moved[name] = jax.random.choice(key_site, choices, x.shape)
-                real = {k: x.astype(jnp.result_type(x, float)) for k, x in moved.items()}
-                total = lambda real: jnp.sum(log_density(row_model.to_rows(real)))  # noqa: E731
-                gradient = jax.grad(total)(real)
-                # What one site changes, the others where they are.
-                here = log_density(row_model.to_rows(moved))
-                change = {k: log_density(row_model.to_rows({**moved, k: z[k]})) - here for k in z}
-                return gradient, change
-
-            gradients, changes = jax.lax.map(at, jax.random.split(rng_key, 5))
-            return {
-                k: jnp.all(gradients[k] == 0)
-                & jnp.any(jnp.isfinite(changes[k]) & (changes[k] != 0))
-                for k in z
-            }
-
-        broken = sorted(name for name, is_broken in try_out(rng_key).items() if is_broken)
+        broken = sites_without_gradient(rng_key, row_model, z, values)
         if broken:
             raise self._no_gradient(broken)
 
