@@ -38,7 +38,7 @@ def reference(folder):
     return "\n".join(["```{eval-rst}", *lines, "```"])
 
 
-myst_substitutions = {folder: reference(folder) for folder in ("mcmc", "objectives")}
+myst_substitutions = {folder: reference(folder) for folder in ("marginals", "mcmc", "objectives")}
 
 # API reference
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -9,7 +9,7 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 (4,)
 """
 
-from numpyro_ebm import datasets, diagnostics, mcmc, models, objectives
+from numpyro_ebm import datasets, diagnostics, marginals, mcmc, models, objectives
 from numpyro_ebm.diagnostics import (
     auxiliary_adequacy,
     energy_gap,
@@ -35,14 +35,7 @@ from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.handlers import fixed, temper
 from numpyro_ebm.language.primitives import energy, visible
 from numpyro_ebm.log_normalizers import log_likelihood, log_normalizer
-from numpyro_ebm.marginals import (
-    Enumerated,
-    Exact,
-    ImportanceBound,
-    LangevinRefinement,
-    Unrolled,
-    VaGES,
-)
+from numpyro_ebm.marginals import *  # noqa: F403
 from numpyro_ebm.mcmc import *  # noqa: F403
 from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior
@@ -55,14 +48,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Counting",
     "EnergySVI",
-    "Enumerated",
-    "Exact",
     "Exchange",
     "EmulationWarning",
     "FarNoiseWarning",
-    "ImportanceBound",
     "ImproperSamplingError",
-    "LangevinRefinement",
     "Lebesgue",
     "ModelError",
     "NonFiniteLossWarning",
@@ -72,8 +61,6 @@ __all__ = [
     "RelaxedELBO",
     "ShortAuxiliaryWarning",
     "UnhandledEnergyError",
-    "Unrolled",
-    "VaGES",
     "auxiliary_adequacy",
     "datasets",
     "diagnostics",
@@ -96,5 +83,6 @@ __all__ = [
     "to_arviz",
     "visible",
 ]
+__all__ += marginals.__all__
 __all__ += mcmc.__all__
 __all__ += objectives.__all__

@@ -3,11 +3,14 @@
 
 It may import :mod:`numpyro_ebm.guides`, :mod:`numpyro_ebm.model` and the floors below. Whatever
 sums or integrates latent sites out exactly asks :func:`exact_marginal`: objectives, kernels and
-``sample``, log Z and log-likelihoods, posteriors and diagnostics.
+``sample``, log Z and log-likelihoods, posteriors and diagnostics. ``__all__`` is what
+:mod:`numpyro_ebm` gives and the manual lists.
 """
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals.base import Estimate, ExactMarginal, Marginal
+from numpyro_ebm.marginals.base import Estimate as Estimate
+from numpyro_ebm.marginals.base import ExactMarginal as ExactMarginal
+from numpyro_ebm.marginals.base import Marginal as Marginal
 from numpyro_ebm.marginals.enumerated import Enumerated
 from numpyro_ebm.marginals.exact import Exact
 from numpyro_ebm.marginals.importance_bound import ImportanceBound
@@ -16,18 +19,12 @@ from numpyro_ebm.marginals.unrolled import Unrolled
 from numpyro_ebm.marginals.vages import VaGES
 
 __all__ = [
-    "EXACT",
     "Enumerated",
-    "Estimate",
     "Exact",
-    "ExactMarginal",
     "ImportanceBound",
     "LangevinRefinement",
-    "Marginal",
     "Unrolled",
     "VaGES",
-    "choose",
-    "exact_marginal",
 ]
 
 EXACT = {"none": (Exact(),), "discrete": (Enumerated(),), "real": ()}

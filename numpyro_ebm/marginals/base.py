@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
     """The marginal log p̃(v; θ) = log ∫ p̃(v, h; θ) dh of every row, near one point v.
 
     Both functions take unconstrained visible values u as a dict by site name, v = T(u), and
-    include log |dT/du|.
+    include ``log |dT/du|``.
 
     - **log_density** - ``(params, u) -> (rows,)``. Its derivatives in u and θ are unbiased (or
       exact) up to the order the objective asked for; its value is what the

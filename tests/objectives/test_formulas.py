@@ -14,10 +14,11 @@ import numpy as np
 import oracles
 import pytest
 from oracles import arrays, assert_unbiased, draws, flat, jit, value_and_gradient
+from registry.marginals import MARGINALS as REGISTRY
 from registry.objectives import SIGMA, formulas
 
 import numpyro_ebm as ebm
-from numpyro_ebm import marginals
+from numpyro_ebm.marginals import ExactMarginal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -26,36 +27,14 @@ DENOISING = [name for name, formula in FORMULAS.items() if formula.at is not Non
 SLICED = [name for name in FORMULAS if name.startswith("SSM")]
 STEIN = [name for name in FORMULAS if name.startswith("KSD")]
 
-# Every marginal with the system on which it is exact, or its guide the posterior.
-MARGINALS = {
-    "Exact": (ebm.Exact, oracles.gaussian_system),
-    "Enumerated": (ebm.Enumerated, oracles.grbm_system),
-    "VaGES": (
-        partial(ebm.VaGES, 3),
-        lambda **options: oracles.with_learned_guide(oracles.grbm_system(**options)),
-    ),
-    "VaGES, weighted": (
-        partial(ebm.VaGES, 3, importance_weighted=True),
-        lambda **options: oracles.with_learned_guide(oracles.grbm_system(**options)),
-    ),
-    "VaGES, continuous": (
-        partial(ebm.VaGES, 4),
-        lambda **options: oracles.with_learned_guide(oracles.linear_system(**options)),
-    ),
-    "VaGES, refined": (
-        partial(ebm.VaGES, 3, refine=ebm.LangevinRefinement(2, 0.1, adjusted=True)),
-        lambda **options: oracles.with_learned_guide(oracles.linear_system(**options)),
-    ),
-}
+MARGINALS = {name: x for name, x in REGISTRY.items() if x.system and x.under_objectives}
+EXACT = [name for name, x in MARGINALS.items() if isinstance(x.make(), ExactMarginal)]
 
 
-def test_every_marginal_is_met():
-    # The others are consistent only, or exact only in a limit: `test_marginals.py` has their laws.
-    biased = {ebm.ImportanceBound, ebm.Unrolled}
-    known = {
-        x for x in vars(ebm).values() if isinstance(x, type) and issubclass(x, marginals.Marginal)
-    }
-    assert {type(make()) for make, _ in MARGINALS.values()} == known - biased
+def on(name, **options):
+    """A marginal, and the system on which it is exact or its guide is the posterior."""
+    marginal, system = MARGINALS[name].make(), MARGINALS[name].system(**options)
+    return marginal, oracles.with_learned_guide(system) if marginal.needs_guide else system
 
 
 # Value and gradient at given noise, exactly
@@ -108,13 +87,12 @@ def check_formula(law, marginal, system):
 @pytest.mark.parametrize(
     ("name", "marginal"),
     [
-        *((x, "Exact") for x in ["SM", "DSM", *STEIN]),
-        *((x, "Enumerated") for x in ["SM", *DENOISING, *STEIN]),
+        *itertools.product(["SM", "DSM", *STEIN], EXACT),
+        *((x, "Enumerated") for x in DENOISING if x != "DSM"),
     ],
 )
 def test_value_and_gradient_are_the_formula(name, marginal):
-    make, system = MARGINALS[marginal]
-    check_formula(FORMULAS[name], make(), system())
+    check_formula(FORMULAS[name], *on(marginal))
 
 
 @pytest.mark.parametrize(
@@ -137,9 +115,8 @@ def test_other_supports_go_through_the_log_jacobian(name, support):
 @pytest.mark.parametrize("marginal", [pytest.param("Exact", marks=pytest.mark.slow), "Enumerated"])
 def test_slices_are_rademacher(name, marginal):
     """With one row of two coordinates a slice is (1, 1) or (1, -1) up to sign: all is countable."""
-    make, system = MARGINALS[marginal]
-    system = system(num_rows=1)
-    objective = FORMULAS[name].make(make())
+    marginal, system = on(marginal, num_rows=1)
+    objective = FORMULAS[name].make(marginal)
     params, data = arrays(system.params), jnp.asarray(system.data)
 
     def one_slice(e):
@@ -173,9 +150,9 @@ def test_slices_are_rademacher(name, marginal):
 
 def check_mean(name, marginal, num_draws, *, num_rows=3, seed=1):
     law = FORMULAS[name]
-    make, system = MARGINALS[marginal]
-    system = system(num_rows=num_rows + num_rows % 2 if "halves" in name else num_rows)
-    objective = law.make(make())
+    num_rows += num_rows % 2 if "halves" in name else 0
+    made, system = on(marginal, num_rows=num_rows)
+    objective = law.make(made)
     params = arrays(system.params)
     expected = np.asarray(jit(value_and_gradient(law.expected(system)))(params))
 
@@ -240,14 +217,13 @@ def test_loss_and_gradient_are_unbiased_to_three_digits(name):
     check_mean(name, "VaGES", 100_000, seed=5)
 
 
-@pytest.mark.parametrize("marginal", ["Exact", "Enumerated"])
+@pytest.mark.parametrize("marginal", EXACT)
 def test_rows_permuted_are_the_same_score_matching_loss(marginal):
-    make, system = MARGINALS[marginal]
-    system = system()
+    marginal, system = on(marginal)
 
     @jit
     def of(data):
-        loss = partial(ebm.ScoreMatching(make()).loss, jax.random.key(0))
+        loss = partial(ebm.ScoreMatching(marginal).loss, jax.random.key(0))
         return value_and_gradient(lambda p: loss(p, system.model, None, data))(
             arrays(system.params)
         )
@@ -257,9 +233,8 @@ def test_rows_permuted_are_the_same_score_matching_loss(marginal):
 
 
 def check_jit(name, marginal):
-    make, system = MARGINALS[marginal]
-    system = system(num_rows=2)
-    objective = FORMULAS[name].make(make())
+    marginal, system = on(marginal, num_rows=2)
+    objective = FORMULAS[name].make(marginal)
 
     def of(rng_key, params, data):
         loss = partial(objective.loss, rng_key)

@@ -22,20 +22,13 @@ import oracles
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer import SVI
+from registry.marginals import MARGINALS
 from registry.objectives import NOISE, OBJECTIVES, flow, mala
 
 import numpyro_ebm as ebm
 from numpyro_ebm import objectives
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-MARGINALS = {
-    "Exact": ebm.Exact,
-    "Enumerated": ebm.Enumerated,
-    "VaGES": partial(ebm.VaGES, 3),
-    "ImportanceBound": partial(ebm.ImportanceBound, 3),
-    "Unrolled": partial(ebm.Unrolled, 2),
-}
 
 
 def test_every_objective_is_in_the_registry():
@@ -145,7 +138,7 @@ def test_jit_equals_eager(name):
 @pytest.mark.parametrize("marginal", ["Enumerated", "VaGES", "ImportanceBound", "Unrolled"])
 def test_marginals_serve_or_are_refused_by_name(name, marginal):
     member = OBJECTIVES[name]
-    objective, data = member.make(MARGINALS[marginal]()), rows(member, 6)
+    objective, data = member.make(MARGINALS[marginal].make()), rows(member, 6)
     params = {"precision": jnp.asarray(0.7), "slope": jnp.asarray(0.5)}
 
     def of():
