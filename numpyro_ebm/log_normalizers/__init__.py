@@ -5,11 +5,12 @@ It may import :mod:`numpyro_ebm.marginals`, :mod:`numpyro_ebm.samplers` and what
 """
 
 from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
-from numpyro_ebm.log_normalizers.exact import log_sum_over_rows, quadrature_nodes
 from numpyro_ebm.log_normalizers.likelihood import LogLikelihood, log_likelihood
 from numpyro_ebm.log_normalizers.methods import log_normalizer
+from numpyro_ebm.log_normalizers.nodes import log_sum_over_rows, quadrature_nodes
 from numpyro_ebm.log_normalizers.result import LogNormalizer
-from numpyro_ebm.log_normalizers.smc import adaptive_schedule, sequential_monte_carlo
+from numpyro_ebm.log_normalizers.schedule import adaptive_schedule
+from numpyro_ebm.log_normalizers.smc import sequential_monte_carlo
 
 __all__ = [
     "LogLikelihood",

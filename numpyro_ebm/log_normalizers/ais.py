@@ -8,7 +8,8 @@ Every particle starts at a draw of the reference q and is moved at one temperatu
 by a kernel that leaves :math:`π_{β_t}` invariant. The weights are independent and unbiased for Z
 however badly the moves mix, so that their spread is an honest standard error as long as no rare
 weight dominates: the effective sample size tells. :math:`\log\hat Z` is too small in expectation
-(Jensen), about by half its variance.
+(Jensen), by about half its variance. Use it where every row has a log Z of its own, or moves mix
+badly; SMC resamples, which is better where modes weigh unequally along the path.
 
 Reference: Neal, *Annealed importance sampling*, Statistics and Computing 2001; Salakhutdinov,
 Murray, *On the quantitative analysis of deep belief networks*, ICML 2008.
@@ -18,9 +19,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_ebm.log_normalizers.path import by_problem, sweeps, to_particles
+from numpyro_ebm.log_normalizers.annealing import anneal
+from numpyro_ebm.log_normalizers.particles import by_problem, to_particles
+from numpyro_ebm.log_normalizers.path import sweep_particles
+from numpyro_ebm.log_normalizers.result import LogNormalizer
 
-__all__ = ["annealed_importance_sampling"]
+__all__ = ["annealed_importance_sampling", "run_ais"]
+
+
+def run_ais(rng_key, integrand, options):
+    """log Z of every problem of a density by AIS.
+
+    :param rng_key: random key.
+    :param Integrand integrand: the density.
+    :param Options options: numbers of particles (1,024 if ``None``) and sweeps (1), and
+        temperatures.
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
+    :raises ModelError: if the density runs away, or the particles do not reach it.
+    """
+    num_particles, num_sweeps = options.num_particles or 1_024, options.num_sweeps or 1
+
+    def weigh(rng_key, path, schedule):
+        return annealed_importance_sampling(
+            rng_key, path, schedule, num_particles, options.num_temperatures, num_sweeps
+        )
+
+    _, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps)
+    diagnostics = {"num_temperatures": options.num_temperatures}
+    return LogNormalizer(value, mcse, ess, "ais", "below", diagnostics)
 
 
 def annealed_importance_sampling(
@@ -30,8 +56,8 @@ def annealed_importance_sampling(
 
     :param rng_key: random key.
     :param Path path: the path.
-    :param Schedule schedule: the temperatures that adaptive SMC took. Each of its steps was as
-        difficult as the next, and is cut into the same number of smaller ones.
+    :param AnnealingSchedule schedule: the temperatures that adaptive SMC took. Each of its steps
+        was as difficult as the next, and is cut into the same number of smaller ones.
     :param int num_particles: particles of each problem.
     :param int num_temperatures: T.
     :param int num_sweeps: sweeps at each temperature.
@@ -53,10 +79,10 @@ def annealed_importance_sampling(
         rng_key, t = x
         beta = at(schedule.beta, t)
         log_ratio = by_problem(path.log_ratio(position), beta)
-        # Where no way is left to go, zero times infinity is no number.
+        # A problem that has arrived is not weighed: zero times infinity is no number.
         log_weight = log_weight + jnp.where(beta > old, (beta - old) * log_ratio, 0.0)
         tuning = jax.tree.map(lambda xs: at(xs, jnp.maximum(t, first)), schedule.tuning)
-        position, _, _ = sweeps(
+        position, _ = sweep_particles(
             rng_key, path, position, to_particles(beta, num), tuning, num_sweeps
         )
         return (position, log_weight, beta), None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""log Z of a fixed model by annealing: which reference, which moves, which particles.
+r"""Annealing a fixed model from a reference: which reference, which moves, which temperatures.
 
 .. math:: \log π_β = (1 - β) \log q + β \log\tilde p
 
@@ -9,26 +9,29 @@ quadratic in them, so that they can be drawn from their conditionals at every β
 Student-t, fitted a second time to the particles of a first annealing run.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
+from numpyro_ebm.log_normalizers.base_measure import reference
+from numpyro_ebm.log_normalizers.divergence import divergence_error
 from numpyro_ebm.log_normalizers.enumeration import gaussian_block
-from numpyro_ebm.log_normalizers.exploring import diverges, explored
-from numpyro_ebm.log_normalizers.mixture import fit_mixture
-from numpyro_ebm.log_normalizers.path import Path, by_problem, flatten
-from numpyro_ebm.log_normalizers.result import LogNormalizer
-from numpyro_ebm.log_normalizers.smc import (
-    adaptive_schedule,
-    log_mean_weight,
-    sequential_monte_carlo,
-)
+from numpyro_ebm.log_normalizers.exploration import explore
+from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.integrand import Integrand
+from numpyro_ebm.log_normalizers.mixture import Mixture, fit_mixture
+from numpyro_ebm.log_normalizers.particles import by_problem, log_mean_weight
+from numpyro_ebm.log_normalizers.path import Path
+from numpyro_ebm.log_normalizers.schedule import adaptive_schedule
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
+from numpyro_ebm.samplers.positions import flatten_sites
 
-__all__ = ["annealed"]
+__all__ = ["anneal"]
 
 SCOUTS = 4_096  # particles that find modes and temperatures
 WIDE_WEIGHTS = 0.7, 0.15  # of the wide component of the first reference, and of the next
@@ -36,133 +39,138 @@ WIDER = 1.2  # by what factor a Gaussian reference is wider than the model
 TARGET_ESS = 0.95
 
 
-def annealed(rng_key, target, method, options):
-    """log Z of every problem of a target, by ``"ais"`` or ``"smc"``.
+def anneal(rng_key, integrand, weigh, num_sweeps):
+    """log Z of every problem of a density from particles that are annealed to it.
 
     :param rng_key: random key.
-    :param Target target: the target.
-    :param str method: which of the two.
-    :param Options options: numbers of particles, temperatures, sweeps and replicates.
-    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
+    :param Integrand integrand: the density.
+    :param weigh: ``(rng_key, path, schedule) -> log-weights`` of shape (N, problems): N independent
+        unbiased estimates of Z.
+    :param int num_sweeps: sweeps at each temperature, of which finding the temperatures takes five
+        at least.
+    :return: the :class:`AnnealingSchedule`; and log Z, its standard error and the effective sample
+        size of the weights, of shape (problems,) each.
     :raises ModelError: if the density runs away, or the particles do not reach it.
     """
-    key_explore, key_schedule, key_run = jax.random.split(rng_key, 3)
-    target, path_from, reference, refit = _path(key_explore, target)
-    smc = method == "smc"
-    num_particles = options.num_particles or (512 if smc else 1_024)
-    num_sweeps = options.num_sweeps or (5 if smc else 1)
-    num_scouts = max(SCOUTS // target.num_problems, 64)
+    key_plan, key_schedule, key_run = jax.random.split(rng_key, 3)
+    plan = _plan(key_plan, integrand)
+    num_scouts = max(SCOUTS // integrand.num_problems, 64)
 
-    def stage(reference, rng_key):
+    def scout(rng_key, path):
+        return adaptive_schedule(rng_key, path, num_scouts, max(num_sweeps, 5), TARGET_ESS)
+
+    def stage(fitted, rng_key):
         """Anneal once from a reference; the next one is fitted to where that ends."""
         key_run, key_fit = jax.random.split(rng_key)
-        schedule, position = adaptive_schedule(
-            key_run, path_from(reference), num_scouts, max(num_sweeps, 5), TARGET_ESS
-        )
-        return refit(key_fit, position), (reference, schedule)
+        schedule, position = scout(key_run, plan.path(fitted))
+        return plan.refit(key_fit, position), (fitted, schedule)
 
     @jax.jit
     def run():
-        if refit is None:
-            path = path_from(reference)
-            schedule, _ = adaptive_schedule(
-                key_schedule, path, num_scouts, max(num_sweeps, 5), TARGET_ESS
-            )
+        if plan.refit is None:
+            path = plan.path(plan.fitted)
+            schedule, _ = scout(key_schedule, path)
         else:  # the first reference knows of modes, the second also of their masses
-            stages = jax.lax.scan(stage, reference, jax.random.split(key_schedule))[1]
-            last, schedule = jax.tree.map(lambda x: x[-1], stages)
-            path = path_from(last)
-        if smc:
-            log_weights = sequential_monte_carlo(
-                key_run, path, schedule, num_particles, num_sweeps, options.num_replicates
-            )
-        else:
-            log_weights = annealed_importance_sampling(
-                key_run, path, schedule, num_particles, options.num_temperatures, num_sweeps
-            )
-        return schedule, log_mean_weight(log_weights)
+            stages = jax.lax.scan(stage, plan.fitted, jax.random.split(key_schedule))[1]
+            fitted, schedule = jax.tree.map(lambda x: x[-1], stages)
+            path = plan.path(fitted)
+        return schedule, log_mean_weight(weigh(key_run, path, schedule))
 
-    schedule, (value, mcse, ess) = run()
-    if not_jax_tracer(value) and not np.all(np.asarray(schedule.beta[-1]) == 1):
+    schedule, estimate = run()
+    if not_jax_tracer(schedule.beta) and not np.all(np.asarray(schedule.beta[-1]) == 1):
         last = np.min(np.nan_to_num(np.asarray(schedule.beta)).max(0))
-        raise _stuck(key_run, target, path_from(reference), last)
-    count = schedule.num_temperatures if smc else options.num_temperatures
-    ess = ess * num_particles if smc else ess
-    return LogNormalizer(value, mcse, ess, method, "below", {"num_temperatures": count})
+        raise _stuck_error(key_run, plan, last)
+    return schedule, estimate
 
 
-def _stuck(rng_key, target, path, last):
-    """The error that the particles do not reach the target, and why."""
-    position = path.draw(rng_key, 16 * target.num_problems)
-    so_far = (
-        f"the particles of {sorted(target.row_model.sites)} got from the reference (β = 0) to β = "
-        f"{last:.3g} and no further: there the weights of their next step have no effective sample "
-        "size"
-    )
-    if target.real and np.mean(np.isfinite(target.log_density(position))) > 0.5:
-        return diverges(target.real, so_far)  # of finite weights the largest outweighs the rest
-    return ModelError(f"log_normalizer: {so_far}. Is the energy infinite almost everywhere?")
+class _Plan(NamedTuple):
+    """How a density is annealed.
 
-
-def _path(rng_key, target):
-    """The way to the target.
-
-    :return: the target, perhaps with its discrete sites summed out; the path from a reference; a
-        first reference; and how to fit another one to positions, or ``None``.
+    - **integrand** - the density, its discrete sites perhaps summed out.
+    - **moved** - names of the real sites that MALA moves.
+    - **groups** - tuples of names of sites that are drawn from their conditionals.
+    - **cloud** - :class:`Gaussian` of all real sites, or ``None`` without them.
+    - **fitted** - a first distribution of the flat real sites, or ``None`` without them.
+    - **refit** - ``(rng_key, position) -> fitted``, the next one; ``None`` where one is enough.
     """
+
+    integrand: Integrand
+    moved: tuple
+    groups: tuple
+    cloud: Gaussian | None = None
+    fitted: Gaussian | Mixture | None = None
+    refit: Callable | None = None
+
+    def blocks(self, log_density):
+        """How to draw every group from its conditionals under a log-density."""
+        like = self.integrand.placeholder(self.integrand.row_model.num_rows)
+        values = {name: self.integrand.values(name) for name in self.integrand.discrete}
+        return tuple(plan_block(log_density, like, names, values) for names in self.groups)
+
+    def path(self, fitted):
+        """The path from the reference in which flat real sites have the ``fitted`` distribution."""
+        log_densities, draw = reference(self.integrand, fitted)
+        precondition = self.cloud if self.moved else None
+        path = Path(log_densities, draw, self.moved, (), precondition, self.integrand.num_problems)
+        # How blocks are drawn depends on the density between the two, the reference included.
+        return path._replace(blocks=self.blocks(path.tempered(0.5)))
+
+
+def _plan(rng_key, integrand):
     key_explore, key_fit = jax.random.split(rng_key)
-    values = {name: target.values(name) for name in target.discrete}
     block = None
-    if target.real:
+    if integrand.real:
         try:
-            block = gaussian_block(target)
+            block = gaussian_block(integrand)
         except ModelError:
-            target = _without_discrete(target)
-    like = target.placeholder(target.row_model.num_rows)
-    real = target.real if block is None else ()
-    together = () if block is None else (target.real,)
-    groups = (*together, *((name,) for name in target.discrete))
-    reference, refit, cloud = None, None, None
-    if target.real:
-        blocks = tuple(plan_block(target.log_density, like, names, values) for names in groups)
-        is_diagonal = block is not None and block.is_diagonal
-        found = explored(key_explore, target, real, blocks, is_diagonal=is_diagonal)
-        cloud = found.cloud
-    if target.flat_real:
-        names = target.coordinate_names()
-        flat = [i for i, name in enumerate(names) if name in target.flat_real]
-        part = cloud.subset(np.array(flat))
-        if block is not None:
-            reference = part._replace(factor=WIDER * part.factor)
-        else:
+            integrand = _without_discrete(integrand)
+    moved, together = (integrand.real, ()) if block is None else ((), (integrand.real,))
+    plan = _Plan(integrand, moved, (*together, *((name,) for name in integrand.discrete)))
+    if not integrand.real:
+        return plan
+    is_diagonal = block is not None and block.is_diagonal
+    blocks = plan.blocks(integrand.log_density)
+    found = explore(key_explore, integrand, moved, blocks, is_diagonal=is_diagonal)
+    plan = plan._replace(cloud=found.cloud)
+    if not integrand.flat_real:
+        return plan
+    names = integrand.coordinate_names()
+    flat = np.array([i for i, name in enumerate(names) if name in integrand.flat_real])
+    cloud = found.cloud.subset(flat)
+    if block is not None:
+        return plan._replace(fitted=cloud._replace(factor=WIDER * cloud.factor))
 
-            def refit(rng_key, position):
-                points = by_problem(flatten(position, target.flat_real), part.center)
-                there = jnp.ones(points.shape[:2], bool)
-                return fit_mixture(rng_key, part, points, there, WIDE_WEIGHTS[1])
+    def refit(rng_key, position):
+        points = by_problem(flatten_sites(position, integrand.flat_real)[0], cloud.center)
+        is_there = jnp.ones(points.shape[:2], bool)
+        return fit_mixture(rng_key, cloud, points, is_there, WIDE_WEIGHTS[1])
 
-            points = found.points[..., np.array(flat)]
-            reference = jax.jit(fit_mixture, static_argnums=4)(
-                key_fit, part, points, found.is_there, WIDE_WEIGHTS[0]
-            )
-
-    def path_from(reference):
-        log_densities, draw = target.reference(reference)
-        path = Path(log_densities, draw, real, (), cloud if real else None, target.num_problems)
-        # What is between the two decides how blocks are drawn: the reference counts too.
-        between = path.tempered(0.5)
-        return path._replace(
-            blocks=tuple(plan_block(between, like, names, values) for names in groups)
-        )
-
-    return target, path_from, reference, refit
+    fitted = jax.jit(fit_mixture, static_argnums=4)(
+        key_fit, cloud, found.points[..., flat], found.is_there, WIDE_WEIGHTS[0]
+    )
+    return plan._replace(fitted=fitted, refit=refit)
 
 
-def _without_discrete(target):
-    """The target with its discrete sites summed out, if that can be done."""
-    if not target.discrete or any(name in target.proper for name in target.real):
-        return target  # what the proper sites are drawn from may depend on the discrete ones
+def _without_discrete(integrand):
+    """The density with its discrete sites summed out, if that can be done."""
+    if not integrand.discrete or any(name in integrand.proper for name in integrand.real):
+        return integrand  # what the proper sites are drawn from may depend on the discrete ones
     try:
-        return target.sum_out()
+        return integrand.sum_out()
     except ModelError:
-        return target  # too many states: they are drawn
+        return integrand  # too many states: they are drawn
+
+
+def _stuck_error(rng_key, plan, last):
+    """The error that the particles do not reach the density, and why."""
+    integrand = plan.integrand
+    position = plan.path(plan.fitted).draw(rng_key, 16 * integrand.num_problems)
+    so_far = (
+        f"the particles of {sorted(integrand.row_model.sites)} got from the reference (β = 0) to "
+        f"β = {last:.3g} and no further: there the weights of their next step have no effective "
+        "sample size"
+    )
+    if integrand.real and np.mean(np.isfinite(integrand.log_density(position))) > 0.5:
+        # of finite weights the largest outweighs the rest
+        return divergence_error(integrand.real, so_far)
+    return ModelError(f"log_normalizer: {so_far}. Is the energy infinite almost everywhere?")

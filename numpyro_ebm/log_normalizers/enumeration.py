@@ -4,7 +4,8 @@ r"""log Z of a fixed model by enumeration, with closed forms where the energy ha
 .. math:: \log Z = \log \sum_h \int \tilde p(v, h)\, dv
 
 Discrete sites are summed state by state, but for those whose sum factorises given the others;
-real sites in which the energy is quadratic are integrated as Gaussians, state by state.
+real sites in which the energy is quadratic are integrated as Gaussians, state by state. Exact:
+take it wherever the states can be counted.
 """
 
 import itertools
@@ -16,68 +17,158 @@ import numpy as np
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.log_normalizers.exact import log_gaussian_integral, log_sum_in_chunks
-from numpyro_ebm.log_normalizers.exploring import diverges, falling
-from numpyro_ebm.log_normalizers.path import flatten, unflatten
+from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sites
+from numpyro_ebm.log_normalizers.gaussian import log_gaussian_integral
+from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.model.finite_supports import joint_states, num_joint_states
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
+from numpyro_ebm.samplers.positions import flatten_sites
 
-__all__ = ["enumerated", "gaussian_block", "why_not_enumerated"]
+__all__ = ["gaussian_block", "run_enumeration", "why_not_enumeration"]
 
 CHUNK = 16_384  # points that are evaluated at once
 
 
-def _num_states(target, names):
-    return math.prod(float(len(target.values(name))) ** target.size(name) for name in names)
+def why_not_enumeration(integrand, options):
+    """Why enumeration does not apply: a sentence, or ``None``.
 
-
-def why_not_enumerated(target, max_states):
-    """Why enumeration does not apply, or an empty string."""
+    :param Integrand integrand: the density.
+    :param Options options: with the most states that are enumerated.
+    """
     try:
-        if not target.real:
-            states = _num_states(target, _split(target)[0])
+        if not integrand.real:
+            states = _count_states(integrand, _split(integrand)[0])
         else:
-            block = gaussian_block(target)
-            states = _num_states(target, target.discrete)
-            work = states * target.size_real ** (1 if block.is_diagonal else 2)
-            if work > 256 * max_states:
-                return f"{states:.3g} Gaussian integrals in {target.size_real} dimensions"
+            block = gaussian_block(integrand)
+            states = _count_states(integrand, integrand.discrete)
+            work = states * integrand.num_real ** (1 if block.is_diagonal else 2)
+            if work > 256 * options.max_states:
+                return f"{states:.3g} Gaussian integrals in {integrand.num_real} dimensions"
     except ModelError as error:
         return str(error)
-    if states > max_states:
+    if states > options.max_states:
         return (
-            f"the discrete sites {sorted(target.discrete)} have {states:.3g} states to sum over, "
-            f"more than max_states={max_states}"
+            f"the discrete sites {sorted(integrand.discrete)} have {states:.3g} states to sum "
+            f"over, more than max_states={options.max_states}"
         )
-    return ""
+    return None
 
 
-def gaussian_block(target):
+def gaussian_block(integrand):
     """The block of all real sites, if they are jointly Gaussian given the discrete ones.
 
     :raises ModelError: if they are not.
     """
-    for name in target.real:
-        if not target.row_model.sites[name].is_real:
+    for name in integrand.real:
+        if not integrand.row_model.sites[name].is_real:
             raise ModelError(f"the site '{name}' is real with a bounded support")
-    like = target.placeholder(target.row_model.num_rows)
-    return plan_block(target.log_density, like, target.real, {})
+    like = integrand.placeholder(integrand.row_model.num_rows)
+    return plan_block(integrand.log_density, like, integrand.real, {})
 
 
-def _split(target):
+def run_enumeration(rng_key, integrand, options):
+    """log Z of every problem of a density by enumeration.
+
+    :param rng_key: not looked at.
+    :param Integrand integrand: the density.
+    :param Options options: not looked at.
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
+    :raises ModelError: if a Gaussian integral diverges.
+    """
+    if integrand.real:
+        value, num_states = _sum_gaussians(integrand)
+        if not_jax_tracer(value) and np.any(np.isnan(value)):
+            raise divergence_error(
+                falling_sites(integrand), "the energy does not rise in all their directions"
+            )
+    else:
+        value, num_states = _sum_discrete(integrand)
+    return LogNormalizer(
+        value,
+        method="enumerate",
+        diagnostics={"num_states": num_states},
+        mcse=0.0,
+        ess=math.inf,
+        bias="none",
+    )
+
+
+def _sum_gaussians(integrand):
+    """log of the sum over discrete states of the integrals over all real sites."""
+    is_diagonal = gaussian_block(integrand).is_diagonal
+
+    def log_terms(position):
+        x, unflatten = flatten_sites(position, integrand.real)
+
+        def of_real(x):
+            return integrand.log_density({**position, **unflatten(x)})
+
+        return log_gaussian_integral(of_real, x, is_diagonal)
+
+    width = integrand.num_real ** (1 if is_diagonal else 2)
+    return _sum_states(integrand, integrand.discrete, log_terms, width)
+
+
+def _sum_discrete(integrand):
+    """log of the sum over all discrete sites, some of them in closed form given the others."""
+    counted, summed = _split(integrand)
+    if not summed:
+        return _sum_states(integrand, counted, integrand.log_density)
+    row_model = integrand.row_model.with_latent(summed)
+    marginal = exact_marginal(row_model)
+    if not counted:  # everything in closed form
+        value = jax.jit(lambda: marginal.log_density(row_model, {}, {}))()
+        return value[: integrand.num_problems], 1
+
+    def of_rows(rows):
+        return marginal.log_density(row_model, {}, row_model.from_rows(rows))
+
+    return _sum_states(integrand, counted, integrand.over_rows(of_rows))
+
+
+def _sum_states(integrand, counted, log_terms, width=1):
+    """log of the sum over the joint states of some discrete sites, and their number.
+
+    :param tuple counted: names of the sites.
+    :param log_terms: maps positions of n points, with placeholders of the real sites, to (n,).
+    :param int width: how much more than a number a term takes to evaluate.
+    """
+    problems = integrand.num_problems
+    states = joint_states(integrand.row_model, counted, "log_normalizer")
+    num_states = int(_count_states(integrand, counted))
+
+    def of_chunk(chunk):
+        index, states = chunk
+        like = integrand.placeholder(len(index) * problems)
+        position = {name: like[name] for name in integrand.real}
+        for name, x in states.items():
+            position[name] = jnp.repeat(x, problems, axis=0).astype(like[name].dtype)
+        return jnp.reshape(log_terms(position), (len(index), problems))
+
+    chunk = max(1, CHUNK // (problems * max(1, width // 64)))
+    total = jax.jit(lambda nodes: log_sum_in_chunks(of_chunk, nodes, chunk))
+    return total((jnp.arange(num_states), states)), num_states
+
+
+def _split(integrand):
     """Discrete sites to count, and those to sum in closed form given them."""
-    names = target.discrete
+    names = integrand.discrete
     sizes = range(len(names) + 1) if len(names) <= 4 else (0, 1)
     best = names, ()
     for size in sizes:
-        for inner in itertools.combinations(names, size):
-            outer = tuple(name for name in names if name not in inner)
-            if _num_states(target, outer) >= _num_states(target, best[0]):
+        for summed in itertools.combinations(names, size):
+            counted = tuple(name for name in names if name not in summed)
+            if _count_states(integrand, counted) >= _count_states(integrand, best[0]):
                 continue
-            if _has_closed_form(target.row_model.with_latent(inner)):
-                best = outer, inner
+            if _has_closed_form(integrand.row_model.with_latent(summed)):
+                best = counted, summed
     return best
+
+
+def _count_states(integrand, names):
+    return num_joint_states(integrand.row_model, names, "log_normalizer")
 
 
 def _has_closed_form(row_model):
@@ -85,66 +176,3 @@ def _has_closed_form(row_model):
         return exact_marginal(row_model).num_states(row_model) == 1
     except ModelError:
         return False
-
-
-def enumerated(target):
-    """log Z of every problem of a target, a :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
-
-    :raises ModelError: if a Gaussian integral diverges.
-    """
-    outer, inner = _split(target) if not target.real else (target.discrete, ())
-    row_model = target.row_model.with_latent(inner)
-    marginal = exact_marginal(row_model) if inner else None
-    problems = target.num_problems
-    block = gaussian_block(target) if target.real else None
-    sizes = [target.size(name) for name in outer]
-    columns = [
-        target.values(name) for name, size in zip(outer, sizes, strict=True) for _ in range(size)
-    ]
-    states = (
-        np.stack([x.ravel() for x in np.meshgrid(*columns, indexing="ij")], 1)
-        if columns
-        else np.zeros((1, 0), int)
-    )
-
-    def log_density(position):
-        if not inner:
-            return target.log_density(position)
-
-        def of_rows(rows):
-            return marginal.log_density(row_model, {}, row_model.from_rows(rows))
-
-        return target.over_rows(of_rows)(position)
-
-    def log_terms(chunk):
-        num = len(chunk) * problems
-        discrete = jnp.repeat(chunk, problems, axis=0)
-        like = target.placeholder(num)
-        position = unflatten(discrete, like, outer) if outer else {}
-        position = {k: x.astype(like[k].dtype) for k, x in position.items()}
-        if target.real:
-            zero = flatten(like, target.real)
-
-            def of_real(x):
-                return log_density({**position, **unflatten(x, like, target.real)})
-
-            terms = log_gaussian_integral(of_real, zero, block.is_diagonal)
-        elif outer:
-            terms = log_density(position)
-        else:  # everything in closed form
-            terms = marginal.log_density(row_model, {}, {})[:problems]
-        return jnp.reshape(terms, (len(chunk), problems))
-
-    width = max(1, target.size_real) ** (1 if block is None or block.is_diagonal else 2)
-    chunk = max(1, CHUNK // (problems * max(1, width // 64)))
-    value = jax.jit(lambda nodes: log_sum_in_chunks(log_terms, nodes, chunk))(jnp.asarray(states))
-    if target.real and not_jax_tracer(value) and np.any(np.isnan(value)):
-        raise diverges(falling(target), "the energy does not rise in all their directions")
-    return LogNormalizer(
-        value,
-        method="enumerate",
-        diagnostics={"num_states": len(states)},
-        mcse=0.0,
-        ess=math.inf,
-        bias="none",
-    )

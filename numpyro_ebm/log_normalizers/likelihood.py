@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.log_normalizers import methods as front
+from numpyro_ebm.log_normalizers import methods
+from numpyro_ebm.log_normalizers.integrand import read_integrand
+from numpyro_ebm.log_normalizers.methods import Options, run_method
 from numpyro_ebm.log_normalizers.result import LogNormalizer
-from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.row_model import read_fixed_model, read_model
 
@@ -74,7 +75,7 @@ def log_likelihood(
     >>> ebm.log_likelihood(jax.random.key(0), model, data, num_visible=1, num_hidden=1)
     Array([-0.918..., -1.418...], dtype=float32)
     """
-    own = {k: kwargs.pop(k) for k in list(kwargs) if k in front.Options._fields}
+    own = {k: kwargs.pop(k) for k in list(kwargs) if k in Options._fields}
     key_z, key_latent = jax.random.split(rng_key)
     row_model = read_model(model, args, kwargs)
     if not row_model.visible:
@@ -85,7 +86,7 @@ def log_likelihood(
         read_fixed_model(model, args, kwargs)  # raises, and says why
     log_z = log_normalizer
     if log_z is None:
-        log_z = front.log_normalizer(key_z, model, *args, method=method, **own, **kwargs)
+        log_z = methods.log_normalizer(key_z, model, *args, method=method, **own, **kwargs)
     elif not isinstance(log_z, LogNormalizer):
         log_z = LogNormalizer(jnp.asarray(log_z), 0.0, math.inf, "given")
     if jnp.shape(log_z.value) not in ((), (row_model.num_rows,)):
@@ -98,7 +99,7 @@ def log_likelihood(
             "log_likelihood: every row has a log Z of its own, because the energy reads an "
             "argument that differs from row to row, and one number was given for all of them."
         )
-    inner, error = _sum_latents(key_latent, row_model, model, args, kwargs, front.Options(**own))
+    inner, error = _sum_latents(key_latent, row_model, model, args, kwargs, Options(**own))
     value = inner - log_z.value
     if not with_error:
         return value
@@ -111,7 +112,7 @@ def _sum_latents(rng_key, row_model, model, args, kwargs, options):
     try:
         marginal = exact_marginal(row_model)
     except ModelError:
-        target = read_target(rng_key, model, args, kwargs, unconditioned=False)
-        result = front.run_method(rng_key, target, None, options)
+        integrand = read_integrand(rng_key, model, args, kwargs, unconditioned=False)
+        result = run_method(rng_key, integrand, None, options)
         return jnp.broadcast_to(result.value, (row_model.num_rows,)), jnp.asarray(result.mcse)
     return jax.jit(lambda: marginal.log_density(row_model, {}, row_model.visible_values))(), 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""log Z of a fixed model by the best way there is, and log-likelihoods that rest on it.
+r"""log Z of a fixed model by the best method there is: the registry of methods and the choice.
 
 .. math:: Z = \int\!\!\int \tilde p(v, h)\, dh\, dv
 
@@ -7,13 +7,14 @@ over visible and latent sites of one row. Exact where the states can be counted 
 coordinates are few; else annealed from a reference that the model's base measure (or a fitted
 Student-t) gives, with an error bar.
 
-Reference: for the annealed ways see :mod:`numpyro_ebm.log_normalizers.ais` and
-:mod:`numpyro_ebm.log_normalizers.smc`.
+A method is two functions in a file of its own and an entry in ``METHODS``, from which
+:func:`log_normalizer`, log-likelihoods and posteriors take it.
 """
 
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,15 +23,42 @@ import numpy as np
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning, check_integer
-from numpyro_ebm.log_normalizers.annealing import annealed
-from numpyro_ebm.log_normalizers.enumeration import enumerated, why_not_enumerated
-from numpyro_ebm.log_normalizers.quadrature import integrated, why_not_integrated
-from numpyro_ebm.log_normalizers.target import read_target
+from numpyro_ebm.log_normalizers.ais import run_ais
+from numpyro_ebm.log_normalizers.enumeration import run_enumeration, why_not_enumeration
+from numpyro_ebm.log_normalizers.integrand import read_integrand
+from numpyro_ebm.log_normalizers.quadrature import run_quadrature, why_not_quadrature
+from numpyro_ebm.log_normalizers.smc import run_smc
 
-__all__ = ["Options", "log_normalizer", "run_method"]
+__all__ = ["METHODS", "Method", "Options", "log_normalizer", "run_method"]
 
-METHODS = ("enumerate", "quadrature", "ais", "smc")
 MOST_ERRORS = 4.0  # combined standard errors that two methods may differ by
+
+
+class Method(NamedTuple):
+    """A way to log Z of an :class:`Integrand`.
+
+    - **run** - ``(rng_key, integrand, options) -> LogNormalizer``, its arrays of shape (problems,).
+    - **why_not** - ``(integrand, options) -> sentence or None``: why it cannot serve the integrand.
+    - **rank** - ``integrand -> int``: of the methods that can serve, that of the lowest rank is
+      taken where none is asked for; ``None`` for a method that is taken only where asked for.
+    """
+
+    run: Callable
+    why_not: Callable = lambda integrand, options: None
+    rank: Callable | None = None
+
+
+METHODS = {
+    "enumerate": Method(
+        run_enumeration,
+        why_not_enumeration,
+        rank=lambda integrand: 1 if integrand.discrete else 3,
+    ),
+    "quadrature": Method(run_quadrature, why_not_quadrature, rank=lambda integrand: 2),
+    # AIS needs fewer particles in all where every row has a log Z of its own.
+    "ais": Method(run_ais, rank=lambda integrand: 5 if integrand.is_shared else 4),
+    "smc": Method(run_smc, rank=lambda integrand: 4 if integrand.is_shared else 5),
+}
 
 
 def log_normalizer(
@@ -122,19 +150,18 @@ def log_normalizer(
     options = Options(num_particles, num_sweeps, num_temperatures, num_replicates, max_states)
     options.check()
     several = not (method is None or isinstance(method, str))
-    methods = tuple(method) if several else (method,)
-    for name in methods:
-        if name not in METHODS and (several or name is not None):
-            raise ModelError(
-                f"log_normalizer: `method` must be one of {', '.join(METHODS)}, or a sequence of "
-                f"them, got {method!r}."
-            )
-    if not methods:
+    names = tuple(method) if several else (method,)
+    if not names:
         raise ModelError("log_normalizer: `method` is an empty sequence.")
-    key_read, *keys = jax.random.split(rng_key, 1 + len(methods))
-    target = read_target(key_read, model, args, kwargs)
+    if any(name not in METHODS and (several or name is not None) for name in names):
+        raise ModelError(
+            f"log_normalizer: `method` must be one of {', '.join(METHODS)}, or a sequence of them, "
+            f"got {method!r}."
+        )
+    key_read, *keys = jax.random.split(rng_key, 1 + len(names))
+    integrand = read_integrand(key_read, model, args, kwargs)
     results = [
-        run_method(key, target, name, options) for key, name in zip(keys, methods, strict=True)
+        run_method(key, integrand, name, options) for key, name in zip(keys, names, strict=True)
     ]
     return _compared(results) if several else results[0]
 
@@ -157,58 +184,46 @@ class Options(NamedTuple):
             check_integer("log_normalizer", least.get(name, 1), **{name: number})
 
 
-def run_method(rng_key, target, method, options):
-    """log Z of a target by one method, or by the first that is exact enough if ``None``."""
-    if method is None:
-        method = _choose(target, options)
-    if method == "enumerate":
-        why_not = why_not_enumerated(target, options.max_states)
-        if why_not:
-            raise ModelError(f"log_normalizer: method='enumerate' does not apply: {why_not}.")
-        result = enumerated(target)
-    elif method == "quadrature":
-        why_not = why_not_integrated(target)
-        if why_not:
-            raise ModelError(f"log_normalizer: method='quadrature' does not apply: {why_not}.")
-        result = integrated(rng_key, target)
-    else:
-        result = annealed(rng_key, target, method, options)
-    _check_finite(target, result)
-    return _shaped(target, result)
+def run_method(rng_key, integrand, name, options):
+    """log Z of an integrand by one method, or by the first of those that can serve if ``None``.
 
-
-def _choose(target, options):
-    """The first method that is exact enough."""
-    few = target.real and not why_not_integrated(target)
-    if few and not target.discrete:
-        return "quadrature"
-    if not why_not_enumerated(target, options.max_states):
-        return "enumerate"
-    if few:
-        return "quadrature"
-    return "smc" if target.is_shared else "ais"  # which needs fewer particles for every row
-
-
-def _shaped(target, result):
-    """One value for all rows, or one for each."""
-    if target.is_shared:
-        pick = lambda x: jnp.reshape(x, ()) if jnp.ndim(x) else x  # noqa: E731
-        return result._replace(
-            value=pick(result.value), mcse=pick(result.mcse), ess=pick(result.ess)
+    :param rng_key: random key.
+    :param Integrand integrand: the density.
+    :param name: a name in ``METHODS``, or ``None``.
+    :param Options options: the options of all methods.
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`; its arrays are scalars, or of
+        shape (rows,) where rows have a log Z of their own.
+    :raises ModelError: if the method cannot serve, or its result is not finite.
+    """
+    if name is None:
+        ranked = sorted(
+            (name for name in METHODS if METHODS[name].rank),
+            key=lambda name: METHODS[name].rank(integrand),
         )
-    rows = (target.num_problems,)
-    spread = {k: jnp.broadcast_to(getattr(result, k), rows) for k in ("value", "mcse", "ess")}
-    return result._replace(**spread)
-
-
-def _check_finite(target, result):
+        name = next(x for x in ranked if METHODS[x].why_not(integrand, options) is None)
+    else:
+        why_not = METHODS[name].why_not(integrand, options)
+        if why_not is not None:
+            raise ModelError(f"log_normalizer: method={name!r} does not apply: {why_not}.")
+    result = METHODS[name].run(rng_key, integrand, options)
     if not_jax_tracer(result.value) and not np.all(np.isfinite(result.value)):
         raise ModelError(
-            f"log_normalizer: the estimate of log Z by {result.method} is {result.value}. The "
-            f"energy has no finite integral over {sorted(target.row_model.sites)}, or is itself "
-            "not finite where the model lives. Add a term that confines the sites, such as a "
-            "proper base measure."
+            f"log_normalizer: the estimate of log Z by {name!r} is {result.value}. The energy has "
+            f"no finite integral over {sorted(integrand.row_model.sites)}, or is itself not finite "
+            "where the model lives. Add a term that confines the sites, such as a proper base "
+            "measure."
         )
+    shape = () if integrand.is_shared else (integrand.num_problems,)
+    return result._replace(
+        **{k: _in_shape(getattr(result, k), shape) for k in ("value", "mcse", "ess")}
+    )
+
+
+def _in_shape(x, shape):
+    """One value for all rows, or one for each; a number that is one for all stays as it is."""
+    if shape:
+        return jnp.broadcast_to(x, shape)
+    return jnp.reshape(x, ()) if jnp.ndim(x) else x
 
 
 def _compared(results):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import logsumexp
 
-from numpyro_ebm.log_normalizers.path import by_problem
+from numpyro_ebm.log_normalizers.particles import by_problem
 
 __all__ = ["Mixture", "fit_mixture"]
 

@@ -8,14 +8,10 @@ moved by MALA, preconditioned by a fixed linear map and a scale for every temper
 sites with simple conditionals are drawn exactly, as in block Gibbs sampling. Both leave
 :math:`π_β` invariant.
 
-Several *problems* may run side by side, one log Z each: particles then come in the order of the
-problems, particle i belonging to problem i modulo their number.
-
 Reference: Neal, *Annealed importance sampling*, 2001; Gelman, Meng, *Simulating normalizing
 constants: from importance sampling to bridge sampling to path sampling*, 1998.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,81 +20,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.particles import by_problem, to_particles
 from numpyro_ebm.samplers.block_gibbs import draw_block
 from numpyro_ebm.samplers.per_row import per_row
+from numpyro_ebm.samplers.positions import flatten_sites
 
-__all__ = [
-    "Gaussian",
-    "Path",
-    "Tuning",
-    "by_problem",
-    "flatten",
-    "sweeps",
-    "to_particles",
-    "unflatten",
-]
+__all__ = ["Path", "Tuning", "sweep_particles"]
 
 TARGET_ACCEPTANCE = 0.574
 ADAPTATION_RATE = 0.5
-
-
-class Gaussian(NamedTuple):
-    """A Gaussian of every problem.
-
-    - **center** - of shape (problems, D).
-    - **factor** - Cholesky factor of its covariance, of shape (problems, D, D); of shape
-      (problems, D) where that is diagonal.
-    """
-
-    center: jax.Array
-    factor: jax.Array
-
-    @property
-    def is_diagonal(self):
-        return jnp.ndim(self.factor) == 2
-
-    @property
-    def log_det(self):
-        """log det of the factor, of shape (problems,)."""
-        diagonal = self.factor
-        if not self.is_diagonal:
-            diagonal = jnp.diagonal(self.factor, axis1=-2, axis2=-1)
-        return jnp.sum(jnp.log(diagonal), -1)
-
-    def standardize(self, x):
-        """Coordinates in which it is standard, of points (n, D)."""
-        gap = by_problem(x, self.center) - self.center
-        if self.is_diagonal:
-            return jnp.reshape(gap / self.factor, x.shape)
-        columns = jnp.moveaxis(gap, 0, -1)
-        z = lax.linalg.triangular_solve(self.factor, columns, left_side=True, lower=True)
-        return jnp.reshape(jnp.moveaxis(z, -1, 0), x.shape)
-
-    def restore(self, z):
-        """Undo :meth:`standardize`."""
-        z_rows = by_problem(z, self.center)
-        if self.is_diagonal:
-            return jnp.reshape(self.center + self.factor * z_rows, z.shape)
-        return jnp.reshape(self.center + jnp.einsum("kij,pkj->pki", self.factor, z_rows), z.shape)
-
-    def log_prob(self, x):
-        """Normalised log-density of points (n, D), of shape (n,)."""
-        constant = 0.5 * x.shape[-1] * math.log(2 * math.pi)
-        shape = -0.5 * jnp.sum(self.standardize(x) ** 2, -1) - constant
-        return jnp.reshape(by_problem(shape, self.center) - self.log_det, len(x))
-
-    def sample(self, rng_key, num):
-        """Draw ``num`` points, (num, D)."""
-        shape = (num, self.center.shape[-1])
-        return self.restore(jax.random.normal(rng_key, shape, self.center.dtype))
-
-    def subset(self, index):
-        """The marginal of some coordinates."""
-        if self.is_diagonal:
-            return self._replace(center=self.center[:, index], factor=self.factor[:, index])
-        covariance = self.factor @ jnp.swapaxes(self.factor, -1, -2)
-        factor = jnp.linalg.cholesky(covariance[:, index][:, :, index])
-        return self._replace(center=self.center[:, index], factor=factor)
 
 
 class Path(NamedTuple):
@@ -146,34 +77,7 @@ class Tuning(NamedTuple):
     scale: jax.Array
 
 
-def by_problem(x, like):
-    """Particles (n, ...) as (particles, problems, ...), with the problems of ``like``."""
-    return jnp.reshape(x, (-1, jnp.shape(like)[0], *jnp.shape(x)[1:]))
-
-
-def to_particles(x, num):
-    """What every problem has, (problems, ...), for each of ``num`` particles."""
-    repeated = jnp.broadcast_to(x, (num // len(x), *jnp.shape(x)))
-    return jnp.reshape(repeated, (num, *jnp.shape(x)[1:]))
-
-
-def flatten(position, names):
-    """Named sites as one array of shape (n, D)."""
-    return jnp.concatenate([jnp.reshape(position[k], (len(position[k]), -1)) for k in names], 1)
-
-
-def unflatten(flat, position, names):
-    """Undo :func:`flatten`; ``position`` tells the shapes of one particle."""
-    parts, start = {}, 0
-    for name in names:
-        shape = jnp.shape(position[name])[1:]
-        stop = start + int(jnp.size(position[name]) // len(position[name]))
-        parts[name] = jnp.reshape(flat[:, start:stop], (len(flat), *shape))
-        start = stop
-    return parts
-
-
-def sweeps(rng_key, path, position, beta, tuning, num_sweeps, *, adapt=False):
+def sweep_particles(rng_key, path, position, beta, tuning, num_sweeps, *, adapt=False):
     """Move all particles ``num_sweeps`` times at inverse temperature ``beta``.
 
     :param rng_key: random key.
@@ -183,72 +87,67 @@ def sweeps(rng_key, path, position, beta, tuning, num_sweeps, *, adapt=False):
     :param Tuning tuning: the tuning; ``None`` where nothing is moved by MALA.
     :param int num_sweeps: each a step of MALA and a draw of every block.
     :param bool adapt: adapt the step size to the mean acceptance as the sweeps go on.
-    :return: new position, new tuning, and the acceptance probability of every problem.
+    :return: new position and new tuning.
     """
     log_density = path.tempered(beta)
     keys = jax.random.split(rng_key, num_sweeps)
-    total = jnp.zeros(path.num_problems, jnp.result_type(beta))
     if path.real:
-        enter, move, leave = _langevin(path, log_density, position, tuning)
+        enter, move, leave = _mala(path, log_density, position, tuning)
 
     def adapted(tuning, accepted):
         step = ADAPTATION_RATE * (accepted - TARGET_ACCEPTANCE) if adapt else 0.0
         return tuning._replace(log_step=tuning.log_step + step)
 
-    def draw(rng_key, position):
-        for key, block in zip(
-            jax.random.split(rng_key, len(path.blocks)), path.blocks, strict=True
-        ):
+    def draw_blocks(rng_key, position):
+        block_keys = jax.random.split(rng_key, len(path.blocks))
+        for key, block in zip(block_keys, path.blocks, strict=True):
             position = {**position, **draw_block(key, position, log_density, block)}
         return position
 
-    if not path.blocks:  # nothing moves but the chains, whose gradients are kept
+    if not path.blocks:  # MALA only, which keeps its gradient from one sweep to the next
 
         def sweep(carry, rng_key):
-            state, tuning, total = carry
+            state, tuning = carry
             state, accepted = move(rng_key, state, tuning, position)
-            return (state, adapted(tuning, accepted), total + accepted), None
+            return (state, adapted(tuning, accepted)), None
 
-        start = enter(position), tuning, total
-        (state, tuning, total), _ = lax.scan(sweep, start, keys)
-        return leave(state, position), tuning, total / num_sweeps
+        (state, tuning), _ = lax.scan(sweep, (enter(position), tuning), keys)
+        return leave(state, position), tuning
 
     def sweep(carry, rng_key):
-        position, tuning, total = carry
+        position, tuning = carry
         key_move, key_draw = jax.random.split(rng_key)
         if path.real:
             state, accepted = move(key_move, enter(position), tuning, position)
             position, tuning = leave(state, position), adapted(tuning, accepted)
-            total = total + accepted
-        return (draw(key_draw, position), tuning, total), None
+        return (draw_blocks(key_draw, position), tuning), None
 
-    (position, tuning, total), _ = lax.scan(sweep, (position, tuning, total), keys)
-    return position, tuning, total / num_sweeps
+    return lax.scan(sweep, (position, tuning), keys)[0]
 
 
-def _langevin(path, log_density, position, tuning):
+def _mala(path, log_density, position, tuning):
     """MALA of all particles at once: how to enter its coordinates, to move and to leave them."""
     num = len(position[path.real[0]])
     scale = to_particles(tuning.scale, num)
     kernel = jax.vmap(blackjax.mala.build_kernel(), (0, 0, None, 0))
+    _, unflatten = flatten_sites(position, path.real)
 
     def to_sites(y, position):
-        flat = path.precondition.restore(scale * y)
-        return {**position, **unflatten(flat, position, path.real)}
+        return {**position, **unflatten(path.precondition.restore(scale * y))}
 
-    def one(position):
+    def density_given(position):
         return per_row(lambda y: log_density(to_sites(y, position)))
 
     def enter(position):
-        y = path.precondition.standardize(flatten(position, path.real)) / scale
-        return jax.vmap(lambda y: blackjax.mala.init(y, one(position)))(y)
+        y = path.precondition.standardize(flatten_sites(position, path.real)[0]) / scale
+        return jax.vmap(lambda y: blackjax.mala.init(y, density_given(position)))(y)
 
     def move(rng_key, state, tuning, position):
         step_size = to_particles(jnp.exp(tuning.log_step), num)
         keys = jax.random.split(rng_key, num)
-        state, info = kernel(keys, state, one(position), step_size)
+        state, info = kernel(keys, state, density_given(position), step_size)
         accepted = by_problem(info.acceptance_rate, tuning.log_step)
-        # A particle of density zero has nowhere to go, and says nothing about step sizes.
+        # A particle of density zero cannot move, and says nothing about step sizes.
         return state, jnp.mean(jnp.nan_to_num(accepted), 0)
 
     def leave(state, position):

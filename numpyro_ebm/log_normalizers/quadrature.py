@@ -3,8 +3,9 @@ r"""log Z of a fixed model with one or two real coordinates, by quadrature.
 
 .. math:: \log Z ≈ \log \sum_m w_m\, \tilde p(x_m), \qquad x_m = m + L \sinh t_m
 
-on a grid of equidistant t, in the coordinates of a cloud of chains that found the mass. The grid is
-refined until it makes no difference, and a coarse one looks for mass far out.
+on a grid of equidistant t, in the coordinates of a cloud of chains that found the mass; discrete
+sites are summed out. The grid is refined until it makes no difference, and a coarse one looks for
+mass far out.
 
 Reference: Trefethen, Weideman, *The exponentially convergent trapezoidal rule*, SIAM Review 2014.
 """
@@ -19,116 +20,62 @@ from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, QuadratureWarning
-from numpyro_ebm.log_normalizers.exact import REACH
-from numpyro_ebm.log_normalizers.exploring import diverges, explored
-from numpyro_ebm.log_normalizers.path import unflatten
+from numpyro_ebm.log_normalizers.divergence import divergence_error
+from numpyro_ebm.log_normalizers.exploration import explore
+from numpyro_ebm.log_normalizers.nodes import REACH, sinh_nodes, weighted_grid
 from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.samplers.positions import flatten_sites
 
-__all__ = ["integrated", "why_not_integrated"]
+__all__ = ["run_quadrature", "why_not_quadrature"]
 
 MOST_REAL = 2  # real coordinates
-MOST_NODES = {1: 65_536, 2: 1_024}  # for each coordinate
+MOST_NODES = {1: 65_537, 2: 1_025}  # for each coordinate, by their number
+TRACED_NODES = 513  # for each coordinate, where nothing can be refined under `jax.jit`
 CHUNK = 16_384  # nodes that are evaluated at once
+SUM_CHUNK = 1_024  # terms whose sum is rounded before it joins the others
 FARTHEST = 1e8  # reach of a grid that looks for mass far out, in units of the model's scale
 TOLERANCE = 1e-3  # an error that is worth a warning
 DIVERGES = 0.05  # growth of log Z far out that is no rounding error
 
 
-def why_not_integrated(target):
-    """Why a quadrature does not apply, or an empty string."""
-    if not target.real:
+def why_not_quadrature(integrand, options):
+    """Why a quadrature does not apply: a sentence, or ``None``.
+
+    :param Integrand integrand: the density.
+    :param Options options: not looked at.
+    """
+    if not integrand.real:
         return "the model has no real coordinates"
-    if target.size_real > MOST_REAL:
+    if integrand.num_real > MOST_REAL:
         return (
-            f"the real sites {sorted(target.real)} have {target.size_real} coordinates in a row, "
-            f"more than {MOST_REAL}"
+            f"the real sites {sorted(integrand.real)} have {integrand.num_real} coordinates in a "
+            f"row, more than {MOST_REAL}"
         )
-    if target.discrete:
+    if integrand.discrete:
         try:
-            target.sum_out()
+            integrand.sum_out()
         except ModelError as error:
             return str(error)
-    return ""
+    return None
 
 
-def integrated(rng_key, target):
-    """log Z of every problem of a target, a :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
+def run_quadrature(rng_key, integrand, options):
+    """log Z of every problem of a density by quadrature.
 
+    :param rng_key: random key of the chains that look for the mass.
+    :param Integrand integrand: the density.
+    :param Options options: not looked at.
+    :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
     :raises ModelError: if the integral diverges.
     """
-    target = target.sum_out() if target.discrete else target
-    cloud = explored(rng_key, target, target.real, ()).cloud
-    size, problems = target.size_real, target.num_problems
+    integrand = integrand.sum_out() if integrand.discrete else integrand
+    cloud = explore(rng_key, integrand, integrand.real, ()).cloud
     if cloud.is_diagonal:
         cloud = cloud._replace(factor=jax.vmap(jnp.diag)(cloud.factor))
-    like = target.placeholder(problems)
-
-    def axis(num_nodes, reach):
-        limit = math.asinh(reach)
-        t = np.linspace(-limit, limit, num_nodes)
-        return np.sinh(t), np.log(2 * limit / (num_nodes - 1) * np.cosh(t))
-
-    def on_grid(num_nodes, reach):
-        """Log-terms of all nodes, (nodes, problems), and their standardised coordinates."""
-        x, weights = axis(num_nodes, reach)
-        nodes, log_weights = (
-            np.stack([y.ravel() for y in np.meshgrid(*[column] * size, indexing="ij")], -1)
-            for column in (x, weights)
-        )
-        log_weights = log_weights.sum(-1)
-        dtype = cloud.center.dtype
-
-        def log_terms(part):
-            z, w = part
-            repeated = jnp.repeat(z, problems, axis=0)
-            flat = cloud.restore(repeated)
-            values = target.log_density(unflatten(flat, like, target.real))
-            return jnp.reshape(values, (-1, problems)) + w[:, None] + cloud.log_det
-
-        def values(parts):
-            batch_size = max(1, CHUNK // problems)
-            one = lambda part: log_terms(jax.tree.map(lambda x: x[None], part))[0]  # noqa: E731
-            return jax.lax.map(one, parts, batch_size=batch_size)
-
-        parts = (jnp.asarray(nodes, dtype), jnp.asarray(log_weights, dtype))
-        return jax.jit(values)(parts), np.max(np.abs(nodes), -1)
-
-    def log_sum(values, keep, every=1):
-        values = jnp.where(keep[:, None], values, -jnp.inf)
-        pad = -len(values) % 1024
-        values = jnp.pad(values, ((0, pad), (0, 0)), constant_values=-jnp.inf)
-        parts = logsumexp(jnp.reshape(values, (-1, 1024, problems)), 1)
-        return logsumexp(parts, 0) + size * math.log(every)
-
-    # Is there mass far out? A coarse grid tells.
-    values, distance = on_grid(192, FARTHEST)
-    values = _known(target, values, distance, 192, size)
-    near, far, farthest = (log_sum(values, distance <= r) for r in (REACH, FARTHEST**0.5, FARTHEST))
-    tail = farthest - near
-    is_known = not_jax_tracer(tail)
-    if is_known and np.any(np.asarray(farthest - far) > DIVERGES):
-        raise diverges(target.real, "the further the nodes of a quadrature reach, the larger it is")
-    reach = REACH
-    if not is_known or np.any(np.asarray(tail) > TOLERANCE / 100):
-        reach = FARTHEST
-    eps = float(jnp.finfo(cloud.center.dtype).eps)
-    rounding = lambda x: max(20 * eps, 1e-10) * (1 + jnp.abs(x))  # noqa: E731
-    num_nodes, most = (129, MOST_NODES[size] + 1) if is_known else (513, 513)
-    while True:
-        values, distance = on_grid(num_nodes, reach)
-        values = _known(target, values, distance, num_nodes, size)
-        value = log_sum(values, distance < np.inf)
-        coarse = np.zeros((num_nodes,) * size, bool)
-        coarse[(slice(None, None, 2),) * size] = True
-        half = log_sum(values, coarse.ravel(), every=2)
-        change = jnp.abs(value - half)
-        finest = 4 * num_nodes - 3 > most
-        if finest or np.all(np.asarray(change < 2 * rounding(value))):
-            break
-        num_nodes = 4 * num_nodes - 3
-    mcse = jnp.maximum(change, rounding(value))
-    mcse = mcse + (jnp.maximum(farthest - far, 0.0) if reach == FARTHEST else 0.0)
-    if is_known and np.any(np.asarray(mcse) > TOLERANCE):
+    reach, beyond = _choose_reach(integrand, cloud)
+    value, change, num_nodes = _refine(integrand, cloud, reach)
+    mcse = jnp.maximum(change, _rounding(value)) + beyond
+    if not_jax_tracer(mcse) and np.any(np.asarray(mcse) > TOLERANCE):
         warnings.warn(
             QuadratureWarning(
                 f"log_normalizer: the last doubling of the nodes of a quadrature (now {num_nodes} "
@@ -137,27 +84,109 @@ def integrated(rng_key, target):
             ),
             stacklevel=find_stack_level(),
         )
-    return LogNormalizer(
-        value, mcse, math.inf, "quadrature", "none", {"num_nodes": num_nodes, "reach": reach}
+    diagnostics = {"num_nodes": num_nodes, "reach": reach}
+    return LogNormalizer(value, mcse, math.inf, "quadrature", "none", diagnostics)
+
+
+def _choose_reach(integrand, cloud):
+    """How far the nodes have to reach, by a coarse grid that goes very far.
+
+    :return: the reach, and what log Z may gain beyond it, of shape (problems,).
+    """
+    values, distance = _evaluate(integrand, cloud, 192, FARTHEST)
+    near, far, farthest = (
+        _log_sum(values, distance <= r) for r in (REACH, FARTHEST**0.5, FARTHEST)
     )
+    growth = farthest - far
+    if not not_jax_tracer(growth):
+        return FARTHEST, jnp.maximum(growth, 0.0)
+    if np.any(np.asarray(growth) > DIVERGES):
+        raise divergence_error(
+            integrand.real, "the further the nodes of a quadrature reach, the larger it is"
+        )
+    if np.any(np.asarray(farthest - near) > TOLERANCE / 100):
+        return FARTHEST, jnp.maximum(growth, 0.0)
+    return REACH, 0.0
 
 
-def _known(target, values, distance, num_nodes, size):
-    """Values without those that are no numbers far out, where there is no mass next to them."""
-    bad = jnp.isnan(values) | (values == jnp.inf)
-    cleaned = jnp.where(bad, -jnp.inf, values)
+def _refine(integrand, cloud, reach):
+    """Quarter the spacing of the nodes until halving it makes no difference, or they are too many.
+
+    :return: log Z, what the last halving changed, of shape (problems,) each, and the number of
+        nodes for each coordinate.
+    """
+    size, is_traced = integrand.num_real, not not_jax_tracer(cloud.center)
+    num_nodes, most = (TRACED_NODES,) * 2 if is_traced else (129, MOST_NODES[size])
+    while True:
+        values, _ = _evaluate(integrand, cloud, num_nodes, reach)
+        value = _log_sum(values)
+        is_coarse = np.zeros((num_nodes,) * size, bool)
+        is_coarse[(slice(None, None, 2),) * size] = True
+        change = jnp.abs(value - (_log_sum(values, is_coarse.ravel()) + size * math.log(2)))
+        is_finest = 4 * num_nodes - 3 > most
+        if is_finest or np.all(np.asarray(change < 2 * _rounding(value))):
+            return value, change, num_nodes
+        num_nodes = 4 * num_nodes - 3
+
+
+def _evaluate(integrand, cloud, num_nodes, reach):
+    """Log-terms of the nodes of a grid, (nodes, problems), and how far out each node is."""
+    problems, dtype = integrand.num_problems, cloud.center.dtype
+    columns, log_weights = zip(*[sinh_nodes(num_nodes, reach)] * integrand.num_real, strict=True)
+    nodes, log_weights = weighted_grid(columns, log_weights)
+    _, unflatten = flatten_sites(integrand.placeholder(problems), integrand.real)
+
+    def at_node(node):
+        z, log_weight = node
+        flat = cloud.restore(jnp.repeat(z[None], problems, axis=0))
+        return integrand.log_density(unflatten(flat)) + log_weight + cloud.log_det
+
+    @jax.jit
+    def values(nodes):
+        return jax.lax.map(at_node, nodes, batch_size=max(1, CHUNK // problems))
+
+    values = values((jnp.asarray(nodes, dtype), jnp.asarray(log_weights, dtype)))
+    distance = np.max(np.abs(nodes), -1)
+    return _without_overflow(integrand, values, distance, num_nodes), distance
+
+
+def _log_sum(values, keep=None):
+    """log Σ exp over the nodes to ``keep`` (all if ``None``), in chunks, of shape (problems,)."""
+    if keep is not None:
+        values = jnp.where(keep[:, None], values, -jnp.inf)
+    pad = -len(values) % SUM_CHUNK
+    values = jnp.pad(values, ((0, pad), (0, 0)), constant_values=-jnp.inf)
+    parts = logsumexp(jnp.reshape(values, (-1, SUM_CHUNK, values.shape[1])), 1)
+    return logsumexp(parts, 0)
+
+
+def _rounding(value):
+    """What rounding may change in log Z."""
+    eps = float(jnp.finfo(value.dtype).eps)
+    return max(20 * eps, 1e-10) * (1 + jnp.abs(value))
+
+
+def _without_overflow(integrand, values, distance, num_nodes):
+    """Values, with those that overflow far out set to zero mass.
+
+    :raises ModelError: if there is mass next to such a node, or it is not far out.
+    """
+    is_bad = jnp.isnan(values) | (values == jnp.inf)
+    cleaned = jnp.where(is_bad, -jnp.inf, values)
     if not not_jax_tracer(values):
         return cleaned
-    bad, mass = np.asarray(bad), np.asarray(jax.nn.softmax(cleaned, 0))
-    if not np.any(bad):
+    is_bad, mass = np.asarray(is_bad), np.asarray(jax.nn.softmax(cleaned, 0))
+    if not np.any(is_bad):
         return cleaned
-    problems = values.shape[1]
-    grid = bad.reshape((num_nodes,) * size + (problems,))
-    beside = grid.copy()
-    for i in range(size):
+    size = integrand.num_real
+    on_grid = is_bad.reshape((num_nodes,) * size + (-1,))
+    beside = on_grid.copy()
+    for axis in range(size):
         for shift in (-1, 1):
-            beside |= np.roll(grid, shift, i)
-    share = np.where(beside.reshape(bad.shape), mass, 0.0).sum(0)
-    if np.any(share > 1e-6) or np.any(bad[distance < 10.0]):
-        raise diverges(target.real, "it has mass up to where the energy is no finite number")
+            beside |= np.roll(on_grid, shift, axis)
+    share = np.where(beside.reshape(is_bad.shape), mass, 0.0).sum(0)
+    if np.any(share > 1e-6) or np.any(is_bad[distance < 10.0]):
+        raise divergence_error(
+            integrand.real, "it has mass up to where the energy is no finite number"
+        )
     return cleaned

@@ -18,12 +18,12 @@ from jax.scipy.special import logsumexp
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import ModelError, QuadratureWarning, check_integer
-from numpyro_ebm.log_normalizers.exact import (
-    AT_ONCE,
+from numpyro_ebm.log_normalizers.nodes import (
+    NODES_AT_ONCE,
     REACH,
-    grid_nodes,
     log_sum_over_rows,
-    standard_nodes,
+    sinh_nodes,
+    weighted_grid,
 )
 from numpyro_ebm.model.finite_supports import finite_values
 from numpyro_ebm.model.resize import with_rows
@@ -112,7 +112,7 @@ class MaximumLikelihood(Objective):
 
         Of a real coordinate every ``every``-th node counts, out to ``reach`` standard deviations.
         """
-        at, log_weights = standard_nodes(self.num_nodes)
+        at, log_weights = sinh_nodes(self.num_nodes)
         log_weights = np.where(np.abs(at) <= reach, log_weights, -np.inf) + np.log(every)
         columns, is_real = [], []
         for name, x in sorted(jax.eval_shape(row_model.unconstrain_visible).items()):
@@ -123,7 +123,8 @@ class MaximumLikelihood(Objective):
                 columns += [(values, np.zeros(len(values)))] * size
             else:
                 columns += [(at[::every], log_weights[::every])] * size
-        nodes, log_weights = grid_nodes(*zip(*columns, strict=True))
+        columns, log_weights = (jax.tree.map(jnp.asarray, x) for x in zip(*columns, strict=True))
+        nodes, log_weights = weighted_grid(columns, log_weights, jnp)
         flat = stop_gradient(row_model.flatten(row_model.unconstrain_visible()))
         nodes = jnp.asarray(nodes, flat.dtype)
         log_weights = jnp.asarray(log_weights, jnp.result_type(float))
@@ -142,7 +143,7 @@ class MaximumLikelihood(Objective):
         at_data = stop_gradient(problem.row_model.flatten(problem.unconstrained))
         low, high = jnp.min(at_data, 0), jnp.max(at_data, 0)
         if not problem.row_model.covariates:  # a plate of as many rows as there are nodes
-            row_model = with_rows(problem.row_model, min(len(nodes), AT_ONCE))
+            row_model = with_rows(problem.row_model, min(len(nodes), NODES_AT_ONCE))
             if row_model is not None:
                 problem = problem._replace(
                     row_model=row_model, unconstrained=row_model.unconstrain_visible()

@@ -11,8 +11,8 @@ import numpyro.distributions as dist
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.methods import Options, run_method
-from numpyro_ebm.log_normalizers.target import read_target
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.row_model import read_model
@@ -150,8 +150,8 @@ class normalized:
     def _enumerated(self, row_model, params, args, kwargs):
         model, options = fixed(self.model, params), Options(max_states=self._max_states)
         key, is_shared = jax.random.key(0), not row_model.covariates
-        target = read_target(key, model, args, kwargs, is_shared=is_shared)
-        return run_method(key, target, "enumerate", options).value
+        integrand = read_integrand(key, model, args, kwargs, is_shared=is_shared)
+        return run_method(key, integrand, "enumerate", options).value
 
 
 class NormalizedRow(dist.Distribution):

@@ -23,7 +23,8 @@ from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured, flatten_sites
+from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
+from numpyro_ebm.samplers.positions import flatten_sites
 
 __all__ = [
     "BlockGibbsChainState",

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["draw_coloured", "find_interaction", "flatten_sites", "value_table"]
+from numpyro_ebm.samplers.positions import flatten_sites
+
+__all__ = ["draw_coloured", "find_interaction", "value_table"]
 
 MAX_DEGREE = 8  # polynomials up to here are differenced through their gradient
 MAX_BATCH = 4_000_000  # coordinates of candidates that are weighed at once
@@ -179,21 +181,6 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
     x, first = narrow(row, x, y, first, second)
     _, second = narrow(row, x, y, second, first)
     return tuple(sorted((int(jnp.argmax(first)), int(jnp.argmax(second)))))
-
-
-def flatten_sites(position, names):
-    """The named sites as one array of shape (rows, coordinates), and the way back."""
-    parts = {name: jnp.reshape(position[name], (len(position[name]), -1)) for name in names}
-    ends = np.cumsum([0, *(x.shape[1] for x in parts.values())])
-
-    def unflatten(flat):
-        pieces = (lax.slice_in_dim(flat, *ends[i : i + 2], axis=1) for i in range(len(names)))
-        return {
-            name: jnp.reshape(x, position[name].shape)
-            for name, x in zip(names, pieces, strict=True)
-        }
-
-    return jnp.concatenate(list(parts.values()), axis=1), unflatten
 
 
 def value_table(position, values):

@@ -26,7 +26,8 @@ import numpy as np
 from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
 
-from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, flatten_sites, value_table
+from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, value_table
+from numpyro_ebm.samplers.positions import flatten_sites
 
 __all__ = [
     "DiscreteLangevinInfo",

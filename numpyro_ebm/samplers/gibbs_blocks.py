@@ -21,7 +21,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.polynomial import structure
-from numpyro_ebm.samplers.chromatic_gibbs import flatten_sites
+from numpyro_ebm.samplers.positions import flatten_sites
 
 __all__ = ["Block", "advice", "plan_block"]
 

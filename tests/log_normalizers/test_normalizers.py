@@ -19,10 +19,10 @@ from oracles import jit
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
+from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.methods import _compared
 from numpyro_ebm.log_normalizers.mixture import fit_mixture
-from numpyro_ebm.log_normalizers.path import Gaussian
-from numpyro_ebm.log_normalizers.smc import log_mean_weight
+from numpyro_ebm.log_normalizers.particles import log_mean_weight
 
 KEY = jax.random.key(0)
 CRITICAL = 0.5 * math.log(1 + math.sqrt(2))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Gaussian distributions, one for each problem, and integrals of Gaussian functions.
+
+.. math:: \log\int e^{c + g^\top x - \frac12 x^\top P x} dx
+    = c + \tfrac12 g^\top P^{-1} g + \tfrac{D}{2} \log 2π - \tfrac12 \log\det P
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+
+from numpyro_ebm.log_normalizers.particles import by_problem
+
+__all__ = ["Gaussian", "log_gaussian_integral"]
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian of every problem.
+
+    - **center** - of shape (problems, D).
+    - **factor** - Cholesky factor of its covariance, of shape (problems, D, D); of shape
+      (problems, D) where that is diagonal.
+    """
+
+    center: jax.Array
+    factor: jax.Array
+
+    @property
+    def is_diagonal(self):
+        return jnp.ndim(self.factor) == 2
+
+    @property
+    def log_det(self):
+        """log det of the factor, of shape (problems,)."""
+        diagonal = self.factor
+        if not self.is_diagonal:
+            diagonal = jnp.diagonal(self.factor, axis1=-2, axis2=-1)
+        return jnp.sum(jnp.log(diagonal), -1)
+
+    def standardize(self, x):
+        """Coordinates in which it is standard, of points (n, D)."""
+        gap = by_problem(x, self.center) - self.center
+        if self.is_diagonal:
+            return jnp.reshape(gap / self.factor, x.shape)
+        columns = jnp.moveaxis(gap, 0, -1)
+        z = lax.linalg.triangular_solve(self.factor, columns, left_side=True, lower=True)
+        return jnp.reshape(jnp.moveaxis(z, -1, 0), x.shape)
+
+    def restore(self, z):
+        """Undo :meth:`standardize`."""
+        z_rows = by_problem(z, self.center)
+        if self.is_diagonal:
+            return jnp.reshape(self.center + self.factor * z_rows, z.shape)
+        return jnp.reshape(self.center + jnp.einsum("kij,pkj->pki", self.factor, z_rows), z.shape)
+
+    def log_prob(self, x):
+        """Normalised log-density of points (n, D), of shape (n,)."""
+        constant = 0.5 * x.shape[-1] * math.log(2 * math.pi)
+        shape = -0.5 * jnp.sum(self.standardize(x) ** 2, -1) - constant
+        return jnp.reshape(by_problem(shape, self.center) - self.log_det, len(x))
+
+    def sample(self, rng_key, num):
+        """Draw ``num`` points, (num, D)."""
+        shape = (num, self.center.shape[-1])
+        return self.restore(jax.random.normal(rng_key, shape, self.center.dtype))
+
+    def subset(self, index):
+        """The marginal of some coordinates."""
+        if self.is_diagonal:
+            return self._replace(center=self.center[:, index], factor=self.factor[:, index])
+        covariance = self.factor @ jnp.swapaxes(self.factor, -1, -2)
+        factor = jnp.linalg.cholesky(covariance[:, index][:, :, index])
+        return self._replace(center=self.center[:, index], factor=factor)
+
+
+def log_gaussian_integral(log_density, like, is_diagonal):
+    r"""log of the integral of exp of a quadratic function, of many of them at once.
+
+    .. math:: \log\int e^{c + g^\top x - \frac12 x^\top P x} dx
+        = c + \tfrac12 g^\top P^{-1} g + \tfrac{D}{2} \log 2π - \tfrac12 \log\det P
+
+    :param log_density: maps points (n, D) to (n,), row by row; quadratic in each row.
+    :param like: any array of shape (n, D).
+    :param bool is_diagonal: whether P is diagonal.
+    :return: of shape (n,); NaN or infinite where the integral diverges.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.log_normalizers.gaussian import log_gaussian_integral
+    >>> log_gaussian_integral(lambda x: -0.5 * x[:, 0] ** 2, jnp.zeros((1, 1)), True)
+    Array([0.9189385], dtype=float32)
+    """
+    zero = jnp.zeros_like(like)
+    size = like.shape[1]
+    constant = log_density(zero)
+    gradient = jax.grad(lambda x: jnp.sum(log_density(x)))
+    g, times_hessian = jax.linearize(gradient, zero)
+    if is_diagonal:
+        precision = -times_hessian(jnp.ones_like(zero))
+        precision = jnp.where(precision > 0, precision, jnp.nan)
+        square = jnp.sum(g**2 / precision, -1)
+        log_det = jnp.sum(jnp.log(precision), -1)
+    else:
+        axes = jnp.broadcast_to(jnp.eye(size, dtype=like.dtype)[:, None], (size, *like.shape))
+        lower = jnp.linalg.cholesky(-jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1))
+        square = jnp.sum(solve_triangular(lower, g[..., None], lower=True) ** 2, (-1, -2))
+        log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(lower, axis1=-2, axis2=-1)), -1)
+    return constant + 0.5 * square + 0.5 * size * math.log(2 * math.pi) - 0.5 * log_det
