@@ -27,7 +27,7 @@ from numpyro_ebm.posteriors.emulator import Emulator, fit_emulator
 __all__ = ["EmulatedLogNormalizer", "emulate_log_normalizer"]
 
 MOST_SURPRISE = 2.0
-"""Root mean square of the left-out residuals, in their standard errors, from which on to warn."""
+"""Warn above this root mean square of the left-out residuals, in their standard errors."""
 
 
 class EmulatedLogNormalizer(NamedTuple):
@@ -104,46 +104,26 @@ def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, option
             "that every row has a log Z of its own, and one function of the parameters is not "
             "enough."
         )
-    names = sorted(row_model.priors)
+    priors = row_model.priors
     if isinstance(design, int):
         prior = prior_part(model, row_model.plate)
-        draws = Predictive(prior, num_samples=design)(key_design, *args, **kwargs)
-        design = {name: draws[name] for name in names}
-    missing = [name for name in names if name not in design]
+        design = Predictive(prior, num_samples=design)(key_design, *args, **kwargs)
+    missing = sorted(set(priors) - set(design))
     if missing:
         raise ModelError(f"emulate_log_normalizer: `design` has no values for {missing}.")
-    design = {name: jnp.asarray(design[name]) for name in names}
-    transforms = {name: biject_to(row_model.priors[name].support) for name in names}
+    design = {name: jnp.asarray(design[name]) for name in sorted(priors)}
+    transforms = {name: biject_to(priors[name].support) for name in design}
     points = jax.vmap(
         lambda params: ravel_pytree({k: transforms[k].inv(x) for k, x in params.items()})[0]
     )(design)
-    num, size = points.shape
-    needed = (size + 1) * (size + 2) // 2
-    if num <= needed:
-        raise ModelError(
-            f"emulate_log_normalizer: a design of {num} points, and a quadratic in {size} "
-            f"coordinates alone has {needed} coefficients. Ask for several times as many."
+    _check_size(*points.shape)
+
+    def estimate(key, params):
+        return log_normalizer(
+            key, fixed(model, params), *args, method=method, **(options or {}), **kwargs
         )
 
-    @jax.jit
-    def at_design(keys, design):
-        def one(key_and_params):
-            key, params = key_and_params
-            found = log_normalizer(
-                key, fixed(model, params), *args, method=method, **(options or {}), **kwargs
-            )
-            return found.value, jnp.asarray(found.mcse, found.value.dtype)
-
-        return jax.lax.map(one, (keys, design))
-
-    values, errors = map(np.asarray, at_design(jax.random.split(key_run, num), design))
-    if not (np.all(np.isfinite(values)) and np.all(np.isfinite(errors))):
-        bad = int(np.argmin(np.isfinite(values + errors)))
-        where = {name: np.asarray(x[bad]).tolist() for name, x in design.items()}
-        raise ModelError(
-            f"emulate_log_normalizer: log Z is {values[bad]} ± {errors[bad]} at {where}. Where the "
-            "prior allows parameters without a finite log Z, give a `design` without them."
-        )
+    values, errors = _estimates(key_run, estimate, design)
     emulator = fit_emulator(points, values, errors)
     surprise = float(jnp.sqrt(jnp.mean(emulator.left_out**2)))
     if surprise > MOST_SURPRISE:
@@ -158,3 +138,36 @@ def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, option
     return EmulatedLogNormalizer(
         transforms, emulator, {"params": design, "log_normalizer": values, "mcse": errors}
     )
+
+
+def _check_size(num, size):
+    """Raise unless there are more points than coefficients of a quadratic."""
+    needed = (size + 1) * (size + 2) // 2
+    if num <= needed:
+        raise ModelError(
+            f"emulate_log_normalizer: a design of {num} points, and a quadratic in {size} "
+            f"coordinates alone has {needed} coefficients. Ask for several times as many."
+        )
+
+
+def _estimates(rng_key, estimate, design):
+    """log Z and its standard error at every point of a design, both finite."""
+    num = len(next(iter(design.values())))
+
+    @jax.jit
+    def at_design(keys, design):
+        def one(key_and_params):
+            found = estimate(*key_and_params)
+            return found.value, jnp.asarray(found.mcse, found.value.dtype)
+
+        return jax.lax.map(one, (keys, design))
+
+    values, errors = map(np.asarray, at_design(jax.random.split(rng_key, num), design))
+    if not (np.all(np.isfinite(values)) and np.all(np.isfinite(errors))):
+        bad = int(np.argmin(np.isfinite(values + errors)))
+        where = {name: np.asarray(x[bad]).tolist() for name, x in design.items()}
+        raise ModelError(
+            f"emulate_log_normalizer: log Z is {values[bad]} ± {errors[bad]} at {where}. Where the "
+            "prior allows parameters without a finite log Z, give a `design` without them."
+        )
+    return values, errors
