@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Warm-up of the kernels, one step at a time, as NumPyro's ``MCMC`` asks for it.
+r"""Warm-up of the kernels, one step at a time, as NumPyro's ``MCMC`` runs it.
 
 :class:`WindowAdaptation` is Stan's schedule on BlackJAX's parts: the step size follows the steps by
 dual averaging, and whatever else a kernel adapts is gathered in windows that double and changes at
@@ -38,7 +38,7 @@ INIT_WELFORD, UPDATE_WELFORD, _ = welford_algorithm(is_diagonal_matrix=True)
 
 
 class AdaptState(NamedTuple):
-    """What a kernel adapts in warm-up.
+    """Quantities that a kernel adapts in warm-up.
 
     - **step_size** - ε in use.
     - **tuner** - state of the step size's adaptation (BlackJAX's dual averaging).
@@ -65,7 +65,7 @@ class Tuner(NamedTuple):
 
 
 def acceptance_tuner(target):
-    """Dual averaging of an acceptance probability, BlackJAX's."""
+    """BlackJAX's dual averaging of an acceptance probability."""
     init, update, final = dual_averaging_adaptation(target)
     return Tuner(init, update, lambda state: jnp.exp(state.log_step_size), final)
 
@@ -124,8 +124,8 @@ def warmup_windows(num_warmup):
 class WindowAdaptation:
     """Warm-up in windows, as pure functions of a state with ``step_size`` and ``tuner``.
 
-    A subclass says what it gathers in a window and what it makes of it at the end, where the step
-    size starts anew.
+    A subclass gathers statistics in a window and uses them at its end, where the adaptation of the
+    step size restarts.
 
     :param int num_warmup: length of the warm-up.
     :param Tuner tuner: of the step size.
@@ -145,8 +145,8 @@ class WindowAdaptation:
 
         :param i: index of the step, from 0.
         :param state: the state before.
-        :param statistic: what the tuner wants to know of the step.
-        :param observed: a function without arguments: what :meth:`_gather` wants to know.
+        :param statistic: of the step, for the tuner.
+        :param observed: a function without arguments that returns the input of :meth:`_gather`.
         """
         if self.num_warmup == 0 or not (self.adapt_step_size or self.in_windows):
             return state
@@ -174,17 +174,17 @@ class WindowAdaptation:
         return state
 
     def _restart(self, state):
-        """Tune from the present step size on."""
+        """Restart the adaptation of the step size at its present value."""
         if not self.adapt_step_size:
             return state
         return state._replace(tuner=self.tuner.init(state.step_size))
 
     def _gather(self, state, observed):
-        """The state with what was observed in a step of a window."""
+        """The state after a step of a window, its statistics updated."""
         raise NotImplementedError
 
     def _end_window(self, state):
-        """The state with what follows from a window, ready for the next."""
+        """The state after a window: adapted to its statistics, which are reset."""
         raise NotImplementedError
 
 

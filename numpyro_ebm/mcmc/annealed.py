@@ -105,7 +105,7 @@ class AnnealedLangevin(RowKernel):
         denoise=True,
         init_scale=None,
     ):
-        levels = _read_levels(
+        levels = _parse_levels(
             noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size
         )
         by_noise = noise_scales is not None
@@ -121,7 +121,7 @@ class AnnealedLangevin(RowKernel):
                 f"`inverse_temperatures` with 1, not {levels[-1]}, or pass `denoise=False`."
             )
         self._argument = noise_argument
-        # What the model gets as its level, and the step at each.
+        # The argument of the model at each level, and the step size.
         if by_noise and noise_argument is None:
             self._levels = (noise_scale / levels) ** 2
         else:
@@ -143,7 +143,7 @@ class AnnealedLangevin(RowKernel):
         start = jax.vmap(lambda x: annealed.init(x, one_row, level[None]))(rows)
         return self._cache(state, start, row_model)
 
-    # Inside
+    # Internal
 
     def _target(self, model_args, model_kwargs, z):
         if self._argument in (model_kwargs or {}):
@@ -231,8 +231,8 @@ class AnnealedLangevin(RowKernel):
         )
 
 
-def _read_levels(noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size):
-    """The noise scales or temperatures, if the options say which score is meant at each."""
+def _parse_levels(noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size):
+    """The noise scales or temperatures, after a check that the options define the score."""
     if (noise_scales is None) == (inverse_temperatures is None):
         raise ModelError("AnnealedLangevin: give either `noise_scales` or `inverse_temperatures`.")
     by_noise = noise_scales is not None

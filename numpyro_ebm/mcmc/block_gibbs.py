@@ -26,9 +26,9 @@ from numpyro_ebm.language.sites import layers
 from numpyro_ebm.mcmc.block_gibbs_plan import (
     check_colors,
     check_order,
+    parse_blocks,
+    parse_colors,
     plan_blocks,
-    read_blocks,
-    read_colors,
 )
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.model.finite_supports import initial_values
@@ -141,8 +141,8 @@ class BlockGibbs(RowKernel):
     def __init__(
         self, model, blocks=None, *, colors=None, reversible=False, init_strategy=init_to_uniform
     ):
-        self._blocks = read_blocks(blocks)
-        self._colors = read_colors(colors)
+        self._blocks = parse_blocks(blocks)
+        self._colors = parse_colors(colors)
         self.is_reversible = reversible
         super().__init__(model, init_strategy)
 
@@ -166,7 +166,7 @@ class BlockGibbs(RowKernel):
 
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         self._sample_fn = self._step
-        # The check is for people: under `jit` its verdict could not be told.
+        # Under `jit` the result of the check is traced, and an error could not be raised.
         check = not_jax_tracer(jax.tree.leaves(rng_key)[0])
 
         def init_one(rng_key, init_params):
@@ -174,7 +174,7 @@ class BlockGibbs(RowKernel):
 
         if not is_prng_key(rng_key):
             init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
-        # Compiled as a whole: operation by operation it takes seconds.
+        # One compiled program: operation by operation it takes seconds.
         state, is_proper = jax.jit(init_one)(rng_key, init_params)
         bad = ~jnp.isfinite(state.potential_energy)
         if not_jax_tracer(bad) and np.any(bad):
@@ -196,14 +196,14 @@ class BlockGibbs(RowKernel):
         return state._replace(potential_energy=-log_density(rows) - _unused(row_model, rows))
 
     def get_constrain_fn(self, model_args, model_kwargs):
-        return lambda z: z  # real and discrete sites only: they are their own coordinates
+        return lambda z: z  # real and discrete sites are unconstrained
 
     def postprocess_fn(self, model_args, model_kwargs):
         row_model = read_fixed_model(self._model, model_args, model_kwargs)
 
         return lambda z: {**z, **row_model.deterministic({}, z)}
 
-    # Inside
+    # Internal
 
     def _target(self, model_args, model_kwargs):
         return self._read(self._model, model_args, model_kwargs)
@@ -265,7 +265,7 @@ class BlockGibbs(RowKernel):
 
 
 def _unused(row_model, rows):
-    """Half the squares of values that nothing reads, so that they have a law: N(0, 1).
+    """Half the squares of values that the energy does not read, which makes them N(0, 1).
 
     NumPyro's ``sample(..., obs_mask=...)`` makes a site ``<name>_unobserved`` of full shape, whose
     values count where the mask is off. They sum to an array of shape (rows,), or to 0.

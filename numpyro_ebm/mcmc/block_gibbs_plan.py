@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of :class:`~numpyro_ebm.BlockGibbs`: what was asked for, and whether it can be drawn.
+"""The blocks of :class:`~numpyro_ebm.BlockGibbs`: reading its arguments, and checking them.
 
 Every unobserved site is in one block, and the energy's operations say how
 :mod:`numpyro_ebm.samplers.block_gibbs` draws it. Declared colours say more than they do, and are
@@ -13,10 +13,10 @@ from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
-__all__ = ["check_colors", "check_order", "plan_blocks", "read_blocks", "read_colors"]
+__all__ = ["check_colors", "check_order", "plan_blocks", "parse_blocks", "parse_colors"]
 
 
-def read_blocks(blocks):
+def parse_blocks(blocks):
     """The argument ``blocks`` as tuples of names, ``None`` for a block a site.
 
     :raises ModelError: if it is something else.
@@ -31,7 +31,7 @@ def read_blocks(blocks):
     return tuple(tuple(names) for names in blocks if names)
 
 
-def read_colors(colors):
+def parse_colors(colors):
     """The argument ``colors`` as arrays by site name.
 
     :raises ModelError: if it is something else.
@@ -56,11 +56,11 @@ def plan_blocks(row_model, log_density, rows, blocks, colors):
     :param row_model: the model.
     :param log_density: of its rows.
     :param dict rows: values of the unobserved sites, rows leading.
-    :param blocks: of :func:`read_blocks`.
-    :param dict colors: of :func:`read_colors`.
+    :param blocks: of :func:`parse_blocks`.
+    :param dict colors: of :func:`parse_colors`.
     :raises ModelError: if they do not fit the sites.
     """
-    # Sites that lost their observations, and start at them, wait until the others follow them.
+    # Sites whose observations were removed start at them, and are drawn after the other sites.
     order = sorted(row_model.sites, key=lambda name: name in row_model.unconditioned)
     blocks = blocks or tuple((name,) for name in order)
     named = [name for names in blocks for name in names]
@@ -93,7 +93,7 @@ def plan_blocks(row_model, log_density, rows, blocks, colors):
 
 
 def check_order(row_model, blocks, init_params):
-    """Values that a chain is to start from may not be drawn anew before the others follow.
+    """Check that values which a chain starts from are not redrawn before the other sites.
 
     :raises ModelError: if they are.
     """

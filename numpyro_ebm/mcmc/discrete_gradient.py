@@ -37,7 +37,7 @@ def sites_without_gradient(rng_key, row_model, z, values):
             choices = jnp.asarray(values[name], x.dtype)
             moved[name] = jax.random.choice(key_site, choices, x.shape)
         gradient = jax.grad(lambda z: jnp.sum(log_density(z)))(to_floats(moved))
-        # What one site changes, the others where they are.
+        # The change from moving one site alone.
         here = log_density(moved)
         change = {name: log_density({**moved, name: x}) - here for name, x in z.items()}
         return gradient, change

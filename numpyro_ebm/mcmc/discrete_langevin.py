@@ -168,7 +168,7 @@ class DiscreteLangevin(AdaptiveKernel):
         row_model, _ = self._read(self._model, model_args, model_kwargs)
         return lambda z: {**z, **row_model.deterministic({}, z)}
 
-    # Inside
+    # Internal
 
     def _check_energy(self, state, model_args, model_kwargs):
         if not np.all(np.isfinite(np.asarray(state.potential_energy))):
@@ -231,7 +231,9 @@ class DiscreteLangevin(AdaptiveKernel):
             return discrete_langevin.init(rows, log_density, values, "exact")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", DeprecationWarning)  # JAX's, of a one-hot of floats
+                warnings.simplefilter(
+                    "error", DeprecationWarning
+                )  # of JAX, for a one-hot of floats
                 return discrete_langevin.init(rows, log_density, values)
         except (TypeError, DeprecationWarning) as error:
             raise self._no_gradient(sorted(row_model.latent), error) from error

@@ -67,7 +67,7 @@ def choose_kernel(model, *args, **kwargs):
 
 
 def kernel_for_rows(model, row_model):
-    """See :func:`choose_kernel`; the rows of the model are read already."""
+    """As :func:`choose_kernel`, for a model that has been read."""
     continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
     if not continuous and _enumerable(row_model, MAX_STATES) and _all_event(row_model):
         return None

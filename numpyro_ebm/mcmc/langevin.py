@@ -92,7 +92,7 @@ class MALA(ChainKernel):
         new, info = self._kernel(rng_key, start, log_density, adapt_state.step_size)
         accept_prob = info.acceptance_rate
         position, gradient = new.position, new.logdensity_grad
-        if scale is not None:  # a rejected row stays where it is to the last bit
+        if scale is not None:  # a rejected row keeps its position exactly
             old = chain.position
             moved = _times(position, scale)
             position = jax.tree.map(lambda a, b: jnp.where(info.is_accepted, a, b), moved, old)

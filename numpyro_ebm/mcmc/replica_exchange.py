@@ -13,7 +13,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.mcmc.kernel import AdaptiveKernel
-from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, read_ladder
+from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, parse_ladder
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.per_row import per_row
 
@@ -140,7 +140,7 @@ class ReplicaExchange(AdaptiveKernel):
         target_accept_prob=0.574,
         init_strategy=init_to_uniform,
     ):
-        self._ladder = read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
+        self._ladder = parse_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
         self._adapt_ladder = adapt_ladder and len(self._ladder) > 2  # its ends stay
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
@@ -158,7 +158,7 @@ class ReplicaExchange(AdaptiveKernel):
         replicas = _evaluate_replicas(replicas.position, base, likelihood)
         return self._cache(state, replicas, visited, row_model)
 
-    # Inside
+    # Internal
 
     @property
     def _adaptation(self):

@@ -15,11 +15,11 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.mcmc.adaptation import Tuner, WindowAdaptation
 from numpyro_ebm.samplers.tempering import equal_rejection_ladder
 
-__all__ = ["LadderAdaptation", "LadderState", "read_ladder"]
+__all__ = ["LadderAdaptation", "LadderState", "parse_ladder"]
 
 
 class LadderState(NamedTuple):
-    """What :class:`~numpyro_ebm.ReplicaExchange` adapts in warm-up.
+    """Quantities that :class:`~numpyro_ebm.ReplicaExchange` adapts in warm-up.
 
     - **step_size** - ε of every replica, (K,).
     - **inverse_temperatures** - β of every replica, (K,), the first is 1.
@@ -34,10 +34,10 @@ class LadderState(NamedTuple):
     count: jax.Array
 
 
-def read_ladder(inverse_temperatures, num_replicas, min_inverse_temperature):
-    """The ladder that the arguments of :class:`~numpyro_ebm.ReplicaExchange` mean, (K,).
+def parse_ladder(inverse_temperatures, num_replicas, min_inverse_temperature):
+    """The ladder of the arguments of :class:`~numpyro_ebm.ReplicaExchange`, (K,).
 
-    :raises ModelError: if they mean none.
+    :raises ModelError: if they are out of range.
     """
     if inverse_temperatures is None:
         check_integer("ReplicaExchange", 2, num_replicas=num_replicas)
@@ -77,7 +77,7 @@ class LadderAdaptation(WindowAdaptation):
     def init(self, ladder, step_size):
         """State at the start.
 
-        :param ladder: of :func:`read_ladder`.
+        :param ladder: of :func:`parse_ladder`.
         :param float step_size: ε at β = 1.
         """
         least = ladder[ladder > 0].min()  # β = 0 has the step size of the replica before it

@@ -117,7 +117,7 @@ def _describe(kernel):
 
 
 def _with_deterministic(row_model, draws):
-    """The draws, and the model's deterministic sites at them."""
+    """The draws with the values of the model's deterministic sites."""
     values = {name: draws[name] for name in row_model.sites}
 
     def replay(values):

@@ -23,12 +23,12 @@ from numpyro_ebm.posteriors.potential import hessian_by_differences
 
 __all__ = ["Calibration", "calibrate"]
 
-AT_ONCE = 8
+BATCH_SIZE = 8
 """Data sets whose gradients are taken together."""
 
 
 class Calibration(NamedTuple):
-    """What a calibration found.
+    """Result of a calibration.
 
     - **learning_rate** - β.
     - **method** - ``"sandwich"`` or ``"bootstrap"``.
@@ -111,9 +111,9 @@ def _jackknife(gradient, best, rng_key, num_rows, num_groups):
     size = num_rows // num_groups
     out = np.arange(num_groups * size).reshape(num_groups, size)
     kept = np.stack([np.setdiff1d(np.arange(num_rows), rows) for rows in out])
-    # Without a group the mean moves by size / (num_rows - size) of how far the group's own is off.
+    # Leaving a group out moves the mean by size / (num_rows - size) times the group's deviation.
     means = jax.lax.map(
-        lambda indices: gradient(best, rng_key, indices), jnp.asarray(kept), batch_size=AT_ONCE
+        lambda indices: gradient(best, rng_key, indices), jnp.asarray(kept), batch_size=BATCH_SIZE
     )
     of_groups = (num_rows - size) / size * np.asarray(means, float)
     return np.atleast_2d(size * np.cov(of_groups.T))

@@ -18,8 +18,8 @@ import numpy as np
 __all__ = ["Emulator", "fit_emulator"]
 
 FLOOR = 1e-3
-"""Standard deviation of the noise that is assumed at least, in units of what the second-degree fit
-leaves over: what interpolation in single precision can bear."""
+"""Least standard deviation of the noise, in units of the residual spread of the quadratic fit, at
+which interpolation is accurate in single precision."""
 
 
 class Emulator(NamedTuple):
@@ -59,7 +59,7 @@ class Emulator(NamedTuple):
         explained = jnp.sum((self.half_inverse @ k) ** 2)
         rest = self.basis_half_inverse @ (basis - self.basis_map @ k)
         variance = self.amplitude**2 - explained + jnp.sum(rest**2)
-        # What rounding leaves of a difference of nearly equal numbers.
+        # The rounding error of a difference of nearly equal numbers.
         floor = float(jnp.finfo(variance.dtype).eps) * self.amplitude**2
         return value, jnp.sqrt(jnp.maximum(variance, floor))
 
@@ -111,15 +111,15 @@ def fit_emulator(points, values, errors):
         return lower, white_basis, gram, coefficients, rest
 
     def negative_evidence(parameters):
-        # Flat directions are fenced by a weak prior: amplitude near what is left over, lengths
-        # near the extent of the design.
-        fence = np.sum(((parameters - start) / 2.0) ** 2) / 2
+        # A weak prior bounds flat directions: amplitude near the residual spread, lengths near
+        # the extent of the design.
+        penalty = np.sum(((parameters - start) / 2.0) ** 2) / 2
         try:
             lower, _, gram, _, rest = solved(parameters)
         except np.linalg.LinAlgError:
             return np.inf
         determinants = np.sum(np.log(np.diag(lower))) + np.sum(np.log(np.diag(gram)))
-        return 0.5 * rest @ rest + determinants + fence
+        return 0.5 * rest @ rest + determinants + penalty
 
     start = np.log(np.array([spread, *np.ones(size)]))
     found = minimize(negative_evidence, start, method="Nelder-Mead")

@@ -106,7 +106,7 @@ class generalized:
         self.guide_params = {} if guide_params is None else dict(guide_params)
         self._learning_rate = learning_rate
         self.calibration = None
-        """What :meth:`calibrate` found last."""
+        """The last result of :meth:`calibrate`."""
 
     @property
     def learning_rate(self):
@@ -229,7 +229,7 @@ class generalized:
                 self.calibrate(*args, **kwargs)
             return gaussian_posterior(self._potential(args, kwargs), self.learning_rate)
 
-    # Inside
+    # Internal
 
     def _own_parameters(self, row_model, params, args, kwargs):
         if type(self.objective).own_parameters is Objective.own_parameters:

@@ -100,9 +100,7 @@ class normalized:
         kept = [name for name, site in row_model.latent.items() if not site.is_discrete]
         params, latent, indices = run_prior(model, args, kwargs, row_model.plate, kept)
         with isolated():
-            if (
-                row_model.num_rows != row_model.total_rows
-            ):  # the rows that the plate chose this time
+            if row_model.num_rows != row_model.total_rows:  # the rows of this subsample
                 row_model = read_model(model, args, kwargs, {**params, row_model.plate: indices})
             params = {name: params[name] for name in row_model.parameters}
 
@@ -198,7 +196,7 @@ def _partial_log_density(row_model, params, latent):
 
 
 def _observe(row_model, indices, rows):
-    """State the log-likelihood of the rows."""
+    """Add the log-likelihood of the rows to the model."""
     with data_plate(row_model, indices):
         if any(len(site.dims) > 1 + site.event_dim for site in row_model.visible.values()):
             # Sites of further plates do not have one value a row.

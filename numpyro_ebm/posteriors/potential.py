@@ -24,7 +24,7 @@ OWN_PRIOR_SCALE = 10.0
 
 
 def own_parameter_prior(value):
-    """Prior of a parameter that the objective has itself, such as the log Z of NCE."""
+    """Prior of a parameter of the objective, such as the log-normalizer of NCE."""
     return dist.Normal(value, OWN_PRIOR_SCALE).to_event(jnp.ndim(value))
 
 

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers of unnormalised densities, in BlackJAX's shape; they know log-densities, not NumPyro."""
+"""Samplers of unnormalised log-densities in BlackJAX's shape, independent of NumPyro.
+
+It may import :mod:`numpyro_ebm.program` and errors.
+"""

@@ -82,7 +82,7 @@ def draw_coloured(rng_key, position, logdensity_fn, block, *, backwards=False):
 
     members = [np.flatnonzero(colors == color) for color in np.unique(colors)]
     largest = max(map(len, members))
-    # A number out of bounds fills up the smaller colours: it is dropped.
+    # Smaller colours are padded with an index out of bounds, which is dropped.
     members = np.stack(
         [np.pad(x, (0, largest - len(x)), constant_values=len(colors)) for x in members]
     )
@@ -152,7 +152,7 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
     @jax.jit
     def interact(x, y, first, second):
         """Rows whose second difference stands out of the rounding of its terms."""
-        moves = (first | second, first, second, first & second)  # the last moves nothing
+        moves = (first | second, first, second, first & second)  # the last is empty
         both, one, other, none = (log_density(jnp.where(move, y, x)) for move in moves)
         total = abs(both) + abs(one) + abs(other) + abs(none)
         rounding = 64 * jnp.finfo(dtype).eps
@@ -184,7 +184,7 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
 
 
 def value_table(position, values):
-    """Values of every coordinate of some sites, of shape (coordinates, K), and which count."""
+    """Values of every coordinate of some sites, padded to (coordinates, K), and their mask."""
     num_values = max(len(x) for x in values.values())
     table, is_value = [], []
     for name, x in values.items():

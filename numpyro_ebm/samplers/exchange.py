@@ -163,7 +163,7 @@ def build_kernel(num_bridges=0):
 
 
 def _drift(gradient, scale):
-    """The gradient, whitened and bounded: far out the approximate one is any size."""
+    """The whitened gradient, bounded: in the tails the approximation may be very large."""
     whitened = jnp.einsum("gij,gi->gj", scale, gradient)
     length = jnp.linalg.norm(whitened, axis=-1, keepdims=True)
     longest = LONGEST_DRIFT * gradient.shape[1] ** 0.5

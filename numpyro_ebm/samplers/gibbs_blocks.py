@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
 
 def plan_block(logdensity_fn, position, names, values, colors=None):
-    """Find out how to draw some sites from their joint conditional. It holds at all positions.
+    """How to draw some sites from their joint conditional, at any position.
 
     :param logdensity_fn: maps a dict of arrays of shape (rows, ...) to log π of shape (rows,), row
         by row.
@@ -112,12 +112,12 @@ def _plan_discrete(log_density, shape, int_type, discrete, colors):
     names, degree = tuple(discrete), np.inf
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # JAX's, of a one-hot of floats
+            warnings.simplefilter("error", DeprecationWarning)  # of JAX, for a one-hot of floats
             found = structure(log_density, shape)
         if found.true_gradient:
             degree = found.degree
     except (TypeError, ValueError, DeprecationWarning):
-        pass  # it insists on integers, to index with them for example
+        pass  # it only accepts integers, as indices for example
     if degree <= 1 and all(len(x) == 2 for x in discrete.values()):
         return Block(names, "bernoulli", discrete)
     size = shape.shape[1]
@@ -127,7 +127,9 @@ def _plan_discrete(log_density, shape, int_type, discrete, colors):
         return Block(names, "coloured", discrete, False, labels, degree)
     if size == 1:
         return Block(names, "sequential", discrete)
-    if degree == np.inf:  # weighed at integers, so that they are what has to be looked at
+    if (
+        degree == np.inf
+    ):  # the log-density is evaluated at integers, so its program at integers counts
         shape = jax.ShapeDtypeStruct(shape.shape, int_type)
     graph = interactions(lambda x: log_density(x["x"]), {"x": shape})
     labels = None if graph is None else greedy_colors(graph)
@@ -137,7 +139,7 @@ def _plan_discrete(log_density, shape, int_type, discrete, colors):
 
 
 def advice(names, others):
-    """What to write for real sites that block Gibbs sampling cannot draw."""
+    """The remedy for real sites that block Gibbs sampling cannot draw, for error messages."""
     names, others = sorted(names), sorted(others)
     if not others:
         return f"Move {names} by another kernel, `MALA(model)`."

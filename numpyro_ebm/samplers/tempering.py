@@ -110,7 +110,7 @@ def move(rng_key, replica, logprior_fn, loglikelihood_fn, inverse_temperature, s
         )
 
     def transition_energy(old, new):
-        """Minus the log-density of ``new`` and of the way back from it."""
+        """Minus the log-density of ``new`` and of the reverse proposal."""
         drift = gradient(new)
         squares = jax.tree.map(
             lambda x, y, g: jnp.sum((x - y - step_size * g) ** 2), old.position, new.position, drift

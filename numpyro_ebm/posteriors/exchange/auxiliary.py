@@ -26,13 +26,13 @@ from numpyro_ebm.model.row_model import read_fixed_model
 __all__ = ["ChainSimulator", "EnumerationSimulator", "FunctionSimulator", "make_auxiliary"]
 
 ENUMERATE = 'Exchange(auxiliary="enumerate")'
-AT_ONCE = 4_000_000  # coordinates of states that are weighed at the same time
+MAX_BATCH = 4_000_000  # coordinates of states that are evaluated at the same time
 
 
 def make_auxiliary(auxiliary, num_steps, max_states):
-    """The sampler that the argument ``auxiliary`` of :class:`~numpyro_ebm.Exchange` means.
+    """The simulator for the argument ``auxiliary`` of :class:`~numpyro_ebm.Exchange`.
 
-    :raises ModelError: if it means none.
+    :raises ModelError: if there is none.
     """
     if isinstance(auxiliary, str) and auxiliary == "enumerate":
         return EnumerationSimulator(max_states)
@@ -85,7 +85,7 @@ class FunctionSimulator:
 
 
 class EnumerationSimulator:
-    """Exact draws of finite discrete rows: all states of a row are weighed.
+    """Exact draws of finite discrete rows, from the probabilities of all their states.
 
     :param int max_states: the most states of a row.
     """
@@ -121,7 +121,7 @@ class EnumerationSimulator:
         logits = lax.map(
             lambda state: target.log_rows(params, in_all_rows(row_model, state)),
             states,
-            batch_size=max(1, min(AT_ONCE // (row_model.num_rows * coordinates), num_states)),
+            batch_size=max(1, min(MAX_BATCH // (row_model.num_rows * coordinates), num_states)),
         )
         chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
         drawn = row_model.from_rows({name: x[chosen] for name, x in states.items()})
@@ -129,7 +129,7 @@ class EnumerationSimulator:
 
 
 class _HideOutside(Messenger):
-    """Hide the observed sites outside the data plate: they have no part in the rows."""
+    """Hide the observed sites outside the data plate, which are not part of the rows."""
 
     def __init__(self, fn, plate):
         self.plate = plate
@@ -160,7 +160,7 @@ class ChainSimulator:
         )
         kernel = self._kernel(fixed(free, {}))
         discrete = sorted(k for k, site in target.row_model.visible.items() if site.is_discrete)
-        # NumPyro's own kernels say nothing: they are right, and refuse what they cannot move.
+        # NumPyro's own kernels leave the law invariant and refuse sites that they cannot move.
         if discrete and not getattr(kernel, "moves_discrete", True):
             raise ModelError(
                 f"Exchange: {type(kernel).__name__} cannot draw fictitious data of {discrete}, "

@@ -19,7 +19,7 @@ __all__ = ["AuxiliaryTrace", "ExchangeState", "refresh_chain", "start_chain", "s
 
 
 class AuxiliaryTrace(NamedTuple):
-    """What the auxiliary chain of a step went through: at its start (the data), half way, its end.
+    """The auxiliary chain of a step at its start (the data), half way and at its end.
 
     If every row accepts on its own, the rows are the last axis of log-densities and ratios, and
     lead in the proposal.
@@ -75,7 +75,7 @@ def start_chain(rng_key, z, target, adaptation, num_references):
 
     :param dict z: unconstrained values of the parameters.
     :param ExchangeTarget target: the posterior.
-    :param ExchangeAdaptation adaptation: what adapts its proposal.
+    :param ExchangeAdaptation adaptation: of its proposal.
     :param int num_references: data sets that warm-up is to draw, 0 for a random walk.
     """
     position = target.flatten(z)
@@ -110,7 +110,7 @@ def start_chain(rng_key, z, target, adaptation, num_references):
 
 
 def refresh_chain(state, target):
-    """The state with its densities anew: what the model is conditioned on has changed."""
+    """The state with its densities recomputed, after the conditioning of the model changed."""
     _, functions = _functions(target, state.z, state.adapt_state)
     chain = exchange.init(target.flatten(state.z), target.data, **functions)
     return _cache(target, state, chain)
@@ -121,7 +121,7 @@ def step_chain(state, target, adaptation, auxiliary, num_bridges):
 
     :param ExchangeState state: where it is.
     :param ExchangeTarget target: the posterior.
-    :param ExchangeAdaptation adaptation: what adapts its proposal.
+    :param ExchangeAdaptation adaptation: of its proposal.
     :param auxiliary: what draws the fictitious data, of
         :mod:`numpyro_ebm.posteriors.exchange.auxiliary`.
     :param int num_bridges: distributions that these cross on their way back.
@@ -130,12 +130,12 @@ def step_chain(state, target, adaptation, auxiliary, num_bridges):
     unflatten, functions = _functions(target, state.z, adapt_state)
     position = target.flatten(state.z)
     rng_key, key_step = jax.random.split(state.rng_key)
-    holds = adaptation.at(state.i, "holds")
+    is_paused = adaptation.at(state.i, "is_paused")
 
     def simulate(rng_key, position):
-        position = jnp.where(holds, adapt_state.reference, position)
+        position = jnp.where(is_paused, adapt_state.reference, position)
         params = target.constrain(unflatten(position))
-        keep_latent = num_bridges > 0  # the chain goes on where it is
+        keep_latent = num_bridges > 0  # the chain continues from its latent sites
         return auxiliary.simulate(rng_key, target, params, target.data, keep_latent)
 
     def transition(rng_key, position, data):
@@ -154,7 +154,7 @@ def step_chain(state, target, adaptation, auxiliary, num_bridges):
         chain,
         target.data,
         simulate_fn=simulate,
-        step_size=jnp.where(holds, 0.0, adapt_state.step_size),
+        step_size=jnp.where(is_paused, 0.0, adapt_state.step_size),
         scale=adapt_state.scale,
         transition_fn=transition,
         **functions,
@@ -163,7 +163,7 @@ def step_chain(state, target, adaptation, auxiliary, num_bridges):
         drawn = {name: info.fictitious[name] for name in target.data}
         params = target.constrain(unflatten(adapt_state.reference))
         rows = target.log_rows(params, drawn)
-        adapt_state = adaptation.remember(state.i, adapt_state, drawn, rows)
+        adapt_state = adaptation.store_reference(state.i, adapt_state, drawn, rows)
     adapt_state = adaptation.update(
         state.i, adapt_state, info.acceptance_rate, lambda: chain.position
     )
@@ -186,7 +186,7 @@ def step_chain(state, target, adaptation, auxiliary, num_bridges):
 
 
 def _functions(target, like, adapt_state):
-    """Functions of flat positions: unflatten, and those that `samplers.exchange` wants."""
+    """Functions of flat positions: unflatten, and the arguments of `samplers.exchange`."""
 
     def unflatten(position):
         return target.unflatten(position, like)

@@ -32,7 +32,7 @@ __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
 
 
 class Exchange(AdaptiveKernel):
-    r"""The exchange algorithm: the posterior of parameters whose normalizer nobody knows.
+    r"""The exchange algorithm: the posterior of parameters whose normalizer is unknown.
 
     .. math:: \log α = \log\frac{π(θ')}{π(θ)} + \log\frac{\tilde p(x; θ')}{\tilde p(x; θ)}
         + \log\frac{\tilde p(y; θ)}{\tilde p(y; θ')} + \log\frac{q(θ \mid θ')}{q(θ' \mid θ)},
@@ -186,7 +186,7 @@ class Exchange(AdaptiveKernel):
         kwargs = {} if model_kwargs is None else model_kwargs
         return lambda z: constrain_fn(prior, model_args, kwargs, z, return_deterministic=True)
 
-    # Inside
+    # Internal
 
     def _target(self, model_args, model_kwargs):
         return ExchangeTarget(self._model, model_args, model_kwargs, self._by_row)

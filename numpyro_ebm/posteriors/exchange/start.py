@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a chain of :class:`~numpyro_ebm.Exchange` starts, and whether it can go on from there."""
+"""Initial values of a chain of :class:`~numpyro_ebm.Exchange`, and their checks."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ __all__ = ["check_start", "initial_parameters"]
 
 
 def initial_parameters(rng_key, target, init_strategy, init_params):
-    """Unconstrained values of the parameters: those that are given, else those of the strategy.
+    """Initial unconstrained values of the parameters, given ones or those of the strategy.
 
     :raises ModelError: if values are given of what is no parameter.
     """
@@ -41,7 +41,7 @@ def initial_parameters(rng_key, target, init_strategy, init_params):
 
 
 def check_start(state, target):
-    """Look at the densities of a first state, and at whether its rows can accept on their own.
+    """Check the densities of an initial state, and that its rows can accept independently.
 
     :param ExchangeState state: of one chain, or of several that lead in its arrays.
     :param ExchangeTarget target: the posterior.
@@ -69,7 +69,7 @@ def check_start(state, target):
 
 
 def _check_rows(target, z, num_tries=4):
-    """Move the parameters of random rows: the densities of all others must stay."""
+    """Check that moving the parameters of random rows keeps the densities of all others."""
     flat = target.flatten(z)
 
     def densities(flat):

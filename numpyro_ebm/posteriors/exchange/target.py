@@ -25,7 +25,7 @@ __all__ = ["ExchangeTarget", "complete_prior"]
 
 
 class _UnsetParams(Messenger):
-    """Collect the `param` sites that nobody has given a value."""
+    """Collect the `param` sites without a value."""
 
     def __init__(self, fn):
         self.names = set()
@@ -37,7 +37,7 @@ class _UnsetParams(Messenger):
 
 
 def complete_prior(model, args, kwargs):
-    """The prior part of a model, placeholders on the sites that nobody gives a value."""
+    """The prior part of a model, with placeholders on sites without a value."""
     row_model = read_with_priors(model, args, {} if kwargs is None else kwargs, "Exchange")
     prior = seed(prior_part(model, row_model.plate), jax.random.key(0))
     return substitute(prior, substitute_fn=placeholder)

@@ -3,7 +3,7 @@
 
 A random walk adapts its step size by dual averaging and its covariance by Welford's algorithm in
 windows that double, as NUTS does. A Langevin proposal is a random walk in the first half of the
-warm-up; then the chain stands still while K fictitious data sets are drawn at the mean of what it
+warm-up; then the chain pauses while K fictitious data sets are drawn at the mean of what it
 saw, and from there on their surrogate of log Z has a gradient. Every group of parameters has its
 own step size and covariance.
 """
@@ -29,7 +29,7 @@ INIT_WELFORD, UPDATE_WELFORD, _ = welford_algorithm(is_diagonal_matrix=False)
 
 
 class ExchangeAdaptState(NamedTuple):
-    """What :class:`~numpyro_ebm.Exchange` adapts in warm-up, and keeps after it.
+    """Quantities that :class:`~numpyro_ebm.Exchange` adapts in warm-up.
 
     - **step_size** - of the proposal in units of ``scale``, (groups,).
     - **tuner** - state of its adaptation.
@@ -54,13 +54,13 @@ class ExchangeAdaptState(NamedTuple):
 
 
 class ReferenceSchedule(NamedTuple):
-    """What a warm-up that draws reference data sets does at its steps, arrays of shape (steps,)."""
+    """Steps of a warm-up that draws reference data sets, arrays of shape (steps,)."""
 
-    in_center: np.ndarray  # whether the reference is a mean of what the chain sees
-    slot: np.ndarray  # which data set is drawn, or -1
-    holds: np.ndarray  # whether the chain stands still
-    begins: np.ndarray  # whether the last of them is there, and the step size starts anew
-    windows: np.ndarray  # of the covariance: those of the walk, and of what follows the references
+    in_center: np.ndarray  # whether the position counts in the mean that becomes the reference
+    slot: np.ndarray  # index of the data set that is drawn, or -1
+    is_paused: np.ndarray  # whether the chain keeps its position
+    restarts: np.ndarray  # whether the last data set is drawn, and the step size restarts
+    windows: np.ndarray  # of the covariance, before and after the data sets are drawn
 
 
 def reference_schedule(num_warmup, num_references):
@@ -77,8 +77,8 @@ def reference_schedule(num_warmup, num_references):
     return ReferenceSchedule(
         in_center=(step >= walk // 2) & (step < walk),
         slot=np.where((step >= walk) & (step < walk + num_references), step - walk, -1),
-        holds=(step >= walk) & (step < walk + hold),
-        begins=step == walk + num_references - 1,
+        is_paused=(step >= walk) & (step < walk + hold),
+        restarts=step == walk + num_references - 1,
         windows=np.concatenate(pieces, axis=1),
     )
 
@@ -98,7 +98,7 @@ class ExchangeAdaptation(WindowAdaptation):
         self, num_warmup, num_references, target, adapt_step_size, adapt_covariance, step_size
     ):
         tuner = Tuner(*map(jax.vmap, acceptance_tuner(target)))
-        # Dual averaging aims at ten times its start; the start here is about right.
+        # Dual averaging is drawn to ten times its start, and this start is about right.
         tuner = tuner._replace(init=lambda step_size, init=tuner.init: init(step_size / 10))
         self.step_size, self.num_references = step_size, num_references
         self.schedule = reference_schedule(num_warmup, num_references)
@@ -126,7 +126,7 @@ class ExchangeAdaptation(WindowAdaptation):
         )
 
     def at(self, i, name, otherwise=False):
-        """What the schedule says of step i."""
+        """An entry of the schedule at step i, ``otherwise`` after the warm-up."""
         if not self.num_warmup:
             return jnp.asarray(otherwise)
         values = jnp.asarray(getattr(self.schedule, name))
@@ -134,8 +134,8 @@ class ExchangeAdaptation(WindowAdaptation):
             i < self.num_warmup, values[jnp.minimum(i, self.num_warmup - 1)], otherwise
         )
 
-    def remember(self, i, state, data, rows):
-        """Keep a fictitious data set drawn at the reference, where step i drew one."""
+    def store_reference(self, i, state, data, rows):
+        """Store a fictitious data set drawn at the reference, if step i drew one."""
         if state.references is None or not self.num_warmup:
             return state
         slot = self.at(i, "slot", -1)
@@ -150,17 +150,17 @@ class ExchangeAdaptation(WindowAdaptation):
         new = super()._update(i, state, statistic, observed)
         if not self.num_references:
             return new
-        new = tree_where(self.at(i, "holds"), state, new)
+        new = tree_where(self.at(i, "is_paused"), state, new)
         center = jax.vmap(UPDATE_WELFORD)(state.center, observed())
         center = tree_where(self.at(i, "in_center"), center, state.center)
         seen = jnp.reshape(center[2] > 0, (-1, 1))
-        begins = self.at(i, "begins")
+        restarts = self.at(i, "restarts")
         new = new._replace(
             center=center,
             reference=jnp.where(seen, center[0], state.reference),
-            has_gradient=state.has_gradient | begins,
+            has_gradient=state.has_gradient | restarts,
         )
-        return tree_where(begins, self._restart(new), new)
+        return tree_where(restarts, self._restart(new), new)
 
     def _restart(self, state):
         if not self.adapt_step_size:
@@ -180,8 +180,8 @@ class ExchangeAdaptation(WindowAdaptation):
         groups, dimension, _ = sums.shape
         count = jnp.reshape(counts, (-1, 1, 1))
         covariance = sums / jnp.maximum(count - 1, 1)
-        # Towards the variances: a random walk has about one effective draw in ten times the
-        # dimension, and correlations of few draws are noise.
+        # Shrunk towards the variances: a random walk has about one effective draw in ten times
+        # the dimension of steps, and correlations of few draws are noise.
         diagonal, effective = covariance * jnp.eye(dimension), count / (10 * dimension)
         covariance = (effective * covariance + 5 * diagonal) / (effective + 5)
         covariance = (count * covariance + 5e-3 * jnp.eye(dimension)) / (count + 5)  # Stan's
