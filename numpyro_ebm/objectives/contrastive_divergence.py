@@ -17,46 +17,20 @@ ICML 2008; resetting a share of the chains, Du, Mordatch, NeurIPS 2019.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.lax import stop_gradient
-from numpyro.diagnostics import split_gelman_rubin
 from numpyro.handlers import substitute
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.persistent_chains import Chains
 
-__all__ = ["Chains", "ContrastiveDivergence", "remembered_rounds"]
-
-HISTORY, SPACING = 64, 4
-"""Positions of the persistent chains that are remembered for R-hat, and the rounds between them."""
-
-
-class Chains(NamedTuple):
-    """Persistent chains, one a row of the batch.
-
-    - **position** - unconstrained values of the sites that the kernel moves, by name.
-    - **history** - their visible coordinates and, last, the energy, after every fourth round:
-      (64, rows, coordinates + 1); a ring.
-    - **count** - rounds so far.
-    """
-
-    position: dict
-    history: jax.Array
-    count: jax.Array
-
-
-def remembered_rounds(chains):
-    """The rounds in ``chains.history``, in their order: (records, rows, coordinates + 1)."""
-    records = int(chains.count) // SPACING
-    order = np.arange(max(0, records - HISTORY), records) % HISTORY
-    return np.asarray(chains.history)[order]
+__all__ = ["ContrastiveDivergence"]
 
 
 class ContrastiveDivergence(Objective):
@@ -150,9 +124,7 @@ class ContrastiveDivergence(Objective):
         key_start, key_move = jax.random.split(rng_key)
         start = self._at_data(key_start, params, problem)
         position = self._move(key_move, params, problem, start)
-        coordinates = problem.row_model.flatten(problem.unconstrained).shape[1]
-        history = jnp.zeros((HISTORY, problem.row_model.num_rows, coordinates + 1))
-        return Chains(position, history, jnp.array(0))
+        return Chains.start(position, problem.row_model.flatten(problem.unconstrained))
 
     def advance(self, rng_key, params, problem, state):
         key_start, key_reset, key_move = jax.random.split(rng_key, 3)
@@ -160,14 +132,8 @@ class ContrastiveDivergence(Objective):
         if not self.persistent:
             start = self._at_data(key_start, params, problem)
             return problem._replace(noise=self._move(key_move, params, problem, start)), None
-        rows = state.history.shape[1]
-        if rows != row_model.num_rows:
-            raise ModelError(
-                f"ContrastiveDivergence: the state holds {rows} persistent chains, one for each "
-                f"row of the batch they began with, and this batch has {row_model.num_rows} rows. "
-                "Keep `batch_size`, or start anew."
-            )
         position = state.position
+        state.check(row_model.num_rows)
         if self.reset_probability:
             fresh = self._at_data(key_start, params, problem)
             reset = jax.random.bernoulli(key_reset, self.reset_probability, (row_model.num_rows,))
@@ -178,19 +144,13 @@ class ContrastiveDivergence(Objective):
             }
         position = self._move(key_move, params, problem, position)
         problem = problem._replace(noise=position)
-        count = state.count + 1
 
-        def record():
+        def latest():
             visible = {name: position[name] for name in row_model.visible}
             energies = -self._free_log_density(key_start, params, problem, visible)
-            latest = jnp.concatenate([row_model.flatten(visible), energies[:, None]], -1)
-            return latest.astype(state.history.dtype)
+            return jnp.concatenate([row_model.flatten(visible), energies[:, None]], -1)
 
-        due = count % SPACING == 0
-        latest = lax.cond(due, record, lambda: jnp.zeros_like(state.history[0]))
-        place = jnp.where(due, (count // SPACING - 1) % HISTORY, HISTORY)
-        history = state.history.at[place].set(latest, mode="drop")
-        return problem, Chains(stop_gradient(position), history, count)
+        return problem, state.advance(stop_gradient(position), latest)
 
     def _at_data(self, rng_key, params, problem):
         """Where chains start: the visible values, and draws of the guide if there is one."""
@@ -289,14 +249,7 @@ class ContrastiveDivergence(Objective):
         chains = getattr(state, "objective_state", None)
         if not isinstance(chains, Chains):
             raise ModelError("chain_diagnostics: this state holds no persistent chains.")
-        count = int(chains.count)
-        if count < 4 * SPACING:
-            raise ModelError(
-                f"chain_diagnostics: needs at least {4 * SPACING} rounds, there were {count}."
-            )
-        history = np.moveaxis(remembered_rounds(chains), 0, 1)  # chains, draws, ...
-        r_hat = split_gelman_rubin(history)
-        return {"visible": r_hat[:-1], "energy": r_hat[-1]}
+        return chains.r_hat()
 
 
 def _choose_rows(row_model, name, choose, fresh, old):

@@ -25,7 +25,7 @@ from oracles import assert_unbiased, binary_states, draws, flat, jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.models import grbm_log_likelihood
-from numpyro_ebm.objectives.contrastive_divergence import HISTORY, SPACING, Chains
+from numpyro_ebm.objectives.persistent_chains import HISTORY, SPACING, Chains
 
 KEY = jax.random.key(0)
 

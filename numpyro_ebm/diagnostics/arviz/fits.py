@@ -9,7 +9,7 @@ from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.model.row_model import read_model
-from numpyro_ebm.objectives.contrastive_divergence import Chains, remembered_rounds
+from numpyro_ebm.objectives.persistent_chains import Chains
 
 __all__ = ["convert_fit"]
 
@@ -30,7 +30,7 @@ def convert_fit(fit, model, args, kwargs):
         model = fixed(model, fit.params)
     elif args or kwargs:
         raise ModelError("to_arviz: arguments of the model need the model, `to_arviz(fit, model)`.")
-    rounds = remembered_rounds(chains) if isinstance(chains, Chains) else ()
+    rounds = chains.remembered() if isinstance(chains, Chains) else ()
     if not len(rounds):
         groups["posterior"] = {name: x[None, None] for name, x in params.items()}
         return Converted(groups, dims, model, None)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chains of persistent contrastive divergence, and what is remembered of their rounds."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpyro.diagnostics import split_gelman_rubin
+
+from numpyro_ebm.errors import ModelError
+
+__all__ = ["Chains"]
+
+HISTORY, SPACING = 64, 4
+"""Positions of the persistent chains that are remembered for R-hat, and the rounds between them."""
+
+
+class Chains(NamedTuple):
+    """Persistent chains, one a row of the batch.
+
+    - **position** - unconstrained values of the sites that the kernel moves, by name.
+    - **history** - their visible coordinates and, last, the energy, after every fourth round:
+      (64, rows, coordinates + 1); a ring.
+    - **count** - rounds so far.
+    """
+
+    position: dict
+    history: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def start(cls, position, coordinates):
+        """Chains at these positions, with visible coordinates of shape (rows, coordinates)."""
+        rows, size = coordinates.shape
+        return cls(position, jnp.zeros((HISTORY, rows, size + 1)), jnp.array(0))
+
+    def check(self, num_rows):
+        """Raise unless there is a chain for each of the rows of a batch."""
+        rows = self.history.shape[1]
+        if rows != num_rows:
+            raise ModelError(
+                f"ContrastiveDivergence: the state holds {rows} persistent chains, one for each "
+                f"row of the batch they began with, and this batch has {num_rows} rows. Keep "
+                "`batch_size`, or start anew."
+            )
+
+    def advance(self, position, latest):
+        """The chains one round later.
+
+        :param dict position: where they are then.
+        :param latest: a function that gives what is remembered of it, (rows, coordinates + 1).
+        """
+        count = self.count + 1
+        due = count % SPACING == 0
+        kept = lax.cond(
+            due,
+            lambda: latest().astype(self.history.dtype),
+            lambda: jnp.zeros_like(self.history[0]),
+        )
+        place = jnp.where(due, (count // SPACING - 1) % HISTORY, HISTORY)
+        return Chains(position, self.history.at[place].set(kept, mode="drop"), count)
+
+    def remembered(self):
+        """The remembered rounds, in their order: (records, rows, coordinates + 1)."""
+        records = int(self.count) // SPACING
+        order = np.arange(max(0, records - HISTORY), records) % HISTORY
+        return np.asarray(self.history)[order]
+
+    def r_hat(self):
+        """Split R-hat of the ``visible`` coordinates and the ``energy`` over remembered rounds.
+
+        :raises ModelError: after fewer than 16 rounds.
+        """
+        count = int(self.count)
+        if count < 4 * SPACING:
+            raise ModelError(
+                f"chain_diagnostics: needs at least {4 * SPACING} rounds, there were {count}."
+            )
+        r_hat = split_gelman_rubin(np.moveaxis(self.remembered(), 0, 1))  # chains, draws, ...
+        return {"visible": r_hat[:-1], "energy": r_hat[-1]}
