@@ -13,16 +13,16 @@ __all__ = ["Guide"]
 
 
 class Guide:
-    """A NumPyro guide q(h | v) read as arrays, beside its row model.
+    """A NumPyro guide q(h | v) of a row model, read as arrays.
 
     :param guide: the guide.
-    :param RowModel row_model: the model it belongs to.
+    :param RowModel row_model: the model.
     :param tuple args: arguments of the guide.
     :param dict kwargs: keyword arguments of the guide.
     """
 
     def __init__(self, guide, row_model, args, kwargs):
-        self._guide, self._joint, self._args, self._kwargs = guide, row_model, args, kwargs
+        self._guide, self._row_model, self._args, self._kwargs = guide, row_model, args, kwargs
 
     @property
     def function(self):
@@ -31,7 +31,7 @@ class Guide:
 
     def trace(self, rng_key, params, visible, latent=None):
         """Run the guide at visible values; ``latent`` overrides its draws."""
-        data = {**self._joint.plates, **params, **({} if latent is None else latent)}
+        data = {**self._row_model.plates, **params, **({} if latent is None else latent)}
         guide = seed(set_visible(substitute(self._guide, data=data), visible), rng_key)
         return trace(guide).get_trace(*self._args, **self._kwargs)
 
@@ -43,7 +43,7 @@ class Guide:
 
     def check(self, guide_trace):
         """Every latent site of the model must be drawn by the guide, inside the data plate."""
-        missing = [name for name in self._joint.latent if name not in guide_trace]
+        missing = [name for name in self._row_model.latent if name not in guide_trace]
         if missing:
             raise ModelError(
                 f"The guide does not draw the latent site(s) {', '.join(map(repr, missing))} of "
@@ -63,7 +63,7 @@ class Guide:
         def one(rng_key):
             guide_trace = self.trace(rng_key, params, visible)
             self.check(guide_trace)
-            return {name: guide_trace[name]["value"] for name in self._joint.latent}
+            return {name: guide_trace[name]["value"] for name in self._row_model.latent}
 
         return jax.lax.stop_gradient(jax.vmap(one)(jax.random.split(rng_key, num_particles)))
 
@@ -73,7 +73,7 @@ class Guide:
         :raises ModelError: if a site of the guide lies outside the data plate, for then q has no
             density per row.
         """
-        row_model, total = self._joint, jnp.zeros(self._joint.num_rows)
+        row_model, total = self._row_model, jnp.zeros(self._row_model.num_rows)
         for site in self.trace(jax.random.key(0), params, visible, latent).values():
             if site["type"] != "sample" or site["is_observed"]:
                 continue

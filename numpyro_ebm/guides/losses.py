@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Losses that fit a guide q(h | v) to the posterior p(h | v; θ) of an energy-based model.
 
-They see θ as a constant, so log Z(θ) does not matter: any NumPyro ELBO serves as it is. Two more:
+θ is a constant in them, so log Z(θ) does not matter: any NumPyro ELBO can be used. Two more are
 :class:`RelaxedELBO`, a low-variance pathwise gradient for Bernoulli latents, and
 :class:`PosteriorScore`, a Fisher divergence for continuous ones.
 """

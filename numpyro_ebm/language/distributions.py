@@ -117,8 +117,8 @@ class Counting(dist.Distribution):
 
     .. math:: \log b(h) = 0 \quad \text{for } h \in \{0, …, K-1\}^{\text{event\_shape}}
 
-    Unlike ``Bernoulli(0.5)`` it adds no constant to log Z, and unlike ``Bernoulli.mask(False)`` it
-    is summed rightly by NumPyro's enumeration.
+    Unlike ``Bernoulli(0.5)`` it adds no constant to log Z, and NumPyro's
+    enumeration sums it rightly, unlike ``Bernoulli.mask(False)``.
 
     :param int num_values: K, the number of values of one coordinate; 2 unless given.
     :param tuple event_shape: shape of one element of the site.
@@ -178,14 +178,14 @@ class Counting(dist.Distribution):
 
 
 class Unnormalized(dist.Distribution):
-    """Distribution of an energy site: log-density -E, once somebody answers for its normalizer.
+    """Distribution of an energy site: log-density -E, once its normalizer is resolved.
 
     Made by :func:`~numpyro_ebm.energy`; not a distribution to write into a model.
 
     :param energy: the energy, of the shape of the enclosing plates.
     :param str site_name: name of the energy, for the error.
     :param tuple parameters: names of the free parameters the normalizer depends on.
-    :param handled_by: who resolved the normalizer; ``None`` if nobody did.
+    :param handled_by: name of the handler that resolved the normalizer, or ``None``.
     """
 
     arg_constraints = {}

@@ -21,10 +21,10 @@ __all__ = [
 
 
 class resolve_normalizer(Messenger):
-    """Let the energies of a model evaluate: the caller takes care of (or does not need) log Z.
+    """Let the energies of a model be evaluated: the caller provides log Z, or does not need it.
 
     :param fn: a model.
-    :param str who: recorded in the energy site as ``handled_by``.
+    :param str who: name of the caller, recorded in the energy site as ``handled_by``.
     """
 
     def __init__(self, fn=None, who="objective"):
@@ -53,9 +53,9 @@ class set_visible(Messenger):
 
 
 class uncondition(Messenger):
-    """Take the observations of some sites away, so that they are sampled.
+    """Drop the observations of some sites, so that they are sampled.
 
-    NumPyro's ``uncondition`` for named sites: an energy is an observed site and has to stay one.
+    NumPyro's ``uncondition`` for named sites; an energy is an observed site, and has to stay one.
 
     :param fn: a model.
     :param names: names of sites.
@@ -227,5 +227,5 @@ class temper(Messenger):
 
 
 def _in_any_plate(msg):
-    # Plates around the whole call have not announced themselves yet.
+    # Plates around the whole call have not added their frames yet.
     return msg["cond_indep_stack"] or any(isinstance(h, plate) for h in _PYRO_STACK)

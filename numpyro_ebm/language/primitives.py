@@ -12,10 +12,10 @@ from numpyro_ebm.language.distributions import Unnormalized, is_enumerating
 __all__ = ["energy", "visible"]
 
 NORMALIZER = "energy_normalizer"
-"""Message type by which an energy asks the handlers around it who answers for log Z."""
+"""Type of the message by which an energy asks the handlers around it whether log Z is resolved."""
 
 INVERSE_TEMPERATURE = "energy_inverse_temperature"
-"""Message type by which an energy asks the handlers around it for the factor before it."""
+"""Type of the message by which an energy asks the handlers around it for a factor."""
 
 
 def energy(name, value):
@@ -25,11 +25,11 @@ def energy(name, value):
 
     with b the base measures of the sites. Several energies add up. It is an effect that must be
     handled: the log-density of its site raises :class:`~numpyro_ebm.errors.UnhandledEnergyError`
-    until an objective or :func:`~numpyro_ebm.fixed` answers for the normalizer Z(θ).
+    until an objective or :func:`~numpyro_ebm.fixed` resolves the normalizer Z(θ).
 
     :param str name: name of the site.
     :param value: the energy in nats, one value per element of the enclosing plates: its shape must
-        be the plates' shape, so that a forgotten axis cannot be broadcast in silence.
+        be the plates' shape, so that a forgotten axis is not broadcast silently.
     :raises ModelError: if the shape is not the shape of the enclosing plates.
     :raises ImproperSamplingError: under ``Predictive``, if sites of the energy's plate would be
         drawn from their base measure, which ignores the energy.
@@ -107,7 +107,7 @@ class _ShapeOfPlates(Messenger):
         self.shape = shape
 
     def postprocess_message(self, msg):
-        # The innermost handler post-processes last, when all plates have announced themselves.
+        # The innermost handler post-processes last, after all plates have added their frames.
         if msg["type"] != "sample" or is_enumerating():
             return
         frames = msg["cond_indep_stack"]
@@ -125,12 +125,12 @@ class _ShapeOfPlates(Messenger):
 
 
 def _question(kind, default):
-    """A message to the handlers around an energy, answered by ``default()`` if none does."""
+    """A message to the handlers around an energy; its value is ``default()`` if none sets one."""
     return {"type": kind, "fn": default, "args": (), "kwargs": {}, "value": None}
 
 
 def _under_inspection():
-    """`render_model` evaluates densities to see what they depend on, never for their value."""
+    """`render_model` evaluates densities for their dependencies, and never uses their values."""
     inspected = any(type(h).__module__ == "numpyro.infer.inspect" for h in _PYRO_STACK)
     return "inspection" if inspected else None
 
@@ -154,7 +154,7 @@ def _free_parameters():
 
 
 def _forbid_forward_draws(name):
-    # A site that was given a random key had no value when `seed` saw it: it was drawn forward.
+    # `seed` gives a random key to sites that have no value: these were drawn forward.
     drawn = [
         site["name"]
         for site in _recorded_sites()

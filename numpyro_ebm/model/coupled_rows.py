@@ -5,10 +5,10 @@ r"""Whether the energy of a row is a function of that row alone.
 
 Rows are independent draws of one density: objectives average over them, kernels move and accept
 them one by one, and log Z is that of one row. An energy that subtracts the mean of the batch, or
-takes differences of neighbouring rows, has another normalizer, and every method would go on without
-a word. The axis of the rows is followed through the operations of the energy, without running it
-(:mod:`~numpyro_ebm.program.row_axes`). Where they are not known to keep rows apart, the energy is
-evaluated at few rows, some of them moved.
+takes differences of neighbouring rows, has another normalizer, and every method would silently be
+wrong. The axis of the rows is followed through the operations of the energy, without running it
+(:mod:`~numpyro_ebm.program.row_axes`). Where that does not prove the rows to be separate, the
+energy is evaluated at few rows, some of which are changed.
 """
 
 from contextlib import suppress
@@ -27,11 +27,11 @@ from numpyro_ebm.program.row_axes import MIXED, row_axes
 __all__ = ["check_rows"]
 
 FEW = 8
-"""Rows at which an energy is evaluated, if its model can be read at as many."""
+"""Number of rows at which an energy is evaluated, if its model can be read with so few."""
 
 SPREADS = (1.0, 3.0)
-"""Values are tried within as much of zero in unconstrained coordinates; the first move all units
-of a discrete row, the second one in three."""
+"""Half-widths of the random values, in unconstrained coordinates. For discrete sites the first
+changes all units of a row, the second one in three."""
 
 
 def check_rows(row_model, read_again, params):
@@ -69,16 +69,16 @@ def check_rows(row_model, read_again, params):
 
 
 def _coupled(row_model, read_again, params, names):
-    """Those of the terms that change in some rows when the values of others do.
+    """Those of the terms that change in some rows when the values of other rows do.
 
-    Rows are moved by the digits of their numbers, of which any two rows have one that differs.
+    Which rows are changed follows the binary digits of their indices: two rows differ in one.
     """
     found, moving = set(), sorted(row_model.sites)  # not those that were set aside as observed
-    with jax.ensure_compile_time_eval():  # whatever is traced around it
+    with jax.ensure_compile_time_eval():  # also inside of a `jit`
         row_model = _at_few_rows(row_model, read_again, params) or _with_known_arguments(row_model)
         terms = jax.jit(row_model.terms)
         for seed, spread in enumerate(SPREADS):
-            with suppress(Exception):  # whatever a model says of values that it was not made for
+            with suppress(Exception):  # the model may refuse random values
                 found |= _changed(row_model, terms, moving, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
 
@@ -137,7 +137,7 @@ def _at_few_rows(row_model, read_again, params):
             like = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(site.value))
             values[name] = _somewhere(jax.random.key(0), like, site.fn.support)
         few = read_again(*jax.tree.map(first, (args, kwargs)), {**params, **values})
-    except Exception:  # whatever a model says that was made for these rows alone
+    except Exception:  # the model may be written for its number of rows
         return None
     return few if few.num_rows == FEW else None
 
@@ -150,7 +150,7 @@ def _with_known_arguments(row_model):
 
 
 def _halves(num_rows):
-    """Sets of rows such that of any two rows either is in one without the other."""
+    """Sets of rows: for any two rows, each is in a set that does not hold the other."""
     rows = np.arange(num_rows)
     for digit in range((num_rows - 1).bit_length()):
         bit = (rows >> digit & 1).astype(bool)
@@ -159,13 +159,13 @@ def _halves(num_rows):
 
 def _differs(before, after, where):
     if not (not_jax_tracer(before) and not_jax_tracer(after)):
-        return False  # a model that reads traced values from elsewhere
+        return False  # the model closes over traced values
     gap = jnp.abs(after - before) > 64 * jnp.finfo(before.dtype).eps * (1 + jnp.abs(before))
     return bool(jnp.any(where & (gap | (jnp.isnan(before) != jnp.isnan(after)))))
 
 
 def _known(x):
-    """An argument, or ones in the place of one that is traced."""
+    """An argument, or ones in its place if it is traced."""
     return x if not_jax_tracer(x) or not hasattr(x, "shape") else jnp.ones(x.shape, x.dtype)
 
 
@@ -186,7 +186,7 @@ def _somewhere(rng_key, value, support, spread=1.0):
 
 
 def _elsewhere(rng_key, value, support, spread):
-    """Another value on a support; on a discrete one the next or previous number, here and there."""
+    """Another value on a support; on a discrete one the next or previous number, at some units."""
     if not support.is_discrete:
         return _somewhere(rng_key, value, support, spread)
     is_moved = jax.random.bernoulli(rng_key, 1 / spread, value.shape)
@@ -194,7 +194,7 @@ def _elsewhere(rng_key, value, support, spread):
 
 
 def _if_supported(support, wanted, other):
-    """What is wanted, and the other where it is not on a discrete support."""
+    """``wanted`` where it lies on a discrete support, and ``other`` elsewhere."""
     inside = scalar_support(support)(wanted)
     return jnp.where(
         inside.reshape(inside.shape + (1,) * (wanted.ndim - inside.ndim)), wanted, other

@@ -150,7 +150,7 @@ def _row_shape(row_model, name):
 
 
 def shifted(values, shift, lowest, num_values):
-    """Move the values lowest, …, lowest + K - 1 on by ``shift`` < K places, round and round."""
+    """Move the values lowest, …, lowest + K - 1 on by ``shift`` < K places, cyclically."""
     dtype = jnp.result_type(values)
     wide = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(int)  # no overflow
     moved = jnp.asarray(values, wide) + jnp.asarray(shift, wide)

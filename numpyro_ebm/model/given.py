@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hierarchies over the parameters of an energy: what does not reach it directly is ordinary."""
+"""Hierarchies over the parameters of an energy: those above the sites that it reads."""
 
 import jax
 from numpyro.handlers import seed, substitute, trace

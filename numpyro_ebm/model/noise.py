@@ -35,7 +35,7 @@ __all__ = ["Noise"]
 
 
 class Noise:
-    """A distribution over the visible values of a model, beside its joint.
+    """A distribution over the visible values of a model.
 
     :param noise: as the user wrote it.
     :param RowModel row_model: the model it stands beside.
@@ -73,7 +73,7 @@ class Noise:
             return param_sites(trace(seed(self._function, rng_key)).get_trace())
 
     def _check_own_sites(self, params):
-        """A latent site of the noise's own would have to be summed out of its density."""
+        """Refuse latent sites: they would have to be summed out of the density of the noise."""
         own = [
             name
             for name, site in self._trace(params).items()
@@ -97,7 +97,7 @@ class Noise:
             return seed(substitute(self._function, data=params), jax.random.key(0))()
 
     def draw(self, rng_key, params, num):
-        """Unconstrained draws of the visible sites, ``num`` leading, differentiable if they are."""
+        """Unconstrained draws of the visible sites, ``num`` leading."""
         sites = self.row_model.visible
         found = self._checked(params)
         if found is None:  # the noise samples the sites itself
@@ -143,7 +143,7 @@ class Noise:
         return total
 
     def site_distributions(self, params):
-        """Distributions by site name at given parameters, whatever form the noise has."""
+        """Distributions by site name at given parameters, for every form of noise."""
         found = self._checked(params)
         if found is None:
             noise_trace = self._trace(params)

@@ -65,8 +65,8 @@ def with_arguments(function, row_model):
 def named_leaves(noise, name):
     """Name and constraint of every array by its identity.
 
-    The names are attributes, ``flow.base_dist.scale``, and not places in the tree, because NumPyro
-    flattens its distributions in an order that is another one in every process.
+    The names are attributes, ``flow.base_dist.scale``, and not positions in the tree, because the
+    order in which NumPyro flattens its distributions differs from process to process.
     """
     found = {}
 

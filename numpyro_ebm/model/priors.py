@@ -34,9 +34,9 @@ __all__ = [
 
 
 class isolated(Messenger):
-    """Run models inside of a running model, unseen: no handler around hears of them.
+    """Run models inside of a running model, hidden from all handlers around.
 
-    NumPyro's ``block`` lets random keys through; here there are none but those given inside.
+    Unlike NumPyro's ``block`` it hides requests for random keys as well.
     """
 
     def process_message(self, msg):
@@ -46,8 +46,8 @@ class isolated(Messenger):
 class OutsidePlate(Messenger):
     """Hide what is inside the data plate, and collect the parameters.
 
-    Hidden latent sites take a placeholder on their support, visible ones keep their data, and
-    energies their values, which nobody adds up.
+    Hidden latent sites take a placeholder on their support; visible sites keep their data, and
+    energies their values, which are not part of the log-density then.
 
     :param fn: a model.
     :param str plate: name of the data plate.
@@ -82,7 +82,7 @@ class OutsidePlate(Messenger):
 
 
 def prior(model):
-    """The prior of an energy-based model, as a NumPyro model of its own.
+    """The prior of an energy-based model, as a separate NumPyro model.
 
     It is the model without the sites of its data plate, energies included, so that no normalizer is
     missing. NumPyro's AutoGuides over the parameters are made of it, and ``Predictive`` draws the
@@ -112,7 +112,7 @@ def prior(model):
     @wraps(model)
     def prior_model(*args, **kwargs):
         plates = []
-        with isolated():  # traced, not run: the name of the plate is all that is wanted
+        with isolated():  # traced, not run: only the name of the plate is used
             jax.eval_shape(lambda: plates.append(read_model(model, args, kwargs).plate))
         run_prior(model, args, kwargs, *plates)
 
@@ -131,7 +131,7 @@ def prior_part(model, plate, keep=()):
 
 
 def run_prior(model, args, kwargs, plate, keep=()):
-    """Run the prior part of a model in place, inside whatever handlers are around.
+    """Run the prior part of a model in place, inside the handlers around.
 
     :return: values of the sites outside the plate by name, those of the sites kept, the indices of
         the data plate.
@@ -143,7 +143,7 @@ def run_prior(model, args, kwargs, plate, keep=()):
 
 
 def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
-    """Read a model, check that its parameters have proper priors, and hide the reading.
+    """Read a model, hidden from handlers around, and check that its parameters have proper priors.
 
     :param str who: the caller, for messages.
     :return: a :class:`~numpyro_ebm.model.row_model.RowModel`.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an energy sees the visible value that an objective sets, or the raw argument.
 
-An objective evaluates the model at visible values of its own (noised, moved, sampled) by overriding
-the visible sites. A model that computes its energy from the *argument* instead of the value that
-``numpyro.sample(..., obs=...)`` returned never notices, and learns nothing, or the wrong thing.
-Here the dependence of every energy, and of every draw of a guide, on arguments and visible sites is
-traced through the computation itself, without running it.
+An objective evaluates the model at other visible values (noised, moved, sampled) by overriding the
+visible sites. A model that computes its energy from the *argument* instead of the value that
+``numpyro.sample(..., obs=...)`` returned ignores them, and learns nothing, or the wrong thing. Here
+the dependence of every energy, and of every draw of a guide, on arguments and visible sites is
+traced through the computation, without running it.
 """
 
 import jax
@@ -24,7 +24,7 @@ __all__ = ["check_guide", "check_model"]
 
 
 class _keep_observations(Messenger):
-    """Remember what a model itself gave as `obs`, before an outer handler overrides it."""
+    """Record what a model gave as `obs`, before an outer handler overrides it."""
 
     def __init__(self, fn, names):
         self.names, self.observed = names, {}
@@ -106,10 +106,10 @@ def check_model(row_model, model, args, kwargs):
 
 
 def _row_parameters(row_model, model, arrays, rebuild):
-    """Parameters of which every row has a value of its own.
+    """Parameters that have a value for every row.
 
-    An axis as long as the plate may be one by chance; whether rows differ at random parameters,
-    with everything else the same in all of them, tells.
+    An axis may be as long as the plate by chance. So the rows are compared at a random value of the
+    parameter, with all other values the same in all rows.
     """
     rows = row_model.num_rows
     shaped = [
@@ -122,7 +122,7 @@ def _row_parameters(row_model, model, arrays, rebuild):
     shapes = jax.eval_shape(row_model.unconstrain_visible)
 
     def alike(x):
-        """The same in all rows, and known even where the argument is traced."""
+        """Equal rows, and a known value where the argument is traced."""
         x = jnp.ones(x.shape, x.dtype) if not not_jax_tracer(x) else jnp.asarray(x)
         return jnp.broadcast_to(x[:1], x.shape) if x.shape[0] in (rows, row_model.total_rows) else x
 
@@ -173,7 +173,7 @@ def _supports(row_model):
 
 
 def _same_in_all_rows(row_model, site):
-    """A value on the support of a site, known even where its own is traced."""
+    """A value on the support of a site, equal in all rows, and known where the site's is traced."""
     shape = jnp.shape(site.value)
     if not_jax_tracer(site.value):
         axis = len(shape) + row_model.dim - site.event_dim
@@ -187,7 +187,7 @@ def _same_in_all_rows(row_model, site):
 def check_guide(row_model, guide, params, args, kwargs, *, may_ignore_visible=False):
     """Raise unless the guide's draws depend on the visible sites, through ``visible`` statements.
 
-    :param bool may_ignore_visible: accept a guide that does not look at v (importance weights
+    :param bool may_ignore_visible: accept a guide that does not read v (importance weights
         correct it).
     :raises ModelError: naming the site and what to write instead.
     """

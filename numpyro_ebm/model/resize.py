@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model read at another number of rows, where that can be shown to be the same model of a row.
 
-Sums over states evaluate the energy at points of their own, as many as there are states, and the
-plate has as many rows as there are data. Models are written for any number of rows, ``len(data)``
-of them: the same model is read again with as many rows as there are states, and the programs of
-both are compared, operation by operation. An energy that counts its rows is found out by that.
+Sums over states evaluate the energy at as many points as there are states, and the plate has as
+many rows as there are data. Models are written for any number of rows, ``len(data)``: the same
+model is read again with as many rows as there are states, and both programs are compared, operation
+by operation. The comparison fails for an energy that depends on the number of rows.
 """
 
 from functools import partial
@@ -47,7 +47,7 @@ def with_rows(row_model, num_rows):
     args, kwargs = jax.tree.map(first_row, (row_model.args, row_model.kwargs))
     try:
         other = read_model(row_model.model, args, kwargs, row_model.parameters)
-    except Exception:  # whatever a model says that was made for these rows alone
+    except Exception:  # the model may be written for its number of rows
         return None
     if (other.num_rows, other.total_rows) != (num_rows, num_rows) or other.covariates:
         return None
@@ -92,10 +92,10 @@ class _Comparison:
         return _all(atom, a.outvars, b.outvars)
 
     def parameters(self, name, a, b):
-        """Parameters of an operation: sizes may be rows, and all else is the same."""
+        """Parameters of an operation: sizes may be numbers of rows, all others are the same."""
         if a.keys() != b.keys():
             return False
-        # What counts up, or draws, gives every row a value of its own.
+        # Indices and random numbers differ from row to row.
         is_sized = name != "iota" and not name.startswith(("random", "threefry"))
         return all(self.values(a[k], b[k], is_sized and k in SIZES) for k in a)
 
@@ -110,7 +110,7 @@ class _Comparison:
             return a.dtype == b.dtype and self.values(a.shape, b.shape, True)
         if are_sizes and isinstance(a, int | np.integer):
             return a == b or a * self.m == b * self.n
-        # Rules of derivatives are made anew with every program, and say nothing it does not.
+        # Rules of derivatives are new objects in every program; they follow from its operations.
         return callable(a) or hasattr(a, "call_wrapped") or _equal(a, b)
 
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Random numbers of many steps drawn at once.
 
-A step of a training loop is a function of a random key and of a state. What it does with the key
-alone, from splitting it to the last transformation of the noise, does not wait for the state: it
-can be done for many steps in one vectorised pass before the loop. On a CPU every split and every
-draw is a loop of its own, and inside of a quick step they are most of its time.
+A step of a training loop is a function of a random key and of a state. The operations that depend
+on the key alone, from splitting it to the last transformation of the noise, do not need the state:
+they can be done for many steps in one vectorised pass before the loop. On a CPU every split and
+every draw compiles to a separate loop, and these take most of the time of a short step.
 
-:func:`split_off_draws` finds those operations in the jaxpr of a step, and draws only once what a
-step asks for twice by the same key. Nothing else changes: each step still sees the numbers of its
-own key.
+:func:`split_off_draws` finds those operations in the jaxpr of a step. Noise that a step draws twice
+by the same key is drawn once. The results do not change: each step uses the numbers of its key.
 """
 
 import math
@@ -92,7 +91,7 @@ def scan_keys(step, carry, keys):
 
 
 def at(x, i):
-    """``x[i]`` for an index that is known not to be negative, which is asked at every step else."""
+    """``x[i]`` for an index known not to be negative, without a test of it at every step."""
     return jax.lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
 
 

@@ -32,7 +32,7 @@ from numpyro_ebm.program.jaxprs import (
 
 __all__ = ["interactions"]
 
-MAX_ENTRIES = 30_000_000  # entries of sparse matrices; beyond, nothing is told
+MAX_ENTRIES = 30_000_000  # entries of sparse matrices; with more, all coordinates may interact
 
 MOVES = set(
     "broadcast_in_dim concatenate copy copy_p expand_dims pad reshape rev slice split squeeze "
@@ -46,7 +46,7 @@ REDUCTIONS = set(
 
 
 class _CannotTell(Exception):
-    """All coordinates interact as far as can be told."""
+    """Raised where all coordinates may interact."""
 
 
 def interactions(fn, inputs):
@@ -159,7 +159,7 @@ class _DependencyWalker:
         return matrix[index]
 
     def move(self, eqn, operands):
-        """Operations that only move elements: they are run on the numbers of the elements."""
+        """Operations that only move elements: they are run on the indices of the elements."""
         name = eqn.primitive.name
         num_moved = len(operands) if name in MOVES else MOVES_BY.get(name)
         if name == "select_n":

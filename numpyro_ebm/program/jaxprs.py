@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions rewritten through their jaxprs: jits written out, terms that vanish left out.
+"""Jaxprs read and rewritten: an interpreter for analyses, jits written out, zero terms left out.
 
-What a compiler may not do, because zero times a number is not zero where the number is infinite,
-and what a person writing the same function by hand would do without a thought.
+:func:`at_zero` leaves out products with zero. A compiler may not, because zero times infinity is
+not zero.
 """
 
 import jax
@@ -178,9 +178,9 @@ def needed(jaxpr):
 
 
 def without_repeats(jaxpr):
-    """The same jaxpr, with operations that repeat an earlier one on the same operands left out.
+    """The same jaxpr without operations that repeat an earlier one on the same operands.
 
-    A compiler merges them as well, but not loops, and a draw of random numbers is one on a CPU.
+    A compiler merges them as well, except for loops; on a CPU a draw of random numbers is a loop.
     """
     first, same, eqns = {}, {}, []
 
@@ -206,12 +206,12 @@ def variables(atoms):
 
 
 def _is_dropped(earlier, later):
-    """Whether an operation threw a result away that the later one keeps."""
+    """Whether the earlier of two equal operations drops a result that the later one keeps."""
     return any(isinstance(v, DropVar) for v in earlier) and len(later) > 1
 
 
 def _signature(eqn):
-    """What two equal operations have in common; `None` where that cannot be said."""
+    """A key that is the same for equal operations; `None` where it cannot be made."""
     if eqn.effects:
         return None
     operands = tuple(

@@ -4,9 +4,9 @@ r"""How a function depends on its inputs: polynomial degree and separability, re
 .. math:: \deg(f + g) \le \max(\deg f, \deg g), \qquad \deg(f g) \le \deg f + \deg g
 
 A log-density of degree 2 is Gaussian, one of degree 1 in binary units makes them independent. Such
-a statement has to hold everywhere, which no number of evaluations can show; the operations that the
-function is made of can. Use :func:`structure` where a closed form is only right for polynomials.
-Whatever is not known here counts as infinite degree: the bounds err on the safe side.
+a statement has to hold everywhere: no number of evaluations can show it, but the operations of the
+function can. Use :func:`structure` where a closed form is only right for polynomials. Unknown
+operations count as infinite degree, so that the bounds are conservative.
 
 Reference: an abstract interpretation in the sense of Cousot, Cousot, POPL 1977.
 """
@@ -40,7 +40,7 @@ class Structure(NamedTuple):
     - **degree** - upper bound of its polynomial degree, jointly in all of them; may be ``inf``.
     - **separable** - whether it is certainly a sum of functions of one coordinate each, so that its
       Hessian is diagonal.
-    - **true_gradient** - whether autodiff of it is not in the hands of custom derivative rules.
+    - **true_gradient** - whether its derivatives are those of its operations: no custom rule.
     """
 
     degree: float

@@ -3,10 +3,10 @@ r"""The coefficients of a log-density that is quadratic in the values of a row.
 
 .. math:: \log\tilde p(x) = \text{const} + b^\top (x - m) + \tfrac12 (x - m)^\top H (x - m)
 
-Its gradient is a program, and b that program at the center m; H is its derivative along all axes at
-once, the identity matrix. Both are evaluated as a person would: what is zero drops out, and a
-product with a diagonal matrix is a scaling. So H of the energy :math:`-s^\top J s` comes out as
-:math:`J + J^\top` times a number, and not as two products of matrices.
+b is the gradient at the center m, and H the derivative of the gradient along all axes at once, the
+identity matrix. Both are evaluated operation by operation: terms that are zero are dropped, and a
+product with a diagonal matrix becomes a scaling. H of the energy :math:`-s^\top J s` is then
+:math:`J + J^\top` times a number, without a product of matrices.
 """
 
 import jax
@@ -22,7 +22,7 @@ ADDITIONS = {"add": jnp.add, "add_any": jnp.add, "sub": jnp.subtract}
 
 
 def quadratic_form(gradient, center):
-    """b and H, where the program of the gradient multiplies with matrices and does little else.
+    """b and H, where the gradient consists of products with matrices and little else.
 
     :param gradient: maps (D, D), a point in every row, to the gradients at the points; affine.
     :param center: m, of shape (D,), a NumPy array.
@@ -59,7 +59,7 @@ def quadratic_form(gradient, center):
 
 
 class NoSimpleForm(Exception):
-    """An operation that turns a diagonal matrix into something else."""
+    """Raised for an operation whose result on a diagonal matrix is not known to be simple."""
 
 
 class Diagonal:
@@ -70,7 +70,7 @@ class Diagonal:
 
 
 def _evaluate_structured(closed, args):
-    """Evaluate a jaxpr; `None` stands for zeros, and what is known is computed at once."""
+    """Evaluate a jaxpr; `None` stands for zeros, and operations on known values are run eagerly."""
 
     def apply(eqn, operands):
         name, vanished = eqn.primitive.name, [x is None for x in operands]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The axis of the rows, followed through the operations of a function.
 
-An array that a function makes reads no row, or has an axis along which every element reads its own
-row alone, or may mix the rows. Operations that are not known here mix them: what is said to be
-apart is apart.
+An intermediate array reads no row, or has an axis along which every element reads its own row
+alone, or may mix the rows. Unknown operations count as mixing, so that rows that are reported as
+separate are separate.
 """
 
 import math
@@ -196,7 +196,7 @@ def _gather(params, operands, shapes):
 
 
 def _scan(eqn, operands):
-    """A loop over another axis than the rows; what it carries takes up rows as it goes."""
+    """A loop over another axis than the rows; its carry may gain an axis of rows on the way."""
     inner = inner_jaxpr(eqn)
     # Slices have an axis less inside; versions of JAX differ in how they count them otherwise.
     arguments = zip(eqn.invars, inner.jaxpr.invars, strict=True)
