@@ -792,6 +792,14 @@ def coupled_prior(data):
         ebm.energy("E", 0.5 * rate * jnp.sum(v**2, -1))
 
 
+class Biased(ebm.MALA):
+    leaves_invariant = False
+
+
+class OneWay(ebm.MALA):
+    is_reversible = False
+
+
 V, S = jnp.asarray(GAUSSIAN), jnp.asarray(LATTICES[3])
 BY_ROW = {"by_row": True, "step_size": 1.0}
 REFUSED = {
@@ -813,6 +821,14 @@ REFUSED = {
         {},
         S,
         "without a Metropolis",
+    ),
+    "says it is biased": (gaussian, lambda m: Biased(m, 0.1), {}, V, "Biased without a Metropolis"),
+    "says it is not reversible": (
+        gaussian,
+        lambda m: OneWay(m, 0.1),
+        {"num_bridges": 2},
+        V,
+        "OneWay does not",
     ),
     "no kernel": (gaussian, lambda m: 3, {}, V, "returned 3"),
     "wrong draws": (gaussian, lambda k, p: {"v": jnp.zeros(3)}, {}, V, r"\(200,\).*\(3,\)"),
