@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import i0e, logsumexp
+from jax.typing import ArrayLike
 
 __all__ = [
     "TOYS",
@@ -135,7 +136,7 @@ def _on_points(function):
     return checked
 
 
-def log_density(name, x):
+def log_density(name: str, x: ArrayLike) -> jax.Array:
     r"""Exact log-density :math:`\log p(x)` of a toy, in nats.
 
     Parameters
@@ -161,10 +162,12 @@ def log_density(name, x):
     >>> datasets.log_density("checkerboard", [[0.2, 0.3], [0.2, 0.8]]).tolist()
     [0.6931, -inf]
     """
-    known = sorted(key for key, toy in TOYS.items() if toy.log_density is not None)
+    known = {key: toy.log_density for key, toy in TOYS.items() if toy.log_density is not None}
     if name not in known:
-        raise ValueError(f"no exact log-density for {name!r}; known for: {', '.join(known)}")
-    return TOYS[name].log_density(x)
+        raise ValueError(
+            f"no exact log-density for {name!r}; known for: {', '.join(sorted(known))}"
+        )
+    return known[name](x)
 
 
 def _squares(rng_key, num_samples, low, side, num_columns):
@@ -205,7 +208,7 @@ _WIDE_BOARD = {"low": -4.0, "side": 2.0, "num_columns": 4}
 
 
 @_toy(log_density=partial(_squares_log_density, **_UNIT_BOARD), entropy=-math.log(2))
-def checkerboard(rng_key, num_samples):
+def checkerboard(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Uniform on two diagonal squares of the unit square, the checkerboard of the VaGES paper.
 
     .. math:: x = u / 2 + m, \quad u \sim U[0, 1)^2, \quad m \sim U\{(0, 0), (1/2, 1/2)\}
@@ -220,7 +223,7 @@ def checkerboard(rng_key, num_samples):
 
 
 @_toy(log_density=partial(_squares_log_density, **_WIDE_BOARD), entropy=math.log(32))
-def checkerboard_4x4(rng_key, num_samples):
+def checkerboard_4x4(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Uniform on 8 squares of a 4 x 4 board over [-4, 4)^2, the checkerboard of FFJORD.
 
     .. math:: p(x) = 1/32 \quad
@@ -246,7 +249,7 @@ _GRID_OF_25 = {
 
 
 @_toy(log_density=partial(_mixture_log_density, **_RING_OF_EIGHT))
-def eight_gaussians(rng_key, num_samples):
+def eight_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Equal mixture of eight Gaussians on a circle.
 
     .. math:: p(x) = \frac18 \sum_{k=0}^{7} N(x; r (\cos k\pi/4, \sin k\pi/4), s^2 I),
@@ -261,7 +264,7 @@ def eight_gaussians(rng_key, num_samples):
 
 
 @_toy(log_density=partial(_mixture_log_density, **_GRID_OF_25))
-def twenty_five_gaussians(rng_key, num_samples):
+def twenty_five_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Equal mixture of 25 Gaussians on a square grid.
 
     .. math:: p(x) = \frac1{25} \sum_{i,j=-2}^{2} N(x; d (i, j), s^2 I),
@@ -291,7 +294,7 @@ def _rings_log_density(x):
 
 
 @_toy(log_density=_rings_log_density)
-def rings(rng_key, num_samples):
+def rings(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Four concentric circles with Gaussian noise in the plane.
 
     .. math:: x = r (\cos t, \sin t) + s\,\epsilon, \quad r \sim U\{0.75, 1.5, 2.25, 3\},
@@ -325,7 +328,7 @@ def _cosine_log_density(x):
     log_density=_cosine_log_density,
     entropy=math.log(2 * _WAVE_HALF_WIDTH) + math.log(2 * math.pi * math.e * _WAVE_NOISE**2) / 2,
 )
-def cosine(rng_key, num_samples):
+def cosine(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Wave with Gaussian noise across it.
 
     .. math:: x_1 \sim U[-2.5, 2.5), \quad x_2 \mid x_1 \sim N(2.5 \sin x_1, 0.1^2)
@@ -342,7 +345,7 @@ def cosine(rng_key, num_samples):
 
 
 @_toy()
-def moons(rng_key, num_samples):
+def moons(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Two interleaved half circles with Gaussian noise.
 
     .. math:: x = 2 y + 0.2\,\epsilon - (1, 0.2), \quad
@@ -363,7 +366,7 @@ def moons(rng_key, num_samples):
 
 
 @_toy()
-def pinwheel(rng_key, num_samples):
+def pinwheel(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Five Gaussian blades, bent by a rotation that grows with the distance along the blade.
 
     .. math:: x = 2 R(-2\pi k/5 - e^a/4)\, (a, b), \quad a \sim N(1, 0.3^2),
@@ -384,7 +387,7 @@ def pinwheel(rng_key, num_samples):
 
 
 @_toy()
-def swiss_roll(rng_key, num_samples):
+def swiss_roll(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""One spiral arm with Gaussian noise, the section of the Swiss roll.
 
     .. math:: x = \tfrac15 \bigl(t (\cos t, \sin t) + \epsilon\bigr), \quad
@@ -400,7 +403,7 @@ def swiss_roll(rng_key, num_samples):
 
 
 @_toy()
-def two_spirals(rng_key, num_samples):
+def two_spirals(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Two spiral arms, each the other's mirror image in the origin.
 
     .. math:: x = \pm \tfrac13 \bigl(t (-\cos t, \sin t) + u/2\bigr) + 0.1\,\epsilon, \quad

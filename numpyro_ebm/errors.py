@@ -4,6 +4,8 @@
 The ``check_...`` functions hold options to their range, with one message for each kind.
 """
 
+from typing import Any
+
 __all__ = [
     "FarNoiseWarning",
     "ImproperSamplingError",
@@ -43,7 +45,7 @@ class NonFiniteLossWarning(RuntimeWarning):
         nothing trained is lost where warnings are turned into errors.
     """
 
-    def __init__(self, message, result=None):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
 
@@ -68,7 +70,7 @@ class ShortAuxiliaryWarning(RuntimeWarning):
     """Auxiliary chains of the exchange algorithm end while they still drift: they are too short."""
 
 
-def check_integer(owner, minimum=1, **options):
+def check_integer(owner: str, minimum: int = 1, **options: Any) -> None:
     """Raise :class:`ModelError` unless options are integers of at least ``minimum``.
 
     :param str owner: what the options belong to, for the message.
@@ -80,14 +82,14 @@ def check_integer(owner, minimum=1, **options):
             raise ModelError(f"{owner}: `{name}` must be {what}, got {value!r}.")
 
 
-def check_positive(owner, **options):
+def check_positive(owner: str, **options: Any) -> None:
     """Raise :class:`ModelError` unless options are positive numbers."""
     for name, value in options.items():
         if not value > 0:
             raise ModelError(f"{owner}: `{name}` must be positive, got {value}.")
 
 
-def check_fraction(owner, **options):
+def check_fraction(owner: str, **options: Any) -> None:
     """Raise :class:`ModelError` unless options are numbers between 0 and 1, without the ends."""
     for name, value in options.items():
         if not 0 < value < 1:

@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
 
 # From the ground up. A file may import from its own folder and from the floors below.
 FLOORS = [
-    {"_compat", "datasets", "errors"},
+    {"_compat", "datasets", "errors", "types"},
     {"language", "program"},
     {"samplers"},
-    {"guides", "model", "models"},
+    {"model", "models"},
+    {"guides"},
     {"marginals"},
     {"log_normalizers"},
     {"objectives"},

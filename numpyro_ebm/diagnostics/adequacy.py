@@ -11,6 +11,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from numpyro.infer import MCMC
 from scipy.special import chdtrc
 
 from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
@@ -44,7 +45,7 @@ class AuxiliaryAdequacy(NamedTuple):
     is_adequate: bool
 
 
-def auxiliary_adequacy(mcmc):
+def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     """Judge by the draws of a run whether ``num_auxiliary_steps`` of ``Exchange`` is enough.
 
     It sees a chain that is on its way. One that is stuck in a mode for much longer than its length

@@ -8,7 +8,7 @@ does not expect; samples that lie higher than data come of a sampler that has no
 model whose modes are too wide or too many. Equal energies do not prove equal laws.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,9 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["EnergyGap", "energy_gap"]
 
@@ -43,16 +45,16 @@ class EnergyGap(NamedTuple):
 
 
 def energy_gap(
-    rng_key,
-    model,
-    data,
-    samples,
-    *args,
-    marginal=None,
-    guide=None,
-    guide_params=None,
-    **kwargs,
-):
+    rng_key: jax.Array,
+    model: Model,
+    data: Any,
+    samples: Any,
+    *args: Any,
+    marginal: Marginal | None = None,
+    guide: Model | None = None,
+    guide_params: Params | None = None,
+    **kwargs: Any,
+) -> EnergyGap:
     """Compare the energies of data with those of samples of the model.
 
     :param rng_key: random key; used for the particles of a guide only.
@@ -132,7 +134,7 @@ def energy_gap(
             )
     from scipy.stats import ks_2samp  # half a second to import
 
-    test = ks_2samp(of_data, of_samples, method="asymp")
+    test: Any = ks_2samp(of_data, of_samples, method="asymp")
     variance = sum(np.var(x, ddof=1) / len(x) for x in (of_data, of_samples))
     return EnergyGap(
         of_data,

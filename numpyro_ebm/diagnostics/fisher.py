@@ -9,7 +9,7 @@ scales it: of all multiples t f the best has :math:`t = E[s·f + \operatorname{t
 which takes the noise of the fit back where there is nothing to find.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ import numpy as np
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import choose
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.svi.energy_svi import EnergySVI
+from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["FisherDivergenceResult", "fisher_divergence"]
 
@@ -48,27 +50,27 @@ class FisherDivergenceResult(NamedTuple):
 
 
 def fisher_divergence(
-    rng_key,
-    model,
-    data,
-    critic=None,
-    guide=None,
+    rng_key: jax.Array,
+    model: Model,
+    data: Any,
+    critic: Model | None = None,
+    guide: Model | None = None,
     *,
-    marginal=None,
-    residual=True,
-    optim=None,
-    num_steps=5_000,
-    batch_size=100,
-    guide_loss=None,
-    guide_optim=None,
-    num_guide_steps=5,
-    init_params=None,
-    validation_fraction=0.1,
-    test_fraction=0.1,
-    num_looks=20,
-    progress_bar=True,
-    **kwargs,
-):
+    marginal: Marginal | None = None,
+    residual: bool = True,
+    optim: Optimizer | None = None,
+    num_steps: int = 5_000,
+    batch_size: int = 100,
+    guide_loss: Any = None,
+    guide_optim: Optimizer | None = None,
+    num_guide_steps: int = 5,
+    init_params: Params | None = None,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    num_looks: int = 20,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> FisherDivergenceResult:
     r"""Estimate the Fisher divergence between data and a fixed (latent variable) model.
 
     :param rng_key: random key.
@@ -169,7 +171,7 @@ def fisher_divergence(
 
     batch_size = min(batch_size, num_rows - num_test - num_validation)
     ends = np.unique(np.linspace(0, num_steps, min(num_looks, num_steps) + 1).astype(int))
-    values, best, state = [], None, None
+    values, best, state = [], (-np.inf, 0, 0.0, {}), None
     for start, end in zip(ends[:-1], ends[1:], strict=True):
         fit = svi.run(
             key_run,
@@ -184,7 +186,7 @@ def fisher_divergence(
         linear, square = map(jnp.mean, terms(key_look, fit.params, validation))
         scale = jnp.where(square > 0, linear / square, 0.0)
         values.append(float(0.5 * scale * linear))
-        if best is None or values[-1] > best[0]:
+        if values[-1] > best[0] or start == 0:
             best = values[-1], int(end), float(scale), fit.params
     _, num_trained, scale, params = best
     linear, square = terms(jax.random.fold_in(key_look, 1), params, test)

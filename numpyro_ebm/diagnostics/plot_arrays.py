@@ -5,7 +5,7 @@ Everything here is arithmetic, and knows nothing of matplotlib.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model, Params
 
 __all__ = [
     "Grid",
@@ -34,7 +36,7 @@ class Grid(NamedTuple):
     y: np.ndarray
 
 
-def make_grid(who, xlim, ylim, num):
+def make_grid(who: str, xlim: tuple[float, float], ylim: tuple[float, float], num: int) -> Grid:
     """``num`` points in each direction, over a frame of two ``(low, high)``."""
     for name, limits in (("xlim", xlim), ("ylim", ylim)):
         if len(limits) != 2 or not limits[0] < limits[1]:
@@ -44,8 +46,16 @@ def make_grid(who, xlim, ylim, num):
 
 
 def log_density_on_grid(
-    who, grid, model, args, kwargs, marginal=None, guide=None, guide_params=None, rng_key=None
-):
+    who: str,
+    grid: Grid,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    marginal: Marginal | None = None,
+    guide: Model | None = None,
+    guide_params: Params | None = None,
+    rng_key: jax.Array | None = None,
+) -> np.ndarray:
     """log p̃ at the points of a grid: an array of shape (num, num), y leading.
 
     :param str who: the function that is named in errors.
@@ -87,14 +97,14 @@ def log_density_on_grid(
     return log_p
 
 
-def log_trapezoid(grid, log_p):
+def log_trapezoid(grid: Grid, log_p: np.ndarray) -> float:
     """log of the integral of exp(log_p) over the grid by the trapezoidal rule."""
     highest = np.max(log_p)
     integral = np.trapezoid(np.trapezoid(np.exp(log_p - highest), grid.x, axis=1), grid.y)
     return highest + np.log(integral)
 
 
-def paths_of_chains(draws, site):
+def paths_of_chains(draws: Any, site: str | None) -> np.ndarray:
     """Draws of one site with two coordinates as (chains, draws, 2), rows as chains.
 
     :param draws: an ``MCMC``, a dict of draws (chains, draws, ...) by site, or the array of one.
@@ -125,7 +135,7 @@ def paths_of_chains(draws, site):
     return np.swapaxes(x, 1, 2).reshape(-1, x.shape[1], 2)
 
 
-def as_images(draws, shape):
+def as_images(draws: Any, shape: tuple[int, ...] | None) -> np.ndarray:
     """Draws as (images, height, width), axes of length one after the first dropped.
 
     :param shape: (height, width); rows of pixels are square images if it is ``None``.
@@ -148,7 +158,7 @@ def as_images(draws, shape):
     return images
 
 
-def image_sheet(images, num_columns, gap):
+def image_sheet(images: np.ndarray, num_columns: int | None, gap: int) -> np.ndarray:
     """Images side by side in one image, NaN between them and where there are none.
 
     :param num_columns: images side by side; as many as make the sheet square if ``None``.

@@ -6,8 +6,14 @@
 ``pip install "numpyro-ebm[examples]"`` brings it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
 import numpy as np
 
+from numpyro_ebm.diagnostics.energies import EnergyGap
 from numpyro_ebm.diagnostics.plot_arrays import (
     as_images,
     image_sheet,
@@ -17,6 +23,11 @@ from numpyro_ebm.diagnostics.plot_arrays import (
     paths_of_chains,
 )
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.types import Model, Params
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["chains", "density", "energies", "samples", "training"]
 
@@ -25,21 +36,21 @@ COLOR_MAPS = {"density": "viridis", "energy": "viridis_r"}
 
 
 def density(
-    model,
-    *args,
-    xlim=(-3.0, 3.0),
-    ylim=(-3.0, 3.0),
-    num=200,
-    kind="density",
-    log_normalizer=None,
-    marginal=None,
-    guide=None,
-    guide_params=None,
-    rng_key=None,
-    colorbar=True,
-    ax=None,
-    **kwargs,
-):
+    model: Model,
+    *args: Any,
+    xlim: tuple[float, float] = (-3.0, 3.0),
+    ylim: tuple[float, float] = (-3.0, 3.0),
+    num: int = 200,
+    kind: Literal["density", "energy"] = "density",
+    log_normalizer: Any = None,
+    marginal: Marginal | None = None,
+    guide: Model | None = None,
+    guide_params: Params | None = None,
+    rng_key: jax.Array | None = None,
+    colorbar: bool = True,
+    ax: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
     r"""Density or energy of a fixed model with two visible coordinates.
 
     .. math:: p(v) = e^{-E(v)} / Z
@@ -101,21 +112,21 @@ def density(
 
 
 def chains(
-    draws,
-    model=None,
-    *args,
-    site=None,
-    max_chains=5,
-    xlim=None,
-    ylim=None,
-    num=150,
-    marginal=None,
-    guide=None,
-    guide_params=None,
-    rng_key=None,
-    ax=None,
-    **kwargs,
-):
+    draws: Any,
+    model: Model | None = None,
+    *args: Any,
+    site: str | None = None,
+    max_chains: int = 5,
+    xlim: tuple[float, float] | None = None,
+    ylim: tuple[float, float] | None = None,
+    num: int = 150,
+    marginal: Marginal | None = None,
+    guide: Model | None = None,
+    guide_params: Params | None = None,
+    rng_key: jax.Array | None = None,
+    ax: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
     """Paths of Markov chains over the energy landscape of a model with two visible coordinates.
 
     :param draws: an ``MCMC`` that has run, a dict of draws (chains, draws, ...) by site, or the
@@ -166,7 +177,7 @@ def chains(
     return ax
 
 
-def energies(gap, *, bins=50, ax=None):
+def energies(gap: EnergyGap, *, bins: int = 50, ax: Axes | None = None) -> Axes:
     """Histograms of the energies of data and of samples.
 
     :param gap: what :func:`~numpyro_ebm.energy_gap` returned.
@@ -192,14 +203,23 @@ def energies(gap, *, bins=50, ax=None):
     ax = _axes(ax)
     for name, style in (("data", {}), ("samples", {"histtype": "step", "lw": 1.5})):
         color = "0.7" if name == "data" else "tab:blue"
-        ax.hist(getattr(gap, name), edges, density=True, label=name, color=color, **style)
+        ax.hist(getattr(gap, name), list(edges), density=True, label=name, color=color, **style)
     ax.set(xlabel="energy, nats", ylabel="share per nat")
     ax.set_title(f"KS {gap.statistic:.2f}, p = {gap.p_value:.2g}", fontsize="medium")
     ax.legend(frameon=False)
     return ax
 
 
-def samples(draws, *, shape=None, num_columns=None, num=64, gap=1, cmap="gray", ax=None):
+def samples(
+    draws: Any,
+    *,
+    shape: tuple[int, ...] | None = None,
+    num_columns: int | None = None,
+    num: int = 64,
+    gap: int = 1,
+    cmap: Any = "gray",
+    ax: Axes | None = None,
+) -> Axes:
     """Samples as images, side by side in a grid.
 
     :param draws: images (samples, height, width), or rows of pixels (samples, height * width); axes
@@ -228,7 +248,9 @@ def samples(draws, *, shape=None, num_columns=None, num=64, gap=1, cmap="gray", 
     return ax
 
 
-def training(fit, *, window=None, label=None, ax=None):
+def training(
+    fit: Any, *, window: int | None = None, label: str | None = None, ax: Axes | None = None
+) -> Axes:
     """Loss of a fit against its steps, with a running mean.
 
     :param fit: what ``EnergySVI.run`` (or ``numpyro.infer.SVI.run``) returned, or the losses.

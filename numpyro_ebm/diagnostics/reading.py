@@ -4,13 +4,17 @@
 A diagnostic takes the model as ``fixed(model, params)``, with the data as its first argument.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals import Marginal, choose
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.row_model import RowModel, read_model
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]
 
@@ -18,7 +22,9 @@ AT_ONCE = 100
 """Particles, or draws, whose densities are evaluated together."""
 
 
-def read_rows(who, model, data, args, kwargs):
+def read_rows(
+    who: str, model: Model, data: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RowModel:
     """Read a fixed model at data.
 
     :raises ModelError: if it has free parameters, or its data are missing.
@@ -39,7 +45,7 @@ def read_rows(who, model, data, args, kwargs):
     return row_model
 
 
-def read_guide(who, guide, row_model, params):
+def read_guide(who: str, guide: Model, row_model: RowModel, params: Params | None) -> Guide:
     """Read a guide beside its model; every latent site and every parameter must be there."""
     reader = Guide(guide, row_model, row_model.args, row_model.kwargs)
     params = {} if params is None else params
@@ -58,15 +64,20 @@ def read_guide(who, guide, row_model, params):
     return reader
 
 
-def pick_marginal(who, row_model, marginal, guide, guide_params):
+def pick_marginal(
+    who: str,
+    row_model: RowModel,
+    marginal: Marginal | None,
+    guide: Model | None,
+    guide_params: Params | None,
+) -> tuple[Marginal, Guide | None, Params]:
     """The marginal to integrate the latent sites out with, and the guide it draws from.
 
     :return: a :class:`~numpyro_ebm.marginals.Marginal`, a :class:`~numpyro_ebm.guides.guide.Guide`
         or ``None``, and a dict of its parameters.
     """
-    if marginal is None:
-        marginal = choose(row_model)
-    elif not isinstance(marginal, Marginal):
+    marginal = choose(row_model) if marginal is None else marginal
+    if not isinstance(marginal, Marginal):
         raise ModelError(
             f"{who}: `marginal` must be a marginal such as `VaGES()` or `Enumerated()`, got "
             f"{marginal!r}."
@@ -78,6 +89,6 @@ def pick_marginal(who, row_model, marginal, guide, guide_params):
     return marginal, reader, {} if guide_params is None else guide_params
 
 
-def map_leading(fn, tree):
+def map_leading(fn: Callable[..., Any], tree: Any) -> Any:
     """``fn`` of every element of the leading axis, some at a time."""
     return jax.lax.map(fn, jax.tree.map(jnp.asarray, tree), batch_size=AT_ONCE)

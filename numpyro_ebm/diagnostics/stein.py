@@ -16,7 +16,7 @@ made for each row by itself. Two rows then have independent draws, so that κ ke
 (v, h) takes the place of v in the test.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,10 @@ from numpyro.util import not_jax_tracer
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import VaGES
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.objectives.stein import KERNELS
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["SteinTest", "stein_test"]
 
@@ -53,20 +55,20 @@ class SteinTest(NamedTuple):
 
 
 def stein_test(
-    rng_key,
-    model,
-    data,
-    *args,
-    kernel="imq",
-    bandwidth="median",
-    num_bootstrap=1_000,
-    flip_probability=0.5,
-    marginal=None,
-    guide=None,
-    guide_params=None,
-    draws=None,
-    **kwargs,
-):
+    rng_key: jax.Array,
+    model: Model,
+    data: Any,
+    *args: Any,
+    kernel: Literal["imq", "rbf"] = "imq",
+    bandwidth: float | Literal["median"] = "median",
+    num_bootstrap: int = 1_000,
+    flip_probability: float = 0.5,
+    marginal: Marginal | None = None,
+    guide: Model | None = None,
+    guide_params: Params | None = None,
+    draws: Any = None,
+    **kwargs: Any,
+) -> SteinTest:
     r"""Test whether rows are draws of a fixed energy-based model.
 
     :param rng_key: random key.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A NumPyro guide q(h | v) read as arrays: particles, and their density for every row."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
@@ -8,6 +10,8 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import set_visible
 from numpyro_ebm.language.sites import param_sites
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Model, Params, SiteValues, Trace
 
 __all__ = ["Guide"]
 
@@ -21,27 +25,37 @@ class Guide:
     :param dict kwargs: keyword arguments of the guide.
     """
 
-    def __init__(self, guide, row_model, args, kwargs):
+    def __init__(
+        self, guide: Model, row_model: RowModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ):
         self._guide, self._row_model, self._args, self._kwargs = guide, row_model, args, kwargs
 
     @property
-    def function(self):
+    def function(self) -> Model:
         """The guide itself, a NumPyro function."""
         return self._guide
 
-    def trace(self, rng_key, params, visible, latent=None):
+    def trace(
+        self,
+        rng_key: jax.Array,
+        params: Params,
+        visible: SiteValues,
+        latent: SiteValues | None = None,
+    ) -> Trace:
         """Run the guide at visible values; ``latent`` overrides its draws."""
         data = {**self._row_model.plates, **params, **({} if latent is None else latent)}
         guide = seed(set_visible(substitute(self._guide, data=data), visible), rng_key)
         return trace(guide).get_trace(*self._args, **self._kwargs)
 
-    def parameters(self, rng_key, params=None):
+    def parameters(
+        self, rng_key: jax.Array, params: Params | None = None
+    ) -> dict[str, tuple[Any, Any]]:
         """Initial values and constraints of the guide's `param` sites by name."""
         guide_trace = self.trace(rng_key, {} if params is None else params, {})
         self.check(guide_trace)
         return param_sites(guide_trace)
 
-    def check(self, guide_trace):
+    def check(self, guide_trace: Trace) -> None:
         """Every latent site of the model must be drawn by the guide, inside the data plate."""
         missing = [name for name in self._row_model.latent if name not in guide_trace]
         if missing:
@@ -54,7 +68,9 @@ class Guide:
             if site["type"] == "mutable":
                 raise ModelError(f"The guide has the mutable site '{name}'; it must be stateless.")
 
-    def draw(self, rng_key, params, visible, num_particles):
+    def draw(
+        self, rng_key: jax.Array, params: Params, visible: SiteValues, num_particles: int
+    ) -> SiteValues:
         """Draw particles h ~ q(h | v), held constant under differentiation.
 
         :return: dict of latent values, particles leading.
@@ -67,7 +83,7 @@ class Guide:
 
         return jax.lax.stop_gradient(jax.vmap(one)(jax.random.split(rng_key, num_particles)))
 
-    def log_density(self, params, visible, latent):
+    def log_density(self, params: Params, visible: SiteValues, latent: SiteValues) -> jax.Array:
         """log q(h | v) per row, of shape (rows,), at given latent values.
 
         :raises ModelError: if a site of the guide lies outside the data plate, for then q has no

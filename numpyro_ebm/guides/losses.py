@@ -6,6 +6,8 @@ r"""Losses that fit a guide q(h | v) to the posterior p(h | v; θ) of an energy-
 :class:`PosteriorScore`, a Fisher divergence for continuous ones.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -17,6 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.language.handlers import set_visible, substitute_and_block
 from numpyro_ebm.language.sites import plates_of, unwrap
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
 
@@ -53,12 +56,14 @@ class RelaxedELBO:
 
     can_infer_discrete = True
 
-    def __init__(self, temperature=0.1, *, path_derivative=True):
+    def __init__(self, temperature: float = 0.1, *, path_derivative: bool = True):
         check_positive("RelaxedELBO", temperature=temperature)
         self.temperature = temperature
         self.path_derivative = path_derivative
 
-    def rows(self, rng_key, params, guide_params, problem):
+    def rows(
+        self, rng_key: jax.Array, params: Params, guide_params: Params, problem: Any
+    ) -> jax.Array:
         """The loss of every row, of shape (rows,)."""
         row_model, guide = problem.row_model, problem.guide
         visible, _ = row_model.constrain(problem.unconstrained)
@@ -112,7 +117,9 @@ class PosteriorScore:
 
     can_infer_discrete = False
 
-    def rows(self, rng_key, params, guide_params, problem):
+    def rows(
+        self, rng_key: jax.Array, params: Params, guide_params: Params, problem: Any
+    ) -> jax.Array:
         """The loss of every row, of shape (rows,)."""
         row_model, guide = problem.row_model, problem.guide
         visible, _ = row_model.constrain(problem.unconstrained)
@@ -140,7 +147,7 @@ class PosteriorScore:
         return "PosteriorScore()"
 
 
-def default_guide_loss(problem):
+def default_guide_loss(problem: Any) -> Any:
     """The guide loss for the latent sites at hand.
 
     ``Trace_ELBO`` for continuous latents, ``RelaxedELBO`` for Bernoulli ones, and NumPyro's
@@ -156,7 +163,14 @@ def default_guide_loss(problem):
     return TraceGraph_ELBO()
 
 
-def row_guide_loss(guide_loss, rng_key, params, guide_params, problem, guide):
+def row_guide_loss(
+    guide_loss: Any,
+    rng_key: jax.Array,
+    params: Params,
+    guide_params: Params,
+    problem: Any,
+    guide: Model,
+) -> jax.Array:
     """A guide loss at the visible values of a problem, as a mean over rows.
 
     :param guide_loss: a NumPyro ELBO, or an object with a ``rows`` method.
@@ -209,7 +223,7 @@ class _relax_bernoulli(Messenger):
             msg["infer"] = {**msg["infer"], "relaxed": (msg["name"],)}
             shape = msg["fn"].shape()
             noise = jax.random.logistic(msg["kwargs"]["rng_key"], shape)
-            msg["value"] = jax.nn.sigmoid((fn.logits + noise) / self.temperature)
+            msg["value"] = jax.nn.sigmoid((jnp.asarray(fn.logits) + noise) / self.temperature)
 
 
 class _scale_rows(Messenger):

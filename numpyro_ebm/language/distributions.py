@@ -7,11 +7,14 @@ NumPyro distribution serves as well, and is then tilted by the energy.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.primitives import _PYRO_STACK
 
@@ -34,24 +37,24 @@ def _shape(event_shape, owner):
     return event_shape
 
 
-def scalar_support(support):
+def scalar_support(support: Any) -> Any:
     """The support of one number of an array, without event dimensions."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
 
 
-def is_real(support):
+def is_real(support: Any) -> bool:
     """Whether a support is all real numbers, vectors or arrays."""
     return scalar_support(support) is constraints.real
 
 
-def lowest_value(support):
+def lowest_value(support: Any) -> int:
     """The smallest value of a discrete support."""
     return int(getattr(scalar_support(support), "lower_bound", 0))
 
 
-def is_enumerating():
+def is_enumerating() -> bool:
     """Whether NumPyro's funsor handlers are enumerating the model that is running now."""
     # Whoever enumerates has imported it; the import takes a fifth of a second.
     funsor_handlers = sys.modules.get("numpyro.contrib.funsor.enum_messenger")
@@ -81,7 +84,12 @@ class Lebesgue(dist.ImproperUniform):
     """
 
     def __init__(
-        self, event_shape=(), support=constraints.real, *, batch_shape=(), validate_args=None
+        self,
+        event_shape: tuple[int, ...] = (),
+        support: Any = constraints.real,
+        *,
+        batch_shape: tuple[int, ...] = (),
+        validate_args: bool | None = None,
     ):
         event_shape = _shape(event_shape, "Lebesgue")
         if support.is_discrete:
@@ -95,14 +103,14 @@ class Lebesgue(dist.ImproperUniform):
             )
         super().__init__(support, tuple(batch_shape), event_shape, validate_args=validate_args)
 
-    def log_prob(self, value, intermediates=None):
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         batch_shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         flat = jnp.zeros(lax.broadcast_shapes(batch_shape, self.batch_shape))
         if is_real(self.support):
             return flat  # the whole space: NumPyro's check would turn NaN into -inf
         return jnp.where(self.support(value), flat, -jnp.inf)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         raise ImproperSamplingError(
             f"Lebesgue(event_shape={self.event_shape}) is an improper base measure and has no "
             "draws: the energy decides where its site lives. Draw from the model with "
@@ -138,7 +146,14 @@ class Counting(dist.Distribution):
     pytree_aux_fields = ("num_values",)
     has_enumerate_support = True
 
-    def __init__(self, num_values=2, event_shape=(), *, batch_shape=(), validate_args=None):
+    def __init__(
+        self,
+        num_values: int = 2,
+        event_shape: tuple[int, ...] = (),
+        *,
+        batch_shape: tuple[int, ...] = (),
+        validate_args: bool | None = None,
+    ):
         check_integer("Counting", 2, num_values=num_values)
         self.num_values = num_values
         super().__init__(
@@ -154,14 +169,14 @@ class Counting(dist.Distribution):
         )
         return constraints.independent(one, len(self.event_shape)) if self.event_shape else one
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         return jax.random.randint(key, self.shape(sample_shape), 0, self.num_values)
 
-    def log_prob(self, value, intermediates=None):
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         batch_shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         return jnp.zeros(lax.broadcast_shapes(batch_shape, self.batch_shape))
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> jax.Array:
         if self.event_shape and is_enumerating():
             raise ModelError(
                 f"Counting(event_shape={self.event_shape}) cannot be enumerated inside NumPyro: "
@@ -189,11 +204,19 @@ class Unnormalized(dist.Distribution):
     """
 
     arg_constraints = {}
-    support = constraints.real
+    support: Any = constraints.real
     pytree_data_fields = ("energy",)
     pytree_aux_fields = ("site_name", "parameters", "handled_by")
 
-    def __init__(self, energy, site_name, parameters=(), handled_by=None, *, validate_args=None):
+    def __init__(
+        self,
+        energy: jax.Array,
+        site_name: str,
+        parameters: Sequence[str] = (),
+        handled_by: str | None = None,
+        *,
+        validate_args: bool | None = None,
+    ):
         self.energy = energy
         self.site_name = site_name
         self.parameters = tuple(parameters)
@@ -201,10 +224,10 @@ class Unnormalized(dist.Distribution):
         # An event of size zero marks a site that carries no value, as in `numpyro.factor`.
         super().__init__(jnp.shape(energy), (0,), validate_args=validate_args)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.empty(sample_shape + self.batch_shape + self.event_shape)
 
-    def log_prob(self, value, intermediates=None):
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         if self.handled_by is None:
             if self.parameters:
                 missing = "log Z(" + ", ".join(self.parameters) + ")"

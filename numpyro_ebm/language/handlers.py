@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handlers that resolve the normalizer of an energy."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax.numpy as jnp
 import numpyro
+from jax.typing import ArrayLike
 from numpyro.primitives import _PYRO_STACK, Messenger, plate
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import INVERSE_TEMPERATURE, NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of
+from numpyro_ebm.types import Params
 
 __all__ = [
     "resolve_normalizer",
@@ -27,11 +32,11 @@ class resolve_normalizer(Messenger):
     :param str who: name of the caller, recorded in the energy site as ``handled_by``.
     """
 
-    def __init__(self, fn=None, who="objective"):
+    def __init__(self, fn: Callable[..., Any] | None = None, who: str = "objective"):
         self.who = who
         super().__init__(fn)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == NORMALIZER:
             msg["value"] = self.who
 
@@ -43,11 +48,11 @@ class set_visible(Messenger):
     :param dict data: values by site name.
     """
 
-    def __init__(self, fn=None, data=None):
+    def __init__(self, fn: Callable[..., Any] | None = None, data: Any = None):
         self.data = {} if data is None else data
         super().__init__(fn)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "visible" and msg["name"] in self.data:
             msg["value"] = self.data[msg["name"]]
 
@@ -61,11 +66,11 @@ class uncondition(Messenger):
     :param names: names of sites.
     """
 
-    def __init__(self, fn=None, names=()):
+    def __init__(self, fn: Callable[..., Any] | None = None, names: Sequence[str] = ()):
         self.names = frozenset(names)
         super().__init__(fn)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["name"] in self.names and msg["is_observed"]:
             msg["is_observed"] = False
             msg["infer"] = {**msg["infer"], "was_observed": True}
@@ -81,11 +86,11 @@ class substitute_and_block(Messenger):
     :param dict data: values of ``param`` and ``sample`` sites by name.
     """
 
-    def __init__(self, fn=None, data=None):
+    def __init__(self, fn: Callable[..., Any] | None = None, data: Any = None):
         self.data = {} if data is None else data
         super().__init__(fn)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] in ("param", "sample") and msg["name"] in self.data:
             msg["value"] = self.data[msg["name"]]
             msg["stop"] = True
@@ -120,7 +125,7 @@ class fixed(Messenger):
     ['E', 'data', 'v']
     """
 
-    def __init__(self, fn=None, params=None):
+    def __init__(self, fn: Callable[..., Any] | None = None, params: Params | None = None):
         if not isinstance(params, dict):
             raise ModelError(
                 "`fixed(model, params)` takes a dict of parameter values by site name, got "
@@ -138,7 +143,7 @@ class fixed(Messenger):
         if exc_type is None:
             self._check_latent()
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == NORMALIZER:
             msg["value"] = "fixed"
             msg["stop"] = True
@@ -154,7 +159,7 @@ class fixed(Messenger):
         elif msg["type"] == "sample" and not msg["is_observed"] and not _in_any_plate(msg):
             self._missing([msg["name"]])
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] != "sample" or msg["name"] in self.params:
             return
         if is_energy(msg):
@@ -206,13 +211,14 @@ class temper(Messenger):
     -0.5
     """
 
-    def __init__(self, fn=None, inverse_temperature=1.0):
+    def __init__(self, fn: Callable[..., Any] | None = None, inverse_temperature: ArrayLike = 1.0):
         if jnp.ndim(inverse_temperature) > 0:
             raise ModelError(
                 "`temper`: `inverse_temperature` must be a scalar, got an array of shape "
                 f"{jnp.shape(inverse_temperature)}."
             )
-        if not_jax_tracer(inverse_temperature) and not 0 <= inverse_temperature < float("inf"):
+        beta: Any = inverse_temperature
+        if not_jax_tracer(beta) and not 0 <= beta < float("inf"):
             raise ModelError(
                 "`temper`: `inverse_temperature` must be finite and not negative, got "
                 f"{inverse_temperature}."
@@ -220,7 +226,7 @@ class temper(Messenger):
         self.inverse_temperature = inverse_temperature
         super().__init__(fn)
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == INVERSE_TEMPERATURE:
             before = 1.0 if msg["value"] is None else msg["value"]
             msg["value"] = before * self.inverse_temperature

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two statements that numpyro-ebm adds to NumPyro's language: ``energy`` and ``visible``."""
 
+from typing import TypeVar
+
 import jax.numpy as jnp
 import numpyro
+from jax.typing import ArrayLike
 from numpyro.handlers import trace
 from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.language.distributions import Unnormalized, is_enumerating
+
+T = TypeVar("T", bound=ArrayLike)
 
 __all__ = ["energy", "visible"]
 
@@ -18,7 +23,7 @@ INVERSE_TEMPERATURE = "energy_inverse_temperature"
 """Type of the message by which an energy asks the handlers around it for a factor."""
 
 
-def energy(name, value):
+def energy(name: str, value: ArrayLike) -> None:
     r"""State that the model's density is multiplied by exp(-value).
 
     .. math:: p(v, h; \theta) = \frac{1}{Z(\theta)}\, b(v)\, b(h)\, e^{-E(v, h; \theta)}
@@ -66,7 +71,7 @@ def energy(name, value):
         _forbid_forward_draws(name)
 
 
-def visible(name, value):
+def visible(name: str, value: T) -> T:
     """Read a visible value in a guide, as the objective sees it.
 
     In an ordinary run it is ``value``. While an objective trains, it is the value at which the

@@ -5,14 +5,18 @@ A plate, a mask or a scale wraps the distribution of a site before an outer hand
 none of these questions is answered by the class of ``site["fn"]``.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from numpyro.distributions import constraints
 
 from numpyro_ebm.language.distributions import Unnormalized
+from numpyro_ebm.types import Trace
 
 __all__ = ["is_energy", "layers", "param_sites", "plates_of", "unwrap"]
 
 
-def layers(fn):
+def layers(fn: Any) -> Iterator[Any]:
     """A distribution and, one after the other, the distributions that it wraps."""
     yield fn
     while hasattr(fn, "base_dist"):
@@ -20,23 +24,23 @@ def layers(fn):
         yield fn
 
 
-def unwrap(fn):
+def unwrap(fn: Any) -> Any:
     """The innermost distribution: without masks, expansions, event dimensions and transforms."""
     *_, innermost = layers(fn)
     return innermost
 
 
-def is_energy(site):
+def is_energy(site: dict[str, Any]) -> bool:
     """Whether a site of a trace is an energy statement."""
     return site["type"] == "sample" and isinstance(unwrap(site["fn"]), Unnormalized)
 
 
-def plates_of(site):
+def plates_of(site: dict[str, Any]) -> frozenset[str]:
     """Names of the plates around a site."""
     return frozenset(frame.name for frame in site.get("cond_indep_stack", ()))
 
 
-def param_sites(sites):
+def param_sites(sites: Trace) -> dict[str, tuple[Any, Any]]:
     """Values and constraints of the `param` sites of a trace, by name."""
     return {
         name: (site["value"], site["kwargs"].get("constraint", constraints.real))

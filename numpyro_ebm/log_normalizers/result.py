@@ -3,7 +3,7 @@
 
 from typing import NamedTuple
 
-import jax
+from jax.typing import ArrayLike
 
 __all__ = ["LogNormalizer"]
 
@@ -27,9 +27,9 @@ class LogNormalizer(NamedTuple):
     'NCE'
     """
 
-    value: jax.Array
-    mcse: jax.Array
-    ess: jax.Array
+    value: ArrayLike
+    mcse: ArrayLike
+    ess: ArrayLike
     method: str
     bias: str = "unknown"
     diagnostics: dict | None = None

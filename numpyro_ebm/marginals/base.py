@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ class Estimate(NamedTuple):
       therefore unbiased.
     """
 
-    log_density: Callable
-    score: Callable
+    log_density: Callable[..., jax.Array]
+    score: Callable[..., Any]
 
 
 class Marginal(ABC):
@@ -43,7 +43,7 @@ class Marginal(ABC):
     """
 
     needs_guide = False
-    value = "exact"
+    value: str | None = "exact"
     corrects_guide = False
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Marginal(ABC):
         """
 
     @abstractmethod
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2) -> Estimate:
         """Estimate the marginal near given visible values.
 
         :param rng_key: key of the particles.
@@ -124,7 +124,7 @@ class ExactMarginal(Marginal):
         if reason:
             raise ModelError(reason)
 
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2) -> Estimate:
         self.check(row_model, guide, order)
 
         def log_density(params, unconstrained):

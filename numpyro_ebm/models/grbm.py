@@ -9,6 +9,7 @@ mixture of :math:`2^H` Gaussians with common variances.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from jax.scipy.special import logsumexp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.primitives import energy, visible
+from numpyro_ebm.types import Params
 
 __all__ = ["grbm", "grbm_guide", "grbm_log_likelihood", "grbm_log_normalizer"]
 
 
-def grbm(data=None, *, num_visible=2, num_hidden=4, num_rows=1):
+def grbm(data: Any = None, *, num_visible: int = 2, num_hidden: int = 4, num_rows: int = 1) -> None:
     r"""A Gaussian-Bernoulli RBM as a NumPyro model.
 
     :param data: visible values of shape (rows, num_visible), or ``None`` to sample them.
@@ -50,10 +52,10 @@ def grbm(data=None, *, num_visible=2, num_hidden=4, num_rows=1):
     >>> fit.params["W"].shape
     (2, 4)
     """
-    W = numpyro.param("W", lambda key: 0.1 * jax.random.normal(key, (num_visible, num_hidden)))
-    b = numpyro.param("b", jnp.zeros(num_visible))
-    c = numpyro.param("c", jnp.zeros(num_hidden))
-    scale = numpyro.param("scale", jnp.ones(num_visible), constraint=dist.constraints.positive)
+    W: Any = numpyro.param("W", lambda key: 0.1 * jax.random.normal(key, (num_visible, num_hidden)))
+    b: Any = numpyro.param("b", jnp.zeros(num_visible))
+    c: Any = numpyro.param("c", jnp.zeros(num_hidden))
+    scale: Any = numpyro.param("scale", jnp.ones(num_visible), constraint=dist.constraints.positive)
     with numpyro.plate("data", num_rows if data is None else len(data)):
         v = numpyro.sample("v", Lebesgue(event_shape=(num_visible,)), obs=data)
         h = numpyro.sample("h", Counting(num_values=2, event_shape=(num_hidden,)))
@@ -61,7 +63,9 @@ def grbm(data=None, *, num_visible=2, num_hidden=4, num_rows=1):
         energy("E", bowl - h @ c - jnp.sum((v @ W) * h, -1))
 
 
-def grbm_guide(data=None, *, num_visible=2, num_hidden=4, num_rows=1):
+def grbm_guide(
+    data: Any = None, *, num_visible: int = 2, num_hidden: int = 4, num_rows: int = 1
+) -> None:
     r"""The amortised guide :math:`q(h | v) = \text{Bernoulli}(σ(d + A^\top v))` of a GRBM.
 
     It contains the exact posterior, at A = W and d = c.
@@ -79,14 +83,14 @@ def grbm_guide(data=None, *, num_visible=2, num_hidden=4, num_rows=1):
     >>> numpyro.handlers.trace(guide).get_trace(jnp.zeros((3, 2)))["h"]["value"].shape
     (3, 4)
     """
-    A = numpyro.param("A", jnp.zeros((num_visible, num_hidden)))
-    d = numpyro.param("d", jnp.zeros(num_hidden))
+    A: Any = numpyro.param("A", jnp.zeros((num_visible, num_hidden)))
+    d: Any = numpyro.param("d", jnp.zeros(num_hidden))
     with numpyro.plate("data", len(data)):
         v = visible("v", data)
         numpyro.sample("h", dist.Bernoulli(logits=v @ A + d).to_event(1))
 
 
-def grbm_log_normalizer(params):
+def grbm_log_normalizer(params: Params) -> jax.Array:
     r"""Exact log Z of a GRBM with few hidden units, by enumeration of h.
 
     .. math:: \log Z = \tfrac{D}{2}\log 2π + \sum_j \log s_j
@@ -120,7 +124,7 @@ def grbm_log_normalizer(params):
     return gaussian + logsumexp(log_terms)
 
 
-def grbm_log_likelihood(params, data):
+def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
     r"""Exact log-likelihood of every row of ``data``, of shape (rows,), in nats.
 
     .. math:: \log p(v) = -\tfrac12 \Big\|\frac{v - b}{s}\Big\|^2

@@ -6,7 +6,11 @@ so the energies: ``arviz.loo`` then compares unnormalised numbers. Here energies
 statistics, and there is a log-likelihood only where log Z is known.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from jax.typing import ArrayLike
 from numpyro.infer import MCMC
 from numpyro.infer.svi import SVIRunResult
 
@@ -19,20 +23,21 @@ from numpyro_ebm.diagnostics.arviz.likelihood import (
 from numpyro_ebm.diagnostics.arviz.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.types import Model
 
 __all__ = ["to_arviz"]
 
 
 def to_arviz(
-    posterior,
-    model=None,
-    *args,
-    log_normalizer=None,
-    log_likelihood=None,
-    observed=None,
-    fantasies=None,
-    **kwargs,
-):
+    posterior: Any,
+    model: Model | None = None,
+    *args: Any,
+    log_normalizer: Any = None,
+    log_likelihood: Any = None,
+    observed: Any = None,
+    fantasies: Mapping[str, ArrayLike] | None = None,
+    **kwargs: Any,
+) -> Any:
     r"""Convert a run, draws or a fit to what the installed ArviZ's own ``from_numpyro`` returns.
 
     :param posterior: an ``MCMC`` that has run on a fixed energy-based model; the dict of draws that
@@ -110,9 +115,9 @@ def to_arviz(
     if seen is not None:
         groups["observed_data"] = {k: np.asarray(s.value) for k, s in seen.visible.items()}
         dims |= {name: list(site.dims) for name, site in seen.visible.items()}
-    visible = None if seen is None else set(seen.visible)
+    visible = set() if seen is None else set(seen.visible)
     if fantasies is not None:
-        groups["posterior_predictive"] = _visible_draws(fantasies, visible)
+        groups["posterior_predictive"] = _visible_draws(fantasies, visible or None)
     elif observed is not None and converted.row_model is not None:
         predictive = {name: x for name, x in groups["posterior"].items() if name in visible}
         if predictive:
@@ -120,11 +125,9 @@ def to_arviz(
     likelihood = None
     if log_normalizer is not None or log_likelihood is not None:
         shape = np.shape(next(iter(groups["posterior"].values())))[:2]
-        values, attrs = log_likelihood_of_rows(seen, log_normalizer, log_likelihood)
+        values, plate, attrs = log_likelihood_of_rows(seen, log_normalizer, log_likelihood)
         name = "_".join(sorted(visible))
-        likelihood = Likelihood(
-            name, np.broadcast_to(values, (*shape, len(values))), seen.plate, attrs
-        )
+        likelihood = Likelihood(name, np.broadcast_to(values, (*shape, len(values))), plate, attrs)
     return to_data(groups, dims, likelihood)
 
 

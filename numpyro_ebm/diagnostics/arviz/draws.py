@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws of a fixed model, their energies and what the kernel collected, as arrays for ArviZ."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model
 
 __all__ = ["convert_draws"]
 
@@ -34,7 +37,9 @@ FINAL = ("step_size", "mean_swap_prob")
 """Fields of the last state that hold for all draws of a chain."""
 
 
-def convert_draws(posterior, model, args, kwargs):
+def convert_draws(
+    posterior: Any, model: Model | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Converted:
     """Groups *posterior* and *sample_stats* of an ``MCMC`` that has run, or of a dict of draws.
 
     :param model: the fixed model; read off the kernel of an ``MCMC`` if ``None``.

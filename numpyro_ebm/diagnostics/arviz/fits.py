@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fit by ``EnergySVI``, its parameters, losses and persistent chains, as arrays for ArviZ."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,14 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.objectives.persistent_chains import Chains
+from numpyro_ebm.types import Model
 
 __all__ = ["convert_fit"]
 
 
-def convert_fit(fit, model, args, kwargs):
+def convert_fit(
+    fit: Any, model: Model | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Converted:
     """Groups *training* and *posterior*; those of chains as well if the fit has persistent ones.
 
     :param fit: what ``EnergySVI.run`` returned.

@@ -2,7 +2,7 @@
 """Groups of arrays as the data of the installed ArviZ: ``InferenceData``, or from 1 on a tree."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,9 @@ class Likelihood(NamedTuple):
     attrs: dict
 
 
-def to_data(groups, dims, likelihood=None):
+def to_data(
+    groups: dict[str, Any], dims: dict[str, Any], likelihood: Likelihood | None = None
+) -> Any:
     """Arrays by group and name, as ArviZ data.
 
     :param dict groups: what :class:`Converted` has; the group *training* is not one of draws.

@@ -6,24 +6,29 @@ r"""The log-likelihood of observed rows under a fixed model, in the form that Ar
 With fixed parameters it is one number a row, the same at every draw.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["log_likelihood_of_rows"]
 
 
-def log_likelihood_of_rows(seen, log_normalizer, given):
+def log_likelihood_of_rows(
+    seen: RowModel | None, log_normalizer: Any, given: Any
+) -> tuple[np.ndarray, str, dict[str, Any]]:
     """Log-likelihood of every observed row, and what there is to know of its log Z.
 
     :param seen: the model read at the rows; ``None`` if there are none, which is an error.
     :param log_normalizer: log Z, a number, one for each row, or a ``LogNormalizer``.
     :param given: instead, the log-likelihoods themselves, with or without their error.
-    :return: array (rows,), and a dict of attributes.
+    :return: array (rows,), the name of their plate, and a dict of attributes.
     """
     if seen is None:
         raise ModelError(
@@ -43,12 +48,16 @@ def log_likelihood_of_rows(seen, log_normalizer, given):
                 f"to_arviz: `log_likelihood` has shape {values.shape}, and {seen.num_rows} rows "
                 "are observed."
             )
-    return values, {
-        "log_normalizer": np.asarray(log_normalizer.value, float).tolist(),
-        "log_normalizer_mcse": np.asarray(log_normalizer.mcse, float).tolist(),
-        "log_normalizer_method": log_normalizer.method,
-        "log_normalizer_bias": log_normalizer.bias,
-    }
+    return (
+        values,
+        seen.plate,
+        {
+            "log_normalizer": np.asarray(log_normalizer.value, float).tolist(),
+            "log_normalizer_mcse": np.asarray(log_normalizer.mcse, float).tolist(),
+            "log_normalizer_method": log_normalizer.method,
+            "log_normalizer_bias": log_normalizer.bias,
+        },
+    )
 
 
 def _with_error(log_normalizer):

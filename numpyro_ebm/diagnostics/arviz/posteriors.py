@@ -2,9 +2,13 @@
 """Posteriors of parameters as ArviZ data: a log-likelihood only where log Z was in it."""
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
+from numpyro.infer import MCMC
 from numpyro.util import find_stack_level
 
 from numpyro_ebm.errors import EmulationWarning, ModelError
@@ -15,7 +19,7 @@ MOST_ERROR = 0.5
 """Nats of the log-likelihood that an emulated log Z may be wrong by at most draws."""
 
 
-def kind_of_posterior(kernel):
+def kind_of_posterior(kernel: Any) -> str | None:
     """What the posterior of parameters that a kernel draws from is made of.
 
     :return: ``"likelihood"``, ``"loss"``, ``"exchange"``, or ``None`` if the kernel draws rows.
@@ -28,7 +32,9 @@ def kind_of_posterior(kernel):
     return next((kind for kind in kinds if kind), None)
 
 
-def posterior_to_arviz(mcmc, others, observed, fantasies):
+def posterior_to_arviz(
+    mcmc: MCMC, others: Any, observed: Any, fantasies: Mapping[str, ArrayLike] | None
+) -> Any:
     """What ``arviz.from_numpyro`` makes of a run, without what is no likelihood and no data."""
     import arviz as az
 

@@ -18,11 +18,14 @@ bias of VaGES, whose mean is :math:`E_q m_{ij} + \operatorname{Cov}_q(f_i, g_j)`
 Reference: Bao et al., ICML 2021 (the rates).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Params
 
 __all__ = ["BiasBound", "bias_bounds"]
 
@@ -54,9 +57,9 @@ class _Terms(NamedTuple):
     """
 
     score: jax.Array
-    slope: jax.Array | None = None
-    mixed: jax.Array | None = None
-    product: jax.Array | None = None
+    slope: Any = None
+    mixed: Any = None
+    product: Any = None
 
 
 class _Summary(NamedTuple):
@@ -69,7 +72,15 @@ class _Summary(NamedTuple):
     norm: _Terms
 
 
-def bias_bounds(row_model, params, points, q, p, total_variation, gradient):
+def bias_bounds(
+    row_model: RowModel,
+    params: Params,
+    points: Any,
+    q: jax.Array,
+    p: jax.Array,
+    total_variation: jax.Array,
+    gradient: bool,
+):
     """Biases of VaES and VaGES, and their bounds.
 
     :param points: values of the latent sites, points leading.

@@ -15,7 +15,7 @@ Reference: Burda, Grosse, Salakhutdinov, *Importance weighted autoencoders*, ICL
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["PosteriorGap", "posterior_gap"]
 
@@ -83,16 +84,16 @@ class PosteriorGap(NamedTuple):
 
 
 def posterior_gap(
-    rng_key,
-    model,
-    guide,
-    params,
-    *args,
-    num_particles=1_000,
-    max_states=4_096,
-    gradient=False,
-    **kwargs,
-):
+    rng_key: jax.Array,
+    model: Model,
+    guide: Model,
+    params: Params,
+    *args: Any,
+    num_particles: int = 1_000,
+    max_states: int = 4_096,
+    gradient: bool = False,
+    **kwargs: Any,
+) -> PosteriorGap:
     r"""Measure the gap between a guide and the posterior of an energy-based model.
 
     :param rng_key: random key.
@@ -158,12 +159,11 @@ def posterior_gap(
         fisher, fisher_error = _fisher(row_model, particles, log_p, log_q)
         reach = tv if method == "enumerate" else tv_bound
         vaes, vages = bias_bounds(row_model, params, points, weights.q, weights.p, reach, gradient)
-        result = PosteriorGap(
+        found = dict(
             value=jnp.mean(kl),
             standard_error=jnp.sqrt(jnp.sum(weights.error**2)) / row_model.num_rows,
             kl=kl,
             kl_error=weights.error,
-            method=None,
             elbo=weights.elbo,
             log_marginal=weights.log_marginal,
             tv=tv,
@@ -175,12 +175,12 @@ def posterior_gap(
             vaes=vaes,
             vages=vages,
         )
-        return result, log_joint - log_guide, log_guide
+        return found, log_joint - log_guide, log_guide
 
-    result, log_w, log_guide = run_compiled(run)
+    found, log_w, log_guide = run_compiled(run)
     if not_jax_tracer(log_w):
         _check_finite(log_w, log_guide, method)
-    return result._replace(method=method)
+    return PosteriorGap(method=method, **found)
 
 
 def _pareto_shapes(log_w):

@@ -20,6 +20,7 @@ from jax.scipy.special import logsumexp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
+from numpyro_ebm.model.row_model import RowModel
 
 __all__ = ["Weights", "all_states", "choose_method", "weigh_particles", "weigh_states"]
 
@@ -43,7 +44,7 @@ class Weights(NamedTuple):
     ess: jax.Array
 
 
-def choose_method(row_model, max_states):
+def choose_method(row_model: RowModel, max_states: int) -> str:
     """How log p̃(v) is found.
 
     :return: ``"enumerate"``, from all states; ``"marginal"``, in closed form; ``"importance"``,
@@ -62,7 +63,7 @@ def choose_method(row_model, max_states):
     return "marginal"
 
 
-def weigh_states(log_joint, log_guide, num_particles):
+def weigh_states(log_joint: jax.Array, log_guide: jax.Array, num_particles: int):
     """Weigh all states, (states, rows): sums over them are exact.
 
     :param num_particles: draws of the guide of which to give the effective number.
@@ -77,7 +78,9 @@ def weigh_states(log_joint, log_guide, num_particles):
     return Weights(q, p, elbo, log_marginal, jnp.zeros(log_w.shape[1]), ess)
 
 
-def weigh_particles(log_joint, log_guide, log_marginal=None):
+def weigh_particles(
+    log_joint: jax.Array, log_guide: jax.Array, log_marginal: jax.Array | None = None
+):
     """Weigh draws of the guide, (draws, rows); log p̃(v) from them as well if it is not given."""
     log_w = log_joint - log_guide
     num = len(log_w)
@@ -91,7 +94,7 @@ def weigh_particles(log_joint, log_guide, log_marginal=None):
     return Weights(q, p, jnp.mean(log_w, 0), log_marginal, error, 1 / jnp.sum(p * p, 0))
 
 
-def all_states(row_model):
+def all_states(row_model: RowModel):
     """All joint states of the latent sites, every one in all rows, states leading."""
     states = joint_states(row_model, row_model.latent, "posterior_gap")
     return jax.vmap(partial(in_all_rows, row_model))(states)
