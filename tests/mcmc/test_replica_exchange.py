@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replica exchange: modes, swaps, the ladder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from conftest import assert_mean
+from jax import lax
+from kernel_cases import run
+from numpyro.diagnostics import effective_sample_size
+from scipy import stats
+
+import numpyro_ebm as ebm
+from numpyro_ebm.samplers import tempering
+
+CENTRES = 3.0 * np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], -1)
+WEIGHTS = np.array([1.0, 2, 1, 3, 1, 2, 1, 1]) / 12
+WIDTH = 0.2  # neighbours are 11.5 widths apart: a barrier of 16 nats
+
+
+def eight_modes(num_rows=40):
+    with numpyro.plate("data", num_rows):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)))
+        squares = jnp.sum((v[:, None] - CENTRES) ** 2, -1) / WIDTH**2
+        ebm.energy("E", -jax.scipy.special.logsumexp(-squares / 2 + jnp.log(WEIGHTS), axis=-1))
+
+
+def chi_square(draws, weights):
+    """p-value of the counts of modes against the weights, draws thinned to their effective size.
+
+    :param draws: positions of shape (chains, draws, 2).
+    """
+    mode = np.argmin(np.sum((draws[:, :, None] - CENTRES) ** 2, -1), -1)
+    indicators = (mode[..., None] == np.arange(8)).astype(float)
+    ess = effective_sample_size(indicators + 1e-9 * np.arange(mode.shape[1])[:, None]).min()
+    thin = max(1, int(np.ceil(mode.size / ess)))
+    counts = np.bincount(mode[:, ::thin].ravel(), minlength=8)
+    return stats.chisquare(counts, counts.sum() * weights).pvalue, counts
+
+
+def test_replica_exchange_finds_the_modes_and_mala_does_not():
+    model = ebm.fixed(eight_modes, {})
+    start = {"v": jnp.zeros((40, 2)) + jnp.asarray(CENTRES[0])}  # all in one mode
+    mcmc, draws = run(
+        ebm.ReplicaExchange(model, num_replicas=6, min_inverse_temperature=0.02),
+        3_000,
+        600,
+        init_params=start,
+        thinning=3,
+    )
+    v = draws["v"][0].swapaxes(0, 1)
+    pvalue, counts = chi_square(v, WEIGHTS)
+    assert counts.sum() > 400 and counts.min() > 10
+    assert 0.005 < pvalue
+    assert chi_square(v, np.full(8, 1 / 8))[0] < 1e-4  # unequal weights are told apart
+    state = mcmc.last_state
+    rates = np.asarray(state.mean_swap_prob)
+    assert rates.shape == (5,) and rates.min() > 0.2 and np.ptp(rates) < 0.25
+    assert np.all(state.round_trips > 20)
+    assert state.adapt_state.inverse_temperatures[0] == 1
+    np.testing.assert_allclose(state.adapt_state.inverse_temperatures[-1], 0.02, rtol=1e-6)
+    assert "swap rates" in mcmc.sampler.get_diagnostics_str(state)
+
+    _, draws = run(ebm.MALA(model), 3_000, 600, init_params=start)
+    mode = np.argmin(np.sum((draws["v"][0][:, :, None] - CENTRES) ** 2, -1), -1)
+    assert np.mean(mode == 0) > 0.95  # plain MALA stays where it started
+    assert (
+        stats.chisquare(
+            np.bincount(mode[::50].ravel(), minlength=8) + 1e-9, WEIGHTS * mode[::50].size
+        )[1]
+        < 1e-12
+    )
+
+
+def test_only_energies_are_tempered():
+    """N(1, 1) as base and an energy v²/2: at β the density is N(1/(1 + β), 1/(1 + β))."""
+
+    def model(num_rows=30):
+        with numpyro.plate("data", num_rows):
+            v = numpyro.sample("v", dist.Normal(1.0, 1.0))
+            ebm.energy("E", 0.5 * v**2)
+
+    kernel = ebm.ReplicaExchange(ebm.fixed(model, {}), [1.0, 0.5, 0.0], adapt_ladder=False)
+    mcmc, draws = run(kernel, 2_000, 300, extra_fields=("memory",))
+    replicas = np.asarray(mcmc.get_extra_fields()["memory"][0].position["v"])  # draws, K, rows
+    for k, beta in enumerate((1.0, 0.5, 0.0)):
+        chains = replicas[:, k].T
+        assert_mean(chains, 1 / (1 + beta))
+        assert_mean((chains - 1 / (1 + beta)) ** 2, 1 / (1 + beta))
+    np.testing.assert_array_equal(replicas[:, 0], draws["v"][0])
+
+
+def test_tempering_is_blackjax_shaped_and_swaps_by_turns():
+    assert {"init", "build_kernel", "as_top_level_api"} <= set(dir(tempering))
+    beta = jnp.array([1.0, 0.5, 0.25, 0.1])
+    algorithm = tempering.as_top_level_api(
+        lambda x: 0.0 * x, lambda x: -0.5 * x**2, beta, 1.0 / beta
+    )
+    state = algorithm.init(jnp.arange(4.0))
+    assert state.replicas.loglikelihood.tolist() == [-0.0, -0.5, -2.0, -4.5]
+
+    def step(state, key):
+        state, info = algorithm.step(key, state)
+        return state, (state.replicas.position, info.is_swapped, info.swap_probability)
+
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    _, (x, swapped, probability) = lax.scan(step, state, keys)
+    assert_mean(np.asarray(x)[None] ** 2, 1 / np.asarray(beta))
+    assert not swapped[::2, 1].any() and not swapped[1::2, 0].any() and not swapped[1::2, 2].any()
+    rates = np.asarray([swapped[::2, 0].mean(), swapped[1::2, 1].mean(), swapped[::2, 2].mean()])
+    np.testing.assert_allclose(rates, probability.mean(0), atol=0.02)
+
+
+def test_swaps_keep_replicas_together():
+    replicas = tempering.Replica(
+        {"v": jnp.arange(8.0).reshape(4, 2)}, *(jnp.arange(4.0) * s for s in (0.0, 100.0)), 0, 0
+    )
+    replicas = replicas._replace(logprior_grad=jnp.arange(4.0), loglikelihood_grad=jnp.arange(4.0))
+    beta = jnp.array([1.0, 0.5, 0.2, 0.1])
+    for parity, order in ((0, [1, 0, 3, 2]), (1, [0, 2, 1, 3])):
+        new, label, probability, swapped = tempering.swap(
+            jax.random.key(0), replicas, beta, parity, jnp.arange(4)
+        )
+        assert label.tolist() == order and probability.tolist() == [1.0] * 3
+        np.testing.assert_array_equal(new.position["v"], replicas.position["v"][jnp.array(order)])
+        assert new.loglikelihood.tolist() == [100.0 * k for k in order]
+        assert new.logprior_grad.tolist() == order
+        assert swapped.tolist() == [parity == 0, parity == 1, parity == 0]
+    worse = replicas._replace(loglikelihood=-replicas.loglikelihood)
+    _, label, probability, _ = tempering.swap(jax.random.key(0), worse, beta, 0, jnp.arange(4))
+    assert label.tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(probability, np.exp(-100 * -np.diff(beta)), rtol=1e-3)
+
+
+def test_the_ladder_moves_to_equal_rejection():
+    beta = jnp.array([1.0, 0.1, 0.05, 0.01])
+    new = tempering.equal_rejection_ladder(beta, jnp.array([0.9, 0.1, 0.2]))
+    assert np.all(np.diff(new) < 0) and new[0] == 1 and new[-1] == beta[-1]
+    assert new[1] > 0.3 and new[2] > 0.1  # most of the way is between the first two
+    even = tempering.equal_rejection_ladder(beta, jnp.full(3, 0.4))
+    np.testing.assert_allclose(even, beta, rtol=1e-3)
+    ended = tempering.equal_rejection_ladder(beta.at[-1].set(0.0), jnp.array([0.9, 0.1, 0.2]))
+    assert ended[-1] == 0 and np.all(np.diff(ended) < 0)

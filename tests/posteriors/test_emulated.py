@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Posteriors where log Z is interpolated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import MCMC, NUTS
+from posterior_cases import KEY, SPINS, ring_log_likelihood, ring_model, rows_of
+
+import numpyro_ebm as ebm
+from numpyro_ebm.errors import (
+    EmulationWarning,
+    ModelError,
+)
+
+
+def test_an_emulated_normalizer_knows_its_error(x64):
+    emulated = ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design=60)
+    for beta, field in ((0.3, -0.2), (-0.5, 0.6), (0.9, 0.1)):
+        s = -np.ones(4)
+        log_z = beta * np.sum(s * np.roll(s, 1)) + field * s.sum()
+        log_z = log_z - ring_log_likelihood(beta, field, np.zeros((1, 4)))[0]
+        params = {"beta": beta, "field": field}
+        gap = float(emulated(params)) - log_z
+        assert abs(gap) < 5 * float(emulated.mcse(params)) < 0.1
+    far = {"beta": 6.0, "field": 0.0}
+    assert emulated.mcse(far) > 10 * emulated.mcse(params)
+    model = ebm.normalized(ring_model, emulated)
+    model_trace = trace(substitute(seed(model, KEY), data=params)).get_trace(SPINS)
+    error = model_trace["log_normalizer_error"]["value"]
+    np.testing.assert_allclose(error, 30 * emulated.mcse(params), rtol=1e-6)
+    doubt = model_trace["log_normalizer_doubt"]["fn"].log_prob(jnp.zeros(0))
+    np.testing.assert_allclose(doubt, -0.5 * error**2)
+    rows = rows_of(model, params, SPINS)["v"]
+    np.testing.assert_allclose(
+        rows.sum(), ring_log_likelihood(0.9, 0.1, SPINS).sum(), atol=5 * float(error)
+    )
+
+
+@pytest.mark.parametrize("center", [0.3, -3.0])
+def test_a_posterior_outside_of_the_design_is_found_out(center):
+    near = center + 0.3 * jax.random.normal(jax.random.key(3), (30,))
+    design = {"beta": near, "field": 0.3 * jax.random.normal(jax.random.key(4), (30,))}
+    emulated = ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design=design)
+    kernel = NUTS(ebm.normalized(ring_model, emulated))
+    mcmc = MCMC(kernel, num_warmup=50, num_samples=50, progress_bar=False)
+    mcmc.run(jax.random.key(5), SPINS)
+    if center == 0.3:
+        idata = ebm.to_arviz(mcmc)
+        assert idata.posterior["log_normalizer_error"].median() < 0.5
+        assert list(idata.log_likelihood.data_vars) == ["v"]
+    else:
+        with pytest.warns(EmulationWarning, match="a larger `design`, one around the posterior"):
+            ebm.to_arviz(mcmc)
+
+
+def test_an_emulated_normalizer_weighs_noise_and_refuses():
+    from numpyro_ebm.posteriors.emulator import fit_emulator
+
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2, 2, (80, 1))
+    errors, at, scores = np.full(80, 0.1), np.linspace(-1.8, 1.8, 7)[:, None], []
+    for _ in range(8):
+        y = np.sin(2 * x[:, 0]) + errors * rng.standard_normal(80)
+        found, error = jax.vmap(fit_emulator(x, y, errors).predict)(at)
+        scores.append((found - np.sin(2 * at[:, 0])) / error)
+        assert np.all(error < 0.1)  # neighbours help
+    assert 0.7 < np.std(scores) < 1.4
+    with pytest.raises(ModelError, match="coefficients"):
+        ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design=6)
+    with pytest.raises(ModelError, match="no values for \\['field'\\]"):
+        ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design={"beta": jnp.ones(20)})
