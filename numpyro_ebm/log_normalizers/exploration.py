@@ -127,7 +127,7 @@ def _settle(rng_key, path, position, names, is_diagonal):
         x, is_finite = jnp.reshape(x, (*shape, -1)), jnp.reshape(is_finite, shape)
         # A covariance needs more chains than coordinates.
         diagonal = is_diagonal or num_chains < 4 * x.shape[-1]
-        cloud, extent = _describe(x, is_finite, diagonal)
+        cloud, extent = _robust_gaussian(x, is_finite, diagonal)
         return cloud, extent, jnp.where(is_finite[..., None], x, 0.0), is_finite
 
     cloud, first, points, is_finite = describe(position)
@@ -167,7 +167,7 @@ def _settle(rng_key, path, position, names, is_diagonal):
     return Exploration(cloud, position, points, jnp.reshape(is_there, (-1, num_problems)), growth)
 
 
-def _describe(x, is_finite, is_diagonal):
+def _robust_gaussian(x, is_finite, is_diagonal):
     """A robust Gaussian of points (n, problems, D), and how far they reach from the origin."""
     x = jnp.where(is_finite[..., None], x, jnp.nan)
     low, middle, high = jnp.nanquantile(x, jnp.array([0.16, 0.5, 0.84], x.dtype), axis=0)

@@ -23,11 +23,13 @@ import numpy as np
 from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning, check_integer
+from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.ais import run_ais
 from numpyro_ebm.log_normalizers.enumeration import run_enumeration, why_not_enumeration
 from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.quadrature import run_quadrature, why_not_quadrature
 from numpyro_ebm.log_normalizers.smc import run_smc
+from numpyro_ebm.log_normalizers.visible_grid import quadrature_of_parameters
 
 __all__ = ["METHODS", "Method", "Options", "log_normalizer", "run_method"]
 
@@ -41,11 +43,15 @@ class Method(NamedTuple):
     - **why_not** - ``(integrand, options) -> sentence or None``: why it cannot serve the integrand.
     - **rank** - ``integrand -> int``: of the methods that can serve, that of the lowest rank is
       taken where none is asked for; ``None`` for a method that is taken only where asked for.
+    - **of_parameters** - ``(row_model, params, num_nodes, max_states) -> log Z(θ)``, of shape
+      (rows,) or a scalar, differentiable in θ; ``None`` if there is no such function. With it the
+      method serves :class:`~numpyro_ebm.normalized`.
     """
 
     run: Callable
     why_not: Callable = lambda integrand, options: None
     rank: Callable | None = None
+    of_parameters: Callable | None = None
 
 
 METHODS = {
@@ -53,8 +59,14 @@ METHODS = {
         run_enumeration,
         why_not_enumeration,
         rank=lambda integrand: 1 if integrand.discrete else 3,
+        of_parameters=lambda *args: _run_at("enumerate", *args),
     ),
-    "quadrature": Method(run_quadrature, why_not_quadrature, rank=lambda integrand: 2),
+    "quadrature": Method(
+        run_quadrature,
+        why_not_quadrature,
+        rank=lambda integrand: 2,
+        of_parameters=quadrature_of_parameters,
+    ),
     # AIS needs fewer particles in all where every row has a log Z of its own.
     "ais": Method(run_ais, rank=lambda integrand: 5 if integrand.is_shared else 4),
     "smc": Method(run_smc, rank=lambda integrand: 4 if integrand.is_shared else 5),
@@ -217,6 +229,18 @@ def run_method(rng_key, integrand, name, options):
     return result._replace(
         **{k: _in_shape(getattr(result, k), shape) for k in ("value", "mcse", "ess")}
     )
+
+
+def _run_at(name, row_model, params, num_nodes, max_states):
+    """log Z(θ) by a method whose result is differentiable in the parameters of the model."""
+    integrand = read_integrand(
+        jax.random.key(0),
+        fixed(row_model.model, params),
+        row_model.args,
+        row_model.kwargs,
+        is_shared=not row_model.covariates,
+    )
+    return run_method(jax.random.key(0), integrand, name, Options(max_states=max_states)).value
 
 
 def _in_shape(x, shape):

@@ -4,25 +4,18 @@ r"""Exact posteriors of an energy's parameters, where log Z(θ) can be computed.
 .. math:: π(θ \mid v) \propto π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
 """
 
-import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
-from numpyro_ebm.errors import ImproperSamplingError, ModelError
-from numpyro_ebm.language.handlers import fixed
-from numpyro_ebm.log_normalizers.integrand import read_integrand
-from numpyro_ebm.log_normalizers.methods import Options, run_method
+from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
+from numpyro_ebm.log_normalizers.methods import METHODS
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.row_model import read_model
-from numpyro_ebm.objectives.base import Problem
-from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
 from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["NormalizedRow", "normalized"]
-
-METHODS = ("enumerate", "quadrature")
 
 
 class normalized:
@@ -79,15 +72,16 @@ class normalized:
     posterior_kind = "likelihood"  # for `to_arviz`
 
     def __init__(self, model, log_normalizer="enumerate", *, num_nodes=256, max_states=1_048_576):
-        if not callable(log_normalizer) and log_normalizer not in METHODS:
+        names = [name for name, method in METHODS.items() if method.of_parameters]
+        if not callable(log_normalizer) and log_normalizer not in names:
             raise ModelError(
                 "normalized: `log_normalizer` must be a function of the parameters, "
-                f"'enumerate' or 'quadrature', got {log_normalizer!r}."
+                f"{' or '.join(map(repr, names))}, got {log_normalizer!r}."
             )
+        check_integer("normalized", 4, num_nodes=num_nodes)
         self.model = model
         self.log_normalizer = log_normalizer
-        self._max_states = max_states
-        self._quadrature = MaximumLikelihood(num_nodes=num_nodes, max_states=max_states)
+        self._num_nodes, self._max_states = num_nodes, max_states
 
     def __call__(self, *args, **kwargs):
         model = self.model
@@ -105,7 +99,7 @@ class normalized:
             params = {name: params[name] for name in row_model.parameters}
 
             def evaluate(params, latent):
-                log_z = self._log_z(row_model, params, args, kwargs)
+                log_z = self._log_z(row_model, params)
                 return _partial_log_density(row_model, params, latent) - log_z, log_z
 
             rows, log_z = run_compiled(evaluate, params, latent)
@@ -116,7 +110,7 @@ class normalized:
             numpyro.deterministic("log_normalizer_error", jnp.sqrt(variance))
             numpyro.factor("log_normalizer_doubt", -0.5 * variance)
 
-    def _log_z(self, row_model, params, args, kwargs):
+    def _log_z(self, row_model, params):
         if callable(self.log_normalizer):
             log_z = jnp.asarray(self.log_normalizer(params))
             if jnp.shape(log_z) not in ((), (row_model.num_rows,)):
@@ -132,24 +126,9 @@ class normalized:
                     f"Return an array of shape ({row_model.num_rows},)."
                 )
             return log_z
-        if self.log_normalizer == "enumerate":
-            return self._enumerated(row_model, params, args, kwargs)
-        if row_model.latent and not all(site.is_discrete for site in row_model.latent.values()):
-            raise ModelError(
-                "normalized: log_normalizer='quadrature' integrates visible sites, and the latent "
-                f"site(s) {sorted(row_model.latent)} are not all discrete. Give log Z as a "
-                "function."
-            )
-        self._quadrature.check_sites(row_model)
-        marginal = exact_marginal(row_model)
-        problem = Problem(row_model, None, marginal, row_model.unconstrain_visible())
-        return self._quadrature.log_normalizer(params, problem)
-
-    def _enumerated(self, row_model, params, args, kwargs):
-        model, options = fixed(self.model, params), Options(max_states=self._max_states)
-        key, is_shared = jax.random.key(0), not row_model.covariates
-        integrand = read_integrand(key, model, args, kwargs, is_shared=is_shared)
-        return run_method(key, integrand, "enumerate", options).value
+        return METHODS[self.log_normalizer].of_parameters(
+            row_model, params, self._num_nodes, self._max_states
+        )
 
 
 class NormalizedRow(dist.Distribution):
