@@ -83,7 +83,7 @@ def sample(
                 "sample: `kernel` must be a NumPyro `MCMCKernel` on the model, or a class of one, "
                 f"got {kernel!r}."
             )
-    logger.info("sample: %s", _describe(kernel))
+    logger.info("sample: %s", _name_of(kernel))
     if kernel is None:
         draws = exact_marginal(row_model).draw(key_discrete, row_model, {}, {}, num_samples)
         return _with_deterministic(row_model, draws)
@@ -107,7 +107,7 @@ def sample(
     return draws
 
 
-def _describe(kernel):
+def _name_of(kernel):
     if kernel is None:
         return "drawn from the probabilities of all joint states"
     if not isinstance(kernel, Gibbs):

@@ -74,14 +74,14 @@ def quadratic(v):
 )
 def test_the_kernel_follows_from_supports_and_energy(model, expected):
     kernel = choose_kernel(model())
-    from numpyro_ebm.mcmc.sampling import _describe
+    from numpyro_ebm.mcmc.sampling import _name_of
 
     if expected is None:
         assert kernel is None
     else:
         import re
 
-        assert re.fullmatch(expected, _describe(kernel)), _describe(kernel)
+        assert re.fullmatch(expected, _name_of(kernel)), _name_of(kernel)
 
 
 def test_sample_says_what_it_does(caplog, grbm):
