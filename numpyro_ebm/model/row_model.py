@@ -14,6 +14,7 @@ with fixed parameters; :class:`~numpyro_ebm.guides.guide.Guide` does the same fo
 """
 
 import copy
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.coupled_rows import check_rows
+from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 
 __all__ = ["RowModel", "RowSite", "placeholder", "read_model", "read_fixed_model"]
 
@@ -239,19 +241,23 @@ class RowModel:
     def flatten(self, unconstrained):
         """All coordinates of a row in one vector, (rows, dimension), sites sorted by name."""
         rows = self.to_rows(unconstrained)  # gradients and compiled functions sort dicts as well
-        return jnp.concatenate([rows[k].reshape(self.num_rows, -1) for k in sorted(rows)], -1)
+        return flatten_sites(rows, sorted(rows))[0]
 
-    def unflatten(self, flat):
-        """Undo :meth:`flatten` for the visible sites."""
-        like = jax.eval_shape(lambda: self.to_rows(self.unconstrain_visible()))
-        like = {name: like[name] for name in sorted(like)}
-        sizes = [np.size(x) // self.num_rows for x in like.values()]
-        parts = jnp.split(flat, np.cumsum(sizes)[:-1], axis=-1)
-        rows = {
-            name: part.reshape(x.shape).astype(x.dtype)
-            for part, (name, x) in zip(parts, like.items(), strict=True)
-        }
-        return self.from_rows(rows)
+    def unflatten(self, flat, like=None):
+        """Undo :meth:`flatten` for the visible sites.
+
+        :param dict like: what has the shapes and types of the result, if not the observed values.
+        """
+        like = self.unconstrain_visible if like is None else lambda like=like: like
+        like = jax.eval_shape(lambda: self.to_rows(like()))
+        rows = unflatten_sites(flat, like, sorted(like))
+        return self.from_rows({name: x.astype(like[name].dtype) for name, x in rows.items()})
+
+    @property
+    def sizes(self):
+        """Coordinates of every visible site in a row, in the order of :meth:`flatten`."""
+        shapes = jax.eval_shape(self.unconstrain_visible)
+        return {name: math.prod(shapes[name].shape) // self.num_rows for name in sorted(shapes)}
 
     def rows_like(self, per_row, name, unconstrained):
         """Reshape an array of shape (rows,) to broadcast against an unconstrained visible value."""

@@ -85,7 +85,7 @@ class NeighbourObjective(Objective):
         with b the gradient at the middle m of the values. For binary coordinates the last term is
         zero. ``None`` where H has no simple form.
         """
-        sizes = _sizes(problem.row_model, _as_floats(problem))
+        sizes = problem.row_model.sizes
         total = sum(sizes.values())
         row_model = with_rows(problem.row_model, total) if total <= MOST_COORDINATES else None
         if row_model is None:
@@ -94,7 +94,7 @@ class NeighbourObjective(Objective):
         estimate, like = self.estimate(jax.random.key(0), params, own), _as_floats(own)
 
         def log_density(flat):
-            return jnp.sum(estimate.log_density(params, _from_flat(row_model, flat, like)))
+            return jnp.sum(estimate.log_density(params, row_model.unflatten(flat, like)))
 
         center, num_values = [], []
         for site, size in sizes.items():
@@ -125,7 +125,7 @@ class NeighbourObjective(Objective):
             + \tfrac12 δ^2\, ∂_d^2 \log\tilde p
         """
         row_model, point = problem.row_model, _as_floats(problem)
-        total = sum(_sizes(row_model, point).values())
+        total = sum(row_model.sizes.values())
 
         def log_density(u):
             return estimate.log_density(params, u)
@@ -133,7 +133,7 @@ class NeighbourObjective(Objective):
         gradient = row_model.flatten(jax.grad(lambda u: jnp.sum(log_density(u)))(point))
         # Every row goes along an axis of its own: the curvature is the same in all of them.
         axes = jax.nn.one_hot(jnp.arange(row_model.num_rows) % total, total, dtype=gradient.dtype)
-        axes = _from_flat(row_model, axes, point)
+        axes = row_model.unflatten(axes, point)
         slope = lambda u: jax.jvp(log_density, (u,), (axes,))[1]  # noqa: E731
         curvature = jax.jvp(slope, (point,), (axes,))[1][:total]
         return lambda step, part: step * gradient[:, part] + 0.5 * step**2 * curvature[part]
@@ -143,7 +143,7 @@ class NeighbourObjective(Objective):
         row_model, name = problem.row_model, type(self).__name__
         point = _as_floats(problem)
         flat, losses, start = row_model.flatten(point), [], 0
-        for site, size in _sizes(row_model, point).items():
+        for site, size in row_model.sizes.items():
             part = slice(start, start + size)
             lowest, num_values = finite_values(row_model.visible[site], name)
             here = flat[:, part]
@@ -184,23 +184,8 @@ def _as_floats(problem):
     return {k: jnp.asarray(x, float_type) for k, x in problem.unconstrained.items()}
 
 
-def _sizes(row_model, point):
-    """Coordinates of a row by site, in the order of `RowModel.flatten`."""
-    rows = row_model.to_rows(point)
-    return {name: np.size(rows[name]) // row_model.num_rows for name in sorted(rows)}
-
-
 def _has_a_row_for_each_axis(problem):
     return sum(np.size(x) for x in problem.unconstrained.values()) <= problem.row_model.num_rows**2
-
-
-def _from_flat(row_model, flat, like):
-    """Vectors of rows, (rows, coordinates), as a dict like ``like``."""
-    rows, parts, start = row_model.to_rows(like), {}, 0
-    for name, size in _sizes(row_model, like).items():
-        parts[name] = jnp.reshape(flat[:, start : start + size], rows[name].shape)
-        start += size
-    return row_model.from_rows(parts)
 
 
 def _is_quadratic(estimate, problem):

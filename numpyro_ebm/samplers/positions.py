@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Positions, dicts of arrays with one point a row, as one array of coordinates."""
 
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
+import math
+from functools import partial
 
-__all__ = ["flatten_sites"]
+import jax.numpy as jnp
+
+__all__ = ["flatten_sites", "unflatten_sites"]
 
 
 def flatten_sites(position, names):
@@ -24,14 +25,22 @@ def flatten_sites(position, names):
     >>> flat.shape, unflatten(flat[:1])["x"].shape
     ((3, 5), (1, 2, 2))
     """
-    parts = {name: jnp.reshape(position[name], (len(position[name]), -1)) for name in names}
-    ends = np.cumsum([0, *(x.shape[1] for x in parts.values())])
+    parts = [jnp.reshape(position[name], (len(position[name]), -1)) for name in names]
+    return jnp.concatenate(parts, axis=1), partial(unflatten_sites, like=position, names=names)
 
-    def unflatten(flat):
-        pieces = (lax.slice_in_dim(flat, *ends[i : i + 2], axis=1) for i in range(len(names)))
-        return {
-            name: jnp.reshape(x, (len(flat), *jnp.shape(position[name])[1:]))
-            for name, x in zip(names, pieces, strict=True)
-        }
 
-    return jnp.concatenate(list(parts.values()), axis=1), unflatten
+def unflatten_sites(flat, like, names):
+    """Undo :func:`flatten_sites`.
+
+    :param flat: of shape (n, coordinates).
+    :param dict like: arrays of shape (rows, ...), or their shapes and types.
+    :param names: which sites, in their order.
+    :return: dict of arrays of shape (n, ...).
+    """
+    parts, start = {}, 0
+    for name in names:
+        shape = like[name].shape[1:]
+        stop = start + math.prod(shape)
+        parts[name] = jnp.reshape(flat[:, start:stop], (len(flat), *shape))
+        start = stop
+    return parts

@@ -20,6 +20,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_model import placeholder
+from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 
 __all__ = ["ExchangeTarget", "complete_prior"]
 
@@ -85,17 +86,15 @@ class ExchangeTarget:
 
     def flatten(self, z):
         """A dict of unconstrained values as an array of shape (groups, dimension)."""
-        return jnp.concatenate([jnp.reshape(z[k], (self.num_groups, -1)) for k in sorted(z)], -1)
+        return flatten_sites(self._by_group(z), sorted(z))[0]
 
     def unflatten(self, flat, like):
-        """Undo :meth:`flatten`; ``like`` has the shapes."""
-        values, start = {}, 0
-        for name in sorted(like):
-            width = jnp.size(like[name]) // self.num_groups
-            part = flat[:, start : start + width]
-            values[name] = jnp.reshape(part, jnp.shape(like[name])).astype(like[name].dtype)
-            start += width
-        return values
+        """Undo :meth:`flatten`; ``like`` has the shapes and types."""
+        z = unflatten_sites(flat, self._by_group(like), sorted(like))
+        return {k: jnp.reshape(x, like[k].shape).astype(like[k].dtype) for k, x in z.items()}
+
+    def _by_group(self, z):
+        return z if self.by_row else {name: x[None] for name, x in z.items()}
 
     def constrain(self, z):
         """Values of the parameters on their supports."""
