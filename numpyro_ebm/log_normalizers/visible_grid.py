@@ -151,10 +151,10 @@ def sum_over_visible(params, row_model, marginal, num_nodes, *, every=1, reach=n
 def _coordinates(row_model, who="log_normalizer"):
     """Values of every visible coordinate of a row, ``None`` if it is real, by sorted sites."""
     columns = []
-    for name, x in sorted(jax.eval_shape(row_model.unconstrain_visible).items()):
+    for name, size in row_model.sizes.items():
         site = row_model.visible[name]
         values = support_values(site, who) if site.is_discrete else None
-        columns += [values] * (np.size(x) // row_model.num_rows)
+        columns += [values] * size
     return columns
 
 
