@@ -11,20 +11,18 @@ A method is two functions in a file of its own and an entry in ``METHODS``, from
 :func:`log_normalizer`, log-likelihoods and posteriors take it.
 """
 
-import itertools
-import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import find_stack_level, not_jax_tracer
+from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning, check_integer
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.ais import run_ais
+from numpyro_ebm.log_normalizers.comparison import best_of
 from numpyro_ebm.log_normalizers.enumeration import run_enumeration, why_not_enumeration
 from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.quadrature import run_quadrature, why_not_quadrature
@@ -32,8 +30,6 @@ from numpyro_ebm.log_normalizers.smc import run_smc
 from numpyro_ebm.log_normalizers.visible_grid import quadrature_of_parameters
 
 __all__ = ["METHODS", "Method", "Options", "log_normalizer", "run_method"]
-
-MOST_ERRORS = 4.0  # combined standard errors that two methods may differ by
 
 
 class Method(NamedTuple):
@@ -175,7 +171,7 @@ def log_normalizer(
     results = [
         run_method(key, integrand, name, options) for key, name in zip(keys, names, strict=True)
     ]
-    return _compared(results) if several else results[0]
+    return best_of(results) if several else results[0]
 
 
 class Options(NamedTuple):
@@ -216,6 +212,7 @@ def run_method(rng_key, integrand, name, options):
     else:
         why_not = METHODS[name].why_not(integrand, options)
         if why_not is not None:
+            why_not = why_not.removesuffix(".")
             raise ModelError(f"log_normalizer: method={name!r} does not apply: {why_not}.")
     result = METHODS[name].run(rng_key, integrand, options)
     if not_jax_tracer(result.value) and not np.all(np.isfinite(result.value)):
@@ -248,31 +245,3 @@ def _in_shape(x, shape):
     if shape:
         return jnp.broadcast_to(x, shape)
     return jnp.reshape(x, ()) if jnp.ndim(x) else x
-
-
-def _compared(results):
-    """The result with the smallest error, the others with it; warn where two disagree."""
-    for one, other in itertools.combinations(results, 2):
-        gap = jnp.abs(one.value - other.value)
-        eps = float(jnp.finfo(jnp.result_type(gap, float)).eps)
-        rounding = 100 * eps * (1 + jnp.abs(one.value))
-        allowed = MOST_ERRORS * jnp.sqrt(jnp.asarray(one.mcse) ** 2 + jnp.asarray(other.mcse) ** 2)
-        if not_jax_tracer(gap) and np.any(np.asarray(gap > allowed + rounding)):
-            at = int(np.argmax(np.ravel(gap - allowed)))
-            values = [
-                f"{x.method} gives {np.ravel(x.value)[at]:.6g} ± "
-                f"{np.ravel(np.broadcast_to(x.mcse, np.shape(x.value)))[at]:.2g}"
-                for x in (one, other)
-            ]
-            warnings.warn(
-                NormalizerDisagreementWarning(
-                    f"log_normalizer: {' and '.join(values)}, further apart than their errors "
-                    "allow. Annealed estimates that miss a mode are too small: raise "
-                    "`num_temperatures`, `num_particles` or `num_sweeps` until they agree."
-                ),
-                stacklevel=find_stack_level(),
-            )
-    errors = [float(np.max(x.mcse)) if not_jax_tracer(x.mcse) else math.inf for x in results]
-    best = results[int(np.argmin(errors))]
-    everyone = {x.method: x for x in results}
-    return best._replace(diagnostics={**(best.diagnostics or {}), "results": everyone})

@@ -82,7 +82,8 @@ def quadrature_of_parameters(row_model, params, num_nodes, max_states):
     except ModelError as error:
         why_not = str(error)
     if why_not is not None:
-        raise ModelError(f"log_normalizer: method='quadrature' does not apply: {why_not}")
+        why_not = why_not.removesuffix(".")
+        raise ModelError(f"log_normalizer: method='quadrature' does not apply: {why_not}.")
     return sum_over_visible(params, row_model, marginal, num_nodes)
 
 

@@ -19,8 +19,8 @@ from oracles import jit
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
+from numpyro_ebm.log_normalizers.comparison import best_of
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
-from numpyro_ebm.log_normalizers.methods import _compared
 from numpyro_ebm.log_normalizers.mixture import fit_mixture
 from numpyro_ebm.log_normalizers.particles import log_mean_weight
 
@@ -651,10 +651,10 @@ def test_disagreement_is_reported():
     a, b = result(1.0, 0.1, "ais"), result(1.1, 0.01, "smc")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        best = _compared([a, b])
+        best = best_of([a, b])
     assert best.method == "smc" and best.diagnostics["results"] == {"ais": a, "smc": b}
     with pytest.warns(ebm.NormalizerDisagreementWarning, match="ais gives 1 .* smc gives 2"):
-        _compared([a, result(2.0, 0.1, "smc")])
+        best_of([a, result(2.0, 0.1, "smc")])
 
 
 @pytest.mark.slow
