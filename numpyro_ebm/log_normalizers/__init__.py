@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""log Z and log-likelihoods: enumeration, quadrature and annealing, and which one is taken.
+"""log Z and log-likelihoods: the registry of methods, one method a file, and their parts.
 
-It may import :mod:`numpyro_ebm.marginals`, :mod:`numpyro_ebm.samplers` and what these stand on.
+``methods`` registers ``enumeration``, ``quadrature``, ``ais`` and ``smc``; ``integrand`` reads a
+model for them, and ``visible_grid`` is log Z as a function of the parameters. The folder may import
+:mod:`numpyro_ebm.marginals`, :mod:`numpyro_ebm.samplers` and what these stand on.
 """
 
 from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
