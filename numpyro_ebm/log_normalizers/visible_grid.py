@@ -48,7 +48,7 @@ def why_not_visible_grid(row_model, num_nodes, max_states, who):
     :param str who: who asks, for errors.
     :raises ModelError: if a site has infinitely many values.
     """
-    values = _coordinates(row_model, who)
+    values = _grid_columns(row_model, who)
     num_real = sum(x is None for x in values)
     sites = sorted(row_model.visible)
     if num_real > MOST_REAL:
@@ -149,7 +149,7 @@ def sum_over_visible(params, row_model, marginal, num_nodes, *, every=1, reach=n
     )(own)
 
 
-def _coordinates(row_model, who="log_normalizer"):
+def _grid_columns(row_model, who="log_normalizer"):
     """Values of every visible coordinate of a row, ``None`` if it is real, by sorted sites."""
     columns = []
     for name, size in row_model.sizes.items():
@@ -163,7 +163,7 @@ def _nodes_around_data(row_model, num_nodes, every, reach):
     """Nodes of all visible coordinates of a row, by sorted sites, and log-weights."""
     at, log_weights = sinh_nodes(num_nodes)
     log_weights = np.where(np.abs(at) <= reach, log_weights, -np.inf) + np.log(every)
-    values = _coordinates(row_model)
+    values = _grid_columns(row_model)
     is_real = np.array([x is None for x in values])
     # Many nodes: arrays of the program, not constants.
     nodes, log_weights = weighted_grid(
