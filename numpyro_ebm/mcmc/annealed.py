@@ -184,7 +184,7 @@ class AnnealedLangevin(RowKernel):
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
         row_model, _ = self._read(self._model, model_args, model_kwargs)
-        z = self._initial_values(key_init, row_model, init_params, model_kwargs)
+        z = self._initial_values(key_init, row_model, init_params)
         state = LangevinState(
             i=jnp.array(0),
             z=z,

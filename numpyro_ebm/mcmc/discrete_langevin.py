@@ -23,7 +23,8 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
 from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.kernel import AdaptiveKernel
-from numpyro_ebm.model.finite_supports import initial_values, support_values
+from numpyro_ebm.mcmc.start import initial_values
+from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers import discrete_langevin
 

@@ -15,15 +15,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_uniform
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key, not_jax_tracer
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
+from numpyro_ebm.mcmc.start import unconstrained_values
 from numpyro_ebm.model.row_model import read_fixed_model
 from numpyro_ebm.samplers.per_row import per_row
 
@@ -190,19 +189,8 @@ class RowKernel(MCMCKernel):
 
         return row_model, log_density
 
-    def _initial_values(self, rng_key, row_model, init_params, model_kwargs):
-        prepared = substitute(seed(row_model.model, rng_key), substitute_fn=self._init_strategy)
-        model_trace = trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
-        z = {k: s.transform.inv(model_trace[k]["value"]) for k, s in row_model.visible.items()}
-        if init_params is None:
-            return z
-        unknown = sorted(set(init_params) - set(row_model.visible) - set(row_model.latent))
-        if unknown:
-            raise ModelError(f"`init_params` names {unknown}, which are not unobserved sites.")
-        given = {k: jnp.asarray(x) for k, x in init_params.items() if k in row_model.visible}
-        if GIBBS_SITES_KWARG in (model_kwargs or {}):  # Gibbs hands over constrained values
-            given = {k: row_model.visible[k].transform.inv(x) for k, x in given.items()}
-        return {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
+    def _initial_values(self, rng_key, row_model, init_params):
+        return unconstrained_values(rng_key, row_model, self._init_strategy, init_params)
 
     def _check_energy(self, state, model_args, model_kwargs):
         """Say which rows and sites make the initial energy, or its gradient, not finite."""
@@ -341,7 +329,7 @@ class ChainKernel(AdaptiveKernel):
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, key_rows, rng_key = jax.random.split(rng_key, 3)
         row_model = read_fixed_model(self._model, model_args, model_kwargs)
-        z = self._initial_values(key_init, row_model, init_params, model_kwargs)
+        z = self._initial_values(key_init, row_model, init_params)
         row_model, one_row = self._target(model_args, model_kwargs, z)
         dimension = row_model.flatten(z).shape[1]
         self._check_sites(row_model, dimension)

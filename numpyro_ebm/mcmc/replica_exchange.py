@@ -203,9 +203,7 @@ class ReplicaExchange(AdaptiveKernel):
         num_replicas = len(self._ladder)
 
         def start(key):
-            return row_model.to_rows(
-                self._initial_values(key, row_model, init_params, model_kwargs)
-            )
+            return row_model.to_rows(self._initial_values(key, row_model, init_params))
 
         positions = jax.vmap(start)(jax.random.split(key_init, num_replicas))
         replicas = _evaluate_replicas(positions, base, likelihood)

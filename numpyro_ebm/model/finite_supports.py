@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sites with finitely many values: which they are, all joint states, and where chains start."""
+"""Sites with finitely many values: which they are, and all joint states of a row."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
@@ -15,7 +14,6 @@ from numpyro_ebm.language.sites import unwrap
 __all__ = [
     "finite_values",
     "grid",
-    "initial_values",
     "in_all_rows",
     "is_binary",
     "joint_states",
@@ -23,22 +21,6 @@ __all__ = [
     "shifted",
     "support_values",
 ]
-
-
-def initial_values(rng_key, row_model, init_strategy, init_params):
-    """Initial values of all unobserved sites: those of the strategy, and those that are given."""
-    prepared = substitute(seed(row_model.model, rng_key), substitute_fn=init_strategy)
-    model_trace = trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
-    z = {name: jnp.asarray(model_trace[name]["value"]) for name in row_model.sites}
-    for name, x in (init_params or {}).items():
-        if name not in z or jnp.shape(x) != z[name].shape:
-            shapes = {k: v.shape for k, v in z.items()}
-            raise ModelError(
-                f"`init_params` has '{name}' of shape {jnp.shape(x)}; the unobserved sites "
-                f"and their shapes are {shapes}."
-            )
-        z[name] = jnp.asarray(x, z[name].dtype)
-    return z
 
 
 def support_values(site, who):

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initial values of a chain: those of a strategy, and those that are given."""
+
+import jax.numpy as jnp
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+
+from numpyro_ebm.errors import ModelError
+
+__all__ = ["initial_values", "unconstrained_values"]
+
+
+def initial_values(rng_key, row_model, init_strategy, init_params):
+    """Initial values of all unobserved sites, on their supports.
+
+    :raises ModelError: if values are given of what is no unobserved site, or of another shape.
+    """
+    values = _values_of_strategy(rng_key, row_model, init_strategy)
+    z = {name: jnp.asarray(values[name]) for name in row_model.sites}
+    for name, x in (init_params or {}).items():
+        if name not in z or jnp.shape(x) != z[name].shape:
+            shapes = {k: v.shape for k, v in z.items()}
+            raise ModelError(
+                f"`init_params` has '{name}' of shape {jnp.shape(x)}; the unobserved sites "
+                f"and their shapes are {shapes}."
+            )
+        z[name] = jnp.asarray(x, z[name].dtype)
+    return z
+
+
+def unconstrained_values(rng_key, row_model, init_strategy, init_params):
+    """Initial unconstrained values of the real sites.
+
+    :raises ModelError: if values are given of what is no unobserved site.
+    """
+    values = _values_of_strategy(rng_key, row_model, init_strategy)
+    z = {name: site.transform.inv(values[name]) for name, site in row_model.visible.items()}
+    if init_params is None:
+        return z
+    unknown = sorted(set(init_params) - set(row_model.sites))
+    if unknown:
+        raise ModelError(f"`init_params` names {unknown}, which are not unobserved sites.")
+    given = {k: jnp.asarray(x) for k, x in init_params.items() if k in row_model.visible}
+    if GIBBS_SITES_KWARG in row_model.kwargs:  # Gibbs hands over constrained values
+        given = {k: row_model.visible[k].transform.inv(x) for k, x in given.items()}
+    return {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
+
+
+def _values_of_strategy(rng_key, row_model, init_strategy):
+    prepared = substitute(seed(row_model.model, rng_key), substitute_fn=init_strategy)
+    model_trace = trace(prepared).get_trace(*row_model.args, **row_model.kwargs)
+    return {name: model_trace[name]["value"] for name in row_model.sites}
