@@ -6,7 +6,10 @@ from typing import Any, TypeAlias
 
 import jax
 
-__all__ = ["Model", "Optimizer", "Params", "SiteValues", "Trace"]
+__all__ = ["LogDensity", "Model", "Optimizer", "Params", "SiteValues", "Trace"]
+
+LogDensity: TypeAlias = Callable[..., jax.Array]
+"""The log-density of a position, or of one position a row, up to a constant."""
 
 Model: TypeAlias = Callable[..., Any]
 """A NumPyro model or guide: a function with `numpyro.sample` and `numpyro.param` statements."""

@@ -18,15 +18,18 @@ Reference: Song, Ermon, *Generative modeling by estimating gradients of the data
 for image generation*, 2021.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import build_sampling_algorithm
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from blackjax.mcmc.diffusions import overdamped_langevin
 from blackjax.util import generate_gaussian_noise
+from jax.typing import ArrayLike
 
 from numpyro_ebm.samplers.langevin import ULAState
+from numpyro_ebm.types import LogDensity
 
 __all__ = ["AnnealedInfo", "AnnealedState", "as_top_level_api", "build_kernel", "init"]
 
@@ -43,13 +46,13 @@ class AnnealedInfo(NamedTuple):
     is_divergent: jax.Array
 
 
-def init(position, logdensity_fn, levels):
+def init(position: Any, logdensity_fn: LogDensity, levels: jax.Array) -> AnnealedState:
     """State at a position, at the last level."""
     evaluate = jax.value_and_grad(logdensity_fn)
     return AnnealedState(position, *evaluate(position, levels[-1]))
 
 
-def build_kernel(num_steps):
+def build_kernel(num_steps: int) -> Callable[..., tuple[AnnealedState, AnnealedInfo]]:
     """Build the kernel of one whole run.
 
     :param int num_steps: steps at each level.
@@ -68,7 +71,7 @@ def build_kernel(num_steps):
 
         def at_level(position, inputs):
             level, step_size, key = inputs
-            one_step = overdamped_langevin(lambda x: evaluate(x, level))
+            one_step: Any = overdamped_langevin(lambda x: evaluate(x, level))
 
             def step(run, key):
                 return AnnealedState(*one_step(key, run, step_size)), None
@@ -93,8 +96,14 @@ def build_kernel(num_steps):
 
 
 def as_top_level_api(
-    logdensity_fn, levels, step_sizes, *, num_steps, init_scale=1.0, denoise_variance=None
-):
+    logdensity_fn: LogDensity,
+    levels: jax.Array,
+    step_sizes: jax.Array,
+    *,
+    num_steps: int,
+    init_scale: ArrayLike = 1.0,
+    denoise_variance: ArrayLike | None = None,
+) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` whose ``step`` is one run, independent of the last.
 
     :param logdensity_fn: log π of a position and a level, up to a constant of the level.

@@ -14,6 +14,7 @@ minimizing contrastive divergence*, 2002; colours: Gonzalez, Low, Gretton, Guest
 sampling: from colored fields to thin junction trees*, AISTATS 2011.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,9 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
+from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import LogDensity, SiteValues
 
 __all__ = [
     "BlockGibbsChainState",
@@ -43,7 +46,7 @@ class BlockGibbsChainState(NamedTuple):
     - **logdensity** - log π of every row, of shape (rows,).
     """
 
-    position: dict
+    position: SiteValues
     logdensity: jax.Array
 
 
@@ -57,7 +60,14 @@ class BlockGibbsInfo(NamedTuple):
     is_divergent: jax.Array
 
 
-def draw_block(rng_key, position, logdensity_fn, block, *, backwards=False):
+def draw_block(
+    rng_key: jax.Array,
+    position: SiteValues,
+    logdensity_fn: LogDensity,
+    block: Block,
+    *,
+    backwards: bool = False,
+) -> SiteValues:
     """Draw one block given the rest.
 
     :param rng_key: random key.
@@ -101,12 +111,14 @@ def draw_block(rng_key, position, logdensity_fn, block, *, backwards=False):
     return unflatten(jnp.where(bits, high, low).astype(flat.dtype))
 
 
-def init(position, logdensity_fn):
+def init(position: SiteValues, logdensity_fn: LogDensity) -> BlockGibbsChainState:
     """State of the chains at a position."""
     return BlockGibbsChainState(position, logdensity_fn(position))
 
 
-def build_kernel(reversible=False):
+def build_kernel(
+    reversible: bool = False,
+) -> Callable[..., tuple[BlockGibbsChainState, BlockGibbsInfo]]:
     """Build the kernel ``(rng_key, state, logdensity_fn, blocks) -> (state, info)``.
 
     :param bool reversible: follow every sweep by one in the opposite order. A sweep in a fixed
@@ -129,7 +141,7 @@ def build_kernel(reversible=False):
     return kernel
 
 
-def as_top_level_api(logdensity_fn, blocks) -> SamplingAlgorithm:
+def as_top_level_api(logdensity_fn: LogDensity, blocks: Sequence[Block]) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``; one step is one sweep.
 
     :param logdensity_fn: maps a dict of arrays of shape (rows, ...) to log π of shape (rows,).

@@ -14,12 +14,18 @@ Reference: Gonzalez, Low, Gretton, Guestrin, *Parallel Gibbs sampling: from colo
 junction trees*, AISTATS 2011.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import ArrayLike
 
+from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import LogDensity, SiteValues
 
 __all__ = ["draw_coloured", "find_interaction", "value_table"]
 
@@ -27,7 +33,14 @@ MAX_DEGREE = 8  # polynomials up to here are differenced through their gradient
 MAX_BATCH = 4_000_000  # coordinates of candidates that are weighed at once
 
 
-def draw_coloured(rng_key, position, logdensity_fn, block, *, backwards=False):
+def draw_coloured(
+    rng_key: jax.Array,
+    position: SiteValues,
+    logdensity_fn: LogDensity,
+    block: Block,
+    *,
+    backwards: bool = False,
+) -> SiteValues:
     r"""Draw a coloured block, colour after colour.
 
     .. math:: x_i' \sim π(x_i \mid x_{-i}) \quad \text{for all } i \text{ of a colour at once}
@@ -103,7 +116,13 @@ def draw_coloured(rng_key, position, logdensity_fn, block, *, backwards=False):
     return unflatten(lax.scan(draw_members, flat, members, reverse=backwards)[0])
 
 
-def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
+def find_interaction(
+    rng_key: jax.Array,
+    logdensity_fn: LogDensity,
+    position: SiteValues,
+    block: Block,
+    num_states: int = 20,
+) -> tuple[int, int] | None:
     r"""Try to refute the colours of a block: two coordinates of one colour that interact.
 
     .. math:: Δ_A Δ_B \log π(x) \ne 0 \quad \text{for random halves } A, B \text{ of a colour}
@@ -168,7 +187,8 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
                 x, first = jnp.where(part, y, x), first & ~part
         return x, first
 
-    labels = [c for c in np.unique(block.colors) if np.sum(np.asarray(block.colors) == c) > 1]
+    labels, counts = np.unique(np.asarray(block.colors), return_counts=True)
+    labels = [label for label, count in zip(labels, counts, strict=True) if count > 1]
     colors_of_states = jnp.asarray(np.repeat(labels, num_states))
     if not labels:
         return None
@@ -180,12 +200,15 @@ def find_interaction(rng_key, logdensity_fn, position, block, num_states=20):
     x, y, first, second = states(keys[state], colors_of_states[state])
     x, first = narrow(row, x, y, first, second)
     _, second = narrow(row, x, y, second, first)
-    return tuple(sorted((int(jnp.argmax(first)), int(jnp.argmax(second)))))
+    pair = int(jnp.argmax(first)), int(jnp.argmax(second))
+    return min(pair), max(pair)
 
 
-def value_table(position, values):
+def value_table(
+    position: Mapping[str, Any], values: Mapping[str, ArrayLike]
+) -> tuple[np.ndarray, np.ndarray]:
     """Values of every coordinate of some sites, padded to (coordinates, K), and their mask."""
-    num_values = max(len(x) for x in values.values())
+    num_values = max(np.size(x) for x in values.values())
     table, is_value = [], []
     for name, x in values.items():
         x, size = np.asarray(x), np.prod(position[name].shape[1:], dtype=int)

@@ -18,16 +18,20 @@ for binary and ordinal coordinates. ``differences="exact"`` evaluates every :mat
 Reference: Zhang, Liu, Liu, *A Langevin-like sampler for discrete distributions*, ICML 2022.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
+from jax.typing import ArrayLike
 
 from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, value_table
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import LogDensity, SiteValues
 
 __all__ = [
     "DiscreteLangevinInfo",
@@ -47,7 +51,7 @@ class DiscreteLangevinChainState(NamedTuple):
       the other, in alphabetical order.
     """
 
-    position: dict
+    position: SiteValues
     logdensity: jax.Array
     differences: jax.Array
 
@@ -65,7 +69,12 @@ class DiscreteLangevinInfo(NamedTuple):
     is_divergent: jax.Array
 
 
-def init(position, logdensity_fn, values, differences="gradient"):
+def init(
+    position: SiteValues,
+    logdensity_fn: LogDensity,
+    values: Mapping[str, npt.ArrayLike],
+    differences: Literal["gradient", "exact"] = "gradient",
+) -> DiscreteLangevinChainState:
     """State of the chains at a position.
 
     :param dict position: arrays of shape (rows, ...) by name.
@@ -100,7 +109,9 @@ def init(position, logdensity_fn, values, differences="gradient"):
     return DiscreteLangevinChainState(position, logdensity, change)
 
 
-def build_kernel(adjusted=True, differences="gradient"):
+def build_kernel(
+    adjusted: bool = True, differences: Literal["gradient", "exact"] = "gradient"
+) -> Callable[..., tuple[DiscreteLangevinChainState, DiscreteLangevinInfo]]:
     """Build the kernel ``(rng_key, state, logdensity_fn, step_size, values) -> (state, info)``.
 
     :param bool adjusted: whether to make the Metropolis-Hastings test.
@@ -152,7 +163,12 @@ def build_kernel(adjusted=True, differences="gradient"):
 
 
 def as_top_level_api(
-    logdensity_fn, step_size, values, *, adjusted=True, differences="gradient"
+    logdensity_fn: LogDensity,
+    step_size: ArrayLike,
+    values: Mapping[str, npt.ArrayLike],
+    *,
+    adjusted: bool = True,
+    differences: Literal["gradient", "exact"] = "gradient",
 ) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``.
 

@@ -23,12 +23,16 @@ Reference: Murray, Ghahramani, MacKay, *MCMC for doubly-intractable distribution
 2010.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jax import lax
+from jax.typing import ArrayLike
+
+from numpyro_ebm.types import LogDensity
 
 __all__ = ["ExchangeInfo", "ExchangeChainState", "as_top_level_api", "build_kernel", "init"]
 
@@ -67,24 +71,30 @@ class ExchangeInfo(NamedTuple):
     is_accepted: jax.Array
     is_divergent: jax.Array
     proposal: jax.Array
-    fictitious: object
+    fictitious: Any
     log_densities: jax.Array
     log_ratios: jax.Array
 
 
-def no_gradient(position):
+def no_gradient(position: jax.Array) -> jax.Array:
     """The gradient of a random walk."""
     return jnp.zeros_like(position)
 
 
-def init(position, data, logprior_fn, logdensity_fn, gradient_fn=no_gradient):
+def init(
+    position: jax.Array,
+    data: Any,
+    logprior_fn: LogDensity,
+    logdensity_fn: LogDensity,
+    gradient_fn: Callable[[jax.Array], jax.Array] = no_gradient,
+) -> ExchangeChainState:
     """State of a chain at a position, an array of shape (groups, dimension)."""
     return ExchangeChainState(
         position, logprior_fn(position), logdensity_fn(position, data), gradient_fn(position)
     )
 
 
-def build_kernel(num_bridges=0):
+def build_kernel(num_bridges: int = 0) -> Callable[..., tuple[ExchangeChainState, ExchangeInfo]]:
     """Build the kernel of the exchange algorithm.
 
     ``kernel(rng_key, state, data, logprior_fn, logdensity_fn, simulate_fn, step_size, scale,
@@ -192,17 +202,17 @@ def _cross_bridges(rng_key, fictitious, start, end, logdensity_fn, transition_fn
 
 
 def as_top_level_api(
-    logprior_fn,
-    logdensity_fn,
-    simulate_fn,
-    data,
-    step_size,
+    logprior_fn: LogDensity,
+    logdensity_fn: LogDensity,
+    simulate_fn: Callable[..., Any],
+    data: Any,
+    step_size: ArrayLike,
     *,
-    scale=None,
-    gradient_fn=no_gradient,
-    num_bridges=0,
-    transition_fn=None,
-):
+    scale: ArrayLike | None = None,
+    gradient_fn: Callable[[jax.Array], jax.Array] = no_gradient,
+    num_bridges: int = 0,
+    transition_fn: Callable[..., Any] | None = None,
+) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``.
 
     :param logprior_fn: log π of positions of shape (groups, dimension).

@@ -11,17 +11,20 @@ drawn one by one. :mod:`numpyro_ebm.samplers.block_gibbs` draws the blocks.
 """
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import LogDensity, SiteValues
 
 __all__ = ["Block", "advice", "plan_block"]
 
@@ -38,15 +41,21 @@ class Block(NamedTuple):
     - **degree** - of a coloured block: a bound of the degree of log π in its coordinates.
     """
 
-    names: tuple
-    kind: str
-    values: dict
+    names: tuple[str, ...]
+    kind: Literal["gaussian", "bernoulli", "coloured", "sequential"]
+    values: Mapping[str, Any]
     is_diagonal: bool = False
-    colors: object = None
+    colors: np.ndarray | None = None
     degree: float = np.inf
 
 
-def plan_block(logdensity_fn, position, names, values, colors=None):
+def plan_block(
+    logdensity_fn: LogDensity,
+    position: SiteValues,
+    names: Iterable[str],
+    values: Mapping[str, ArrayLike],
+    colors: Mapping[str, ArrayLike] | None = None,
+) -> Block:
     """How to draw some sites from their joint conditional, at any position.
 
     :param logdensity_fn: maps a dict of arrays of shape (rows, ...) to log π of shape (rows,), row
@@ -138,7 +147,7 @@ def _plan_discrete(log_density, shape, int_type, discrete, colors):
     return Block(names, "coloured", discrete, False, labels, degree)
 
 
-def advice(names, others):
+def advice(names: Iterable[str], others: Iterable[str]) -> str:
     """The remedy for real sites that block Gibbs sampling cannot draw, for error messages."""
     names, others = sorted(names), sorted(others)
     if not others:

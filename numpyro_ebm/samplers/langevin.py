@@ -12,12 +12,16 @@ Reference: Roberts, Tweedie, *Exponential convergence of Langevin distributions 
 approximations*, 1996.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import build_sampling_algorithm
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from blackjax.mcmc.diffusions import overdamped_langevin
+from jax.typing import ArrayLike
+
+from numpyro_ebm.types import LogDensity
 
 __all__ = ["ULAInfo", "ULAState", "as_top_level_api", "build_kernel", "init"]
 
@@ -30,9 +34,9 @@ class ULAState(NamedTuple):
     - **logdensity_grad** - its gradient.
     """
 
-    position: object
+    position: Any
     logdensity: jax.Array
-    logdensity_grad: object
+    logdensity_grad: Any
 
 
 class ULAInfo(NamedTuple):
@@ -44,23 +48,23 @@ class ULAInfo(NamedTuple):
     is_divergent: jax.Array
 
 
-def init(position, logdensity_fn):
+def init(position: Any, logdensity_fn: LogDensity) -> ULAState:
     """State of a chain at a position."""
     return ULAState(position, *jax.value_and_grad(logdensity_fn)(position))
 
 
-def build_kernel():
+def build_kernel() -> Callable[..., tuple[ULAState, ULAInfo]]:
     """Build the kernel ``(rng_key, state, logdensity_fn, step_size) -> (state, info)``."""
 
     def kernel(rng_key, state, logdensity_fn, step_size):
-        one_step = overdamped_langevin(jax.value_and_grad(logdensity_fn))
+        one_step: Any = overdamped_langevin(jax.value_and_grad(logdensity_fn))
         new_state = ULAState(*one_step(rng_key, state, step_size))
         return new_state, ULAInfo(~jnp.isfinite(new_state.logdensity))
 
     return kernel
 
 
-def as_top_level_api(logdensity_fn, step_size):
+def as_top_level_api(logdensity_fn: LogDensity, step_size: ArrayLike) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``.
 
     :param logdensity_fn: log π of one position, up to a constant.

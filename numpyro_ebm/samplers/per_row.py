@@ -7,14 +7,18 @@ single row that, under :func:`jax.vmap` over the rows, evaluates the whole plate
 gradient.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from numpyro_ebm.types import LogDensity
+
 __all__ = ["per_row"]
 
 
-def per_row(log_density, like=None):
+def per_row(log_density: LogDensity, like: tuple[Any, ...] | None = None) -> LogDensity:
     """Log-density of one row, to be used under ``jax.vmap`` over all rows.
 
     :param log_density: maps positions with rows leading, and further arguments that the rows share

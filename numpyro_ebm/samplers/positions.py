@@ -2,14 +2,21 @@
 """Positions, dicts of arrays with one point a row, as one array of coordinates."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["flatten_sites", "unflatten_sites"]
 
 
-def flatten_sites(position, names):
+def flatten_sites(
+    position: Mapping[str, Any], names: Sequence[str]
+) -> tuple[jax.Array, Callable[[jax.Array], SiteValues]]:
     """The named sites as one array of shape (rows, coordinates), and the way back.
 
     :param dict position: arrays of shape (rows, ...).
@@ -29,7 +36,7 @@ def flatten_sites(position, names):
     return jnp.concatenate(parts, axis=1), partial(unflatten_sites, like=position, names=names)
 
 
-def unflatten_sites(flat, like, names):
+def unflatten_sites(flat: jax.Array, like: Mapping[str, Any], names: Sequence[str]) -> SiteValues:
     """Undo :func:`flatten_sites`.
 
     :param flat: of shape (n, coordinates).

@@ -22,13 +22,17 @@ of BlackJAX's parts.
 """
 
 import operator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import build_sampling_algorithm
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from blackjax.mcmc import proposal
 from blackjax.mcmc.diffusions import DiffusionState, overdamped_langevin
+from jax.typing import ArrayLike
+
+from numpyro_ebm.types import LogDensity
 
 __all__ = [
     "Replica",
@@ -52,11 +56,11 @@ class Replica(NamedTuple):
     - **loglikelihood**, **loglikelihood_grad** - ℓ and its gradient.
     """
 
-    position: object
+    position: Any
     logprior: jax.Array
     loglikelihood: jax.Array
-    logprior_grad: object
-    loglikelihood_grad: object
+    logprior_grad: Any
+    loglikelihood_grad: Any
 
 
 class TemperingState(NamedTuple):
@@ -83,20 +87,27 @@ class TemperingInfo(NamedTuple):
     is_swapped: jax.Array
 
 
-def evaluate(position, logprior_fn, loglikelihood_fn):
+def evaluate(position: Any, logprior_fn: LogDensity, loglikelihood_fn: LogDensity) -> Replica:
     """A :class:`Replica` at a position."""
     logprior, logprior_grad = jax.value_and_grad(logprior_fn)(position)
     loglikelihood, loglikelihood_grad = jax.value_and_grad(loglikelihood_fn)(position)
     return Replica(position, logprior, loglikelihood, logprior_grad, loglikelihood_grad)
 
 
-def init(positions, logprior_fn, loglikelihood_fn):
+def init(positions: Any, logprior_fn: LogDensity, loglikelihood_fn: LogDensity) -> TemperingState:
     """State of a ladder at positions of shape (K, ...)."""
     replicas = jax.vmap(lambda x: evaluate(x, logprior_fn, loglikelihood_fn))(positions)
     return TemperingState(replicas, jnp.array(0))
 
 
-def move(rng_key, replica, logprior_fn, loglikelihood_fn, inverse_temperature, step_size):
+def move(
+    rng_key: jax.Array,
+    replica: Replica,
+    logprior_fn: LogDensity,
+    loglikelihood_fn: LogDensity,
+    inverse_temperature: ArrayLike,
+    step_size: ArrayLike,
+) -> tuple[Replica, jax.Array]:
     """One MALA step of one replica: the new :class:`Replica` and its acceptance probability."""
 
     def log_density(replica):
@@ -122,14 +133,21 @@ def move(rng_key, replica, logprior_fn, loglikelihood_fn, inverse_temperature, s
         return replica, None
 
     key_noise, key_accept = jax.random.split(rng_key)
-    start = DiffusionState(replica.position, None, gradient(replica))
-    proposed = overdamped_langevin(parts)(key_noise, start, step_size).logdensity
+    start = DiffusionState(replica.position, jnp.nan, gradient(replica))
+    one_step: Any = overdamped_langevin(parts)
+    proposed = one_step(key_noise, start, step_size).logdensity
     ratio = proposal.compute_asymmetric_acceptance_ratio(transition_energy)(replica, proposed)
     replica, info = proposal.static_binomial_sampling(key_accept, ratio, replica, proposed)
     return replica, info[1]
 
 
-def swap(rng_key, replicas, inverse_temperatures, parity, visited):
+def swap(
+    rng_key: jax.Array,
+    replicas: Replica,
+    inverse_temperatures: jax.Array,
+    parity: ArrayLike,
+    visited: Any,
+) -> tuple[Replica, Any, jax.Array, jax.Array]:
     """Swap neighbours of one ladder, the even pairs or the odd ones.
 
     :param replicas: a :class:`Replica` whose arrays have the shape (K, ...).
@@ -156,7 +174,7 @@ def swap(rng_key, replicas, inverse_temperatures, parity, visited):
     return replicas, visited, jnp.exp(jnp.minimum(ratio, 0.0)), swapped
 
 
-def build_kernel():
+def build_kernel() -> Callable[..., tuple[TemperingState, TemperingInfo]]:
     """Build the kernel of one ladder.
 
     :return: ``(rng_key, state, logprior_fn, loglikelihood_fn, inverse_temperatures, step_sizes)
@@ -178,7 +196,12 @@ def build_kernel():
     return kernel
 
 
-def as_top_level_api(logprior_fn, loglikelihood_fn, inverse_temperatures, step_sizes):
+def as_top_level_api(
+    logprior_fn: LogDensity,
+    loglikelihood_fn: LogDensity,
+    inverse_temperatures: jax.Array,
+    step_sizes: jax.Array,
+) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` with ``init`` and ``step``.
 
     :param logprior_fn: log b of one position.
@@ -210,7 +233,7 @@ def as_top_level_api(logprior_fn, loglikelihood_fn, inverse_temperatures, step_s
     )
 
 
-def equal_rejection_ladder(inverse_temperatures, rejection):
+def equal_rejection_ladder(inverse_temperatures: jax.Array, rejection: jax.Array) -> jax.Array:
     r"""The ladder between the same ends whose neighbours reject swaps equally often.
 
     The summed rejection rates :math:`Λ(β_k) = \sum_{j<k} (1 - α_j)` measure how far apart two
