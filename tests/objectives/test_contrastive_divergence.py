@@ -2,9 +2,7 @@
 """Contrastive divergence: its gradient is the likelihood's where the chains are, and no further."""
 
 import itertools
-import pickle
 from functools import partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -15,81 +13,33 @@ import numpyro.distributions as dist
 import optax
 import oracles
 import pytest
-from jax import lax
+from divergence_cases import (
+    BITS,
+    ISING,
+    KEY,
+    RBM,
+    Draw,
+    Stay,
+    arrays,
+    draw_grbm,
+    grbm_log_states,
+    ising,
+    ising_log_density,
+    rbm,
+    rbm_plated,
+    regression,
+)
 from jax.nn import softplus
 from jax.scipy.special import logsumexp
-from numpyro.distributions import constraints
-from numpyro.infer import SVI
-from numpyro.infer.mcmc import MCMCKernel
-from oracles import assert_unbiased, binary_states, draws, flat, jit
+from oracles import assert_unbiased, binary_states, draws, flat
 
 import numpyro_ebm as ebm
 from numpyro_ebm.models import grbm_log_likelihood
-from numpyro_ebm.objectives.persistent_chains import HISTORY, SPACING, Chains
-
-KEY = jax.random.key(0)
-
-
-def arrays(params):
-    return jax.tree.map(jnp.asarray, params)
-
-
-# Kernels that a test can see through
-
-
-class DrawState(NamedTuple):
-    z: dict
-    rng_key: jax.Array
-
-
-class Draw(MCMCKernel):
-    """Ignores where it is, and draws from ``draw(rng_key, params, num_rows)``."""
-
-    sample_field = "z"
-
-    def __init__(self, model, draw):
-        self.params, self.draw = model.params, draw
-
-    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
-        self.num_rows = len(init_params["v"])
-        return DrawState(self.draw(rng_key, self.params, self.num_rows), rng_key)
-
-    def sample(self, state, model_args, model_kwargs):
-        rng_key, key_draw = jax.random.split(state.rng_key)
-        return DrawState(self.draw(key_draw, self.params, self.num_rows), rng_key)
-
-
-class Stay(MCMCKernel):
-    """Does not move."""
-
-    sample_field = "z"
-
-    def __init__(self, model):
-        pass
-
-    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
-        return DrawState(init_params, rng_key)
-
-    def sample(self, state, model_args, model_kwargs):
-        return state
 
 
 def draw_gaussian(rng_key, p, num_rows):
     covariance = jnp.linalg.inv(0.5 * (p["precision"] + p["precision"].T))
     return {"v": jax.random.multivariate_normal(rng_key, p["mean"], covariance, (num_rows,))}
-
-
-def draw_grbm(rng_key, p, num_rows, with_latents=False):
-    """h from its enumerated law, v given h."""
-    key_h, key_v = jax.random.split(rng_key)
-    states = jnp.asarray(binary_states(len(p["c"])))
-    h = states[jax.random.categorical(key_h, grbm_log_states(p), shape=(num_rows,))]
-    noise = jax.random.normal(key_v, (num_rows, len(p["b"])))
-    v = p["b"] + p["scale"] ** 2 * (h @ p["W"].T) + p["scale"] * noise
-    return {"v": v, "h": h} if with_latents else {"v": v}
-
-
-# What is known of the models
 
 
 class Known(NamedTuple):
@@ -119,12 +69,6 @@ def known_gaussian():
         return -0.5 * jnp.linalg.slogdet(0.5 * (p["precision"] + p["precision"].T))[1]
 
     return Known(oracles.gaussian_system(), log_z, -1.0)
-
-
-def grbm_log_states(p):
-    h = binary_states(len(p["c"]))
-    shift = h @ p["W"].T
-    return h @ p["c"] + shift @ p["b"] + 0.5 * jnp.sum((shift * p["scale"]) ** 2, -1)
 
 
 def known_grbm(**options):
@@ -166,9 +110,6 @@ def loss_draws(objective, system, num_draws, args=None, seed=1):
     return draws(one, jax.random.key(seed), num_draws)
 
 
-# The gradient is unbiased for chains at equilibrium
-
-
 EXACT_KERNEL = {
     "Exact": (known_gaussian, draw_gaussian, None),
     "Enumerated": (known_grbm, draw_grbm, ebm.Enumerated()),
@@ -178,6 +119,8 @@ EXACT_KERNEL = {
     "Bound": (known_grbm, draw_grbm, ebm.ImportanceBound(2)),
     "Bound, latents": (known_grbm, partial(draw_grbm, with_latents=True), ebm.ImportanceBound(2)),
 }
+
+
 SLOW_HERE = ["Enumerated, latents", "VaGES", "Bound, latents"]
 
 
@@ -264,39 +207,6 @@ def test_a_short_chain_has_not():
     assert np.max(np.abs(oracles.z_scores(samples, known.law()))) > 10
 
 
-# Discrete visibles
-
-
-RBM = {
-    "W": np.random.default_rng(2).normal(size=(4, 3)),
-    "b": np.array([0.3, -0.5, 0.2, -0.1]),
-    "c": np.array([-0.2, 0.4, 0.1]),
-}
-BITS = np.array([[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0]])
-
-
-def rbm(data=None):
-    W = numpyro.param("W", jnp.zeros((4, 3)))
-    b, c = numpyro.param("b", jnp.zeros(4)), numpyro.param("c", jnp.zeros(3))
-    with numpyro.plate("data", 1 if data is None else len(data)):
-        v = numpyro.sample("v", ebm.Counting(event_shape=(4,)), obs=data)
-        h = numpyro.sample("h", ebm.Counting(event_shape=(3,)))
-        ebm.energy("E", -v @ b - h @ c - jnp.sum((v @ W) * h, -1))
-
-
-def rbm_plated(data=None):
-    """Visible and hidden units in plates of their own, the rows last."""
-    W = numpyro.param("W", jnp.zeros((4, 3)))
-    b, c = numpyro.param("b", jnp.zeros(4)), numpyro.param("c", jnp.zeros(3))
-    with numpyro.plate("data", 1 if data is None else len(data), dim=-1):
-        with numpyro.plate("visible", 4, dim=-2):
-            v = numpyro.sample("v", ebm.Counting(), obs=None if data is None else data.T)
-        ebm.energy("E_v", -(b @ v))
-        with numpyro.plate("hidden", 3, dim=-2):
-            h = numpyro.sample("h", ebm.Counting())
-            ebm.energy("E_h", -(W.T @ v + c[:, None]) * h)
-
-
 def rbm_guide(data=None):
     with numpyro.plate("data", len(data)):
         v = ebm.visible("v", data)
@@ -381,21 +291,6 @@ def test_long_chains_of_a_binary_rbm(marginal):
     assert_unbiased(loss_draws(objective, system, 2_000), rbm_law(), "RBM")
 
 
-ISING = {"J": np.array([0.9, -0.6, 0.4, 0.7]), "field": np.array([0.3, -0.2, 0.1, -0.4])}
-
-
-def ising_log_density(p, bits):
-    spins = 2.0 * bits - 1.0
-    return spins @ p["field"] + (spins * jnp.roll(spins, -1, -1)) @ p["J"]
-
-
-def ising(data=None):
-    p = {name: numpyro.param(name, jnp.zeros(4)) for name in ISING}
-    with numpyro.plate("data", 1 if data is None else len(data)):
-        v = numpyro.sample("v", ebm.Counting(event_shape=(4,)), obs=data)
-        ebm.energy("E", -ising_log_density(p, v))
-
-
 @pytest.mark.usefixtures("x64")
 def test_long_chains_of_an_ising_ring():
     states = binary_states(4)
@@ -410,9 +305,6 @@ def test_long_chains_of_an_ising_ring():
     objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, 30)
     samples = loss_draws(objective, system, 2_000)
     assert_unbiased(samples, flat((value, jax.grad(nll)(params))), "Ising")
-
-
-# Rows: subsampled, with covariates
 
 
 @pytest.mark.usefixtures("x64")
@@ -441,13 +333,6 @@ def test_a_data_plate_with_a_subsample_of_its_own():
     np.testing.assert_allclose(still, 0.0, atol=1e-14)
 
 
-def regression(x, data):
-    w = numpyro.param("w", jnp.array(0.0))
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", 0.5 * jnp.exp(w * x) * (v - w * x) ** 2)
-
-
 @pytest.mark.usefixtures("x64")
 def test_covariates_stay_with_their_rows():
     x, data = np.random.default_rng(0).normal(size=(2, 7))
@@ -464,358 +349,6 @@ def test_covariates_stay_with_their_rows():
     objective = ebm.ContrastiveDivergence(ebm.BlockGibbs)
     args = jnp.asarray(x), jnp.asarray(data)
     assert_unbiased(loss_draws(objective, system, 4_000, args), expected, "covariates")
-
-
-# Persistent chains
-
-
-def advanced(objective, model, params, data, num_rounds, guide=None):
-    """The chains after some rounds at fixed parameters."""
-    params = arrays(params)
-
-    def run(key):
-        problem = objective.prepare(key, params, model, guide, (jnp.asarray(data),), {})
-        chains = objective.init_state(key, params, problem)
-
-        def one(chains, key):
-            return objective.advance(key, params, problem, chains)[1], None
-
-        return lax.scan(one, chains, jax.random.split(key, num_rounds))[0]
-
-    return jit(run)(KEY)
-
-
-def as_state(chains):
-    return SimpleNamespace(objective_state=chains)
-
-
-@pytest.fixture(scope="module")
-def many_chains():
-    """Chains of a GRBM from far away, 100 rounds of one sweep."""
-    data = np.tile(np.array([[9.0, -9.0], [-5.0, 5.0]]), (1_000, 1))
-    objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True)
-    return objective, advanced(objective, oracles.grbm, oracles.GRBM, data, 100)
-
-
-def test_persistent_chains_arrive_at_the_model(many_chains):
-    _, chains = many_chains
-    p = oracles.GRBM
-    share = np.asarray(jax.nn.softmax(grbm_log_states(p)))
-    states = binary_states(3)
-    means = p["b"] + p["scale"] ** 2 * (states @ p["W"].T)
-    second = np.einsum("s,si,sj->ij", share, means, means) + np.diag(p["scale"] ** 2)
-    v, h = np.asarray(chains.position["v"], float), np.asarray(chains.position["h"], float)
-    expected = np.concatenate([share @ means, second.ravel(), share @ states])
-    products = np.einsum("ni,nj->nij", v, v).reshape(len(v), -1)
-    assert_unbiased(np.concatenate([v, products, h], -1), expected, "persistent chains")
-
-
-def test_the_history_is_of_every_fourth_round(many_chains):
-    _, chains = many_chains
-    assert int(chains.count) == 100 and chains.history.shape == (HISTORY, 2_000, 3)
-    latest = chains.history[100 // SPACING - 1]
-    np.testing.assert_array_equal(latest[:, :2], chains.position["v"])
-    v = jnp.asarray(chains.position["v"])
-    energy = -jax.vmap(lambda v: oracles.grbm_log_density(oracles.GRBM, v))(v)
-    np.testing.assert_allclose(latest[:, 2], energy, rtol=1e-4, atol=1e-4)
-
-
-def test_chains_that_mix_have_an_r_hat_of_one(many_chains):
-    objective, chains = many_chains
-    r_hat = objective.chain_diagnostics(as_state(chains))
-    assert r_hat["visible"].shape == (2,) and np.ndim(r_hat["energy"]) == 0
-    assert np.all(r_hat["visible"] < 1.1) and r_hat["energy"] < 1.1
-
-
-def two_wells(data):
-    depth = numpyro.param("depth", jnp.array(50.0))
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", depth * (v**2 - 1) ** 2)
-
-
-def test_chains_in_two_modes_have_a_large_r_hat():
-    """The energies of the modes agree; the visible values do not."""
-    objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=2e-3), 20, persistent=True)
-    chains = advanced(objective, two_wells, {"depth": 50.0}, np.repeat([-1.0, 1.0], 10), 40)
-    r_hat = objective.chain_diagnostics(as_state(chains))
-    assert r_hat["visible"][0] > 3 and r_hat["energy"] < 1.3
-
-
-@pytest.mark.parametrize(
-    "marginal", [ebm.VaGES(), pytest.param(ebm.ImportanceBound(3), marks=pytest.mark.slow)]
-)
-def test_diagnostics_without_an_exact_marginal(marginal):
-    """The guide's bound stands for the energy, exact here."""
-    objective = ebm.ContrastiveDivergence(
-        partial(Draw, draw=draw_grbm), 1, marginal, persistent=True
-    )
-    system = oracles.grbm_system()
-    chains = advanced(objective, system.model, system.params, system.data, 20, system.guide)
-    v = chains.position["v"]
-    energy = -jax.vmap(lambda v: oracles.grbm_log_density(oracles.GRBM, v))(v)
-    np.testing.assert_allclose(
-        chains.history[20 // SPACING - 1][:, 2], energy, rtol=1e-4, atol=1e-4
-    )
-    assert objective.chain_diagnostics(as_state(chains))["energy"] < 1.5
-
-
-def test_diagnostics_need_chains_and_rounds():
-    objective = ebm.ContrastiveDivergence(Stay, persistent=True)
-    chains = Chains({"v": jnp.zeros(3)}, jnp.zeros((HISTORY, 3, 2)), jnp.array(15))
-    with pytest.raises(ebm.ModelError, match="at least 16 rounds, there were 15"):
-        objective.chain_diagnostics(as_state(chains))
-    with pytest.raises(ebm.ModelError, match="holds no persistent chains"):
-        objective.chain_diagnostics(as_state(None))
-
-
-def one_round(objective, system, chains, data, key=KEY):
-    """The negative phase of a round: positions of the chains."""
-    params = arrays(system.params)
-    problem = objective.prepare(KEY, params, system.model, None, (jnp.asarray(data),), {})
-    return objective.advance(key, params, problem, chains)[0].noise
-
-
-def test_chains_that_all_restart_are_those_of_contrastive_divergence():
-    """Bit for bit: what is left of the old latents is overwritten by a sweep."""
-    system = oracles.grbm_system(num_rows=50)
-    far = Chains(
-        {"v": jnp.full((50, 2), 100.0), "h": jnp.ones((50, 3), int)},
-        jnp.zeros((HISTORY, 50, 3)),
-        jnp.array(0),
-    )
-    reset = ebm.ContrastiveDivergence(ebm.BlockGibbs, 2, persistent=True, reset_probability=1.0)
-    plain = ebm.ContrastiveDivergence(ebm.BlockGibbs, 2)
-    with_reset = jit(lambda far: one_round(reset, system, far, system.data))(far)
-    without = jit(lambda: one_round(plain, system, None, system.data))()
-    np.testing.assert_array_equal(with_reset["v"], without["v"])
-    np.testing.assert_array_equal(with_reset["h"], without["h"])
-
-
-@pytest.mark.parametrize("model", [rbm, rbm_plated])
-def test_a_share_of_the_rows_restarts(model):
-    """Whole rows, whichever axis they are on."""
-    num = 1_000
-    data = np.zeros((num, 4), int)
-    old = jnp.ones((4, num) if model is rbm_plated else (num, 4), int)
-    chains = Chains({"v": old}, jnp.zeros((HISTORY, num, 5)), jnp.array(0))
-    system = oracles.System(model, None, RBM, data, None, None, None)
-    objective = ebm.ContrastiveDivergence(Stay, persistent=True, reset_probability=0.5)
-    v = np.asarray(jit(lambda chains: one_round(objective, system, chains, data))(chains)["v"])
-    v = v.T if model is rbm_plated else v
-    assert np.all(v == v[:, :1])
-    assert abs(np.sum(v[:, 0] == 0) - num / 2) < 4.5 * np.sqrt(num / 4)
-
-
-# Training
-
-
-def assert_same(left, right):
-    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
-
-
-def persistent_svi(**options):
-    objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True, **options)
-    return ebm.EnergySVI(oracles.grbm, None, optax.adam(1e-2), objective)
-
-
-ROWS = jnp.asarray(np.random.default_rng(5).normal(size=(60, 2)), jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def persistent_run():
-    svi = persistent_svi(reset_probability=0.1)
-    return svi, svi.run(KEY, 24, ROWS, batch_size=20, progress_bar=False)
-
-
-def test_chains_are_part_of_the_training_state(persistent_run):
-    svi, fit = persistent_run
-    chains = fit.state.objective_state
-    assert chains.position["v"].shape == (20, 2) and chains.position["h"].shape == (20, 3)
-    assert chains.history.shape == (HISTORY, 20, 3) and int(chains.count) == 24
-    records = 24 // SPACING
-    assert np.all(np.std(chains.history[:records], 1) > 0)
-    assert np.all(chains.history[records:] == 0)
-    r_hat = svi.loss.chain_diagnostics(fit.state)
-    assert np.isfinite(r_hat["visible"]).all() and np.isfinite(r_hat["energy"])
-
-
-def test_resuming_equals_one_long_run_bit_for_bit(persistent_run):
-    svi, whole = persistent_run
-    first = svi.run(KEY, 10, ROWS, batch_size=20, progress_bar=False)
-    again = persistent_svi(reset_probability=0.1)  # as after a restart
-    state = pickle.loads(pickle.dumps(first.state))
-    second = again.run(
-        jax.random.key(9), 14, ROWS, batch_size=20, init_state=state, progress_bar=False
-    )
-    assert_same(whole.state, second.state)
-    np.testing.assert_array_equal(whole.losses, jnp.concatenate([first.losses, second.losses]))
-
-
-def test_another_batch_size_raises(persistent_run):
-    svi, fit = persistent_run
-    with pytest.raises(ebm.ModelError, match="holds 20 persistent chains.*has 30 rows"):
-        svi.run(KEY, 1, ROWS, batch_size=30, init_state=fit.state, progress_bar=False)
-
-
-def test_evaluate_looks_at_the_next_round_and_changes_nothing(persistent_run, stable_update):
-    svi, fit = persistent_run
-    before = jax.tree.map(jnp.copy, fit.state)
-    loss = jit(svi.evaluate)(fit.state, ROWS[:20])
-    assert_same(before, fit.state)
-    new_state, next_loss = stable_update(fit.state, ROWS[:20])
-    np.testing.assert_allclose(loss, next_loss, rtol=1e-5)
-    old, new = fit.state.objective_state, new_state.objective_state
-    assert int(new.count) == int(old.count) + 1
-    assert not np.array_equal(new.position["v"], old.position["v"])
-
-
-@pytest.fixture(scope="module")
-def stable_update(persistent_run):
-    return jit(persistent_run[0].stable_update)
-
-
-def test_stable_update_keeps_the_chains_too(persistent_run, stable_update):
-    _, fit = persistent_run
-    # A batch from another world: the chains stay as well as the parameters.
-    kept, loss = stable_update(fit.state, jnp.full((20, 2), jnp.inf))
-    assert np.isnan(loss)
-    assert_same(kept, fit.state)
-
-
-def test_init_and_update_without_run():
-    svi = persistent_svi()
-    state = svi.init(KEY, ROWS)
-    assert state.objective_state.position["v"].shape == (60, 2)
-    assert int(state.objective_state.count) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_continuous_latents_with_a_guide_that_learns():
-    """MALA moves v and h together; chains are remembered in unconstrained coordinates."""
-    system = oracles.with_learned_guide(oracles.linear_system())
-    kernel = partial(ebm.MALA, step_size=0.05)
-    objective = ebm.ContrastiveDivergence(kernel, 3, ebm.VaGES(), persistent=True)
-    svi = ebm.EnergySVI(system.model, system.guide, optax.adam(1e-2), objective)
-    data = jnp.asarray(system.data)
-    state = svi.init(KEY, data)
-    new_state, loss = jit(svi.update)(state, data)
-    assert np.isfinite(loss)
-    assert set(new_state.objective_state.position) == {"v", "h"}
-    before, after = svi.get_params(state), svi.get_params(new_state)
-    for name, x in after.items():
-        assert np.isfinite(x).all() and not np.allclose(x, before[name]), name
-
-
-def gaussian(data):
-    precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", 0.5 * precision * v**2)
-
-
-def test_numpyros_svi_trains_without_persistent_chains():
-    data = 0.5 * jax.random.normal(KEY, (1_000,))
-    objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=0.2), 3)
-    optim = optax.adam(optax.exponential_decay(0.1, 100, 0.3))
-    svi = SVI(gaussian, lambda data: None, optim, objective)
-    fit = svi.run(jax.random.key(1), 300, data, progress_bar=False)
-    np.testing.assert_allclose(fit.params["precision"], 1 / jnp.mean(data**2), rtol=0.05)
-
-
-def test_numpyros_svi_has_no_place_for_persistent_chains():
-    objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True)
-    svi = SVI(gaussian, lambda data: None, optax.adam(0.1), objective)
-    with pytest.raises(ebm.ModelError, match="keeps a state.*numpyro_ebm.EnergySVI"):
-        svi.run(KEY, 2, jnp.arange(3.0), progress_bar=False)
-
-
-def with_support(data):
-    rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(support=constraints.positive), obs=data)
-        ebm.energy("E", rate * v)
-
-
-@pytest.mark.slow
-def test_persistent_chains_on_another_support():
-    """Chains live in unconstrained coordinates: an exponential's rate, one over the mean."""
-    data = jax.random.exponential(KEY, (500,)) / 3.0
-    kernel = partial(ebm.MALA, step_size=0.5)
-    objective = ebm.ContrastiveDivergence(kernel, 3, persistent=True)
-    optim = optax.adam(optax.exponential_decay(0.1, 100, 0.3))
-    svi = ebm.EnergySVI(with_support, None, optim, objective)
-    fit = svi.run(jax.random.key(1), 300, data, progress_bar=False)
-    np.testing.assert_allclose(fit.params["rate"], 1 / jnp.mean(data), rtol=0.15)
-    assert np.any(fit.state.objective_state.position["v"] < 0)
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [ebm.BlockGibbs(ebm.fixed(gaussian, {"precision": 1.0})), "MALA", None],
-)
-def test_the_kernel_is_a_function_of_a_model(kernel):
-    with pytest.raises(ebm.ModelError, match=r"function from a model to a kernel.*partial\(MALA"):
-        ebm.ContrastiveDivergence(kernel)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"num_steps": 0}, "`num_steps` must be a positive integer"),
-        ({"num_steps": 1.5}, "`num_steps` must be a positive integer"),
-        ({"reset_probability": 0.1}, "without `persistent=True`"),
-        ({"reset_probability": 1.1, "persistent": True}, "between 0 and 1"),
-        ({"marginal": "VaGES"}, "`marginal` must be a marginal"),
-    ],
-)
-def test_arguments_are_checked(options, message):
-    with pytest.raises(ebm.ModelError, match=message):
-        ebm.ContrastiveDivergence(ebm.BlockGibbs, **options)
-
-
-def loss_of(objective, model, *args, params=None):
-    return objective.loss(KEY, {} if params is None else params, model, None, *args)
-
-
-def test_a_kernel_that_is_none_raises():
-    objective = ebm.ContrastiveDivergence(lambda model: model)
-    with pytest.raises(ebm.ModelError, match="not a NumPyro `MCMCKernel`"):
-        loss_of(objective, gaussian, jnp.arange(3.0), params={"precision": 1.0})
-
-
-def test_a_langevin_kernel_needs_a_step_size():
-    objective = ebm.ContrastiveDivergence(ebm.MALA)
-    with pytest.raises(ebm.ModelError, match="MALA: without warm-up.*pass a `step_size`"):
-        loss_of(objective, gaussian, jnp.arange(3.0), params={"precision": 1.0})
-
-
-def test_a_langevin_kernel_does_not_move_discrete_visibles():
-    objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=0.1))
-    with pytest.raises(ebm.ModelError, match=r"moves continuous sites, and \['v'\] are discrete"):
-        loss_of(objective, ising, jnp.asarray(BITS), params=arrays(ISING))
-
-
-def test_persistent_chains_have_no_covariates():
-    objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True)
-    svi = ebm.EnergySVI(regression, None, optax.adam(0.1), objective)
-    with pytest.raises(ebm.ModelError, match="differs from row to row.*`persistent=False`"):
-        svi.run(KEY, 1, jnp.arange(3.0), jnp.ones(3), progress_bar=False)
-
-
-def test_without_data_there_is_nothing_to_learn():
-    with pytest.raises(ebm.ModelError, match="ContrastiveDivergence: .*no observed site"):
-        loss_of(ebm.ContrastiveDivergence(ebm.BlockGibbs), rbm)
-
-
-# Learning
 
 
 @pytest.mark.slow

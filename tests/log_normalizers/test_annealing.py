@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""log Z by annealing, with error bars that cover."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax.scipy.special import logsumexp
+from normalizer_cases import CRITICAL, KEY, assert_covers, ising, kaufman, model_of
+from numpyro.distributions import constraints
+from oracles import jit
+
+import numpyro_ebm as ebm
+from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.mixture import fit_mixture
+from numpyro_ebm.log_normalizers.particles import log_mean_weight
+
+
+@pytest.fixture(scope="module")
+def grbm16():
+    """A GRBM with 8 visible and 16 hidden units, and its log Z by enumeration in NumPy."""
+    rng = np.random.default_rng(1)
+    params = {
+        "W": 0.5 * rng.normal(size=(8, 16)),
+        "b": rng.normal(size=8),
+        "c": rng.normal(size=16),
+        "scale": np.exp(0.2 * rng.normal(size=8)),
+    }
+    states = (np.arange(2**16)[:, None] >> np.arange(16)) & 1
+    shift = states @ params["W"].T
+    terms = states @ params["c"] + shift @ params["b"]
+    terms += 0.5 * np.sum((shift * params["scale"]) ** 2, -1)
+    truth = 4 * np.log(2 * np.pi) + np.sum(np.log(params["scale"])) + np.logaddexp.reduce(terms)
+    return params, truth
+
+
+MIXTURE = {
+    "centers": 2 * np.random.default_rng(3).normal(size=(4, 10)),
+    "log_weights": np.log([0.1, 0.2, 0.3, 0.4]),
+    "log_z": 7.0,
+}
+
+
+def mixture_energy(v):
+    """Minus the log-density of a normalised mixture of Gaussians, less a constant."""
+    centers = jnp.asarray(MIXTURE["centers"], v.dtype)
+    square = jnp.sum((v[..., None, :] - centers) ** 2, -1)
+    log_weights = jnp.asarray(MIXTURE["log_weights"], v.dtype)
+    density = logsumexp(log_weights - 0.5 * square, -1) - 5 * math.log(2 * math.pi)
+    return -density - MIXTURE["log_z"]
+
+
+@pytest.mark.parametrize("method", ["ais", pytest.param("smc", marks=pytest.mark.slow)])
+def test_annealed_gaussian_blocks(grbm16, method):
+    params, truth = grbm16
+    model = ebm.fixed(ebm.models.grbm, params)
+    kwargs = {"num_visible": 8, "num_hidden": 16}
+    run = jit(lambda key: ebm.log_normalizer(key, model, method=method, **kwargs)[:3])
+    found = run(KEY)
+    assert_covers(found, truth)
+    assert found[1] < 0.03 and found[2] > 500
+
+
+def ising_run(method, size, **options):
+    @jax.jit
+    def run(key, beta):
+        model = ebm.fixed(ising, {"beta": beta})
+        return ebm.log_normalizer(key, model, method=method, size=size, **options)[:3]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "method, options", [("ais", {"num_particles": 512}), ("smc", {"num_particles": 256})]
+)
+def test_annealed_ising_at_the_critical_point(method, options):
+    found = ising_run(method, 10, **options)(KEY, CRITICAL)
+    assert_covers(found, kaufman(10, CRITICAL))
+    assert found[1] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method, options", [("ais", {"num_temperatures": 1000}), ("smc", {"num_particles": 1024})]
+)
+def test_annealed_ising(method, options):
+    run = ising_run(method, 10, **options)
+    for beta in (0.1, 0.25, CRITICAL):
+        found = run(KEY, beta)
+        assert_covers(found, kaufman(10, beta))
+        assert found[1] < 0.03
+    run = ising_run(method, 4)
+    for beta in (0.1, 0.2, 0.25, 0.4, CRITICAL):
+        found = run(jax.random.key(1), beta)
+        assert_covers(found, kaufman(4, beta))
+        assert found[1] < 0.02
+
+
+@pytest.mark.parametrize("method", [pytest.param("ais", marks=pytest.mark.slow), "smc"])
+def test_annealed_mixture(method):
+    model = model_of(mixture_energy, ebm.Lebesgue((10,)))
+    found = jit(lambda key: ebm.log_normalizer(key, model, method=method)[:3])(KEY)
+    assert_covers(found, MIXTURE["log_z"])
+    assert found[1] < 0.05
+
+
+def tilted(data=None, *, num_rows=3):
+    """Proper sites that depend on each other, real and discrete, tilted by an energy."""
+    with numpyro.plate("data", num_rows if data is None else len(data)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        v = numpyro.sample("v", dist.Normal(z, 0.5).to_event(1), obs=data)
+        h = numpyro.sample("h", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])))
+        ebm.energy("E", 0.5 * jnp.sum(z**2, -1) + jnp.sum(jnp.abs(v - v), -1) + jnp.log(2.0) * h)
+
+
+TILTED = -math.log(2) + math.log(0.2 + 0.3 / 2 + 0.5 / 4)
+
+
+SUPPORTS = {
+    "laplace": (lambda v: jnp.sum(jnp.abs(v), -1), ebm.Lebesgue((3,)), 3 * math.log(2)),
+    "gamma": (
+        lambda v: jnp.sum(v - 1.5 * jnp.log(v), -1),
+        ebm.Lebesgue((3,), constraints.positive),
+        3 * math.lgamma(2.5),
+    ),
+    "beta": (
+        lambda v: -jnp.sum(2 * jnp.log(v) + jnp.log1p(-v), -1),
+        ebm.Lebesgue((3,), constraints.unit_interval),
+        3 * math.log(1 / 12),
+    ),
+    "cauchy": (lambda v: jnp.sum(jnp.log1p(v**2), -1), ebm.Lebesgue((3,)), 3 * math.log(math.pi)),
+    "dirichlet": (
+        lambda v: -jnp.sum(jnp.log(v), -1),
+        ebm.Lebesgue((4,), constraints.simplex),
+        -math.lgamma(8),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ais", "smc"])
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_annealed_supports(name, method):
+    energy, base, log_z = SUPPORTS[name]
+    found = ebm.log_normalizer(jax.random.key(1), model_of(energy, base), method=method)
+    if name == "dirichlet":  # the flat measure of the simplex in its stick-breaking coordinates
+        log_z = 4 * math.lgamma(2.0) - math.lgamma(8.0)
+    assert_covers(found, log_z)
+    assert found.mcse < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ais", "smc"])
+def test_proper_sites_are_the_base_measure(method):
+    model = ebm.fixed(tilted, {})
+    data = np.zeros((4, 2), np.float32)
+    found = jit(lambda key: ebm.log_normalizer(key, model, data, method=method)[:3])(KEY)
+    assert_covers(found, TILTED)
+    assert found[1] < 0.02
+
+
+def mixed(data=None, *, num_rows=1):
+    """Real sites that are not Gaussian, beside discrete ones that interact."""
+    with numpyro.plate("data", num_rows if data is None else len(data)):
+        h = numpyro.sample("h", dist.Bernoulli(0.3).expand([2]).to_event(1))
+        v = numpyro.sample("v", ebm.Lebesgue((3,)), obs=data)
+        shift = jnp.sum(h * jnp.array([2.0, -4.0]), -1, keepdims=True)
+        ebm.energy("E", jnp.sum(jnp.abs(v - shift), -1) - h[:, 0] * h[:, 1])
+
+
+MIXED = 3 * math.log(2) + math.log(0.49 + 0.42 + 0.09 * math.e)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ais", "smc"])
+def test_mixed_sites(method):
+    for args in ((), (np.zeros((7, 3), np.float32),)):
+        found = ebm.log_normalizer(KEY, ebm.fixed(mixed, {}), *args, method=method)
+        assert_covers(found, MIXED)
+
+
+@pytest.mark.slow
+def test_annealing_in_double_precision(x64):
+    energy, base, log_z = SUPPORTS["laplace"]
+    found = ebm.log_normalizer(KEY, model_of(energy, base), method="ais")
+    assert found.value.dtype == jnp.float64
+    assert_covers(found, log_z)
+
+
+COVERAGE = {
+    "ising": (ebm.fixed(ising, {"beta": CRITICAL}), {}, kaufman(4, CRITICAL)),
+    "mixture": (model_of(mixture_energy, ebm.Lebesgue((10,))), {}, MIXTURE["log_z"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COVERAGE)
+@pytest.mark.parametrize(
+    "method, options", [("ais", {"num_temperatures": 100}), ("smc", {"num_particles": 256})]
+)
+def test_error_bars_cover_at_their_nominal_rate(name, method, options):
+    model, kwargs, log_z = COVERAGE[name]
+    run = jax.jit(
+        lambda key: ebm.log_normalizer(key, model, method=method, **options, **kwargs)[:2]
+    )
+    found = np.array([run(key) for key in jax.random.split(jax.random.key(2), 50)])
+    z = (found[:, 0] - log_z) / found[:, 1]
+    assert np.mean(np.abs(z) < 1.96) >= 0.86
+    assert 0.7 < np.sqrt(np.mean(z**2)) < 1.4
+    assert np.mean(found[:, 0]) < log_z + 3 * np.std(found[:, 0]) / math.sqrt(50)
+
+
+def test_weights_make_an_error_bar():
+    rng = np.random.default_rng(0)
+    log_weights = rng.normal(size=(200, 4_000)) * 0.5 - 0.125  # mean one
+    value, mcse, ess = log_mean_weight(jnp.asarray(log_weights))
+    z = np.asarray(value / mcse)
+    assert np.sqrt(np.mean(z**2)) == pytest.approx(1.0, abs=0.05)
+    assert np.mean(ess) == pytest.approx(200 * np.exp(-0.25), rel=0.03)
+
+
+def test_a_fitted_mixture_is_normalised():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(-3, 0.3, (300, 2)), rng.normal(2, 1.0, (300, 2))])
+    points = jnp.asarray(x[:, None], jnp.float32)
+    cloud = Gaussian(jnp.mean(points, 0), 2.5 * jnp.eye(2)[None])
+    there = jnp.ones((600, 1), bool)
+    found = jit(lambda key: fit_mixture(key, cloud, points, there, 0.15))(KEY)
+    t = np.sinh(np.linspace(-8, 8, 301))
+    grid = np.stack(np.meshgrid(t, t), -1).reshape(-1, 2)
+    weight = np.log(np.cosh(np.linspace(-8, 8, 301)) * 16 / 300)
+    log_weights = (weight[:, None] + weight).ravel()
+    log_prob = np.asarray(jit(found.log_prob)(jnp.asarray(grid, jnp.float32)))
+    assert np.logaddexp.reduce(log_prob + log_weights) == pytest.approx(0.0, abs=2e-3)
+    # Draws follow the density: their mean log-density is minus its entropy.
+    draws = jit(lambda key: found.log_prob(found.sample(key, 20_000)))(KEY)
+    entropy = -np.sum(np.exp(log_prob + log_weights) * log_prob)
+    error = float(jnp.std(draws)) / math.sqrt(20_000)
+    assert float(jnp.mean(draws)) == pytest.approx(-entropy, abs=4 * error)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""log Z by quadrature, which finds the mass itself."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+import pytest
+from normalizer_cases import KEY, assert_covers, model_of
+from numpyro.distributions import constraints
+
+import numpyro_ebm as ebm
+
+LINE = [
+    # energy, base measure, log Z
+    (
+        lambda v: 0.5 * ((v - 57) / 0.01) ** 2,
+        ebm.Lebesgue(),
+        math.log(0.01 * math.sqrt(2 * math.pi)),
+    ),
+    (lambda v: 2 * v, ebm.Lebesgue(support=constraints.positive), -math.log(2)),
+    (lambda v: jnp.log1p(v**2), ebm.Lebesgue(), math.log(math.pi)),
+    (lambda v: jnp.abs(v) ** 0.5, ebm.Lebesgue(), math.log(4)),
+    (lambda v: 0.0 * v, ebm.Lebesgue(support=constraints.unit_interval), 0.0),
+    (lambda v: 0.5 * v**2, dist.Normal(0.0, 1.0), -0.5 * math.log(2)),
+    (
+        lambda v: jnp.sum(v**4, -1) + 0.5 * (v[..., 0] - v[..., 1]) ** 2 * 0,
+        ebm.Lebesgue((2,)),
+        2 * math.log(2 * math.gamma(1.25)),
+    ),
+]
+
+
+@pytest.mark.parametrize("energy, base, log_z", LINE[:3])
+def test_quadrature_finds_the_mass_itself(energy, base, log_z):
+    found = ebm.log_normalizer(KEY, model_of(energy, base))
+    assert found.method == "quadrature" and found.bias == "none"
+    assert_covers(found, log_z)
+    assert 0 < found.mcse < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("energy, base, log_z", LINE[3:])
+def test_quadrature_on_other_supports_and_in_the_plane(energy, base, log_z):
+    found = ebm.log_normalizer(KEY, model_of(energy, base))
+    assert found.method == "quadrature"
+    assert_covers(found, log_z)
+    assert found.mcse < 1e-4
+
+
+@pytest.mark.slow
+def test_quadrature_in_double_precision_and_under_jit(x64):
+    found = ebm.log_normalizer(KEY, model_of(*LINE[0][:2]))
+    assert found.value.dtype == jnp.float64 and found.mcse < 1e-8
+    assert found.value == pytest.approx(LINE[0][2], abs=1e-9)
+    under = jax.jit(lambda key: ebm.log_normalizer(key, model_of(*LINE[1][:2]))[:2])(KEY)
+    assert_covers(under, LINE[1][2])

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Persistent chains: where they arrive, their history and diagnostics."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import oracles
+import pytest
+from divergence_cases import (
+    KEY,
+    RBM,
+    Draw,
+    Stay,
+    arrays,
+    draw_grbm,
+    grbm_log_states,
+    rbm,
+    rbm_plated,
+)
+from jax import lax
+from oracles import assert_unbiased, binary_states, jit
+
+import numpyro_ebm as ebm
+from numpyro_ebm.objectives.persistent_chains import HISTORY, SPACING, Chains
+
+
+def advanced(objective, model, params, data, num_rounds, guide=None):
+    """The chains after some rounds at fixed parameters."""
+    params = arrays(params)
+
+    def run(key):
+        problem = objective.prepare(key, params, model, guide, (jnp.asarray(data),), {})
+        chains = objective.init_state(key, params, problem)
+
+        def one(chains, key):
+            return objective.advance(key, params, problem, chains)[1], None
+
+        return lax.scan(one, chains, jax.random.split(key, num_rounds))[0]
+
+    return jit(run)(KEY)
+
+
+def as_state(chains):
+    return SimpleNamespace(objective_state=chains)
+
+
+@pytest.fixture(scope="module")
+def many_chains():
+    """Chains of a GRBM from far away, 100 rounds of one sweep."""
+    data = np.tile(np.array([[9.0, -9.0], [-5.0, 5.0]]), (1_000, 1))
+    objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True)
+    return objective, advanced(objective, oracles.grbm, oracles.GRBM, data, 100)
+
+
+def test_persistent_chains_arrive_at_the_model(many_chains):
+    _, chains = many_chains
+    p = oracles.GRBM
+    share = np.asarray(jax.nn.softmax(grbm_log_states(p)))
+    states = binary_states(3)
+    means = p["b"] + p["scale"] ** 2 * (states @ p["W"].T)
+    second = np.einsum("s,si,sj->ij", share, means, means) + np.diag(p["scale"] ** 2)
+    v, h = np.asarray(chains.position["v"], float), np.asarray(chains.position["h"], float)
+    expected = np.concatenate([share @ means, second.ravel(), share @ states])
+    products = np.einsum("ni,nj->nij", v, v).reshape(len(v), -1)
+    assert_unbiased(np.concatenate([v, products, h], -1), expected, "persistent chains")
+
+
+def test_the_history_is_of_every_fourth_round(many_chains):
+    _, chains = many_chains
+    assert int(chains.count) == 100 and chains.history.shape == (HISTORY, 2_000, 3)
+    latest = chains.history[100 // SPACING - 1]
+    np.testing.assert_array_equal(latest[:, :2], chains.position["v"])
+    v = jnp.asarray(chains.position["v"])
+    energy = -jax.vmap(lambda v: oracles.grbm_log_density(oracles.GRBM, v))(v)
+    np.testing.assert_allclose(latest[:, 2], energy, rtol=1e-4, atol=1e-4)
+
+
+def test_chains_that_mix_have_an_r_hat_of_one(many_chains):
+    objective, chains = many_chains
+    r_hat = objective.chain_diagnostics(as_state(chains))
+    assert r_hat["visible"].shape == (2,) and np.ndim(r_hat["energy"]) == 0
+    assert np.all(r_hat["visible"] < 1.1) and r_hat["energy"] < 1.1
+
+
+def two_wells(data):
+    depth = numpyro.param("depth", jnp.array(50.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", depth * (v**2 - 1) ** 2)
+
+
+def test_chains_in_two_modes_have_a_large_r_hat():
+    """The energies of the modes agree; the visible values do not."""
+    objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=2e-3), 20, persistent=True)
+    chains = advanced(objective, two_wells, {"depth": 50.0}, np.repeat([-1.0, 1.0], 10), 40)
+    r_hat = objective.chain_diagnostics(as_state(chains))
+    assert r_hat["visible"][0] > 3 and r_hat["energy"] < 1.3
+
+
+@pytest.mark.parametrize(
+    "marginal", [ebm.VaGES(), pytest.param(ebm.ImportanceBound(3), marks=pytest.mark.slow)]
+)
+def test_diagnostics_without_an_exact_marginal(marginal):
+    """The guide's bound stands for the energy, exact here."""
+    objective = ebm.ContrastiveDivergence(
+        partial(Draw, draw=draw_grbm), 1, marginal, persistent=True
+    )
+    system = oracles.grbm_system()
+    chains = advanced(objective, system.model, system.params, system.data, 20, system.guide)
+    v = chains.position["v"]
+    energy = -jax.vmap(lambda v: oracles.grbm_log_density(oracles.GRBM, v))(v)
+    np.testing.assert_allclose(
+        chains.history[20 // SPACING - 1][:, 2], energy, rtol=1e-4, atol=1e-4
+    )
+    assert objective.chain_diagnostics(as_state(chains))["energy"] < 1.5
+
+
+def test_diagnostics_need_chains_and_rounds():
+    objective = ebm.ContrastiveDivergence(Stay, persistent=True)
+    chains = Chains({"v": jnp.zeros(3)}, jnp.zeros((HISTORY, 3, 2)), jnp.array(15))
+    with pytest.raises(ebm.ModelError, match="at least 16 rounds, there were 15"):
+        objective.chain_diagnostics(as_state(chains))
+    with pytest.raises(ebm.ModelError, match="holds no persistent chains"):
+        objective.chain_diagnostics(as_state(None))
+
+
+def one_round(objective, system, chains, data, key=KEY):
+    """The negative phase of a round: positions of the chains."""
+    params = arrays(system.params)
+    problem = objective.prepare(KEY, params, system.model, None, (jnp.asarray(data),), {})
+    return objective.advance(key, params, problem, chains)[0].noise
+
+
+def test_chains_that_all_restart_are_those_of_contrastive_divergence():
+    """Bit for bit: what is left of the old latents is overwritten by a sweep."""
+    system = oracles.grbm_system(num_rows=50)
+    far = Chains(
+        {"v": jnp.full((50, 2), 100.0), "h": jnp.ones((50, 3), int)},
+        jnp.zeros((HISTORY, 50, 3)),
+        jnp.array(0),
+    )
+    reset = ebm.ContrastiveDivergence(ebm.BlockGibbs, 2, persistent=True, reset_probability=1.0)
+    plain = ebm.ContrastiveDivergence(ebm.BlockGibbs, 2)
+    with_reset = jit(lambda far: one_round(reset, system, far, system.data))(far)
+    without = jit(lambda: one_round(plain, system, None, system.data))()
+    np.testing.assert_array_equal(with_reset["v"], without["v"])
+    np.testing.assert_array_equal(with_reset["h"], without["h"])
+
+
+@pytest.mark.parametrize("model", [rbm, rbm_plated])
+def test_a_share_of_the_rows_restarts(model):
+    """Whole rows, whichever axis they are on."""
+    num = 1_000
+    data = np.zeros((num, 4), int)
+    old = jnp.ones((4, num) if model is rbm_plated else (num, 4), int)
+    chains = Chains({"v": old}, jnp.zeros((HISTORY, num, 5)), jnp.array(0))
+    system = oracles.System(model, None, RBM, data, None, None, None)
+    objective = ebm.ContrastiveDivergence(Stay, persistent=True, reset_probability=0.5)
+    v = np.asarray(jit(lambda chains: one_round(objective, system, chains, data))(chains)["v"])
+    v = v.T if model is rbm_plated else v
+    assert np.all(v == v[:, :1])
+    assert abs(np.sum(v[:, 0] == 0) - num / 2) < 4.5 * np.sqrt(num / 4)
