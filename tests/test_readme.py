@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
+    "CONTRIBUTING.md",
     "docs/quickstart.md",
     "docs/language.md",
     pytest.param("docs/marginals.md", marks=pytest.mark.slow),
