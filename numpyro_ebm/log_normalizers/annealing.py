@@ -10,6 +10,7 @@ Student-t, fitted a second time to the particles of a first annealing run.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,11 +60,11 @@ def anneal(rng_key, integrand, weigh, num_sweeps):
     def scout(rng_key, path):
         return adaptive_schedule(rng_key, path, num_scouts, max(num_sweeps, 5), TARGET_ESS)
 
-    def stage(fitted, rng_key):
+    def stage(refit, fitted, rng_key):
         """Anneal once from a reference; the next one is fitted to where that ends."""
         key_run, key_fit = jax.random.split(rng_key)
         schedule, position = scout(key_run, plan.path(fitted))
-        return plan.refit(key_fit, position), (fitted, schedule)
+        return refit(key_fit, position), (fitted, schedule)
 
     @jax.jit
     def run():
@@ -71,7 +72,8 @@ def anneal(rng_key, integrand, weigh, num_sweeps):
             path = plan.path(plan.fitted)
             schedule, _ = scout(key_schedule, path)
         else:  # the first reference knows of modes, the second also of their masses
-            stages = jax.lax.scan(stage, plan.fitted, jax.random.split(key_schedule))[1]
+            stage_of = partial(stage, plan.refit)
+            stages = jax.lax.scan(stage_of, plan.fitted, jax.random.split(key_schedule))[1]
             fitted, schedule = jax.tree.map(lambda x: x[-1], stages)
             path = plan.path(fitted)
         return schedule, log_mean_weight(weigh(key_run, path, schedule))

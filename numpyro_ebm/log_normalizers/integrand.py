@@ -177,7 +177,7 @@ def read_integrand(rng_key, model, args, kwargs, *, unconditioned=True, is_share
         for name, x in seen.to_rows(seen.unconstrain_visible()).items()
         if not seen.visible[name].is_discrete
     }
-    free = uncondition(model, seen.visible)
+    free = uncondition(model, tuple(seen.visible))
     row_model = read_fixed_model(free, args, kwargs)
     if is_shared is None:
         found = seen.covariates if seen.visible else covariates_of(row_model, args, kwargs)

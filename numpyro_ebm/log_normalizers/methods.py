@@ -157,11 +157,10 @@ def log_normalizer(
     """
     options = Options(num_particles, num_sweeps, num_temperatures, num_replicates, max_states)
     options.check()
-    several = not (method is None or isinstance(method, str))
-    names = tuple(method) if several else (method,)
+    names = (method,) if method is None or isinstance(method, str) else tuple(method)
     if not names:
         raise ModelError("log_normalizer: `method` is an empty sequence.")
-    if any(name not in METHODS and (several or name is not None) for name in names):
+    if method is not None and not set(names) <= set(METHODS):
         raise ModelError(
             f"log_normalizer: `method` must be one of {', '.join(METHODS)}, or a sequence of them, "
             f"got {method!r}."
@@ -171,7 +170,7 @@ def log_normalizer(
     results = [
         run_method(key, integrand, name, options) for key, name in zip(keys, names, strict=True)
     ]
-    return best_of(results) if several else results[0]
+    return results[0] if method is None or isinstance(method, str) else best_of(results)
 
 
 class Options(NamedTuple):
@@ -204,11 +203,8 @@ def run_method(rng_key, integrand, name, options):
     :raises ModelError: if the method cannot serve, or its result is not finite.
     """
     if name is None:
-        ranked = sorted(
-            (name for name in METHODS if METHODS[name].rank),
-            key=lambda name: METHODS[name].rank(integrand),
-        )
-        name = next(x for x in ranked if METHODS[x].why_not(integrand, options) is None)
+        ranked = sorted((m.rank(integrand), name) for name, m in METHODS.items() if m.rank)
+        name = next(x for _, x in ranked if METHODS[x].why_not(integrand, options) is None)
     else:
         why_not = METHODS[name].why_not(integrand, options)
         if why_not is not None:

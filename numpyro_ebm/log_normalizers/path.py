@@ -91,42 +91,50 @@ def sweep_particles(rng_key, path, position, beta, tuning, num_sweeps, *, adapt=
     """
     log_density = path.tempered(beta)
     keys = jax.random.split(rng_key, num_sweeps)
-    if path.real:
-        enter, move, leave = _mala(path, log_density, position, tuning)
+    mala = _mala(path, log_density, position, tuning) if path.real else None
 
     def adapted(tuning, accepted):
         step = ADAPTATION_RATE * (accepted - TARGET_ACCEPTANCE) if adapt else 0.0
         return tuning._replace(log_step=tuning.log_step + step)
 
-    def draw_blocks(rng_key, position):
-        block_keys = jax.random.split(rng_key, len(path.blocks))
-        for key, block in zip(block_keys, path.blocks, strict=True):
-            position = {**position, **draw_block(key, position, log_density, block)}
-        return position
+    if mala and not path.blocks:  # the gradient is kept from one sweep to the next
 
-    if not path.blocks:  # MALA only, which keeps its gradient from one sweep to the next
-
-        def sweep(carry, rng_key):
+        def move(carry, rng_key):
             state, tuning = carry
-            state, accepted = move(rng_key, state, tuning, position)
+            state, accepted = mala.move(rng_key, state, tuning, position)
             return (state, adapted(tuning, accepted)), None
 
-        (state, tuning), _ = lax.scan(sweep, (enter(position), tuning), keys)
-        return leave(state, position), tuning
+        (state, tuning), _ = lax.scan(move, (mala.enter(position), tuning), keys)
+        return mala.leave(state, position), tuning
 
     def sweep(carry, rng_key):
         position, tuning = carry
         key_move, key_draw = jax.random.split(rng_key)
-        if path.real:
-            state, accepted = move(key_move, enter(position), tuning, position)
-            position, tuning = leave(state, position), adapted(tuning, accepted)
-        return (draw_blocks(key_draw, position), tuning), None
+        if mala:
+            state, accepted = mala.move(key_move, mala.enter(position), tuning, position)
+            position, tuning = mala.leave(state, position), adapted(tuning, accepted)
+        block_keys = jax.random.split(key_draw, len(path.blocks))
+        for key, block in zip(block_keys, path.blocks, strict=True):
+            position = {**position, **draw_block(key, position, log_density, block)}
+        return (position, tuning), None
 
     return lax.scan(sweep, (position, tuning), keys)[0]
 
 
+class _Mala(NamedTuple):
+    """MALA of all particles at once.
+
+    - **enter** - ``position -> state``, in the preconditioned coordinates.
+    - **move** - ``(rng_key, state, tuning, position) -> state, acceptance`` of every problem.
+    - **leave** - ``(state, position) -> position``.
+    """
+
+    enter: Callable
+    move: Callable
+    leave: Callable
+
+
 def _mala(path, log_density, position, tuning):
-    """MALA of all particles at once: how to enter its coordinates, to move and to leave them."""
     num = len(position[path.real[0]])
     scale = to_particles(tuning.scale, num)
     kernel = jax.vmap(blackjax.mala.build_kernel(), (0, 0, None, 0))
@@ -153,4 +161,4 @@ def _mala(path, log_density, position, tuning):
     def leave(state, position):
         return to_sites(state.position, position)
 
-    return enter, move, leave
+    return _Mala(enter, move, leave)

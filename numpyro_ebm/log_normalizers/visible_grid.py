@@ -76,11 +76,11 @@ def quadrature_of_parameters(row_model, params, num_nodes, max_states):
     :raises ModelError: if there are too many coordinates or states, or latent sites that no exact
         marginal covers.
     """
-    why_not = why_not_visible_grid(row_model, num_nodes, max_states, "log_normalizer")
     try:
         marginal = exact_marginal(row_model)
+        why_not = why_not_visible_grid(row_model, num_nodes, max_states, "log_normalizer")
     except ModelError as error:
-        why_not = str(error)
+        marginal, why_not = None, str(error)
     if why_not is not None:
         why_not = why_not.removesuffix(".")
         raise ModelError(f"log_normalizer: method='quadrature' does not apply: {why_not}.")
