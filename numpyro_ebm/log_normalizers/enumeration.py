@@ -18,11 +18,11 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sites
-from numpyro_ebm.log_normalizers.gaussian import log_gaussian_integral
 from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.finite_supports import joint_states, num_joint_states
+from numpyro_ebm.samplers.gaussian_conditional import expand_quadratic
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 from numpyro_ebm.samplers.positions import flatten_sites
 
@@ -105,7 +105,8 @@ def _sum_gaussians(integrand):
         def of_real(x):
             return integrand.log_density({**position, **unflatten(x)})
 
-        return log_gaussian_integral(of_real, x, is_diagonal)
+        form = expand_quadratic(of_real, jnp.zeros_like(x), is_diagonal)
+        return form.log_integral(of_real(form.point))
 
     width = integrand.num_real ** (1 if is_diagonal else 2)
     return _sum_states(integrand, integrand.discrete, log_terms, width)

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Gaussian distributions, one for each problem, and integrals of Gaussian functions.
-
-.. math:: \log\int e^{c + g^\top x - \frac12 x^\top P x} dx
-    = c + \tfrac12 g^\top P^{-1} g + \tfrac{D}{2} \log 2π - \tfrac12 \log\det P
-"""
+"""Gaussian distributions, one for each problem."""
 
 import math
 from typing import NamedTuple
@@ -11,11 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.log_normalizers.particles import by_problem
 
-__all__ = ["Gaussian", "log_gaussian_integral"]
+__all__ = ["Gaussian"]
 
 
 class Gaussian(NamedTuple):
@@ -75,39 +70,3 @@ class Gaussian(NamedTuple):
         covariance = self.factor @ jnp.swapaxes(self.factor, -1, -2)
         factor = jnp.linalg.cholesky(covariance[:, index][:, :, index])
         return self._replace(center=self.center[:, index], factor=factor)
-
-
-def log_gaussian_integral(log_density, like, is_diagonal):
-    r"""log of the integral of exp of a quadratic function, of many of them at once.
-
-    .. math:: \log\int e^{c + g^\top x - \frac12 x^\top P x} dx
-        = c + \tfrac12 g^\top P^{-1} g + \tfrac{D}{2} \log 2π - \tfrac12 \log\det P
-
-    :param log_density: maps points (n, D) to (n,), row by row; quadratic in each row.
-    :param like: any array of shape (n, D).
-    :param bool is_diagonal: whether P is diagonal.
-    :return: of shape (n,); NaN or infinite where the integral diverges.
-
-    **Example**
-
-    >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.log_normalizers.gaussian import log_gaussian_integral
-    >>> log_gaussian_integral(lambda x: -0.5 * x[:, 0] ** 2, jnp.zeros((1, 1)), True)
-    Array([0.9189385], dtype=float32)
-    """
-    zero = jnp.zeros_like(like)
-    size = like.shape[1]
-    constant = log_density(zero)
-    gradient = jax.grad(lambda x: jnp.sum(log_density(x)))
-    g, times_hessian = jax.linearize(gradient, zero)
-    if is_diagonal:
-        precision = -times_hessian(jnp.ones_like(zero))
-        precision = jnp.where(precision > 0, precision, jnp.nan)
-        square = jnp.sum(g**2 / precision, -1)
-        log_det = jnp.sum(jnp.log(precision), -1)
-    else:
-        axes = jnp.broadcast_to(jnp.eye(size, dtype=like.dtype)[:, None], (size, *like.shape))
-        lower = jnp.linalg.cholesky(-jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1))
-        square = jnp.sum(solve_triangular(lower, g[..., None], lower=True) ** 2, (-1, -2))
-        log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(lower, axis1=-2, axis2=-1)), -1)
-    return constant + 0.5 * square + 0.5 * size * math.log(2 * math.pi) - 0.5 * log_det

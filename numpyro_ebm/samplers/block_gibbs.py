@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
+from numpyro_ebm.samplers.gaussian_conditional import expand_quadratic
 from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
@@ -94,19 +94,20 @@ def draw_block(
         return draw_coloured(rng_key, position, logdensity_fn, block, backwards=backwards)
     flat, unflatten = flatten_sites(position, block.names)
 
-    # Rows are independent: the gradient of their sum has the gradient of every row.
-    def total(x):
-        return jnp.sum(logdensity_fn({**position, **unflatten(x)}))
+    def log_density(x):
+        return logdensity_fn({**position, **unflatten(x)})
 
     if block.kind == "gaussian":
-        return unflatten(_draw_gaussian(rng_key, flat, jax.grad(total), block))
+        form = expand_quadratic(log_density, jnp.zeros_like(flat), block.is_diagonal)
+        return unflatten(form.draw(rng_key))
     sizes = {name: np.prod(position[name].shape[1:], dtype=int) for name in block.names}
     low, high = (
         np.concatenate([np.full(sizes[name], block.values[name][i]) for name in block.names])
         for i in (0, 1)
     )
     start = jnp.broadcast_to(low, flat.shape).astype(jnp.result_type(flat.dtype, float))
-    log_odds = (high - low) * jax.grad(total)(start)
+    # Rows are independent: the gradient of their sum has the gradient of every row.
+    log_odds = (high - low) * jax.grad(lambda x: jnp.sum(log_density(x)))(start)
     bits = jax.random.bernoulli(rng_key, jax.nn.sigmoid(log_odds))
     return unflatten(jnp.where(bits, high, low).astype(flat.dtype))
 
@@ -161,22 +162,6 @@ def as_top_level_api(logdensity_fn: LogDensity, blocks: Sequence[Block]) -> Samp
     False
     """
     return build_sampling_algorithm(build_kernel(), init, logdensity_fn, kernel_args=(blocks,))
-
-
-def _draw_gaussian(rng_key, flat, gradient, block):
-    """log π = const + g·x - x·P x / 2, with g the gradient at zero and -P its Jacobian."""
-    g, times_hessian = jax.linearize(gradient, jnp.zeros_like(flat))
-    noise = jax.random.normal(rng_key, flat.shape, flat.dtype)
-    if block.is_diagonal:
-        precision = -times_hessian(jnp.ones_like(flat))
-        return g / precision + noise / jnp.sqrt(precision)
-    size = flat.shape[1]
-    axes = jnp.broadcast_to(jnp.eye(size, dtype=flat.dtype)[:, None], (size, *flat.shape))
-    precision = -jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1)
-    # P = L Lᵀ: x = L⁻ᵀ (L⁻¹ g + ξ) has mean P⁻¹ g and covariance P⁻¹.
-    lower = jnp.linalg.cholesky(precision)
-    whitened = solve_triangular(lower, g[..., None], lower=True) + noise[..., None]
-    return solve_triangular(lower, whitened, lower=True, trans=1)[..., 0]
 
 
 def _draw_sequential(rng_key, position, logdensity_fn, block, backwards):

@@ -23,6 +23,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.polynomial import structure
+from numpyro_ebm.samplers.gaussian_conditional import why_not_gaussian
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
 
@@ -102,17 +103,11 @@ def plan_block(
     if discrete:
         return _plan_discrete(log_density, shape, flat.dtype, discrete, colors or {})
     found = structure(log_density, shape)
-    if found.degree != 2 or not found.true_gradient:
-        if found.degree < 2:
-            why = "does not bend in them, so that nothing holds them"
-        elif found.degree == 2:
-            why = "has derivatives of its own (`jax.custom_jvp` or `jax.custom_vjp`)"
-        else:
-            bound = "no polynomial" if found.degree == np.inf else f"of degree {found.degree}"
-            why = f"is {bound} in them, as far as can be told"
+    why_not = why_not_gaussian(found)
+    if why_not:
         raise ModelError(
             f"BlockGibbs: {sorted(names)} are not jointly Gaussian given the other sites: the "
-            f"log-density {why}. {advice(names, set(position) - set(names))}"
+            f"log-density {why_not}. {advice(names, set(position) - set(names))}"
         )
     return Block(names, "gaussian", {}, found.separable)
 
