@@ -18,6 +18,7 @@ from numpyro_ebm.types import Params
 __all__ = [
     "resolve_normalizer",
     "fixed",
+    "integrated",
     "substitute_and_block",
     "uncondition",
     "set_visible",
@@ -77,6 +78,22 @@ class uncondition(Messenger):
             msg["value"] = None
             if msg["kwargs"]["rng_key"] is None:
                 msg["kwargs"]["rng_key"] = numpyro.prng_key()
+
+
+class integrated(Messenger):
+    """Mark real sites to be integrated out in closed form, as discrete sites are summed out.
+
+    :param fn: a model.
+    :param names: names of sites.
+    """
+
+    def __init__(self, fn=None, names=()):
+        self.names = frozenset(names)
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["name"] in self.names:
+            msg["infer"] = {**msg["infer"], "integrated": True}
 
 
 class substitute_and_block(Messenger):

@@ -53,10 +53,15 @@ class Integrand:
         self.discrete = () if marginal else tuple(sorted(row_model.latent))
         self.proper = _proper_sites(row_model, (*self.real, *self.discrete))
 
-    def sum_out(self):
-        """The same with its discrete sites summed out; raises ModelError if that is too much."""
-        marginal = exact_marginal(self.row_model)
-        return Integrand(self.row_model, self.is_shared, self.data, marginal)
+    def sum_out(self, names=None):
+        """The same with sites summed or integrated out; raises ModelError if that is too much.
+
+        :param names: names of the sites; the discrete ones if ``None``.
+        """
+        row_model = self.row_model if names is None else self.row_model.with_latent(names)
+        marginal = exact_marginal(row_model)
+        data = {name: x for name, x in self.data.items() if name in row_model.visible}
+        return Integrand(row_model, self.is_shared, data, marginal)
 
     @property
     def flat_real(self):

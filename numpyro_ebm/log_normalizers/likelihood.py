@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import methods
+from numpyro_ebm.log_normalizers.divergence import divergence_error
 from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.methods import Options, run_method
 from numpyro_ebm.log_normalizers.result import LogNormalizer
@@ -42,8 +45,8 @@ def log_likelihood(
 
     .. math:: \log p(v) = \log \int \tilde p(v, h; θ)\, dh - \log Z
 
-    Discrete latent sites are summed out where they can be; the integral over others is annealed,
-    row by row, as log Z is.
+    Latent sites are summed or integrated out exactly where they can be; else their integral is
+    annealed, row by row, as log Z is.
 
     :param rng_key: random key.
     :param model: a model with fixed parameters, ``fixed(model, params)``.
@@ -115,4 +118,7 @@ def _sum_latents(rng_key, row_model, model, args, kwargs, options):
         integrand = read_integrand(rng_key, model, args, kwargs, unconditioned=False)
         result = run_method(rng_key, integrand, None, options)
         return jnp.broadcast_to(result.value, (row_model.num_rows,)), jnp.asarray(result.mcse)
-    return jax.jit(lambda: marginal.log_density(row_model, {}, row_model.visible_values))(), 0.0
+    value = jax.jit(lambda: marginal.log_density(row_model, {}, row_model.visible_values))()
+    if row_model.latent and not_jax_tracer(value) and np.any(np.isnan(value)):
+        raise divergence_error(row_model.latent, "its logarithm is no number in some rows")
+    return value, 0.0

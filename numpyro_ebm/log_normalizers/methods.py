@@ -25,7 +25,11 @@ from numpyro_ebm.log_normalizers.ais import run_ais
 from numpyro_ebm.log_normalizers.comparison import best_of
 from numpyro_ebm.log_normalizers.enumeration import run_enumeration, why_not_enumeration
 from numpyro_ebm.log_normalizers.integrand import read_integrand
-from numpyro_ebm.log_normalizers.quadrature import run_quadrature, why_not_quadrature
+from numpyro_ebm.log_normalizers.quadrature import (
+    quadrature_rank,
+    run_quadrature,
+    why_not_quadrature,
+)
 from numpyro_ebm.log_normalizers.smc import run_smc
 from numpyro_ebm.log_normalizers.visible_grid import quadrature_of_parameters
 
@@ -60,7 +64,7 @@ METHODS = {
     "quadrature": Method(
         run_quadrature,
         why_not_quadrature,
-        rank=lambda integrand: 2,
+        rank=quadrature_rank,
         of_parameters=quadrature_of_parameters,
     ),
     # AIS needs fewer particles in all where every row has a log Z of its own.
@@ -96,7 +100,7 @@ def log_normalizer(
                      where they factorise); real sites in which the
                      energy is quadratic, in closed form
     ``"quadrature"`` one or two real coordinates, discrete sites summed   last doubling of the
-                     out                                                  nodes
+                     out and Gaussian ones integrated                     nodes
     ``"ais"``        anything: independent annealed particles             spread of the weights
     ``"smc"``        anything: tempered sequential Monte Carlo            spread of replicates
     ================ ==================================================== =====================
@@ -115,7 +119,7 @@ def log_normalizer(
         with the smallest error is returned. If ``None``, the first of them that is exact enough:
         enumeration, quadrature, SMC (AIS where every row has a log Z of its own). Real sites
         without discrete ones: quadrature up to two coordinates, else enumeration if the energy is
-        quadratic.
+        quadratic, else quadrature if all but two coordinates are Gaussian given these.
     :param int num_particles: particles of AIS (1,024 if ``None``), or of each replicate of SMC
         (512), for each log Z.
     :param int num_sweeps: moves at each temperature, 1 for AIS and 5 for SMC if ``None``: a step of

@@ -3,9 +3,10 @@ r"""log Z of a fixed model with one or two real coordinates, by quadrature.
 
 .. math:: \log Z ≈ \log \sum_m w_m\, \tilde p(x_m), \qquad x_m = m + L \sinh t_m
 
-on a grid of equidistant t, in the coordinates of a cloud of chains that found the mass; discrete
-sites are summed out. The grid is refined until it makes no difference, and a coarse one looks for
-mass far out.
+on a grid of equidistant t, in the coordinates of a cloud of chains that found the mass. Discrete
+sites are summed out; where there are more than two real coordinates, sites that are Gaussian given
+the rest are integrated in closed form. The grid is refined until it makes no difference, and a
+coarse one looks for mass far out.
 
 Reference: Trefethen, Weideman, *The exponentially convergent trapezoidal rule*, SIAM Review 2014.
 """
@@ -24,9 +25,10 @@ from numpyro_ebm.log_normalizers.divergence import divergence_error
 from numpyro_ebm.log_normalizers.exploration import explore
 from numpyro_ebm.log_normalizers.nodes import REACH, sinh_nodes, weighted_grid
 from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.marginals import integrable
 from numpyro_ebm.samplers.positions import flatten_sites
 
-__all__ = ["run_quadrature", "why_not_quadrature"]
+__all__ = ["quadrature_rank", "run_quadrature", "why_not_quadrature"]
 
 MOST_REAL = 2  # real coordinates
 MOST_NODES = {1: 65_537, 2: 1_025}  # for each coordinate, by their number
@@ -46,17 +48,29 @@ def why_not_quadrature(integrand, options):
     """
     if not integrand.real:
         return "the model has no real coordinates"
-    if integrand.num_real > MOST_REAL:
+    try:
+        rest = _on_nodes(integrand)
+    except ModelError as error:
+        return str(error)
+    if rest.num_real > MOST_REAL:
         return (
-            f"the real sites {sorted(integrand.real)} have {integrand.num_real} coordinates in a "
-            f"row, more than {MOST_REAL}"
+            f"the real sites {sorted(rest.real)} have {rest.num_real} coordinates in a row, more "
+            f"than {MOST_REAL}"
         )
-    if integrand.discrete:
-        try:
-            integrand.sum_out()
-        except ModelError as error:
-            return str(error)
     return None
+
+
+def quadrature_rank(integrand):
+    """After enumeration, which has no error, where real sites are integrated in closed form."""
+    return 2 if integrand.num_real <= MOST_REAL else 3.5
+
+
+def _on_nodes(integrand):
+    """The density with its other sites out: discrete ones, real ones where there are too many."""
+    if integrand.num_real <= MOST_REAL:
+        return integrand.sum_out() if integrand.discrete else integrand
+    names = integrable(integrand.row_model)
+    return integrand.sum_out(names) if names else integrand
 
 
 def run_quadrature(rng_key, integrand, options):
@@ -68,7 +82,7 @@ def run_quadrature(rng_key, integrand, options):
     :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer`.
     :raises ModelError: if the integral diverges.
     """
-    integrand = integrand.sum_out() if integrand.discrete else integrand
+    integrand = _on_nodes(integrand)
     cloud = explore(rng_key, integrand, integrand.real, ()).cloud
     if cloud.is_diagonal:
         cloud = cloud._replace(factor=jax.vmap(jnp.diag)(cloud.factor))

@@ -7,12 +7,15 @@ sums or integrates latent sites out exactly asks :func:`exact_marginal`: objecti
 :mod:`numpyro_ebm` gives and the manual lists.
 """
 
+import numpy as np
+
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Estimate as Estimate
 from numpyro_ebm.marginals.base import ExactMarginal as ExactMarginal
 from numpyro_ebm.marginals.base import Marginal as Marginal
 from numpyro_ebm.marginals.enumerated import Enumerated
 from numpyro_ebm.marginals.exact import Exact
+from numpyro_ebm.marginals.gaussian_latents import GaussianLatents
 from numpyro_ebm.marginals.importance_bound import ImportanceBound
 from numpyro_ebm.marginals.langevin_refinement import LangevinRefinement
 from numpyro_ebm.marginals.unrolled import Unrolled
@@ -21,13 +24,17 @@ from numpyro_ebm.marginals.vages import VaGES
 __all__ = [
     "Enumerated",
     "Exact",
+    "GaussianLatents",
     "ImportanceBound",
     "LangevinRefinement",
     "Unrolled",
     "VaGES",
 ]
 
-EXACT = {"none": (Exact(),), "discrete": (Enumerated(),), "real": ()}
+MAX_INTEGRATED = 50
+"""Coordinates of a real site that is integrated out without being asked for, in every step."""
+
+EXACT = {"none": (Exact(),), "discrete": (Enumerated(),), "real": (GaussianLatents(),)}
 """The exact marginals by the latent sites they are for: none, discrete ones alone, or real ones
 with or without discrete ones beside them. The first that covers a model serves."""
 
@@ -62,8 +69,32 @@ def exact_marginal(row_model):
             return marginal
     raise ModelError(
         f"No exact marginal covers the latent site(s) {', '.join(map(repr, latent))}. "
-        + " ".join(reasons or ["They are not all discrete."])
+        + " ".join(reasons)
     )
+
+
+def integrable(row_model):
+    """The latent sites of a model, and the real visible ones that can be integrated out with them.
+
+    Tried one by one, the largest first. One visible site at least remains.
+
+    :param RowModel row_model: the model.
+    :return: list of names, for ``row_model.with_latent(names)``.
+    """
+    names = list(row_model.latent)
+    sizes = {
+        name: np.size(site.value) / row_model.num_rows
+        for name, site in row_model.visible.items()
+        if site.is_real and np.size(site.value) <= MAX_INTEGRATED * row_model.num_rows
+    }
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        if len(names) + 1 < len(row_model.sites):
+            try:
+                exact_marginal(row_model.with_latent([*names, name]))
+            except ModelError:
+                continue
+            names.append(name)
+    return names
 
 
 def choose(row_model):

@@ -84,7 +84,7 @@ class ExactMarginal(Marginal):
 
     @abstractmethod
     def why_not(self, row_model):
-        """Why the latent sites of a model are not covered, or an empty string."""
+        """Why the latent sites of a model are not covered: a sentence, or ``None``."""
 
     @abstractmethod
     def log_density(self, row_model, params, values):

@@ -60,7 +60,7 @@ class Enumerated(ExactMarginal):
         if not row_model.latent:
             return "Enumerated() is for discrete latent sites; use `Exact()` here."
         if factorises(row_model):
-            return ""
+            return None
         for name, site in row_model.latent.items():
             if not site.is_discrete:
                 return (
@@ -193,10 +193,10 @@ def _sum_event(site, x):
 
 
 def _leaving_plates(row_model):
-    """A site of a further plate factorises only over that plate: what outside reads it, if any."""
+    """A site of a further plate factorises only over that plate: what outside reads it, or None."""
     latent = {name: site.value for name, site in row_model.latent.items()}
     if all(np.ndim(site.value) - site.event_dim <= 1 for site in row_model.latent.values()):
-        return ""
+        return None
     plates = {}
 
     def run(**latent):
@@ -217,7 +217,7 @@ def _leaving_plates(row_model):
                     "units, give them event dimensions instead of a plate, "
                     "`Counting(event_shape=...)`, which are enumerated jointly."
                 )
-    return ""
+    return None
 
 
 def _event_sites(row_model):

@@ -20,7 +20,7 @@ class Exact(ExactMarginal):
 
     def why_not(self, row_model):
         if not row_model.latent:
-            return ""
+            return None
         return (
             f"Exact() is for models without latent sites; this one has {sorted(row_model.latent)}. "
             "Use `Enumerated()` for small discrete latents, `VaGES()` with a guide for any."

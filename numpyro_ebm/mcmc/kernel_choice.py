@@ -9,7 +9,8 @@ from numpyro.handlers import condition
 from numpyro.infer import Gibbs
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.language.handlers import integrated
+from numpyro_ebm.marginals import exact_marginal, integrable
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.langevin import MALA
@@ -37,15 +38,16 @@ def choose_kernel(model, *args, **kwargs):
     discrete, more than 200       :class:`~numpyro_ebm.DiscreteLangevin` if the energy has a
     units that all interact       gradient in them, else ``BlockGibbs``
     continuous                    :class:`~numpyro_ebm.MALA`
-    continuous, and discrete      ``MALA`` on the exact marginal; discrete sites are then drawn from
-    ones that are quickly         their exact conditional
-    summed out
+    continuous, and others that   ``MALA`` on the exact marginal; the others are then drawn from
+    are quickly summed or         their exact conditional
+    integrated out
     continuous, and others        ``Gibbs([(MALA(model), ...), (BlockGibbs(model), ...)])``, with
                                   ``DiscreteLangevin`` as above
     ============================  =============================================================
 
     Few joint states are 65,536; quickly summed out are units in a plate, binary units that do not
-    interact, and up to 4,096 joint states.
+    interact, and up to 4,096 joint states; quickly integrated out are real sites of up to 50
+    coordinates that are jointly Gaussian given the rest.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``.
     :param args: arguments of the model.
@@ -77,8 +79,10 @@ def kernel_for_rows(model, row_model):
         return BlockGibbs(model, [*gaussian, *([name] for name in row_model.latent)])
     if not continuous:
         return discrete_kernel(model)
-    if not discrete or _enumerable(row_model, MAX_SUMMED):
-        return MALA(model)
+    latent = integrable(row_model)
+    if _enumerable(row_model.with_latent(latent), MAX_SUMMED):
+        real = [name for name in latent if name in row_model.visible]
+        return MALA(integrated(model, real) if real else model)
     first = MALA(model) if gaussian is None else BlockGibbs(model, gaussian)
     return Gibbs([(first, continuous), (discrete_kernel(model), discrete)])
 

@@ -72,7 +72,7 @@ def sample(
     """
     check_integer("sample", num_samples=num_samples, thinning=thinning)
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
-    key_chains, key_discrete = jax.random.split(rng_key)
+    key_chains, key_latent = jax.random.split(rng_key)
     row_model = read_fixed_model(model, args, kwargs)
     if kernel is None:
         kernel = kernel_for_rows(model, row_model)
@@ -85,7 +85,7 @@ def sample(
             )
     logger.info("sample: %s", _name_of(kernel))
     if kernel is None:
-        draws = exact_marginal(row_model).draw(key_discrete, row_model, {}, {}, num_samples)
+        draws = exact_marginal(row_model).draw(key_latent, row_model, {}, {}, num_samples)
         return _with_deterministic(row_model, draws)
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
     mcmc = MCMC(
@@ -99,10 +99,11 @@ def sample(
     )
     mcmc.run(key_chains, *args, init_params=init_params, **kwargs)
     draws = {name: x[:num_samples] for name, x in mcmc.get_samples().items()}
-    missing = [name for name in row_model.latent if name not in draws]
+    missing = [name for name in row_model.sites if name not in draws]
     if missing:
-        marginal, others = exact_marginal(row_model), {k: draws[k] for k in row_model.visible}
-        drawn = marginal.draw(key_discrete, row_model, {}, others, num_samples)
+        rest = row_model.with_latent(missing)
+        others = {name: draws[name] for name in rest.visible}
+        drawn = exact_marginal(rest).draw(key_latent, rest, {}, others, num_samples)
         draws = _with_deterministic(row_model, {**draws, **drawn})
     return draws
 

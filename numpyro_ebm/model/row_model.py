@@ -118,6 +118,7 @@ class RowModel:
         self.is_fixed = True  # whether the model itself answers for its normalizer
         self.arguments = {}  # which argument is the value of which visible site; see `provenance`
         self._remembered = {}  # see `remember`
+        self.integrated = set()  # real sites that kernels integrate out; see the handler
         self.unconditioned = (
             set()
         )  # sites whose observation was taken away; see `handlers.uncondition`
@@ -142,6 +143,8 @@ class RowModel:
                     self.parameters[name] = site["value"]
             elif site["fn"].event_shape != (0,):  # not a `numpyro.factor`
                 kind = self.visible if site["is_observed"] else self.latent
+                if site["infer"].get("integrated"):
+                    self.integrated.add(name)
                 if site["infer"].get("was_observed"):
                     self.unconditioned.add(name)
                 value = site["value"]
@@ -342,7 +345,8 @@ def read_fixed_model(model, args=(), kwargs=None, *, rng_key=None):
     """Read a model with fixed parameters as the density of its unobserved sites.
 
     In the joint that is returned the *visible* sites are the unobserved continuous ones, and the
-    *latent* sites the unobserved discrete ones; observed sites keep their values.
+    *latent* sites the unobserved discrete ones and those that are to be
+    :class:`~numpyro_ebm.language.handlers.integrated`; observed sites keep their values.
 
     :param model: a model whose normalizer is resolved, ``fixed(model, params)``.
     :param tuple args: its arguments.
@@ -361,9 +365,10 @@ def read_fixed_model(model, args=(), kwargs=None, *, rng_key=None):
         )
     if not row_model.latent:
         raise ModelError("The model has no unobserved site inside its data plate to sample.")
-    sites, row_model.observed = row_model.latent, row_model.visible
-    row_model.visible = {name: site for name, site in sites.items() if not site.is_discrete}
-    row_model.latent = {name: site for name, site in sites.items() if site.is_discrete}
+    sites, row_model.observed, row_model.visible = row_model.latent, row_model.visible, {}
+    row_model = row_model.with_latent(
+        [k for k, site in sites.items() if site.is_discrete or k in row_model.integrated]
+    )
     check_rows(row_model, partial(_traced, model, outside=True), {})
     return row_model
 

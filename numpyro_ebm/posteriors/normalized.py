@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
 from numpyro_ebm.log_normalizers.methods import METHODS
-from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.marginals import ExactMarginal, exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.program.compilation import run_compiled
@@ -25,7 +25,8 @@ class normalized:
 
     Parameters with priors may then be inferred by anything NumPyro has: ``NUTS``, ``SVI`` with
     AutoGuides or an ELBO, ``Predictive``, ``log_likelihood``, ``az.loo``. Discrete latent sites are
-    summed out of :math:`\tilde p`; continuous ones stay in the model, to be sampled along with θ.
+    summed out of :math:`\tilde p`; continuous ones stay in the model, to be sampled along with θ,
+    unless a ``marginal`` integrates them out.
     The first visible site carries the log-likelihood of the row.
 
     :param model: a NumPyro model with energy statements and priors on its parameters.
@@ -34,6 +35,8 @@ class normalized:
         ``"quadrature"``: one or two real visible coordinates, discrete ones counted, on nodes
         around the data. A function: maps the dict of parameters to log Z, a scalar or one value for
         each row; :func:`~numpyro_ebm.emulate_log_normalizer` makes one where Z has no closed form.
+    :param marginal: an exact marginal that integrates the latent sites out of :math:`\tilde p`,
+        such as :class:`~numpyro_ebm.GaussianLatents`.
     :param int num_nodes: quadrature nodes for each real coordinate.
     :param int max_states: the most states that are enumerated.
     :return: a NumPyro model with the same arguments.
@@ -71,16 +74,30 @@ class normalized:
 
     posterior_kind = "likelihood"  # for `to_arviz`
 
-    def __init__(self, model, log_normalizer="enumerate", *, num_nodes=256, max_states=1_048_576):
+    def __init__(
+        self,
+        model,
+        log_normalizer="enumerate",
+        *,
+        marginal=None,
+        num_nodes=256,
+        max_states=1_048_576,
+    ):
         names = [name for name, method in METHODS.items() if method.of_parameters]
         if not callable(log_normalizer) and log_normalizer not in names:
             raise ModelError(
                 "normalized: `log_normalizer` must be a function of the parameters, "
                 f"{' or '.join(map(repr, names))}, got {log_normalizer!r}."
             )
+        if marginal is not None and not isinstance(marginal, ExactMarginal):
+            raise ModelError(
+                "normalized: `marginal` must be an exact one, such as `GaussianLatents()`, got "
+                f"{marginal!r}."
+            )
         check_integer("normalized", 4, num_nodes=num_nodes)
         self.model = model
         self.log_normalizer = log_normalizer
+        self._marginal = marginal
         self._num_nodes, self._max_states = num_nodes, max_states
 
     def __call__(self, *args, **kwargs):
@@ -91,7 +108,9 @@ class normalized:
                 "normalized: the model has no observed site, so the posterior of its parameters is "
                 "their prior. Pass the data, and give it as `obs=` to the visible sites."
             )
-        kept = [name for name, site in row_model.latent.items() if not site.is_discrete]
+        kept = []
+        if self._marginal is None:
+            kept = [name for name, site in row_model.latent.items() if not site.is_discrete]
         params, latent, indices = run_prior(model, args, kwargs, row_model.plate, kept)
         with isolated():
             if row_model.num_rows != row_model.total_rows:  # the rows of this subsample
@@ -100,7 +119,7 @@ class normalized:
 
             def evaluate(params, latent):
                 log_z = self._log_z(row_model, params)
-                return _partial_log_density(row_model, params, latent) - log_z, log_z
+                return self._log_density(row_model, params, latent) - log_z, log_z
 
             rows, log_z = run_compiled(evaluate, params, latent)
         _observe(row_model, indices, rows)
@@ -129,6 +148,19 @@ class normalized:
         return METHODS[self.log_normalizer].of_parameters(
             row_model, params, self._num_nodes, self._max_states
         )
+
+    def _log_density(self, row_model, params, latent):
+        """log p̃ of every row, without the base measure of the sites that stay in the model."""
+        values = {**row_model.visible_values, **latent}
+        rest = row_model.with_latent([name for name in row_model.latent if name not in latent])
+        marginal = exact_marginal(rest) if self._marginal is None else self._marginal
+        marginal.check(rest, None, 1)
+        total = marginal.log_density(rest, params, values)
+        if not latent:
+            return total
+        placeholders = {name: site.value for name, site in rest.latent.items()}
+        terms = row_model.terms({**params, **values, **placeholders})
+        return total - sum(terms[name] for name in latent)
 
 
 class NormalizedRow(dist.Distribution):
@@ -160,18 +192,6 @@ class NormalizedRow(dist.Distribution):
             "at given parameters with "
             "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)`."
         )
-
-
-def _partial_log_density(row_model, params, latent):
-    """log p̃ of every row, without the base measure of the sites that stay in the model."""
-    values = {**row_model.visible_values, **latent}
-    rest = row_model.with_latent([name for name in row_model.latent if name not in latent])
-    total = exact_marginal(rest).log_density(rest, params, values)
-    if not latent:
-        return total
-    placeholders = {name: site.value for name, site in rest.latent.items()}
-    terms = row_model.terms({**params, **values, **placeholders})
-    return total - sum(terms[name] for name in latent)
 
 
 def _observe(row_model, indices, rows):

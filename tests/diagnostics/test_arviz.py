@@ -84,7 +84,7 @@ def test_log_likelihood_of_what_was_observed(held_out):
 
 def test_log_likelihood_of_continuous_latents_is_given():
     system = oracles.linear_system(num_rows=5)
-    model, data = ebm.fixed(oracles.linear_gaussian, LINEAR), jnp.asarray(system.data)
+    model, data = ebm.fixed(oracles.linear_opaque, LINEAR), jnp.asarray(system.data)
     draws = {"h": np.random.default_rng(0).normal(size=(10, 5, 2))}
     with pytest.raises(ebm.ModelError, match="log_likelihood=numpyro_ebm.log_likelihood"):
         ebm.to_arviz(draws, model, data, log_normalizer=0.0)

@@ -189,7 +189,7 @@ def spins(data=None):
 
 def test_stein_test_refuses_what_it_cannot_do():
     data = jnp.asarray(oracles.grbm_system().data)
-    linear = ebm.fixed(oracles.linear_gaussian, LINEAR)
+    linear = ebm.fixed(oracles.linear_opaque, LINEAR)
     three = jnp.zeros((4, 3)) + jnp.arange(4.0)[:, None]
     cases = [
         ("free parameter", (oracles.grbm, data), {}),

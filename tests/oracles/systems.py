@@ -193,6 +193,18 @@ def linear_gaussian(data=None):
         ebm.energy("E", 0.5 * jnp.sum((v - b - h @ A.T) ** 2, -1) / scale**2)
 
 
+def linear_opaque(data=None):
+    """The same density, in operations that do not tell that it is quadratic in h."""
+    A = numpyro.param("A", jnp.ones((3, 2)))
+    b = numpyro.param("b", jnp.zeros(3))
+    scale = numpyro.param("scale", jnp.array(1.0), constraint=constraints.positive)
+    with numpyro.plate("data", count_rows(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(3,)), obs=data)
+        h = numpyro.sample("h", dist.Normal(0, 1).expand([2]).to_event(1))
+        residual = 0.5 * jnp.sum((v - b - h @ A.T) ** 2, -1) / scale**2
+        ebm.energy("E", residual + 0.0 * jnp.sum(h**4, -1))
+
+
 def linear_posterior(p, v):
     """Mean and precision of h given v."""
     precision = jnp.eye(2) + p["A"].T @ p["A"] / p["scale"] ** 2

@@ -114,7 +114,7 @@ def real_latent(data):
     with numpyro.plate("data", len(data)):
         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
         h = numpyro.sample("h", ebm.Lebesgue())
-        ebm.energy("E", 0.5 * theta * v**2 + 0.5 * (h - v) ** 2)
+        ebm.energy("E", 0.5 * theta * v**2 + (h - v) ** 4)
 
 
 def quartic(data):

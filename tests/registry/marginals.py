@@ -40,6 +40,7 @@ def _vages(
 MARGINALS = {
     "Exact": Marginal(ebm.Exact, oracles.gaussian_system),
     "Enumerated": Marginal(ebm.Enumerated, oracles.grbm_system),
+    "GaussianLatents": Marginal(ebm.GaussianLatents, oracles.linear_system),
     "VaGES": _vages(3, under_objectives=True),
     "VaGES, 2 particles": _vages(2, order=2),
     "VaGES, 4 particles": _vages(4),
