@@ -11,7 +11,7 @@ import numpy as np
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Estimate as Estimate
-from numpyro_ebm.marginals.base import ExactMarginal as ExactMarginal
+from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.marginals.base import Marginal as Marginal
 from numpyro_ebm.marginals.enumerated import Enumerated
 from numpyro_ebm.marginals.exact import Exact
@@ -20,6 +20,7 @@ from numpyro_ebm.marginals.importance_bound import ImportanceBound
 from numpyro_ebm.marginals.langevin_refinement import LangevinRefinement
 from numpyro_ebm.marginals.unrolled import Unrolled
 from numpyro_ebm.marginals.vages import VaGES
+from numpyro_ebm.model.row_model import RowModel
 
 __all__ = [
     "Enumerated",
@@ -39,7 +40,7 @@ EXACT = {"none": (Exact(),), "discrete": (Enumerated(),), "real": (GaussianLaten
 with or without discrete ones beside them. The first that covers a model serves."""
 
 
-def exact_marginal(row_model):
+def exact_marginal(row_model: RowModel) -> ExactMarginal:
     """The exact marginal that covers the latent sites of a model.
 
     :param RowModel row_model: the model.
@@ -73,7 +74,7 @@ def exact_marginal(row_model):
     )
 
 
-def integrable(row_model):
+def integrable(row_model: RowModel) -> list[str]:
     """The latent sites of a model, and the real visible ones that can be integrated out with them.
 
     Tried one by one, the largest first. One visible site at least remains.
@@ -97,7 +98,7 @@ def integrable(row_model):
     return names
 
 
-def choose(row_model):
+def choose(row_model: RowModel) -> ExactMarginal:
     """The default marginal of a model: exact if there is one, else the user has to choose.
 
     :raises ModelError: if the model has latent sites that no exact marginal covers.

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import LogDensity, Params, SiteValues
 
 __all__ = ["Estimate", "ExactMarginal", "Marginal", "score_of"]
 
@@ -47,7 +50,7 @@ class Marginal(ABC):
     corrects_guide = False
 
     @abstractmethod
-    def check(self, row_model, guide, order):
+    def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:
         """Raise :class:`~numpyro_ebm.errors.ModelError` if this marginal cannot serve.
 
         :param row_model: the model's :class:`~numpyro_ebm.model.row_model.RowModel`.
@@ -56,7 +59,16 @@ class Marginal(ABC):
         """
 
     @abstractmethod
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2) -> Estimate:
+    def bind(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide | None,
+        params: Params,
+        unconstrained: SiteValues,
+        *,
+        order: int = 2,
+    ) -> Estimate:
         """Estimate the marginal near given visible values.
 
         :param rng_key: key of the particles.
@@ -67,6 +79,21 @@ class Marginal(ABC):
         :param int order: as in :meth:`check`.
         :return: an :class:`Estimate`.
         """
+
+    def required_guide(self, row_model: RowModel, guide: Guide | None) -> Guide:
+        """The guide of a marginal that draws from one.
+
+        :raises ModelError: if the model has no latent sites, or there is no guide.
+        """
+        who = type(self).__name__
+        if not row_model.latent:
+            raise ModelError(f"{who} is for models with latent sites; use `Exact()` for this one.")
+        if guide is None:
+            raise ModelError(
+                f"{who} needs a guide q(h | v) for the latent site(s) {sorted(row_model.latent)}: "
+                "a NumPyro function with the model's arguments that samples them."
+            )
+        return guide
 
     def __repr__(self):
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
@@ -83,25 +110,34 @@ class ExactMarginal(Marginal):
     """
 
     @abstractmethod
-    def why_not(self, row_model):
+    def why_not(self, row_model: RowModel) -> str | None:
         """Why the latent sites of a model are not covered: a sentence, or ``None``."""
 
     @abstractmethod
-    def log_density(self, row_model, params, values):
+    def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:
         """log p̃ of every row at given values of the other sites, of shape (rows,)."""
 
     @abstractmethod
-    def conditional(self, row_model, params, values):
+    def conditional(
+        self, row_model: RowModel, params: Params, values: SiteValues
+    ) -> Callable[[jax.Array], SiteValues]:
         """The law of the latent sites given the values of the others.
 
         :return: a function that maps a key to one draw, a dict of values by name.
         """
 
-    def num_states(self, row_model):
+    def num_states(self, row_model: RowModel) -> float:
         """How many joint states of latent sites the log-density of a row sums over."""
         return 1
 
-    def draw(self, rng_key, row_model, params, values, num_draws):
+    def draw(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        params: Params,
+        values: SiteValues,
+        num_draws: int,
+    ) -> SiteValues:
         """Exact draws of the latent sites, one for each value of the other sites.
 
         :param dict values: values of the other sites, draws leading; empty if there are none.
@@ -114,17 +150,28 @@ class ExactMarginal(Marginal):
         # One draw at a time: all states of all rows are in memory at once.
         return lax.map(lambda x: self.conditional(row_model, params, x[1])(x[0]), (keys, values))
 
-    def unconstrained_log_density(self, row_model, params, unconstrained):
+    def unconstrained_log_density(
+        self, row_model: RowModel, params: Params, unconstrained: SiteValues
+    ) -> jax.Array:
         """log p̃ of every row in unconstrained coordinates, log-Jacobian included."""
         values, log_det = row_model.constrain(unconstrained)
         return self.log_density(row_model, params, values) + log_det
 
-    def check(self, row_model, guide, order):
+    def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:
         reason = row_model.remember(self, lambda: self.why_not(row_model))
         if reason:
             raise ModelError(reason)
 
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2) -> Estimate:
+    def bind(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide | None,
+        params: Params,
+        unconstrained: SiteValues,
+        *,
+        order: int = 2,
+    ) -> Estimate:
         self.check(row_model, guide, order)
 
         def log_density(params, unconstrained):
@@ -133,7 +180,7 @@ class ExactMarginal(Marginal):
         return Estimate(log_density, score_of(log_density, params))
 
 
-def score_of(log_density, params):
+def score_of(log_density: LogDensity, params: Params) -> Callable[[SiteValues], SiteValues]:
     """The score of a row log-density, constant under differentiation."""
 
     def score(unconstrained):

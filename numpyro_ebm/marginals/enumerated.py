@@ -16,6 +16,8 @@ sites with event dimensions are enumerated jointly, state by state.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +35,10 @@ from numpyro_ebm.model.finite_supports import (
     joint_states,
     num_joint_states,
 )
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["Enumerated", "factorises"]
 
@@ -53,10 +57,10 @@ class Enumerated(ExactMarginal):
     Enumerated(max_states=65536)
     """
 
-    def __init__(self, *, max_states=65_536):
+    def __init__(self, *, max_states: int = 65_536):
         self.max_states = max_states
 
-    def why_not(self, row_model):
+    def why_not(self, row_model: RowModel) -> str | None:
         if not row_model.latent:
             return "Enumerated() is for discrete latent sites; use `Exact()` here."
         if factorises(row_model):
@@ -86,12 +90,12 @@ class Enumerated(ExactMarginal):
             )
         return _leaving_plates(row_model)
 
-    def num_states(self, row_model):
+    def num_states(self, row_model: RowModel) -> float:
         if factorises(row_model):
             return 1
         return num_joint_states(row_model, _event_sites(row_model), "Enumerated")
 
-    def log_density(self, row_model, params, values):
+    def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:
         if factorises(row_model):
             without, logits = _unit_logits(row_model, params, values)
             return without + sum(
@@ -103,7 +107,9 @@ class Enumerated(ExactMarginal):
             return _sum_scalar_sites(row_model, params, values)
         return logsumexp(_state_log_densities(row_model, params, values, states), axis=0)
 
-    def conditional(self, row_model, params, values):
+    def conditional(
+        self, row_model: RowModel, params: Params, values: SiteValues
+    ) -> Callable[[jax.Array], SiteValues]:
         """As in the base class, for the sites with event dimensions."""
         if factorises(row_model):
             _, logits = _unit_logits(row_model, params, values)
@@ -128,10 +134,17 @@ class Enumerated(ExactMarginal):
 
         return of_type
 
-    def draw(self, rng_key, row_model, params, values, num_draws):
+    def draw(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        params: Params,
+        values: SiteValues,
+        num_draws: int,
+    ) -> SiteValues:
         event = _event_sites(row_model)
         scalar = [name for name in row_model.latent if name not in event]
-        key_event = rng_key
+        key_event = key_scalar = rng_key
         if values or scalar:
             key_event, key_scalar = jax.random.split(rng_key)
         draws = {}
@@ -150,7 +163,7 @@ class Enumerated(ExactMarginal):
         return draws
 
 
-def factorises(row_model):
+def factorises(row_model: RowModel) -> bool:
     """Whether all latent sites are binary, with event dimensions, and log p̃ is affine in them."""
     return row_model.remember("affine", lambda: _is_affine(row_model))
 
@@ -272,7 +285,7 @@ def _sum_scalar_sites(row_model, params, values):
             log_prob = jnp.squeeze(log_prob)
         factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))
         plates |= plates_of(site)
-    result = funsor.sum_product.sum_product(
+    result: Any = funsor.sum_product.sum_product(
         funsor.ops.logaddexp,
         funsor.ops.add,
         factors,

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """No latent sites: the row log-joint is the marginal."""
 
+from collections.abc import Callable
+
+import jax
+
 from numpyro_ebm.marginals.base import ExactMarginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["Exact"]
 
@@ -18,7 +24,7 @@ class Exact(ExactMarginal):
     ScoreMatching(marginal=Exact())
     """
 
-    def why_not(self, row_model):
+    def why_not(self, row_model: RowModel) -> str | None:
         if not row_model.latent:
             return None
         return (
@@ -26,8 +32,10 @@ class Exact(ExactMarginal):
             "Use `Enumerated()` for small discrete latents, `VaGES()` with a guide for any."
         )
 
-    def log_density(self, row_model, params, values):
+    def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:
         return row_model.log_density(params, values)
 
-    def conditional(self, row_model, params, values):
+    def conditional(
+        self, row_model: RowModel, params: Params, values: SiteValues
+    ) -> Callable[[jax.Array], SiteValues]:
         return lambda rng_key: {}

@@ -18,6 +18,8 @@ Wermuth, *Graphical models for associations between variables, some of which are
 some quantitative*, Annals of Statistics 1989.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -25,9 +27,11 @@ from jax.scipy.special import logsumexp
 
 from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers.gaussian_conditional import expand_quadratic, why_not_gaussian
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["GaussianLatents"]
 
@@ -60,10 +64,10 @@ class GaussianLatents(ExactMarginal):
     True
     """
 
-    def __init__(self, *, max_states=4_096):
+    def __init__(self, *, max_states: int = 4_096):
         self.max_states = max_states
 
-    def why_not(self, row_model):
+    def why_not(self, row_model: RowModel) -> str | None:
         real, discrete = _real_and_discrete(row_model)
         if not real:
             return f"GaussianLatents() is for real latent sites, and {discrete} are none."
@@ -89,13 +93,15 @@ class GaussianLatents(ExactMarginal):
             )
         return None
 
-    def num_states(self, row_model):
+    def num_states(self, row_model: RowModel) -> float:
         return num_joint_states(row_model, _real_and_discrete(row_model)[1], "GaussianLatents")
 
-    def log_density(self, row_model, params, values):
+    def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:
         return logsumexp(self._at_states(row_model, params, values)[0], 0)
 
-    def conditional(self, row_model, params, values):
+    def conditional(
+        self, row_model: RowModel, params: Params, values: SiteValues
+    ) -> Callable[[jax.Array], SiteValues]:
         log_densities, forms = self._at_states(row_model, params, values)
         states = self._states(row_model)
         _, unflatten = _flat(row_model)

@@ -22,8 +22,11 @@ import jax
 from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import check_integer
+from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import LogDensity, Params, SiteValues
 
 __all__ = ["ImportanceBound"]
 
@@ -51,28 +54,28 @@ class ImportanceBound(Marginal):
     needs_guide = True
     value = "bound"
 
-    def __init__(self, num_particles=5):
+    def __init__(self, num_particles: int = 5):
         check_integer("ImportanceBound", num_particles=num_particles)
         self.num_particles = num_particles
 
     @property
-    def corrects_guide(self):
+    def corrects_guide(self) -> bool:
         return self.num_particles > 1  # the weight of a single particle is one
 
-    def check(self, row_model, guide, order):
-        if not row_model.latent:
-            raise ModelError(
-                "ImportanceBound is for models with latent sites; use `Exact()` for this one."
-            )
-        if guide is None:
-            raise ModelError(
-                f"ImportanceBound needs a guide q(h | v) for the latent site(s) "
-                f"{sorted(row_model.latent)}: a NumPyro function with the model's arguments that "
-                "samples them."
-            )
+    def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:
+        self.required_guide(row_model, guide)
 
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
-        self.check(row_model, guide, order)
+    def bind(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide | None,
+        params: Params,
+        unconstrained: SiteValues,
+        *,
+        order: int = 2,
+    ) -> Estimate:
+        guide = self.required_guide(row_model, guide)
         visible, _ = row_model.constrain(stop_gradient(unconstrained))
         constants = stop_gradient(params)
 
@@ -83,7 +86,14 @@ class ImportanceBound(Marginal):
         return Estimate(bound(key_derivative), score_of(bound(key_value), constants))
 
 
-def weighted_mean(rng_key, row_model, guide, params, visible, num_particles):
+def weighted_mean(
+    rng_key: jax.Array,
+    row_model: RowModel,
+    guide: Guide,
+    params: Params,
+    visible: SiteValues,
+    num_particles: int,
+) -> LogDensity:
     """log of the mean weight of particles of q(h | v), as a function of θ and v around them.
 
     :param rng_key: key of the particles.

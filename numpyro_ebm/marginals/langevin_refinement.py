@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.per_row import per_row
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["LangevinRefinement"]
 
@@ -40,14 +42,21 @@ class LangevinRefinement:
     >>> marginal = ebm.VaGES(2, refine=ebm.LangevinRefinement(num_steps=5, step_size=1e-2))
     """
 
-    def __init__(self, num_steps=5, step_size=1e-2, *, adjusted=False):
+    def __init__(self, num_steps: int = 5, step_size: float = 1e-2, *, adjusted: bool = False):
         check_integer("LangevinRefinement", num_steps=num_steps)
         check_positive("LangevinRefinement", step_size=step_size)
         self.num_steps = num_steps
         self.step_size = step_size
         self.adjusted = adjusted
 
-    def __call__(self, rng_key, row_model, params, visible, latent):
+    def __call__(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        params: Params,
+        visible: SiteValues,
+        latent: SiteValues,
+    ) -> SiteValues:
         """Refine particles.
 
         :param rng_key: random key.

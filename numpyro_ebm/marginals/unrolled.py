@@ -17,7 +17,7 @@ Reference: Bao, Li, Xu, Su, Zhu, Zhang, *Bi-level score matching for learning en
 variable models*, NeurIPS 2020.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,12 @@ from numpyro.distributions import biject_to
 from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import RelaxedELBO, default_guide_loss, row_guide_loss
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.draws import scan_keys
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["Unrolled"]
 
@@ -62,7 +65,14 @@ class Unrolled(Marginal):
     needs_guide = True
     value = None
 
-    def __init__(self, num_steps=5, *, step_size=None, num_particles=1, guide_loss=None):
+    def __init__(
+        self,
+        num_steps: int = 5,
+        *,
+        step_size: float | None = None,
+        num_particles: int = 1,
+        guide_loss: Any = None,
+    ):
         check_integer("Unrolled", 0, num_steps=num_steps)
         if step_size is not None:
             check_positive("Unrolled", step_size=step_size)
@@ -72,18 +82,20 @@ class Unrolled(Marginal):
         self.num_particles = num_particles
         self.guide_loss = guide_loss
 
-    def check(self, row_model, guide, order):
-        if not row_model.latent:
-            raise ModelError("Unrolled is for models with latent sites; use `Exact()` here.")
-        if guide is None:
-            raise ModelError(
-                f"Unrolled needs a guide q(h | v) for the latent site(s) "
-                f"{sorted(row_model.latent)}: a NumPyro function with the model's arguments that "
-                "samples them."
-            )
+    def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:
+        self.required_guide(row_model, guide)
 
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
-        self.check(row_model, guide, order)
+    def bind(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide | None,
+        params: Params,
+        unconstrained: SiteValues,
+        *,
+        order: int = 2,
+    ) -> Estimate:
+        guide = self.required_guide(row_model, guide)
         key_steps, *keys = jax.random.split(rng_key, 3)
         given = dict(params)
         unroll = self._unroll(key_steps, row_model, guide, params, stop_gradient(unconstrained))
@@ -172,7 +184,7 @@ def _same(params, others):
 class _Batch(NamedTuple):
     """What a guide loss looks at."""
 
-    row_model: object
-    guide: object
-    unconstrained: dict
+    row_model: RowModel
+    guide: Guide
+    unconstrained: SiteValues
     row_weights: None = None

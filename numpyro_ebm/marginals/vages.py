@@ -17,13 +17,18 @@ Reference: Bao, Xu, Li, Hong, Zhu, Zhang, *Variational (gradient) estimate of th
 energy-based latent variable models*, ICML 2021.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.nn import softmax
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["VaGES", "cumulant_surrogate"]
 
@@ -52,7 +57,12 @@ class VaGES(Marginal):
     needs_guide = True
     value = None
 
-    def __init__(self, num_particles=2, importance_weighted=False, refine=None):
+    def __init__(
+        self,
+        num_particles: int = 2,
+        importance_weighted: bool = False,
+        refine: Callable[..., SiteValues] | None = None,
+    ):
         check_integer("VaGES", 2, num_particles=num_particles)
         if importance_weighted and refine is not None:
             raise ModelError(
@@ -64,17 +74,11 @@ class VaGES(Marginal):
         self.refine = refine
 
     @property
-    def corrects_guide(self):
+    def corrects_guide(self) -> bool:
         return self.importance_weighted
 
-    def check(self, row_model, guide, order):
-        if not row_model.latent:
-            raise ModelError("VaGES is for models with latent sites; use `Exact()` for this one.")
-        if guide is None:
-            raise ModelError(
-                f"VaGES needs a guide q(h | v) for the latent site(s) {sorted(row_model.latent)}: "
-                "a NumPyro function with the model's arguments that samples them."
-            )
+    def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:
+        self.required_guide(row_model, guide)
         if order > self.num_particles:
             raise ModelError(
                 f"VaGES: this objective takes derivatives of order {order} and needs as many "
@@ -82,8 +86,18 @@ class VaGES(Marginal):
                 f"`VaGES(num_particles={order})` or more."
             )
 
-    def bind(self, rng_key, row_model, guide, params, unconstrained, *, order=2):
+    def bind(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide | None,
+        params: Params,
+        unconstrained: SiteValues,
+        *,
+        order: int = 2,
+    ) -> Estimate:
         self.check(row_model, guide, order)
+        guide = self.required_guide(row_model, guide)
         key_draw, key_refine = jax.random.split(rng_key)
         visible, _ = row_model.constrain(stop_gradient(unconstrained))
         # Two independent sets in one run of the guide: for the value, and for the derivative.
@@ -113,7 +127,9 @@ class VaGES(Marginal):
         return Estimate(surrogate(1, order), score_of(surrogate(0, 1), stop_gradient(params)))
 
 
-def cumulant_surrogate(log_joint, order, log_weights=None):
+def cumulant_surrogate(
+    log_joint: jax.Array, order: int, log_weights: jax.Array | None = None
+) -> jax.Array:
     r"""The surrogate :math:`k_1(δ) + k_2(δ)/2 + k_3(δ)/6`, of value zero.
 
     :param log_joint: log p̃(v, h_i; θ), of shape (particles, rows).
