@@ -77,7 +77,7 @@ def compare(toy, num_steps, batch_size, seed):
 
 
 def exact_mean_log_density(params, test):
-    from numpyro_ebm.model.row_model import read_model
+    from numpyro_ebm.model.reading import read_model
 
     joint = read_model(network, (test,), {}, params)
     return jnp.mean(joint.log_density(params, {"v": test}))

@@ -18,7 +18,7 @@ import numpy as np
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import choose
 from numpyro_ebm.marginals.base import Marginal
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.svi.energy_svi import EnergySVI
 from numpyro_ebm.types import Model, Optimizer, Params

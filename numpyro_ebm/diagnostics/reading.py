@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals import Marginal, choose
-from numpyro_ebm.model.row_model import RowModel, read_model
+from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]

@@ -27,7 +27,7 @@ from numpyro_ebm.log_normalizers.shared_rows import (
 )
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.model.row_model import read_fixed_model, read_model
+from numpyro_ebm.model.reading import read_fixed_model, read_model
 
 __all__ = ["Integrand", "read_integrand"]
 

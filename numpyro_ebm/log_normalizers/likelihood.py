@@ -19,7 +19,7 @@ from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.methods import Options, run_method
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
-from numpyro_ebm.model.row_model import read_fixed_model, read_model
+from numpyro_ebm.model.reading import read_fixed_model, read_model
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 

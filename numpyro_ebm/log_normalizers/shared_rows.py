@@ -17,7 +17,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.finite_supports import finite_values
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 
 __all__ = ["covariates_of", "placeholder_rows", "read_one_row", "rows_differ"]
 

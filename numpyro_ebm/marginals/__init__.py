@@ -52,7 +52,7 @@ def exact_marginal(row_model: RowModel) -> ExactMarginal:
     >>> import jax.numpy as jnp
     >>> import numpyro_ebm as ebm
     >>> from numpyro_ebm.marginals import exact_marginal
-    >>> from numpyro_ebm.model.row_model import read_model
+    >>> from numpyro_ebm.model.reading import read_model
     >>> exact_marginal(read_model(ebm.models.grbm, (jnp.zeros((3, 2)),)))
     Enumerated(max_states=65536)
     """

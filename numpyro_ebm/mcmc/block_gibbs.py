@@ -32,7 +32,7 @@ from numpyro_ebm.mcmc.block_gibbs_plan import (
 )
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.mcmc.start import initial_values
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers import block_gibbs
 from numpyro_ebm.samplers.gibbs_blocks import advice
 

@@ -25,7 +25,7 @@ from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers import discrete_langevin
 
 __all__ = ["DiscreteLangevin", "DiscreteLangevinState"]

@@ -23,7 +23,7 @@ from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
 from numpyro_ebm.mcmc.start import unconstrained_values
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["AdaptiveKernel", "Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]

@@ -15,7 +15,7 @@ from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.langevin import MALA
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 __all__ = ["choose_kernel", "kernel_for_rows"]

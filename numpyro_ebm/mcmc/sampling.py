@@ -12,7 +12,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 
 __all__ = ["sample"]
 

@@ -12,7 +12,6 @@ energy is evaluated at few rows, some of which are changed.
 """
 
 from contextlib import suppress
-from copy import copy
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +33,11 @@ SPREADS = (1.0, 3.0)
 changes all units of a row, the second one in three."""
 
 
-def check_rows(row_model, read_again, params):
+def check_rows(row_model, reading):
     """Raise if the density of a row depends on the values of other rows.
 
     :param RowModel row_model: the model.
-    :param read_again: ``(args, kwargs, params) -> RowModel``, the same model at other arguments.
-    :param dict params: the parameters at which it was read.
+    :param Reading reading: the operations of the model.
     :raises ModelError: naming the energy and what to write instead.
     """
     if row_model.num_rows < 2:
@@ -57,7 +55,7 @@ def check_rows(row_model, read_again, params):
 
     states = row_axes(terms, values, axes)
     doubtful = [name for name, state in zip(names, states, strict=True) if state is MIXED]
-    for name in _coupled(row_model, read_again, params, doubtful) if doubtful else ():
+    for name in _coupled(row_model, reading, doubtful) if doubtful else ():
         kind = "energy" if name in row_model.energies else "site"
         raise ModelError(
             f"The {kind} '{name}' of a row depends on other rows of the plate '{row_model.plate}' "
@@ -68,18 +66,19 @@ def check_rows(row_model, read_again, params):
         )
 
 
-def _coupled(row_model, read_again, params, names):
+def _coupled(row_model, reading, names):
     """Those of the terms that change in some rows when the values of other rows do.
 
     Which rows are changed follows the binary digits of their indices: two rows differ in one.
     """
     found, moving = set(), sorted(row_model.sites)  # not those that were set aside as observed
     with jax.ensure_compile_time_eval():  # also inside of a `jit`
-        row_model = _at_few_rows(row_model, read_again, params) or _with_known_arguments(row_model)
-        terms = jax.jit(row_model.terms)
+        known = _at_few_rows(row_model, reading)
         for seed, spread in enumerate(SPREADS):
             with suppress(Exception):  # the model may refuse random values
-                found |= _changed(row_model, terms, moving, jax.random.key(seed), spread, names)
+                known = known or _at_known_values(row_model, reading, row_model.num_rows)
+                terms = jax.jit(known.terms)
+                found |= _changed(known, terms, moving, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
 
 
@@ -113,40 +112,34 @@ def _axis(row_model, site, rank):
     return rank + row_model.dim - site.event_dim
 
 
-def _at_few_rows(row_model, read_again, params):
+def _at_few_rows(row_model, reading):
     """The model at the first rows of its arguments; ``None`` where it cannot be read there."""
-
-    def first(x):
-        has_rows = hasattr(x, "shape") and x.shape[:1] in (
-            (row_model.num_rows,),
-            (row_model.total_rows,),
-        )
-        return x[:FEW] if has_rows else x
-
     if row_model.num_rows <= FEW:
         return None
     try:
-        args, kwargs, params = jax.tree.map(_known, (row_model.args, row_model.kwargs, params))
-        values = {}
-        for (
-            name,
-            site,
-        ) in row_model.visible.items():  # a support may not have what is put for the data
-            shape = list(jnp.shape(site.value))
-            shape[_axis(row_model, site, len(shape))] = FEW
-            like = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(site.value))
-            values[name] = _somewhere(jax.random.key(0), like, site.fn.support)
-        few = read_again(*jax.tree.map(first, (args, kwargs)), {**params, **values})
+        few = _at_known_values(row_model, reading, FEW)
     except Exception:  # the model may be written for its number of rows
         return None
     return few if few.num_rows == FEW else None
 
 
-def _with_known_arguments(row_model):
-    known = copy(row_model)
-    known.args, known.kwargs = jax.tree.map(_known, (row_model.args, row_model.kwargs))
-    known.plates = {name: jnp.arange(len(x)) for name, x in row_model.plates.items()}
-    return known
+def _at_known_values(row_model, reading, num_rows):
+    """The model at its first rows, with ones in the place of arguments that are traced."""
+
+    def first(x):
+        sizes = (row_model.num_rows,), (row_model.total_rows,)
+        return x[:num_rows] if hasattr(x, "shape") and x.shape[:1] in sizes else x
+
+    known = row_model.args, row_model.kwargs, reading.data
+    args, kwargs, data = jax.tree.map(_known, known)
+    for name, site in row_model.visible.items():  # a support may not have what is put for the data
+        shape = list(jnp.shape(site.value))
+        shape[_axis(row_model, site, len(shape))] = num_rows
+        like = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(site.value))
+        data = {**data, name: _somewhere(jax.random.key(0), like, site.fn.support)}
+    if num_rows < row_model.num_rows:
+        args, kwargs = jax.tree.map(first, (args, kwargs))
+    return reading.at(args, kwargs, data).bind()
 
 
 def _halves(num_rows):

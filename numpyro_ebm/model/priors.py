@@ -10,7 +10,6 @@ The rows are :mod:`numpyro_ebm.model.row_model`'s. What is outside the data plat
 
 from functools import wraps
 
-import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import ImproperUniform, MaskedDistribution
@@ -19,7 +18,8 @@ from numpyro.primitives import Messenger
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
-from numpyro_ebm.model.row_model import placeholder, read_model
+from numpyro_ebm.model.reading import read_model, trace_model
+from numpyro_ebm.model.row_site import placeholder
 
 __all__ = [
     "OutsidePlate",
@@ -111,10 +111,9 @@ def prior(model):
 
     @wraps(model)
     def prior_model(*args, **kwargs):
-        plates = []
-        with isolated():  # traced, not run: only the name of the plate is used
-            jax.eval_shape(lambda: plates.append(read_model(model, args, kwargs).plate))
-        run_prior(model, args, kwargs, *plates)
+        with isolated():
+            plate = trace_model(model, args, kwargs).data_plate.plate
+        run_prior(model, args, kwargs, plate)
 
     return prior_model
 

@@ -13,26 +13,13 @@ import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.ops.provenance import eval_provenance
-from numpyro.primitives import Messenger
 from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import lowest_value
-from numpyro_ebm.language.handlers import resolve_normalizer, set_visible
+from numpyro_ebm.language.handlers import set_visible
 
 __all__ = ["check_guide", "check_model"]
-
-
-class _keep_observations(Messenger):
-    """Record what a model gave as `obs`, before an outer handler overrides it."""
-
-    def __init__(self, fn, names):
-        self.names, self.observed = names, {}
-        super().__init__(fn)
-
-    def process_message(self, msg):
-        if msg["type"] == "sample" and msg["name"] in self.names and msg["is_observed"]:
-            self.observed[msg["name"]] = msg["value"]
 
 
 def _labelled_arguments(args, kwargs):
@@ -49,29 +36,26 @@ def _labelled_arguments(args, kwargs):
     return arrays, rebuild
 
 
-def check_model(row_model, model, args, kwargs):
+def check_model(row_model, reading):
     """Raise unless every visible site reaches the density, and no energy bypasses it.
 
+    :param RowModel row_model: the model.
+    :param Reading reading: what it was made of.
     :raises ModelError: naming the energy, the visible site and what to write instead.
     """
     if not row_model.visible:
         return
-    arrays, rebuild = _labelled_arguments(args, kwargs)
-    visible = {f"visible:{name}": site.value for name, site in row_model.visible.items()}
-    latent = {name: site.value for name, site in row_model.latent.items()}
+    arrays, rebuild = _labelled_arguments(row_model.args, row_model.kwargs)
+    values = {name: site.value for name, site in row_model.sites.items()}
+    visible = {f"visible:{name}": values[name] for name in row_model.visible}
+    data = {**row_model.plates, **row_model.parameters, **values}
 
     def run(**labelled):
-        model_args, model_kwargs = rebuild(labelled)
-        values = {name: labelled[f"visible:{name}"] for name in row_model.visible}
-        data = {**row_model.plates, **row_model.parameters, **latent, **values}
-        keep = _keep_observations(model, row_model.visible)
-        prepared = resolve_normalizer(substitute(keep, data=data))
-        model_trace = trace(prepared).get_trace(*model_args, **model_kwargs)
-        shapes.update({name: jnp.shape(value) for name, value in keep.observed.items()})
-        observed = {name: jnp.asarray(value) for name, value in keep.observed.items()}
-        return row_model.site_log_densities(model_trace), observed
+        again = reading.at(*rebuild(labelled), {})
+        own = {name: labelled[f"visible:{name}"] for name in row_model.visible}
+        observed = {name: site.value for name, site in again.visible(jax.random.key(0)).items()}
+        return again.evaluate("terms", {**data, **own}), observed
 
-    shapes = {}
     per_row = {
         label
         for label, x in arrays.items()
@@ -89,8 +73,8 @@ def check_model(row_model, model, args, kwargs):
         # An argument that is the visible value, and holds nothing else: no energy may read it.
         whole = {
             label
-            for label in observed.get(name, ())
-            if observed[name] == {label} and arrays[label].shape == shapes[name]
+            for label in observed[name]
+            if observed[name] == {label} and arrays[label].shape == jnp.shape(site.value)
         }
         row_model.arguments.update(dict.fromkeys(whole, name))
         per_row -= whole
@@ -102,11 +86,11 @@ def check_model(row_model, model, args, kwargs):
                     f"objective. {_write_this(name)}"
                 )
     row_model.covariates = sorted(per_row & frozenset().union(*terms.values()))
-    row_model.covariates += _row_parameters(row_model, model, arrays, rebuild)
+    row_model.covariates += _row_parameters(row_model, reading, arrays, rebuild)
 
 
-def _row_parameters(row_model, model, arrays, rebuild):
-    """Parameters that have a value for every row.
+def _row_parameters(row_model, reading, arrays, rebuild):
+    """Parameters of which every row has a value of its own.
 
     An axis may be as long as the plate by chance. So the rows are compared at a random value of the
     parameter, with all other values the same in all rows.
@@ -119,57 +103,62 @@ def _row_parameters(row_model, model, arrays, rebuild):
     ]
     if not shaped:
         return []
-    shapes = jax.eval_shape(row_model.unconstrain_visible)
 
     def alike(x):
         """Equal rows, and a known value where the argument is traced."""
         x = jnp.ones(x.shape, x.dtype) if not not_jax_tracer(x) else jnp.asarray(x)
         return jnp.broadcast_to(x[:1], x.shape) if x.shape[0] in (rows, row_model.total_rows) else x
 
-    def at_random(rng_key, shape, dtype):
-        if jnp.issubdtype(dtype, jnp.floating):
-            return jax.random.uniform(rng_key, shape, dtype, 0.5, 1.5)
-        return jnp.ones(shape, dtype)
-
-    def differ(name):
-        key_visible, key_parameter = jax.random.split(jax.random.key(0))
-        z = {}
-        for key, site in zip(jax.random.split(key_visible, len(shapes)), shapes, strict=True):
-            x = shapes[site]
-            axis = row_model.row_axis(site, x)
-            one = at_random(key, (*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
-            z[site] = jnp.broadcast_to(one, x.shape)
-        values, _ = row_model.constrain(z)
-        others = {
-            k: x for k, x in row_model.sites.items() if k in row_model.latent or x.is_discrete
-        }
-        values |= {k: _same_in_all_rows(row_model, site) for k, site in others.items()}
-        parameters = {
-            k: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), jnp.result_type(x)), x)
-            for k, x in row_model.parameters.items()
-        }
-        for k, support in {**row_model.constraints, **_supports(row_model)}.items():
-            if hasattr(parameters[k], "shape") and not support.is_discrete:
-                transform = biject_to(support)
-                shape = transform.inverse_shape(parameters[k].shape)
-                spread = 1.0 if k == name else 0.0
-                z = at_random(key_parameter, shape, parameters[k].dtype) - 1.0
-                parameters[k] = transform(spread * z)
+    with jax.ensure_compile_time_eval():
         args, kwargs = rebuild({label: alike(x) for label, x in arrays.items()})
         plates = {k: jnp.arange(len(x)) for k, x in row_model.plates.items()}
-        data = {**plates, **parameters, **values}
-        prepared = resolve_normalizer(substitute(model, data=data))
-        model_trace = trace(prepared).get_trace(*args, **kwargs)
-        densities = sum(row_model.site_log_densities(model_trace).values())
-        gap = jnp.abs(densities - densities[0])
-        return jnp.max(gap) > 1e-3 * (1 + jnp.abs(densities[0]))
+        key_visible, key_parameter = jax.random.split(jax.random.key(0))
+        values = _alike_visible(row_model, key_visible)
 
-    with jax.ensure_compile_time_eval():
+        def differ(name):
+            parameters = _random_parameter(row_model, key_parameter, name)
+            again = reading.at(args, kwargs, {**plates, **parameters, **values})
+            densities = sum(again.evaluate("terms", {**plates, **parameters, **values}).values())
+            gap = jnp.abs(densities - densities[0])
+            return jnp.max(gap) > 1e-3 * (1 + jnp.abs(densities[0]))
+
         return [name for name in shaped if differ(name)]
 
 
-def _supports(row_model):
-    return {name: fn.support for name, fn in row_model.priors.items()}
+def _alike_visible(row_model, rng_key):
+    """Values of all sites of a row, the same in all rows."""
+    shapes, z = jax.eval_shape(row_model.unconstrain_visible), {}
+    for key, name in zip(jax.random.split(rng_key, len(shapes)), shapes, strict=True):
+        x = shapes[name]
+        axis = row_model.row_axis(name, x)
+        one = _at_random(key, (*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)
+        z[name] = jnp.broadcast_to(one, x.shape)
+    values, _ = row_model.constrain(z)
+    others = {k: x for k, x in row_model.sites.items() if k in row_model.latent or x.is_discrete}
+    return values | {k: _same_in_all_rows(row_model, site) for k, site in others.items()}
+
+
+def _random_parameter(row_model, rng_key, name):
+    """Values of all parameters, of which one is random and the others are constant."""
+    parameters = {
+        k: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), jnp.result_type(x)), x)
+        for k, x in row_model.parameters.items()
+    }
+    supports = {k: fn.support for k, fn in row_model.priors.items()}
+    for k, support in {**row_model.constraints, **supports}.items():
+        if hasattr(parameters[k], "shape") and not support.is_discrete:
+            transform = biject_to(support)
+            shape = transform.inverse_shape(parameters[k].shape)
+            spread = 1.0 if k == name else 0.0
+            z = _at_random(rng_key, shape, parameters[k].dtype) - 1.0
+            parameters[k] = transform(spread * z)
+    return parameters
+
+
+def _at_random(rng_key, shape, dtype):
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jax.random.uniform(rng_key, shape, dtype, 0.5, 1.5)
+    return jnp.ones(shape, dtype)
 
 
 def _same_in_all_rows(row_model, site):

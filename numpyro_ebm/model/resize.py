@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import Literal
 from numpyro.util import not_jax_tracer
 
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["with_rows"]

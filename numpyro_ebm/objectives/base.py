@@ -14,7 +14,8 @@ from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 from numpyro_ebm.marginals import Marginal, choose
 from numpyro_ebm.model import provenance
-from numpyro_ebm.model.row_model import RowModel, read_model
+from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_model import RowModel
 
 __all__ = ["Objective", "AuxiliaryNetwork", "Problem", "each", "half_square"]
 

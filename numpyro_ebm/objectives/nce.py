@@ -16,7 +16,7 @@ from numpyro.util import find_stack_level, not_jax_tracer
 
 from numpyro_ebm.errors import FarNoiseWarning, ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import AuxiliaryNetwork
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
 

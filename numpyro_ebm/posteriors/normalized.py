@@ -12,7 +12,7 @@ from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
 from numpyro_ebm.log_normalizers.methods import METHODS
 from numpyro_ebm.marginals import ExactMarginal, exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["NormalizedRow", "normalized"]

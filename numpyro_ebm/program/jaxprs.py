@@ -23,6 +23,7 @@ __all__ = [
     "is_integer",
     "keeps_values",
     "needed",
+    "renamed",
     "vanishes",
     "variables",
     "without_repeats",
@@ -175,6 +176,21 @@ def needed(jaxpr):
             eqns.append(eqn)
             wanted |= set(variables(eqn.invars))
     return eqns[::-1]
+
+
+def renamed(jaxpr, same):
+    """The same jaxpr with variables replaced by others, or by literals.
+
+    :param dict same: what stands for a variable, which may be replaced itself.
+    """
+
+    def named(atom):
+        while not isinstance(atom, Literal) and atom in same:
+            atom = same[atom]
+        return atom
+
+    eqns = [eqn.replace(invars=[named(v) for v in eqn.invars]) for eqn in jaxpr.eqns]
+    return jaxpr.replace(eqns=eqns, outvars=[named(v) for v in jaxpr.outvars])
 
 
 def without_repeats(jaxpr):

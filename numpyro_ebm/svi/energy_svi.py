@@ -22,7 +22,7 @@ from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.loop import CHUNK, next_length, select, take_rounds

@@ -16,7 +16,7 @@ from numpyro.util import not_jax_tracer
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
 

@@ -20,7 +20,7 @@ from numpyro.infer.util import log_density
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model import provenance
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 
 X = jnp.array([0.5, -1.0, 2.0])
 

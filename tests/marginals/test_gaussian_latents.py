@@ -25,7 +25,7 @@ from registry.objectives import OBJECTIVES
 import numpyro_ebm as ebm
 from numpyro_ebm.marginals import choose, exact_marginal
 from numpyro_ebm.mcmc import choose_kernel
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 

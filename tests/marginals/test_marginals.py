@@ -30,7 +30,7 @@ from numpyro_ebm import marginals
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals import enumerated
 from numpyro_ebm.marginals.vages import cumulant_surrogate
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -14,7 +14,7 @@ from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs, init_to_value
 
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.per_row import per_row
 

@@ -20,7 +20,8 @@ from numpyro_ebm.model.finite_supports import (
     num_joint_states,
     support_values,
 )
-from numpyro_ebm.model.row_model import RowSite, read_model
+from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_site import RowSite
 
 
 class OneHot(dist.Distribution):

@@ -10,8 +10,8 @@ import pytest
 from jax.scipy.special import logsumexp
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.resize import with_rows
-from numpyro_ebm.model.row_model import read_model
 from numpyro_ebm.models import grbm
 
 KEY = jax.random.key(0)

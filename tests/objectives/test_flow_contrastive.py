@@ -16,7 +16,7 @@ from oracles import assert_unbiased, draws, jit
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.noise import Noise
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 
 KEY = jax.random.key(3)
 RNG = np.random.default_rng(4)

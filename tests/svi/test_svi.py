@@ -15,7 +15,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.shuffle import shuffled

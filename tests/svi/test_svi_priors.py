@@ -24,7 +24,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 
 import numpyro_ebm as ebm
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.round import THETA_STREAM
 

@@ -22,7 +22,7 @@ from numpyro_ebm.diagnostics.arviz.likelihood import (
 )
 from numpyro_ebm.diagnostics.arviz.posteriors import kind_of_posterior, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.types import Model
 
 __all__ = ["to_arviz"]

@@ -12,7 +12,7 @@ from numpyro.infer import MCMC
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model
 

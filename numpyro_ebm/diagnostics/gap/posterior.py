@@ -33,7 +33,7 @@ from numpyro_ebm.diagnostics.gap.weights import (
 from numpyro_ebm.diagnostics.reading import map_leading, read_guide
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import exact_marginal
-from numpyro_ebm.model.row_model import read_model
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
 

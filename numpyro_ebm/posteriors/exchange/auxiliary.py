@@ -21,7 +21,7 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
-from numpyro_ebm.model.row_model import read_fixed_model
+from numpyro_ebm.model.reading import read_fixed_model
 
 __all__ = ["ChainSimulator", "EnumerationSimulator", "FunctionSimulator", "make_auxiliary"]
 

@@ -19,7 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import prior_part, read_with_priors
-from numpyro_ebm.model.row_model import placeholder
+from numpyro_ebm.model.row_site import placeholder
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 
 __all__ = ["ExchangeTarget", "complete_prior"]

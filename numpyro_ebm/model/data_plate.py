@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data plate of a model: which one it is, and sums over everything else."""
+
+import jax.numpy as jnp
+import numpy as np
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.sites import is_energy, plates_of
+
+__all__ = ["DataPlate", "find_data_plate"]
+
+WHAT_A_ROW_NEEDS = (
+    'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
+    "and the energy, with everything that is not a row in event dimensions or in further plates."
+)
+
+
+class DataPlate:
+    """The plate whose elements are the rows, and what is said of sites row by row.
+
+    :param str plate: its name.
+    :param int dim: its dimension, counted from the right.
+    :param int num_rows: its rows at hand.
+    :param int total_rows: its rows before any subsampling.
+    """
+
+    def __init__(self, plate, dim, num_rows, total_rows):
+        self.plate, self.dim, self.num_rows, self.total_rows = plate, dim, num_rows, total_rows
+
+    def owns(self, site):
+        """Whether a site of a trace is a sample site inside the data plate."""
+        return site["type"] == "sample" and self.plate in plates_of(site)
+
+    def site_log_densities(self, model_trace):
+        """Log-density per row, of shape (rows,), of every site of the data plate in a trace."""
+        return {
+            name: self.sum_to_rows(self.scaled_log_prob(site))
+            for name, site in model_trace.items()
+            if self.owns(site)
+        }
+
+    def scaled_log_prob(self, site):
+        """Log-density of a traced site, without the N/B of a subsampled data plate."""
+        log_prob, scale = site["fn"].log_prob(site["value"]), self.user_scale(site)
+        return log_prob if scale is None else scale * log_prob
+
+    def user_scale(self, site):
+        """The scale of a traced site that the user's own `handlers.scale` gave it, if any."""
+        subsampling = self.total_rows / self.num_rows
+        scale = 1.0 if site["scale"] is None else site["scale"] / subsampling
+        is_one = not_jax_tracer(scale) and bool(np.all(np.asarray(scale) == 1.0))
+        return None if is_one else scale
+
+    def sum_to_rows(self, log_prob):
+        """Sum over all plates but the data plate."""
+        row_axis = jnp.ndim(log_prob) + self.dim
+        return jnp.sum(log_prob, [a for a in range(jnp.ndim(log_prob)) if a != row_axis])
+
+
+def find_data_plate(model_trace, outside=()):
+    """The plate that all visible sites and all energies share.
+
+    :param model_trace: a trace of the model.
+    :param outside: names of observed sites that may be outside of it, or ``None`` for all: the
+        parameters that another block of ``Gibbs`` holds, for one.
+    :raises ModelError: if there is no energy, or not one such plate.
+    """
+    samples = [s for s in model_trace.values() if s["type"] == "sample"]
+    energies = [s for s in samples if is_energy(s)]
+    observed = [s for s in samples if s["is_observed"] and s["fn"].event_shape != (0,)]
+    plates = frozenset().union(*map(plates_of, energies))
+    inside = [s for s in observed if plates & plates_of(s)]
+    if outside is None and inside:
+        observed = inside
+    elif outside:
+        names = {s["name"] for s in inside}
+        observed = [s for s in observed if s["name"] in names or s["name"] not in outside]
+    if not energies:
+        raise ModelError(
+            "The model has no energy statement. Add `numpyro_ebm.energy(name, value)` inside its "
+            "data plate; `numpyro.factor` hides that the model is unnormalised."
+        )
+    for site in observed + energies:
+        if not site["cond_indep_stack"]:
+            what = "The energy" if is_energy(site) else "The visible site"
+            raise ModelError(f"{what} '{site['name']}' is outside any plate. {WHAT_A_ROW_NEEDS}")
+    frame = _shared_frame(energies + observed)
+    size, subsample_size = model_trace[frame.name]["args"]
+    return DataPlate(frame.name, frame.dim, frame.size, size)
+
+
+def _shared_frame(sites):
+    shared = None
+    for site in sites:
+        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+        shared = frames if shared is None else {k: f for k, f in shared.items() if k in frames}
+    if len(shared) == 1:
+        (frame,) = shared.values()
+        return frame
+    plates = frozenset().union(*map(plates_of, sites))
+    found = (
+        f"all sites share the plates {sorted(shared)}"
+        if shared
+        else f"they sit in {sorted(plates)} and share none"
+    )
+    raise ModelError(
+        "Cannot tell the data plate: it is the one plate that all visible sites and all "
+        f"energies share, but {found}. {WHAT_A_ROW_NEEDS} Data sets of different lengths are "
+        "separate models."
+    )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample site of a row: its base measure, its value, and what data may be its value."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import Delta, biject_to, constraints
+from numpyro.util import not_jax_tracer
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.distributions import Counting, Lebesgue, is_real, scalar_support
+from numpyro_ebm.language.sites import unwrap
+
+__all__ = ["RowSite", "check_data", "placeholder"]
+
+
+class RowSite(NamedTuple):
+    """A sample site inside the data plate.
+
+    - **name** - name of the site.
+    - **fn** - its distribution, the base measure, as traced.
+    - **value** - the observed value; a placeholder of the right shape for a latent site.
+    - **dims** - names of the dimensions of ``value``: plates, then ``<name>_dim_<i>``.
+    """
+
+    name: str
+    fn: object
+    value: object
+    dims: tuple
+
+    @classmethod
+    def of(cls, site):
+        """Make one of a site of a trace."""
+        num_batch, num_dims = len(site["fn"].batch_shape), len(site["fn"].shape())
+        plates = {num_batch + frame.dim: frame.name for frame in site["cond_indep_stack"]}
+        free = iter(range(num_dims))
+        dims = tuple(
+            plates[i] if i in plates else f"{site['name']}_dim_{next(free)}"
+            for i in range(num_dims)
+        )
+        return cls(site["name"], site["fn"], site["value"], dims)
+
+    @property
+    def event_dim(self):
+        return self.fn.event_dim
+
+    @property
+    def is_discrete(self):
+        return bool(self.fn.support.is_discrete)
+
+    @property
+    def is_real(self):
+        return is_real(self.fn.support)
+
+    @property
+    def is_flat(self):
+        """Whether the base measure is constant, so that only energies can shape the site."""
+        return isinstance(unwrap(self.fn), Lebesgue | Counting)
+
+    @property
+    def is_unconstrained(self):
+        """Whether the site's own coordinates are used: it is discrete, or real already."""
+        return self.is_discrete or self.is_real
+
+    @property
+    def transform(self):
+        """T in v = T(u); the identity for a discrete site, which has no other coordinates."""
+        return biject_to(constraints.real if self.is_discrete else self.fn.support)
+
+
+def placeholder(site):
+    """A value on the support for a site that has none, so that a model can be traced."""
+    if site["type"] != "sample" or site["value"] is not None or isinstance(site["fn"], Delta):
+        return None
+    fn = site["fn"]
+    if fn.support.is_discrete:
+        lowest = getattr(scalar_support(fn.support), "lower_bound", 0)
+        return jnp.full(fn.shape(), lowest, dtype=jnp.result_type(int))
+    transform = biject_to(fn.support)
+    return transform(jnp.zeros(transform.inverse_shape(fn.shape())))
+
+
+def check_data(site):
+    """Raise if data cannot be the value of a visible site; traced data are not looked at.
+
+    :param RowSite site: the site.
+    :raises ModelError: if they contain NaN, have another shape or leave the support.
+    """
+    name, value, support = site.name, site.value, site.fn.support
+    if not_jax_tracer(value) and np.isnan(np.asarray(value)).any():
+        raise ModelError(
+            f"The data of the visible site '{name}' contain NaN. Drop those rows, or impute them "
+            "before training: nothing is masked in silence."
+        )
+    if jnp.shape(value) != site.fn.shape():
+        raise ModelError(
+            f"The data of the visible site '{name}' have shape {jnp.shape(value)}, but its plates "
+            f"and event shape ask for {site.fn.shape()}."
+        )
+    if not not_jax_tracer(value) or is_real(support):
+        return
+    # Spins of -1 and 1 on `Counting(2)`, or a zero under a logarithm, would mislead silently.
+    with jax.ensure_compile_time_eval():
+        inside = np.asarray(support(value))
+    if not np.all(inside):
+        raise ModelError(
+            f"The data of the visible site '{name}' leave its support, {support}, in "
+            f"{np.size(inside) - np.sum(inside)} of {np.size(inside)} places. Recode them (spins "
+            "of -1 and 1 as 0 and 1, for instance), or declare another base measure."
+        )
