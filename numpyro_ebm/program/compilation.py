@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer, eval_jaxpr
 
 __all__ = ["compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
 
@@ -56,7 +57,7 @@ def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
 
     def program(constants, *args):
-        leaves = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
+        leaves = eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return program, closed.consts
@@ -65,7 +66,7 @@ def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable
 def is_traced(*trees: Any) -> bool:
     """Whether a function is being traced, or one of the arrays given is traced."""
     # Inside of a `jit` new arrays are traced, whatever the arguments are.
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((trees, jnp.zeros(()))))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves((trees, jnp.zeros(()))))
 
 
 def compiler_options() -> dict[str, Any]:

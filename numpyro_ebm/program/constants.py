@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 __all__ = ["Constant", "evaluate_now", "evaluate_later", "known"]
 
@@ -26,7 +27,7 @@ class Constant:
 
 def known(x):
     """The constant of an array that a program holds."""
-    return Constant(lambda: None if isinstance(x, jax.core.Tracer) else np.asarray(x))
+    return Constant(lambda: None if isinstance(x, Tracer) else np.asarray(x))
 
 
 def evaluate_now(eqn, arguments):

@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 
 from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
 
@@ -66,10 +67,10 @@ def split_off_draws(fn, key, *args):
     structure = jax.tree.structure(shape)
 
     def draw(key):
-        return jax.core.eval_jaxpr(first, closed.consts, key)
+        return eval_jaxpr(first, closed.consts, key)
 
     def finish(draws, *args):
-        leaves = jax.core.eval_jaxpr(second, closed.consts, *draws, *jax.tree.leaves(args))
+        leaves = eval_jaxpr(second, closed.consts, *draws, *jax.tree.leaves(args))
         return jax.tree.unflatten(structure, leaves)
 
     return draw, finish, sum(_num_bytes(v.aval) for v in kept)

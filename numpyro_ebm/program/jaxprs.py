@@ -8,6 +8,7 @@ not zero.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DropVar, Literal
 
 __all__ = [
@@ -18,7 +19,6 @@ __all__ = [
     "at_zero",
     "called",
     "constants_of",
-    "inner_jaxpr",
     "interpret",
     "is_integer",
     "keeps_values",
@@ -110,7 +110,7 @@ def constants_of(fn, *args):
 
     def visit(jaxpr):
         for eqn in needed(jaxpr):
-            found.extend(v.val for v in eqn.invars if isinstance(v, Literal) and v.aval.shape)
+            found.extend(v.val for v in eqn.invars if isinstance(v, Literal) and np.ndim(v.val))
             if eqn.primitive.name == "iota":
                 found.append(eqn.outvars[0].aval)
             for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
@@ -127,23 +127,16 @@ def applied(jaxpr, eqn, operands):
     pairs = zip(eqn.invars, operands, strict=True)
     given = {v: x for v, x in pairs if not isinstance(v, Literal)}
     one = jaxpr.replace(eqns=[eqn], constvars=(), invars=list(given), outvars=eqn.outvars)
-    return jax.core.eval_jaxpr(one, (), *given.values())
-
-
-def inner_jaxpr(eqn):
-    """The closed jaxpr of the function that an operation has among its parameters, or ``None``."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in eqn.params:
-            inner = eqn.params[name]
-            return inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
-    return None
+    return eval_jaxpr(one, (), *given.values())
 
 
 def called(eqn):
     """The closed jaxpr of the function that an operation calls on all its operands, or ``None``."""
-    inner = inner_jaxpr(eqn) if eqn.primitive.name in CALLS else None
-    same = inner is not None and len(inner.jaxpr.invars) == len(eqn.invars)
-    return inner if same else None
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr") if eqn.primitive.name in CALLS else ()
+    for inner in (eqn.params[name] for name in names if name in eqn.params):
+        closed = inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ())
+        return closed if len(closed.jaxpr.invars) == len(eqn.invars) else None
+    return None
 
 
 def interpret(closed, apply, arguments, constant=lambda x: x):

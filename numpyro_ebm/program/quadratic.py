@@ -9,6 +9,8 @@ product with a diagonal matrix becomes a scaling. H of the energy :math:`-s^\top
 :math:`J + J^\top` times a number, without a product of matrices.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,9 @@ class Diagonal:
     def __init__(self, vector):
         self.vector = vector
 
+    def __neg__(self):
+        return Diagonal(-self.vector)
+
 
 def _evaluate_structured(closed, args):
     """Evaluate a jaxpr; `None` stands for zeros, and operations on known values are run eagerly."""
@@ -80,7 +85,7 @@ def _evaluate_structured(closed, args):
             return [None]
         if any(vanished) and name in ADDITIONS:
             other = operands[0] if vanished[1] else operands[1]
-            other = _scaled(other, -1.0) if vanished[0] and name == "sub" else other
+            other = -other if vanished[0] and name == "sub" else other
             is_diagonal = isinstance(other, Diagonal)
             return [other if is_diagonal else jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
         if any(isinstance(x, Diagonal) for x in operands):
@@ -103,7 +108,7 @@ def _of_diagonals(eqn, operands):
     x, y = [*operands, None][:2]
     both = isinstance(x, Diagonal) and isinstance(y, Diagonal)
     if name in ("neg", "copy", "convert_element_type", "transpose"):
-        vector = -x.vector if name == "neg" else x.vector
+        vector = (-x if name == "neg" else x).vector
         return Diagonal(vector.astype(eqn.outvars[0].aval.dtype))
     if name == "reduce_sum":
         return x.vector if len(eqn.params["axes"]) == 1 else jnp.sum(x.vector)
@@ -124,7 +129,7 @@ def _of_diagonals(eqn, operands):
             if isinstance(x, Diagonal):
                 return jnp.moveaxis(_scaled(y, x.vector, right[0]), right[0], 0)
             return jnp.moveaxis(_scaled(x, y.vector, left[0]), left[0], -1)
-        vector = y if isinstance(x, Diagonal) else x
+        vector: Any = y if isinstance(x, Diagonal) else x
         if not left and batch == ((0,), (0,)) and np.ndim(vector) == 1:  # it scales the rows
             return Diagonal(_along(x) * _along(y))
     raise NoSimpleForm
@@ -141,12 +146,9 @@ def _along(x):
     return jnp.diagonal(jnp.broadcast_to(x, (max(x.shape), max(x.shape))))
 
 
-def _scaled(x, factor, axis=0):
-    if isinstance(x, Diagonal):
-        return Diagonal(factor * x.vector)
-    if np.ndim(factor) == 1:
-        factor = factor.reshape([-1 if i == axis else 1 for i in range(np.ndim(x))])
-    return factor * x
+def _scaled(x, factor, axis):
+    """An array times a vector along one of its axes."""
+    return factor.reshape([-1 if i == axis else 1 for i in range(np.ndim(x))]) * x
 
 
 def _or_none(x):

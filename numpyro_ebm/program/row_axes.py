@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from numpyro_ebm.program.jaxprs import ELEMENTWISE, called, inner_jaxpr, interpret
+from numpyro_ebm.program.jaxprs import ELEMENTWISE, called, interpret
 
 __all__ = ["MIXED", "row_axes"]
 
@@ -197,7 +197,7 @@ def _gather(params, operands, shapes):
 
 def _scan(eqn, operands):
     """A loop over another axis than the rows; its carry may gain an axis of rows on the way."""
-    inner = inner_jaxpr(eqn)
+    inner = eqn.params["jaxpr"]
     # Slices have an axis less inside; versions of JAX differ in how they count them otherwise.
     arguments = zip(eqn.invars, inner.jaxpr.invars, strict=True)
     results = zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
