@@ -17,7 +17,7 @@ from numpyro_ebm.model import provenance
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
 
-__all__ = ["Objective", "AuxiliaryNetwork", "Problem", "each", "half_square"]
+__all__ = ["AuxiliaryNetwork", "Objective", "Problem"]
 
 
 class Problem(NamedTuple):
@@ -252,40 +252,6 @@ class Objective(ABC):
         hidden = ("_", "networks", "order")
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith(hidden))
         return f"{type(self).__name__}({options})"
-
-
-def each(fn, xs):
-    """``jax.vmap(fn)(xs)``, but for a single one without the axis: fewer of them fuse better."""
-    if {len(x) for x in jax.tree.leaves(xs)} == {1}:
-        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], xs)))
-    return jax.vmap(fn)(xs)
-
-
-def half_square(params, estimate, problem, offset=0.0, scale=1.0):
-    r"""Unbiased value and gradient of :math:`\tfrac12 \|c\,s(u; θ) + o\|^2` for every row.
-
-    With :math:`z = ⊥[c\,s_A + o]` from the independent score :math:`s_A`, the value is
-    :math:`\tfrac12 z·(c\,s_B + o)` and the gradient :math:`c\,z·∂_θ s_B`: one forward derivative of
-    ``log_density`` along z, and one reverse pass through it.
-
-    :param params: parameters to differentiate in.
-    :param Estimate estimate: the marginal.
-    :param Problem problem: the point u.
-    :param offset: o, a dict like u, or 0.
-    :param scale: c, a dict of arrays that broadcast against u, or a number.
-    :return: array of shape (rows,).
-    """
-    unconstrained = problem.unconstrained
-    score = estimate.score(unconstrained)
-    like = lambda x: x if isinstance(x, dict) else dict.fromkeys(unconstrained, x)  # noqa: E731
-    offset, scale = like(offset), like(scale)
-    z = {name: scale[name] * score[name] + offset[name] for name in unconstrained}
-    direction = {name: scale[name] * z[name] for name in z}
-    _, along = jax.jvp(
-        lambda u: estimate.log_density(params, u), (unconstrained,), (stop_gradient(direction),)
-    )
-    inner = along + stop_gradient(problem.row_model.row_dot(z, offset))
-    return inner - 0.5 * stop_gradient(inner)
 
 
 def _check_parameters(row_model, param_map):

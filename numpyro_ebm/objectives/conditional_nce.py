@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.nn import softplus
 
 from numpyro_ebm.errors import check_integer, check_positive
-from numpyro_ebm.objectives.base import Objective, each
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.directions import draw_like, each
 
 __all__ = ["ConditionalNCE"]
 
@@ -52,11 +53,8 @@ class ConditionalNCE(Objective):
         here = estimate.log_density(params, problem.unconstrained)
 
         def there(rng_key):
-            keys = jax.random.split(rng_key, len(problem.unconstrained))
-            moved = {
-                name: x + self.noise_scale * jax.random.normal(key, jnp.shape(x), x.dtype)
-                for key, (name, x) in zip(keys, problem.unconstrained.items(), strict=True)
-            }
+            noise = draw_like(jax.random.normal, rng_key, problem.unconstrained)
+            moved = {k: x + self.noise_scale * noise[k] for k, x in problem.unconstrained.items()}
             return estimate.log_density(params, moved)
 
         moved = each(there, jax.random.split(key_noise, self.noise_ratio))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_positive
-from numpyro_ebm.objectives.base import Objective, half_square
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.directions import draw_like, half_square
 
 __all__ = ["DenoisingScoreMatching", "MultiscaleDenoisingScoreMatching"]
 
@@ -64,7 +65,7 @@ class DenoisingScoreMatching(Objective):
 
     def perturb(self, rng_key, row_model):
         clean = row_model.unconstrain_visible()
-        noise = _noise_like(rng_key, clean)
+        noise = draw_like(jax.random.normal, rng_key, clean)
         noised = {name: clean[name] + self.noise_scale * noise[name] for name in clean}
         return noised, noise, None
 
@@ -172,7 +173,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         key_level, key_noise = jax.random.split(rng_key)
         clean = row_model.unconstrain_visible()
         levels = self.levels(key_level, row_model.num_rows)
-        noise = _noise_like(key_noise, clean)
+        noise = draw_like(jax.random.normal, key_noise, clean)
         noised = {k: x + row_model.rows_like(levels, k, x) * noise[k] for k, x in clean.items()}
         return noised, (levels, noise), 1.0 / levels
 
@@ -204,11 +205,3 @@ def _control_variate(objective, rng_key, params, problem, offset, scale, varianc
     _, along = jax.jvp(lambda u: estimate.log_density(params, u), (clean,), (direction,))
     dimension = sum(jnp.size(x) for x in clean.values()) / row_model.num_rows
     return along + 0.5 * (row_model.row_dot(offset, offset) - dimension * variance)
-
-
-def _noise_like(rng_key, sites):
-    keys = jax.random.split(rng_key, len(sites))
-    return {
-        name: jax.random.normal(key, jnp.shape(x), jnp.result_type(x))
-        for key, (name, x) in zip(keys, sites.items(), strict=True)
-    }

@@ -26,8 +26,8 @@ from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.sites import param_sites
-from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, half_square
-from numpyro_ebm.objectives.score_matching import second_derivative
+from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective
+from numpyro_ebm.objectives.directions import half_square, second_derivative
 
 __all__ = ["FisherDivergence", "mlp_critic"]
 

@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import check_integer
-from numpyro_ebm.objectives.base import Objective, each, half_square
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.objectives.directions import draw_like, each, half_square, second_derivative
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
 
@@ -85,7 +86,9 @@ class SlicedScoreMatching(Objective):
     def energy_loss(self, rng_key, params, problem):
         key_slices, key_marginal = jax.random.split(rng_key)
         estimate = self.estimate(key_marginal, params, problem)
-        slices = _rademacher(key_slices, self.num_slices, problem.unconstrained)
+        slices = draw_like(
+            jax.random.rademacher, key_slices, problem.unconstrained, self.num_slices
+        )
         curvature = each(lambda e: second_derivative(params, estimate, problem, e), slices)
         if self.variance_reduction:
             square = half_square(params, estimate, problem)
@@ -93,15 +96,6 @@ class SlicedScoreMatching(Objective):
             square = each(lambda e: _sliced_half_square(params, estimate, problem, e), slices)
             square = jnp.mean(square, 0)
         return jnp.mean(square + jnp.mean(curvature, 0))
-
-
-def second_derivative(params, estimate, problem, direction):
-    """Second derivative of the row log-density along one direction, of shape (rows,)."""
-
-    def first(unconstrained):
-        return jax.jvp(lambda u: estimate.log_density(params, u), (unconstrained,), (direction,))[1]
-
-    return jax.jvp(first, (problem.unconstrained,), (direction,))[1]
 
 
 def _sliced_half_square(params, estimate, problem, direction):
@@ -128,11 +122,3 @@ def _basis(problem):
         }
 
     return jax.vmap(direction)(jnp.eye(flat.size, dtype=flat.dtype))
-
-
-def _rademacher(rng_key, num_slices, sites):
-    keys = jax.random.split(rng_key, len(sites))
-    return {
-        name: jax.random.rademacher(key, (num_slices, *x.shape), x.dtype)
-        for key, (name, x) in zip(keys, sites.items(), strict=True)
-    }
