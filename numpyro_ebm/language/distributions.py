@@ -6,7 +6,6 @@ A density p(v, h) ∝ exp(-E(v, h)) is a density *with respect to* something. :c
 NumPyro distribution serves as well, and is then tilted by the energy.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpyro.distributions as dist
 from jax import lax
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
-from numpyro.primitives import _PYRO_STACK
 
+from numpyro_ebm._compat import is_enumerating
 from numpyro_ebm.errors import (
     ImproperSamplingError,
     ModelError,
@@ -52,15 +51,6 @@ def is_real(support: Any) -> bool:
 def lowest_value(support: Any) -> int:
     """The smallest value of a discrete support."""
     return int(getattr(scalar_support(support), "lower_bound", 0))
-
-
-def is_enumerating() -> bool:
-    """Whether NumPyro's funsor handlers are enumerating the model that is running now."""
-    # Whoever enumerates has imported it; the import takes a fifth of a second.
-    funsor_handlers = sys.modules.get("numpyro.contrib.funsor.enum_messenger")
-    if funsor_handlers is None:
-        return False
-    return any(isinstance(handler, funsor_handlers.BaseEnumMessenger) for handler in _PYRO_STACK)
 
 
 class Lebesgue(dist.ImproperUniform):

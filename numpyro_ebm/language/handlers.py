@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpyro
 from jax.typing import ArrayLike
-from numpyro.primitives import _PYRO_STACK, Messenger, plate
-from numpyro.util import not_jax_tracer
+from numpyro.primitives import Messenger, plate
 
+from numpyro_ebm._compat import handler_stack, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import INVERSE_TEMPERATURE, NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of
@@ -251,4 +251,4 @@ class temper(Messenger):
 
 def _in_any_plate(msg):
     # Plates around the whole call have not added their frames yet.
-    return msg["cond_indep_stack"] or any(isinstance(h, plate) for h in _PYRO_STACK)
+    return msg["cond_indep_stack"] or any(isinstance(h, plate) for h in handler_stack)

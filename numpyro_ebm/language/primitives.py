@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpyro
 from jax.typing import ArrayLike
 from numpyro.handlers import trace
-from numpyro.primitives import _PYRO_STACK, Messenger, apply_stack
+from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import apply_stack, handler_stack, is_enumerating, is_inspected
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
-from numpyro_ebm.language.distributions import Unnormalized, is_enumerating
+from numpyro_ebm.language.distributions import Unnormalized
 
 T = TypeVar("T", bound=ArrayLike)
 
@@ -54,7 +55,7 @@ def energy(name: str, value: ArrayLike) -> None:
     ... )[0]
     Array(-3., dtype=float32)
     """
-    if not _PYRO_STACK:
+    if not handler_stack:
         return
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -89,7 +90,7 @@ def visible(name: str, value: T) -> T:
     >>> ebm.visible("v", 1.5)
     1.5
     """
-    if not _PYRO_STACK:
+    if not handler_stack:
         return value
     message = {
         "type": "visible",
@@ -136,13 +137,12 @@ def _question(kind, default):
 
 def _under_inspection():
     """`render_model` evaluates densities for their dependencies, and never uses their values."""
-    inspected = any(type(h).__module__ == "numpyro.infer.inspect" for h in _PYRO_STACK)
-    return "inspection" if inspected else None
+    return "inspection" if is_inspected() else None
 
 
 def _recorded_sites():
     sites = {}
-    for handler in _PYRO_STACK:
+    for handler in handler_stack:
         if isinstance(handler, trace):
             sites.update(handler.trace)
     return list(sites.values())

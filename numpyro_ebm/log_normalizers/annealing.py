@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.base_measure import reference
 from numpyro_ebm.log_normalizers.divergence import divergence_error

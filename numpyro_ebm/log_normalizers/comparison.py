@@ -7,8 +7,8 @@ import warnings
 
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import find_stack_level, not_jax_tracer
 
+from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import NormalizerDisagreementWarning
 
 __all__ = ["best_of"]

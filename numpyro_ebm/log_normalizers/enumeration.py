@@ -14,8 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sites
 from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks

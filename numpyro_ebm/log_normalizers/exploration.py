@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.base_measure import draw_base_measure
 from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sites

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.ais import run_ais

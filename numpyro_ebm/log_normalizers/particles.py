@@ -12,9 +12,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from blackjax.smc.resampling import systematic
 from jax.nn import softmax
 from jax.scipy.special import logsumexp
+
+from numpyro_ebm._compat import systematic
 
 __all__ = ["by_problem", "log_mean_weight", "resample", "to_particles"]
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from numpyro.util import find_stack_level, not_jax_tracer
 
+from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import ModelError, QuadratureWarning
 from numpyro_ebm.log_normalizers.divergence import divergence_error
 from numpyro_ebm.log_normalizers.exploration import explore

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.smc.ess import ess_solver
-from blackjax.smc.solver import dichotomy
 from jax import lax
 
+from numpyro_ebm._compat import dichotomy, ess_solver
 from numpyro_ebm.log_normalizers.particles import by_problem, resample, to_particles
 from numpyro_ebm.log_normalizers.path import Tuning, sweep_particles
 from numpyro_ebm.samplers.positions import flatten_sites

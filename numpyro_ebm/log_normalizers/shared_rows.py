@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.handlers import trace
-from numpyro.ops.provenance import eval_provenance
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import eval_provenance, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model import provenance

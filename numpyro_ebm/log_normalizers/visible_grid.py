@@ -18,6 +18,7 @@ import numpy as np
 from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 
+from numpyro_ebm._compat import eval_jaxpr
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.nodes import (
     NODES_AT_ONCE,
@@ -196,7 +197,7 @@ def _guarded(fast, safe):
 
         def run(which, consts, params):
             leaves = jax.tree.leaves(params)
-            return jax.core.eval_jaxpr(programs[which].jaxpr, consts[which], *leaves)[0]
+            return eval_jaxpr(programs[which].jaxpr, consts[which], *leaves)[0]
 
         def checked(derive, consts, params):
             found = derive(partial(run, 0, consts))(params)

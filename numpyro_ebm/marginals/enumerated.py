@@ -25,8 +25,8 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from numpyro.handlers import infer_config
 from numpyro.infer import Predictive
-from numpyro.ops.provenance import eval_provenance
 
+from numpyro_ebm._compat import eval_provenance, funsor_tools
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import (
@@ -268,8 +268,8 @@ def _sum_scalar_sites(row_model, params, values):
     if not scalar:
         return row_model.log_density(params, values)
     import funsor
-    from numpyro.contrib.funsor import enum, plate_to_enum_plate
-    from numpyro.contrib.funsor.enum_messenger import trace as packed_trace
+
+    enum, plate_to_enum_plate, packed_trace = funsor_tools()
 
     num_plate_dims = max(
         [-row_model.dim] + [np.ndim(s.value) - s.event_dim for s in row_model.latent.values()]

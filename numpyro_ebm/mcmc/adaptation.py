@@ -18,9 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.adaptation.mass_matrix import welford_algorithm
-from blackjax.adaptation.staged_adaptation import build_schedule
-from blackjax.adaptation.step_size import dual_averaging_adaptation
+
+from numpyro_ebm._compat import build_schedule, dual_averaging_adaptation, welford_algorithm
 
 __all__ = [
     "AdaptState",

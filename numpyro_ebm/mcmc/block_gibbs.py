@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import MaskedDistribution
 from numpyro.infer import init_to_uniform
-from numpyro.util import is_prng_key, not_jax_tracer
 
+from numpyro_ebm._compat import is_prng_key, mask_of, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.sites import layers
 from numpyro_ebm.mcmc.block_gibbs_plan import (
@@ -277,7 +277,8 @@ def _unused(row_model, rows):
             continue
         fn = next(fn for fn in layers(site.fn) if isinstance(fn, MaskedDistribution))
         x = row_model.from_rows({name: rows[name]})[name]
-        mask = jnp.reshape(fn._mask, jnp.shape(fn._mask) + (1,) * site.event_dim)
+        mask = mask_of(fn)
+        mask = jnp.reshape(mask, jnp.shape(mask) + (1,) * site.event_dim)
         squares = jnp.where(mask, 0.0, 0.5 * x**2)
         total = total + row_model.sum_to_rows(jnp.sum(squares, tuple(range(-site.event_dim, 0))))
     return total

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import init_to_uniform
-from numpyro.util import is_prng_key, not_jax_tracer
 
+from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
 from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
-from numpyro.util import is_prng_key, not_jax_tracer
 
+from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean

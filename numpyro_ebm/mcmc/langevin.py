@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 
+from numpyro_ebm._compat import MALAState
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 from numpyro_ebm.samplers import langevin
@@ -87,7 +88,7 @@ class MALA(ChainKernel):
         if adapt_state.inverse_mass_matrix is not None:
             flat, unravel = ravel_pytree(chain.position)
             scale = unravel(jnp.sqrt(adapt_state.inverse_mass_matrix).astype(flat.dtype))
-        start = _whiten(blackjax.mcmc.mala.MALAState(*chain[:3]), scale)
+        start = _whiten(MALAState(*chain[:3]), scale)
         log_density = one_row if scale is None else lambda y: one_row(_times(y, scale))
         new, info = self._kernel(rng_key, start, log_density, adapt_state.step_size)
         accept_prob = info.acceptance_rate

@@ -4,12 +4,9 @@
 import blackjax
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc.adjusted_mclmc_dynamic import trajectory_length
-from blackjax.mcmc.hmc import HMCState
-from blackjax.mcmc.integrators import IntegratorState
-from blackjax.util import generate_unit_vector
 from numpyro.infer import init_to_uniform
 
+from numpyro_ebm._compat import HMCState, IntegratorState, generate_unit_vector, trajectory_length
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.mcmc.adaptation import energy_error_tuner
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from numpyro.infer import init_to_uniform
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
+from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import running_mean

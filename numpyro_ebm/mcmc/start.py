@@ -3,8 +3,8 @@
 
 import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 
+from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError
 
 __all__ = ["initial_values", "unconstrained_values"]

@@ -4,11 +4,10 @@
 import blackjax
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc.ghmc import GHMCState
-from blackjax.util import generate_gaussian_noise
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 
+from numpyro_ebm._compat import GHMCState, generate_gaussian_noise
 from numpyro_ebm.errors import check_positive
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import scalar_support
 from numpyro_ebm.program.row_axes import MIXED, row_axes

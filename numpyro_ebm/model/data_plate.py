@@ -3,8 +3,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.sites import is_energy, plates_of
 

@@ -3,9 +3,9 @@
 
 import jax
 from numpyro.handlers import seed, substitute, trace
-from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.primitives import NORMALIZER

@@ -17,8 +17,8 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.handlers import block, seed, substitute, trace
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import is_real, scalar_support
 from numpyro_ebm.language.sites import param_sites

@@ -15,6 +15,7 @@ import numpyro
 from numpyro.distributions import ImproperUniform, MaskedDistribution
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import mask_of
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
@@ -179,7 +180,8 @@ def check_priors(row_model, who):
 def is_improper(fn):
     """Whether a distribution is an improper prior: flat on an unbounded set, or masked out."""
     return any(
-        isinstance(x, ImproperUniform) or (isinstance(x, MaskedDistribution) and x._mask is False)
+        isinstance(x, ImproperUniform)
+        or (isinstance(x, MaskedDistribution) and mask_of(x) is False)
         for x in layers(fn)
     )
 

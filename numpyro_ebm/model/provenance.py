@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.ops.provenance import eval_provenance
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import eval_provenance, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import lowest_value
 from numpyro_ebm.language.handlers import set_visible

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import constraints
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import GIBBS_SITES_KWARG, Tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, unwrap
@@ -129,7 +129,7 @@ class Reading:
         self._others = {}  # programs for values of other types
         self._program = MarkedProgram(self._run, jax.eval_shape(lambda: jax.random.key(0)), data)
         known = jax.tree.leaves((args, kwargs, data, self._program.constants))
-        self._is_known = not any(isinstance(x, jax.core.Tracer) for x in known)
+        self._is_known = not any(isinstance(x, Tracer) for x in known)
 
     def _run(self, rng_key, data):
         prepared = substitute(seed(self.model, rng_key), data=data)
@@ -262,7 +262,7 @@ class _mark_values(Messenger):
 
 
 def _floating(x):
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return jnp.asarray(x, jnp.result_type(x, float))
     with jax.ensure_compile_time_eval():  # data stay known, for who checks them
         return jnp.asarray(x, jnp.result_type(x, float))
@@ -275,7 +275,7 @@ def _frozen(*dicts):
     """
     names = [list(x) for x in dicts]
     leaves, structure = jax.tree.flatten([list(x.values()) for x in dicts])
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.core.Tracer)]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
     arrays = [leaves[i] for i in places]
     known = {i: x for i, x in enumerate(leaves) if i not in places}
 

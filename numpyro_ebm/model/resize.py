@@ -12,9 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import Literal, ShapedArray, not_jax_tracer
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.jaxprs import needed
 
@@ -106,7 +105,7 @@ class _Comparison:
             return self.operations(a, b)
         if hasattr(a, "jaxpr") and hasattr(a, "consts"):
             return self.programs(a, b)
-        if isinstance(a, jax.core.ShapedArray):
+        if isinstance(a, ShapedArray):
             return a.dtype == b.dtype and self.values(a.shape, b.shape, True)
         if are_sizes and isinstance(a, int | np.integer):
             return a == b or a * self.m == b * self.n

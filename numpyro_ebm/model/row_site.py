@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import Delta, biject_to, constraints
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting, Lebesgue, is_real, scalar_support
 from numpyro_ebm.language.sites import unwrap

@@ -11,8 +11,8 @@ import warnings
 
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import find_stack_level
 
+from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ModelError, QuadratureWarning, check_integer
 from numpyro_ebm.log_normalizers.nodes import REACH
 from numpyro_ebm.log_normalizers.visible_grid import (

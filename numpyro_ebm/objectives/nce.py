@@ -11,9 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jax.nn import sigmoid, softplus
 from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
-from numpyro.ops.provenance import eval_provenance
-from numpyro.util import find_stack_level, not_jax_tracer
 
+from numpyro_ebm._compat import eval_provenance, find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import FarNoiseWarning, ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.model.reading import read_model

@@ -11,8 +11,8 @@ from abc import abstractmethod
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import ShapedArray, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.finite_supports import finite_values, shifted
 from numpyro_ebm.model.resize import with_rows
@@ -212,7 +212,7 @@ def _is_quadratic(estimate, problem):
 def _may_differ(x, rows):
     """Whether an array, or one of this shape, may have other values in one row than in another."""
     axes = [i for i, size in enumerate(np.shape(x)) if size == rows]
-    if not axes or isinstance(x, jax.core.ShapedArray) or not not_jax_tracer(x):
+    if not axes or isinstance(x, ShapedArray) or not not_jax_tracer(x):
         return bool(axes)
     x = np.asarray(x)
     return any(np.any(x != np.take(x, [0], axis)) for axis in axes)

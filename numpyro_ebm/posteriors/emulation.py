@@ -16,8 +16,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import biject_to
 from numpyro.infer import Predictive
-from numpyro.util import find_stack_level
 
+from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers import log_normalizer

@@ -9,8 +9,8 @@ promised is weaker than Bayes' rule: the posterior of a loss whose scale, β, ha
 
 import jax
 import numpyro
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES

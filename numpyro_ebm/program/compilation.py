@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer, eval_jaxpr
+
+from numpyro_ebm._compat import Tracer, eval_jaxpr
 
 __all__ = ["compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
 

@@ -4,7 +4,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from numpyro_ebm._compat import Tracer
 
 __all__ = ["Constant", "evaluate_now", "evaluate_later", "known"]
 

@@ -14,8 +14,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.core import eval_jaxpr
 
+from numpyro_ebm._compat import eval_jaxpr
 from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
 
 __all__ = ["at", "scan_keys", "split_off_draws"]

@@ -8,8 +8,8 @@ not zero.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, DropVar, Literal
+
+from numpyro_ebm._compat import ClosedJaxpr, Literal, eval_jaxpr, is_dropped
 
 __all__ = [
     "CUSTOM_RULES",
@@ -216,7 +216,7 @@ def variables(atoms):
 
 def _is_dropped(earlier, later):
     """Whether the earlier of two equal operations drops a result that the later one keeps."""
-    return any(isinstance(v, DropVar) for v in earlier) and len(later) > 1
+    return any(map(is_dropped, earlier)) and len(later) > 1
 
 
 def _signature(eqn):

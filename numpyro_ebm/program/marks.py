@@ -8,6 +8,7 @@ it marked on the way can be replaced, without running the function again.
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from numpyro_ebm._compat import eval_jaxpr
 from numpyro_ebm.program.jaxprs import needed, renamed, variables
 
 __all__ = ["MarkedProgram", "marked", "signature"]
@@ -90,7 +91,7 @@ class MarkedProgram:
         """
         names = tuple(sorted(replaced))
         others = jax.tree.leaves([replaced[name] for name in names])
-        leaves = jax.core.eval_jaxpr(
+        leaves = eval_jaxpr(
             self._part(what, names), self._closed.consts, *jax.tree.leaves(args), *others
         )
         return jax.tree.unflatten(jax.tree.structure(self._shapes[what]), leaves)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
 
+from numpyro_ebm._compat import Literal
 from numpyro_ebm.program.jaxprs import CUSTOM_RULES, called, interpret, is_integer, keeps_values
 
 __all__ = ["Structure", "degree", "structure"]

@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
-from blackjax.mcmc.diffusions import overdamped_langevin
-from blackjax.util import generate_gaussian_noise
 from jax.typing import ArrayLike
 
+from numpyro_ebm._compat import (
+    SamplingAlgorithm,
+    build_sampling_algorithm,
+    generate_gaussian_noise,
+    overdamped_langevin,
+)
 from numpyro_ebm.samplers.langevin import ULAState
 from numpyro_ebm.types import LogDensity
 

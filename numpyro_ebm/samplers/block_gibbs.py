@@ -20,9 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
 
+from numpyro_ebm._compat import SamplingAlgorithm, build_sampling_algorithm
 from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
 from numpyro_ebm.samplers.gaussian_conditional import expand_quadratic
 from numpyro_ebm.samplers.gibbs_blocks import Block

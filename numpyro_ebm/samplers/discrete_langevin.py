@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
 from jax import lax
 from jax.typing import ArrayLike
 
+from numpyro_ebm._compat import SamplingAlgorithm, build_sampling_algorithm
 from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, value_table
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues

@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm
 from jax import lax
 from jax.typing import ArrayLike
 
+from numpyro_ebm._compat import SamplingAlgorithm
 from numpyro_ebm.types import LogDensity
 
 __all__ = ["ExchangeInfo", "ExchangeChainState", "as_top_level_api", "build_kernel", "init"]

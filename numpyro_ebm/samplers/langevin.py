@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
-from blackjax.mcmc.diffusions import overdamped_langevin
 from jax.typing import ArrayLike
 
+from numpyro_ebm._compat import SamplingAlgorithm, build_sampling_algorithm, overdamped_langevin
 from numpyro_ebm.types import LogDensity
 
 __all__ = ["ULAInfo", "ULAState", "as_top_level_api", "build_kernel", "init"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from numpyro_ebm._compat import ClosedJaxpr, jaxpr_as_fun
 from numpyro_ebm.types import LogDensity
 
 __all__ = ["per_row"]

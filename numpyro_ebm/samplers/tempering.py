@@ -27,11 +27,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
-from blackjax.mcmc import proposal
-from blackjax.mcmc.diffusions import DiffusionState, overdamped_langevin
 from jax.typing import ArrayLike
 
+from numpyro_ebm._compat import (
+    DiffusionState,
+    SamplingAlgorithm,
+    build_sampling_algorithm,
+    overdamped_langevin,
+    proposal,
+)
 from numpyro_ebm.types import LogDensity
 
 __all__ = [

@@ -18,9 +18,9 @@ from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
-from numpyro.util import find_stack_level, not_jax_tracer
 from tqdm import tqdm
 
+from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import Objective

@@ -24,8 +24,8 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 from numpyro.infer.util import log_density
-from numpyro.ops.provenance import eval_provenance
 
+from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
 from numpyro_ebm.language.handlers import substitute_and_block
 from numpyro_ebm.language.sites import param_sites

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from numpyro.distributions import biject_to
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.reading import read_model

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from numpyro.infer import MCMC
 
+from numpyro_ebm._compat import run_arguments
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
@@ -50,7 +51,7 @@ def convert_draws(
     if isinstance(posterior, MCMC):
         _check_run(posterior, args, kwargs)
         model = posterior.sampler.model if model is None else model
-        args, kwargs = posterior._args, posterior._kwargs
+        args, kwargs = run_arguments(posterior)
         draws = posterior.get_samples(group_by_chain=True)
         extra = posterior.get_extra_fields(group_by_chain=True)
         shape = jnp.shape(jax.tree.leaves(draws)[0])[:2]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import MCMC
-from numpyro.util import find_stack_level
 
+from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import EmulationWarning, ModelError
 
 __all__ = ["kind_of_posterior", "posterior_to_arviz"]

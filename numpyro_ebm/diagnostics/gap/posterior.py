@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.diagnostics import psis_weights
-from numpyro.util import not_jax_tracer
 
+from numpyro_ebm._compat import not_jax_tracer, psis_weights
 from numpyro_ebm.diagnostics.gap.bias import BiasBound, bias_bounds
 from numpyro_ebm.diagnostics.gap.weights import (
     all_states,

@@ -13,10 +13,10 @@ import inspect
 import jax
 import jax.numpy as jnp
 from jax import lax
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of

@@ -4,10 +4,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.util import initialize_model, potential_energy
-from numpyro.util import is_prng_key
 
+from numpyro_ebm._compat import GIBBS_SITES_KWARG, is_prng_key
 from numpyro_ebm.errors import ModelError
 
 __all__ = ["check_start", "initial_parameters"]

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer.gibbs import GIBBS_SITES_KWARG
-from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
+from numpyro.infer.util import constrain_fn, potential_energy
 from numpyro.primitives import Messenger
 
+from numpyro_ebm._compat import GIBBS_SITES_KWARG, unconstrain_fn
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import prior_part, read_with_priors

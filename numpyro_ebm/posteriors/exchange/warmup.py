@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.adaptation.mass_matrix import welford_algorithm
 
+from numpyro_ebm._compat import welford_algorithm
 from numpyro_ebm.mcmc.adaptation import (
     Tuner,
     WindowAdaptation,

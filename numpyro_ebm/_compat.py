@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name of NumPyro, JAX, BlackJAX and ArviZ that their documentation does not promise.
+
+The rest of the package takes them from here, so that a new release which moves one is mended in one
+place; ``tests/test_compat.py`` names it.
+"""
+
+import sys
+from typing import Any
+
+from blackjax.adaptation.mass_matrix import welford_algorithm
+from blackjax.adaptation.staged_adaptation import build_schedule
+from blackjax.adaptation.step_size import dual_averaging_adaptation
+from blackjax.base import SamplingAlgorithm, build_sampling_algorithm
+from blackjax.diagnostics import psis_weights
+from blackjax.mcmc import proposal
+from blackjax.mcmc.adjusted_mclmc_dynamic import trajectory_length
+from blackjax.mcmc.diffusions import DiffusionState, overdamped_langevin
+from blackjax.mcmc.ghmc import GHMCState
+from blackjax.mcmc.hmc import HMCState
+from blackjax.mcmc.integrators import IntegratorState
+from blackjax.mcmc.mala import MALAState
+from blackjax.smc.ess import ess_solver
+from blackjax.smc.resampling import systematic
+from blackjax.smc.solver import dichotomy
+from blackjax.util import generate_gaussian_noise, generate_unit_vector
+from jax.core import ShapedArray, Tracer, eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from numpyro.infer.gibbs import GIBBS_SITES_KWARG
+from numpyro.infer.util import unconstrain_fn
+from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import _PYRO_STACK, apply_stack
+from numpyro.util import find_stack_level, is_prng_key, not_jax_tracer
+
+__all__ = [
+    "GIBBS_SITES_KWARG",
+    "ClosedJaxpr",
+    "DiffusionState",
+    "GHMCState",
+    "HMCState",
+    "IntegratorState",
+    "Literal",
+    "MALAState",
+    "SamplingAlgorithm",
+    "ShapedArray",
+    "Tracer",
+    "apply_stack",
+    "build_sampling_algorithm",
+    "build_schedule",
+    "dichotomy",
+    "dual_averaging_adaptation",
+    "ess_solver",
+    "eval_jaxpr",
+    "eval_provenance",
+    "find_stack_level",
+    "funsor_tools",
+    "generate_gaussian_noise",
+    "generate_unit_vector",
+    "handler_stack",
+    "is_dropped",
+    "is_enumerating",
+    "is_inspected",
+    "is_prng_key",
+    "jaxpr_as_fun",
+    "mask_of",
+    "not_jax_tracer",
+    "overdamped_langevin",
+    "proposal",
+    "psis_weights",
+    "run_arguments",
+    "systematic",
+    "trajectory_length",
+    "unconstrain_fn",
+    "welford_algorithm",
+]
+
+handler_stack: list[Any] = _PYRO_STACK
+"""The handlers that are active, the outermost first."""
+
+
+def is_enumerating() -> bool:
+    """Whether NumPyro's funsor handlers are enumerating the model that is running now."""
+    # Whoever enumerates has imported it; the import takes a fifth of a second.
+    module = sys.modules.get("numpyro.contrib.funsor.enum_messenger")
+    return module is not None and any(
+        isinstance(handler, module.BaseEnumMessenger) for handler in handler_stack
+    )
+
+
+def is_inspected() -> bool:
+    """Whether `numpyro.render_model` runs the model to see what depends on what."""
+    return any(type(h).__module__ == "numpyro.infer.inspect" for h in handler_stack)
+
+
+def funsor_tools() -> tuple[Any, Any, Any]:
+    """Handlers `enum` and `plate_to_enum_plate`, and the handler that records packed traces."""
+    from numpyro.contrib.funsor import enum, plate_to_enum_plate
+    from numpyro.contrib.funsor.enum_messenger import trace
+
+    return enum, plate_to_enum_plate, trace
+
+
+def is_dropped(variable: Any) -> bool:
+    """Whether a variable of a jaxpr stands for a result that is thrown away."""
+    return type(variable).__name__ == "DropVar"  # `jax.extend.core` has it from JAX 0.10 on
+
+
+def mask_of(distribution: Any) -> Any:
+    """The mask of a `MaskedDistribution`: a boolean, or an array of them."""
+    return distribution._mask
+
+
+def run_arguments(mcmc: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments with which an `MCMC` has run."""
+    return mcmc._args, mcmc._kwargs
