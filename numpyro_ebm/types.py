@@ -14,7 +14,7 @@ LogDensity: TypeAlias = Callable[..., jax.Array]
 Model: TypeAlias = Callable[..., Any]
 """A NumPyro model or guide: a function with `numpyro.sample` and `numpyro.param` statements."""
 
-Params: TypeAlias = Mapping[str, Any]
+Params: TypeAlias = dict[str, Any]
 """Values of parameters by site name; that of a network is a pytree."""
 
 SiteValues: TypeAlias = dict[str, jax.Array]

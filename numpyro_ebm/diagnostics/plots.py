@@ -158,14 +158,12 @@ def chains(
     frame = np.stack([low - margin, high + margin], -1)
     xlim = tuple(frame[0]) if xlim is None else xlim
     ylim = tuple(frame[1]) if ylim is None else ylim
-    log_p = None
+    ax = _axes(ax)
     if model is not None:
         grid = make_grid("plots.chains", xlim, ylim, num)
         log_p = log_density_on_grid(
             "plots.chains", grid, model, args, kwargs, marginal, guide, guide_params, rng_key
         )
-    ax = _axes(ax)
-    if log_p is not None:
         levels = np.arange(11.0)
         above = np.max(log_p) - log_p
         ax.contourf(*grid, above, levels=levels, cmap="Greys_r", alpha=0.6)

@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 from numpyro_ebm.marginals import Marginal, choose
+from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Model, Optimizer, Params, SiteValues
 
 __all__ = ["AuxiliaryNetwork", "Objective", "Problem"]
 
@@ -35,9 +37,9 @@ class Problem(NamedTuple):
     row_model: RowModel
     guide: Guide | None
     marginal: Marginal
-    unconstrained: dict
-    noise: object = None
-    row_weights: object = None
+    unconstrained: SiteValues
+    noise: Any = None
+    row_weights: jax.Array | None = None
 
 
 class AuxiliaryNetwork(NamedTuple):
@@ -52,9 +54,9 @@ class AuxiliaryNetwork(NamedTuple):
     """
 
     name: str
-    parameters: Callable
-    loss: Callable
-    optim: object = None
+    parameters: Callable[..., dict[str, tuple[Any, Any]]]
+    loss: Callable[..., jax.Array]
+    optim: Optimizer | None = None
     num_steps: int = 1
 
 
@@ -79,7 +81,7 @@ class Objective(ABC):
     is_loss = True  # whether its value is the function whose gradient it gives
     networks = ()  # networks with losses of their own, each a `AuxiliaryNetwork`
 
-    def __init__(self, marginal=None):
+    def __init__(self, marginal: Marginal | None = None):
         if marginal is not None and not isinstance(marginal, Marginal):
             raise ModelError(
                 f"{type(self).__name__}: `marginal` must be a marginal such as `VaGES()` or "
@@ -87,35 +89,49 @@ class Objective(ABC):
             )
         self.marginal = marginal
 
-    def perturb(self, rng_key, row_model):
+    def perturb(
+        self, rng_key: jax.Array, row_model: RowModel
+    ) -> tuple[SiteValues, Any, jax.Array | None]:
         """Where the model is evaluated: ``(unconstrained, noise, row_weights)`` of a `Problem`."""
         return row_model.unconstrain_visible(), None, None
 
     @abstractmethod
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         """Value and gradient (in the energy's parameters) of the objective, a mean over rows."""
 
-    def own_parameters(self, rng_key, params, problem):
+    def own_parameters(
+        self, rng_key: jax.Array, params: Params, problem: Problem
+    ) -> dict[str, tuple[Any, Any]]:
         """Parameters of the objective that its own loss trains, ``{name: (value, constraint)}``."""
         return {}
 
-    def init_state(self, rng_key, params, problem):
+    def init_state(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
         """What the objective keeps from round to round, at the start; a pytree or ``None``."""
         return None
 
-    def advance(self, rng_key, params, problem, state):
+    def advance(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any
+    ) -> tuple[Problem, Any]:
         """What happens before the energy's step: ``(problem, state)`` of this round."""
         return problem, state
 
-    def statistics(self, rng_key, params, problem):
+    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
         """What :meth:`review` wants to know at the end of a run; a pytree of arrays."""
         return None
 
-    def review(self, statistics):
+    def review(self, statistics: Any) -> None:
         """Warn of what the statistics of a run's result show to be wrong."""
         return None
 
-    def prepare(self, rng_key, params, model, guide, args, kwargs):
+    def prepare(
+        self,
+        rng_key: jax.Array,
+        params: Params,
+        model: Model,
+        guide: Model | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Problem:
         """Read the model and the guide, check that this objective serves, and place the batch.
 
         :return: a :class:`Problem`.
@@ -140,7 +156,7 @@ class Objective(ABC):
             )
         return Problem(row_model, reader, marginal, *self.perturb(key_perturb, row_model))
 
-    def check_marginal(self, marginal):
+    def check_marginal(self, marginal: Marginal) -> None:
         """Raise unless the marginal offers what this objective needs of it."""
         name = type(self).__name__
         if self.needs == "value" and marginal.value != "exact":
@@ -157,7 +173,7 @@ class Objective(ABC):
                 "`Enumerated()` or `ImportanceBound()`."
             )
 
-    def check_observed(self, row_model):
+    def check_observed(self, row_model: RowModel) -> None:
         """Raise unless there is something to learn from."""
         if not row_model.visible:
             raise ModelError(
@@ -165,7 +181,7 @@ class Objective(ABC):
                 "learn from. Pass the data, and give it as `obs=` to the visible sites."
             )
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         """Raise unless the objective is defined for the visible sites of the model."""
         name = type(self).__name__
         self.check_observed(row_model)
@@ -177,7 +193,7 @@ class Objective(ABC):
                     "EnergyDiscrepancy or ContrastiveDivergence."
                 )
 
-    def estimate(self, rng_key, params, problem):
+    def estimate(self, rng_key: jax.Array, params: Params, problem: Problem) -> Estimate:
         """The marginal of the problem, bound at its visible values."""
         return problem.marginal.bind(
             rng_key,
@@ -188,7 +204,15 @@ class Objective(ABC):
             order=self.order,
         )
 
-    def loss(self, rng_key, param_map, model, guide=None, *args, **kwargs):
+    def loss(
+        self,
+        rng_key: jax.Array,
+        param_map: Params,
+        model: Model,
+        guide: Model | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
         """The objective and, through its gradient, its estimator.
 
         :param rng_key: random key.

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jax.nn import softplus
 
 from numpyro_ebm.errors import check_integer, check_positive
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import draw_like, each
+from numpyro_ebm.types import Params
 
 __all__ = ["ConditionalNCE"]
 
@@ -40,14 +42,14 @@ class ConditionalNCE(Objective):
     order = 1
     needs = "value"
 
-    def __init__(self, noise_scale, noise_ratio=1, marginal=None):
+    def __init__(self, noise_scale: float, noise_ratio: int = 1, marginal: Marginal | None = None):
         check_positive("ConditionalNCE", noise_scale=noise_scale)
         check_integer("ConditionalNCE", noise_ratio=noise_ratio)
         self.noise_scale = noise_scale
         self.noise_ratio = noise_ratio
         super().__init__(marginal)
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_noise, key_marginal = jax.random.split(rng_key)
         estimate = self.estimate(key_marginal, params, problem)
         here = estimate.log_density(params, problem.unconstrained)

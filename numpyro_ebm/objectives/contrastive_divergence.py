@@ -16,10 +16,13 @@ Tieleman, *Training restricted Boltzmann machines using approximations to the li
 ICML 2008; resetting a share of the chains, Du, Mordatch, NeurIPS 2019.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.lax import stop_gradient
 from numpyro.handlers import substitute
@@ -27,8 +30,11 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.persistent_chains import Chains
+from numpyro_ebm.types import Params
 
 __all__ = ["ContrastiveDivergence"]
 
@@ -81,7 +87,13 @@ class ContrastiveDivergence(Objective):
     is_loss = False
 
     def __init__(
-        self, kernel, num_steps=1, marginal=None, *, persistent=False, reset_probability=0.0
+        self,
+        kernel: Callable[..., MCMCKernel],
+        num_steps: int = 1,
+        marginal: Marginal | None = None,
+        *,
+        persistent: bool = False,
+        reset_probability: float = 0.0,
     ):
         if isinstance(kernel, MCMCKernel) or not callable(kernel):
             raise ModelError(
@@ -106,10 +118,10 @@ class ContrastiveDivergence(Objective):
         super().__init__(marginal)
 
     @property
-    def has_state(self):
+    def has_state(self) -> bool:
         return self.persistent
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
         if self.persistent and row_model.covariates:
             raise ModelError(
@@ -120,13 +132,15 @@ class ContrastiveDivergence(Objective):
 
     # The negative phase
 
-    def init_state(self, rng_key, params, problem):
+    def init_state(self, rng_key: jax.Array, params: Params, problem: Problem) -> Chains:
         key_start, key_move = jax.random.split(rng_key)
         start = self._at_data(key_start, params, problem)
         position = self._move(key_move, params, problem, start)
         return Chains.start(position, problem.row_model.flatten(problem.unconstrained))
 
-    def advance(self, rng_key, params, problem, state):
+    def advance(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any
+    ) -> tuple[Problem, Any]:
         key_start, key_reset, key_move = jax.random.split(rng_key, 3)
         row_model = problem.row_model
         if not self.persistent:
@@ -208,7 +222,7 @@ class ContrastiveDivergence(Objective):
         }
         return row_model.unconstrained_log_density(params, visible, latent)
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_positive, key_negative = jax.random.split(rng_key)
         estimate = self.estimate(key_positive, params, problem)
         visible = {name: problem.noise[name] for name in problem.row_model.visible}
@@ -235,7 +249,7 @@ class ContrastiveDivergence(Objective):
         log_joint = row_model.unconstrained_log_density(params, unconstrained, latent)
         return log_joint - guide.log_density(params, visible, latent)
 
-    def chain_diagnostics(self, state):
+    def chain_diagnostics(self, state: Any) -> dict[str, np.ndarray]:
         """R-hat of the persistent chains, over every fourth of the last 256 rounds of training.
 
         The parameters move while the chains do, so that this says whether the chains still agree

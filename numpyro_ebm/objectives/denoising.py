@@ -6,12 +6,17 @@ v, and the choice of most deep energy-based models. It estimates the *smoothed* 
 :math:`p_{\text{data}} * N(0, σ^2)`.
 """
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_positive
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import draw_like, half_square
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["DenoisingScoreMatching", "MultiscaleDenoisingScoreMatching"]
 
@@ -57,19 +62,27 @@ class DenoisingScoreMatching(Objective):
     True
     """
 
-    def __init__(self, noise_scale, marginal=None, *, variance_reduction=True):
+    def __init__(
+        self,
+        noise_scale: float,
+        marginal: Marginal | None = None,
+        *,
+        variance_reduction: bool = True,
+    ):
         check_positive("DenoisingScoreMatching", noise_scale=noise_scale)
         self.noise_scale = noise_scale
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
 
-    def perturb(self, rng_key, row_model):
+    def perturb(
+        self, rng_key: jax.Array, row_model: RowModel
+    ) -> tuple[SiteValues, Any, jax.Array | None]:
         clean = row_model.unconstrain_visible()
         noise = draw_like(jax.random.normal, rng_key, clean)
         noised = {name: clean[name] + self.noise_scale * noise[name] for name in clean}
         return noised, noise, None
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         offset = {name: noise / self.noise_scale for name, noise in problem.noise.items()}
         rows = half_square(params, estimate, problem, offset)
@@ -132,13 +145,13 @@ class MultiscaleDenoisingScoreMatching(Objective):
 
     def __init__(
         self,
-        noise_scale=0.1,
-        marginal=None,
+        noise_scale: float | None = 0.1,
+        marginal: Marginal | None = None,
         *,
-        min_noise_scale=0.05,
-        max_noise_scale=1.2,
-        spacing="linear",
-        variance_reduction=True,
+        min_noise_scale: float = 0.05,
+        max_noise_scale: float = 1.2,
+        spacing: Literal["linear", "geometric"] = "linear",
+        variance_reduction: bool = True,
     ):
         if noise_scale is not None:
             check_positive("MultiscaleDenoisingScoreMatching", noise_scale=noise_scale)
@@ -159,7 +172,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
 
-    def levels(self, rng_key, num_rows):
+    def levels(self, rng_key: jax.Array, num_rows: int) -> jax.Array:
         """Noise levels of the rows, one uniform draw in each of ``num_rows`` strata, shuffled."""
         key_order, key_within = jax.random.split(rng_key)
         strata = jax.random.permutation(key_order, num_rows)
@@ -169,7 +182,9 @@ class MultiscaleDenoisingScoreMatching(Objective):
             return low + (high - low) * fraction
         return low * (high / low) ** fraction
 
-    def perturb(self, rng_key, row_model):
+    def perturb(
+        self, rng_key: jax.Array, row_model: RowModel
+    ) -> tuple[SiteValues, Any, jax.Array | None]:
         key_level, key_noise = jax.random.split(rng_key)
         clean = row_model.unconstrain_visible()
         levels = self.levels(key_level, row_model.num_rows)
@@ -177,7 +192,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         noised = {k: x + row_model.rows_like(levels, k, x) * noise[k] for k, x in clean.items()}
         return noised, (levels, noise), 1.0 / levels
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         levels, noise = problem.noise
         squared = levels**2 if self.noise_scale is None else self.noise_scale**2  # σ₀², a row

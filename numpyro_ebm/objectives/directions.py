@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise, and derivatives of log p̃, along directions of the visible values."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from numpyro_ebm.marginals.base import Estimate
+from numpyro_ebm.objectives.base import Problem
+from numpyro_ebm.types import Params, SiteValues
+
 __all__ = ["draw_like", "each", "half_square", "second_derivative"]
 
 
-def draw_like(draw, rng_key, sites, *leading):
+def draw_like(
+    draw: Callable[..., jax.Array], rng_key: jax.Array, sites: SiteValues, *leading: int
+) -> SiteValues:
     """Draws of the shapes of the sites, by name.
 
     :param draw: ``(rng_key, shape, dtype) -> array``, such as ``jax.random.normal``.
@@ -23,7 +32,9 @@ def draw_like(draw, rng_key, sites, *leading):
     }
 
 
-def second_derivative(params, estimate, problem, direction):
+def second_derivative(
+    params: Params, estimate: Estimate, problem: Problem, direction: SiteValues
+) -> jax.Array:
     """Second derivative of the row log-density along one direction, of shape (rows,)."""
 
     def first(unconstrained):
@@ -32,14 +43,20 @@ def second_derivative(params, estimate, problem, direction):
     return jax.jvp(first, (problem.unconstrained,), (direction,))[1]
 
 
-def each(fn, xs):
+def each(fn: Callable[..., Any], xs: Any) -> Any:
     """``jax.vmap(fn)(xs)``, but for a single one without the axis: fewer of them fuse better."""
     if {len(x) for x in jax.tree.leaves(xs)} == {1}:
         return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], xs)))
     return jax.vmap(fn)(xs)
 
 
-def half_square(params, estimate, problem, offset=0.0, scale=1.0):
+def half_square(
+    params: Params,
+    estimate: Estimate,
+    problem: Problem,
+    offset: SiteValues | float = 0.0,
+    scale: SiteValues | float = 1.0,
+) -> jax.Array:
     r"""Unbiased value and gradient of :math:`\tfrac12 \|c\,s(u; θ) + o\|^2` for every row.
 
     With :math:`z = ⊥[c\,s_A + o]` from the independent score :math:`s_A`, the value is
@@ -55,8 +72,11 @@ def half_square(params, estimate, problem, offset=0.0, scale=1.0):
     """
     unconstrained = problem.unconstrained
     score = estimate.score(unconstrained)
-    like = lambda x: x if isinstance(x, dict) else dict.fromkeys(unconstrained, x)  # noqa: E731
-    offset, scale = like(offset), like(scale)
+
+    def by_site(x) -> dict[str, Any]:
+        return x if isinstance(x, dict) else dict.fromkeys(unconstrained, x)
+
+    offset, scale = by_site(offset), by_site(scale)
     z = {name: scale[name] * score[name] + offset[name] for name in unconstrained}
     direction = {name: scale[name] * z[name] for name in z}
     _, along = jax.jvp(

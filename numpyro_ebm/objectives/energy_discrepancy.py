@@ -10,13 +10,17 @@ with expensive or no derivatives, and for modes that score matching cannot weigh
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_integer
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.finite_supports import finite_values, shifted
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.types import Params
 
 __all__ = ["EnergyDiscrepancy"]
 
@@ -89,13 +93,13 @@ class EnergyDiscrepancy(Objective):
 
     def __init__(
         self,
-        noise_scale=1.0,
-        num_samples=16,
-        marginal=None,
+        noise_scale: float = 1.0,
+        num_samples: int = 16,
+        marginal: Marginal | None = None,
         *,
-        w=1.0,
-        flip_probability=0.1,
-        perturbation="uniform",
+        w: float = 1.0,
+        flip_probability: float = 0.1,
+        perturbation: Literal["uniform", "cyclical", "ordinal"] = "uniform",
     ):
         if not 0 < noise_scale < math.inf:
             raise ModelError(
@@ -117,13 +121,13 @@ class EnergyDiscrepancy(Objective):
         self.perturbation = perturbation
         super().__init__(marginal)
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
         for site in row_model.visible.values():
             if site.is_discrete:
                 finite_values(site, type(self).__name__)
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_marginal, key_y, key_samples = jax.random.split(rng_key, 3)
         row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)

@@ -18,6 +18,8 @@ Reference: Hu et al., *Stein neural sampler*, 2018; Grathwohl et al., *Learning 
 discrepancy*, ICML 2020; with latents, Bao et al., ICML 2021.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -26,8 +28,11 @@ from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.sites import param_sites
-from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, Problem
 from numpyro_ebm.objectives.directions import half_square, second_derivative
+from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["FisherDivergence", "mlp_critic"]
 
@@ -35,7 +40,7 @@ SCORE_WEIGHT = "critic_score_weight"
 """Name of the parameter a."""
 
 
-def mlp_critic(v):
+def mlp_critic(v: jax.Array) -> jax.Array:
     """The default critic: three layers as in the VaGES paper, and a diagonal linear part.
 
     Its output starts at zero: the divergence is approached from below, and of a model that is right
@@ -49,16 +54,18 @@ def mlp_critic(v):
     x = v
     for i, (inputs, outputs) in enumerate([(dimension, width), (width, width)]):
         bound = inputs**-0.5
-        weights = numpyro.param(
+        weights: Any = numpyro.param(
             f"critic_weights_{i}",
             lambda key, shape=(inputs, outputs), bound=bound: jax.random.uniform(
                 key, shape, minval=-bound, maxval=bound
             ),
         )
-        x = jax.nn.elu(x @ weights + numpyro.param(f"critic_bias_{i}", jnp.zeros(outputs)))
-    x = x @ numpyro.param("critic_weights_2", jnp.zeros((width, dimension)))
-    slope = numpyro.param("critic_slope", jnp.zeros(dimension))
-    return x + slope * v + numpyro.param("critic_bias_2", jnp.zeros(dimension))
+        bias: Any = numpyro.param(f"critic_bias_{i}", jnp.zeros(outputs))
+        x = jax.nn.elu(x @ weights + bias)
+    weights: Any = numpyro.param("critic_weights_2", jnp.zeros((width, dimension)))
+    slope: Any = numpyro.param("critic_slope", jnp.zeros(dimension))
+    bias: Any = numpyro.param("critic_bias_2", jnp.zeros(dimension))
+    return x @ weights + slope * v + bias
 
 
 class FisherDivergence(Objective):
@@ -94,12 +101,12 @@ class FisherDivergence(Objective):
 
     def __init__(
         self,
-        critic=None,
-        marginal=None,
+        critic: Model | None = None,
+        marginal: Marginal | None = None,
         *,
-        residual=True,
-        critic_optim=None,
-        num_critic_steps=1,
+        residual: bool = True,
+        critic_optim: Optimizer | None = None,
+        num_critic_steps: int = 1,
     ):
         if critic is not None and not callable(critic):
             raise ModelError(
@@ -122,7 +129,7 @@ class FisherDivergence(Objective):
         )
         super().__init__(marginal)
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
         if row_model.covariates:
             raise ModelError(
@@ -140,14 +147,16 @@ class FisherDivergence(Objective):
             found[SCORE_WEIGHT] = (jnp.zeros(()), constraints.real)
         return found
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         linear, square = self.terms(rng_key, params, problem)
         return jnp.mean(linear - 0.5 * square)
 
     def _critic_loss(self, rng_key, params, own, problem):
         return -self.energy_loss(rng_key, {**params, **own}, problem)
 
-    def terms(self, rng_key, params, problem):
+    def terms(
+        self, rng_key: jax.Array, params: Params, problem: Problem
+    ) -> tuple[jax.Array, jax.Array]:
         """s·f + eᵀ(∂f/∂v)e and ‖f‖² for every row, (rows,) each, along one random direction e."""
         key_marginal, key_signs = jax.random.split(rng_key)
         row_model, point = problem.row_model, problem.unconstrained
@@ -158,7 +167,7 @@ class FisherDivergence(Objective):
         def network(v):
             with block():
                 run = seed(substitute(self.critic, data=params), jax.random.key(0))
-                g = run(v)
+                g: Any = run(v)
             if jnp.shape(g) != jnp.shape(v):
                 raise ModelError(
                     f"FisherDivergence: the critic maps {jnp.shape(v)} to {jnp.shape(g)}; it must "

@@ -12,15 +12,20 @@ Reference: Gao, Nijkamp, Kingma, Xu, Dai, Wu, *Flow contrastive estimation of en
 CVPR 2020.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.noise import Noise
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import AuxiliaryNetwork
 from numpyro_ebm.objectives.nce import NCE
+from numpyro_ebm.types import Optimizer
 
 __all__ = ["FlowContrastive"]
 
@@ -75,14 +80,14 @@ class FlowContrastive(NCE):
 
     def __init__(
         self,
-        flow,
-        noise_ratio=1,
-        marginal=None,
+        flow: Any,
+        noise_ratio: int = 1,
+        marginal: Marginal | None = None,
         *,
-        init_log_normalizer=None,
-        flow_optim=None,
-        num_flow_steps=1,
-        likelihood_weight=0.0,
+        init_log_normalizer: float | None = None,
+        flow_optim: Optimizer | None = None,
+        num_flow_steps: int = 1,
+        likelihood_weight: float = 0.0,
     ):
         check_integer("FlowContrastive", num_flow_steps=num_flow_steps)
         if not likelihood_weight >= 0:
@@ -97,7 +102,7 @@ class FlowContrastive(NCE):
             ),
         )
 
-    def read_noise(self, row_model):
+    def read_noise(self, row_model: RowModel) -> Noise:
         return Noise(self.noise, row_model, "flow", trainable=True)
 
     def _flow_parameters(self, rng_key, problem):

@@ -8,7 +8,9 @@ ones. The reference every other objective is measured against, and the best choi
 """
 
 import warnings
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,7 +22,10 @@ from numpyro_ebm.log_normalizers.visible_grid import (
     sum_over_visible,
     why_not_visible_grid,
 )
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.types import Params
 
 __all__ = ["MaximumLikelihood"]
 
@@ -65,13 +70,15 @@ class MaximumLikelihood(Objective):
     order = 1
     needs = "value"
 
-    def __init__(self, marginal=None, *, num_nodes=128, max_states=1_048_576):
+    def __init__(
+        self, marginal: Marginal | None = None, *, num_nodes: int = 128, max_states: int = 1_048_576
+    ):
         check_integer("MaximumLikelihood", 4, num_nodes=num_nodes)
         self.num_nodes = num_nodes
         self.max_states = max_states
         super().__init__(marginal)
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
         why_not = why_not_visible_grid(
             row_model, self.num_nodes, self.max_states, "MaximumLikelihood"
@@ -82,7 +89,9 @@ class MaximumLikelihood(Objective):
                 others = "ContrastiveDivergence, NCE or a score-based objective"
             raise ModelError(f"MaximumLikelihood: {why_not}. Use {others}.")
 
-    def log_normalizer(self, params, problem, every=1, reach=np.inf):
+    def log_normalizer(
+        self, params: Params, problem: Problem, every: int = 1, reach: float = np.inf
+    ) -> jax.Array:
         """log Z(θ) of every row, of shape (rows,), or a scalar if all rows share it.
 
         Of a real coordinate every ``every``-th node counts, out to ``reach`` standard deviations.
@@ -92,20 +101,20 @@ class MaximumLikelihood(Objective):
             params, row_model, marginal, self.num_nodes, every=every, reach=reach
         )
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         here = estimate.log_density(params, problem.unconstrained)
         _, log_det = problem.row_model.constrain(problem.unconstrained)
         return jnp.mean(self.log_normalizer(params, problem) - here + log_det)
 
-    def statistics(self, rng_key, params, problem):
+    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> list[jax.Array]:
         """log Z with all nodes, with half of them, and with a reach of half the width."""
         if not has_real_coordinates(problem.row_model):
             return []
-        ways = {}, {"every": 2}, {"reach": 0.5 * REACH}
+        ways: tuple[dict[str, Any], ...] = {}, {"every": 2}, {"reach": 0.5 * REACH}
         return [self.log_normalizer(params, problem, **way) for way in ways]
 
-    def review(self, statistics):
+    def review(self, statistics: Any) -> None:
         if not statistics:
             return
         full, *others = map(np.asarray, statistics)

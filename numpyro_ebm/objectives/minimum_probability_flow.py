@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minimum probability flow: what a jump process that tends to the model carries off the data."""
 
+import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.objectives.neighbours import NeighbourObjective
@@ -51,5 +52,5 @@ class MinimumProbabilityFlow(NeighbourObjective):
     0.8660, 0.0000
     """
 
-    def coordinate_loss(self, log_ratios):
+    def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         return jnp.sum(jnp.exp(0.5 * log_ratios), 0)

@@ -3,6 +3,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from numpyro.distributions import constraints
 from numpyro_ebm._compat import eval_provenance, find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import FarNoiseWarning, ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.reading import read_model
-from numpyro_ebm.objectives.base import AuxiliaryNetwork
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import AuxiliaryNetwork, Problem
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
+from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["NCE"]
 
@@ -91,13 +95,13 @@ class NCE(NoiseContrast):
 
     def __init__(
         self,
-        noise,
-        noise_ratio=1,
-        marginal=None,
+        noise: Any,
+        noise_ratio: int = 1,
+        marginal: Marginal | None = None,
         *,
-        noise_optim=None,
-        num_noise_steps=1,
-        init_log_normalizer=None,
+        noise_optim: Optimizer | None = None,
+        num_noise_steps: int = 1,
+        init_log_normalizer: float | None = None,
     ):
         super().__init__(noise, noise_ratio, marginal)
         self.init_log_normalizer = init_log_normalizer
@@ -117,7 +121,7 @@ class NCE(NoiseContrast):
                 ),
             )
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
         if row_model.covariates:
             raise ModelError(
@@ -136,7 +140,7 @@ class NCE(NoiseContrast):
     def _noise_parameters(self, rng_key, problem):
         return self.read_noise(problem.row_model).parameters(rng_key)
 
-    def noise_distribution(self, params, model, *args, **kwargs):
+    def noise_distribution(self, params: Params, model: Model, *args: Any, **kwargs: Any) -> Any:
         """The noise as it is at given parameters, to draw from and to evaluate.
 
         :param dict params: learned parameters, as a run of :class:`~numpyro_ebm.EnergySVI` returns
@@ -150,7 +154,9 @@ class NCE(NoiseContrast):
         """
         return self.read_noise(read_model(model, args, kwargs, params)).distribution(params)
 
-    def own_parameters(self, rng_key, params, problem):
+    def own_parameters(
+        self, rng_key: jax.Array, params: Params, problem: Problem
+    ) -> dict[str, tuple[Any, Any]]:
         if LOG_NORMALIZER in params:
             return {LOG_NORMALIZER: (params[LOG_NORMALIZER], constraints.real)}
         if self.init_log_normalizer is not None:
@@ -161,7 +167,7 @@ class NCE(NoiseContrast):
         start = logsumexp(at_noise) - math.log(at_noise.size)
         return {LOG_NORMALIZER: (start, constraints.real)}
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         at_data, at_noise = self.contrast(rng_key, params, problem)
         return jnp.mean(self._rows(params, at_data, at_noise))
 
@@ -169,7 +175,7 @@ class NCE(NoiseContrast):
         shift = params[LOG_NORMALIZER] + math.log(self.noise_ratio)
         return softplus(shift - at_data) + jnp.sum(softplus(at_noise - shift), 0)
 
-    def overlap(self, rng_key, params, problem):
+    def overlap(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         """How much noise and data mix, between 0 (told apart without error) and 1 (the same)."""
         at_data, at_noise = self.contrast(rng_key, params, problem)
         shift = params[LOG_NORMALIZER] + math.log(self.noise_ratio)
@@ -177,10 +183,10 @@ class NCE(NoiseContrast):
         mixed = jnp.mean(doubt(at_data)) + self.noise_ratio * jnp.mean(doubt(at_noise))
         return mixed * (1 + self.noise_ratio) / self.noise_ratio
 
-    def statistics(self, rng_key, params, problem):
+    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
         return self.overlap(rng_key, params, problem)
 
-    def review(self, statistics):
+    def review(self, statistics: Any) -> None:
         overlap = statistics
         if not_jax_tracer(overlap) and not overlap > LOW_OVERLAP:
             warnings.warn(
@@ -195,8 +201,15 @@ class NCE(NoiseContrast):
             )
 
     def log_normalizer(
-        self, rng_key, params, model, guide=None, *args, parameters_known=False, **kwargs
-    ):
+        self,
+        rng_key: jax.Array,
+        params: Params,
+        model: Model,
+        guide: Model | None = None,
+        *args: Any,
+        parameters_known: bool = False,
+        **kwargs: Any,
+    ) -> LogNormalizer:
         r"""The learned log Z with its standard error.
 
         The error is that of :math:`\widehat{\log Z} - \log Z(\hat θ)`, from the sandwich covariance

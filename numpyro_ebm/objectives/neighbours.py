@@ -9,6 +9,7 @@ one gradient and the diagonal of a Hessian; otherwise every neighbour is an eval
 from abc import abstractmethod
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,10 +17,13 @@ from numpyro_ebm._compat import ShapedArray, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.finite_supports import finite_values, shifted
 from numpyro_ebm.model.resize import with_rows
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.model.row_site import RowSite
+from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.program.jaxprs import constants_of
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.program.quadratic import quadratic_form
+from numpyro_ebm.types import Params
 
 __all__ = ["NeighbourObjective"]
 
@@ -36,7 +40,7 @@ class NeighbourObjective(Objective):
     needs = "value"
     order = 1
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         name = type(self).__name__
         self.check_observed(row_model)
         for site in row_model.visible.values():
@@ -48,18 +52,18 @@ class NeighbourObjective(Objective):
                 )
             self.check_values(site, finite_values(site, name)[1])
 
-    def check_values(self, site, num_values):
+    def check_values(self, site: RowSite, num_values: int) -> None:
         """Raise unless a coordinate may have this many values."""
 
     @abstractmethod
-    def coordinate_loss(self, log_ratios):
+    def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         """Loss of one coordinate, of shape (rows,), or of several, (rows, coordinates).
 
         :param log_ratios: log p̃ at the other values minus log p̃ at the value of the row; other
             values lead.
         """
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         if _is_quadratic(estimate, problem):
             log_ratios = self._by_products(params, problem)

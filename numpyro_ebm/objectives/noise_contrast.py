@@ -24,13 +24,18 @@ JMLR 2012; Rhodes, Gutmann, *Variational noise-contrastive estimation*, AISTATS 
 Ceylan, Gutmann, *Conditional noise-contrastive estimation*, ICML 2018.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import check_integer
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.noise import Noise
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["NoiseContrast"]
 
@@ -40,20 +45,22 @@ class NoiseContrast(Objective):
 
     order = 1
 
-    def __init__(self, noise, noise_ratio, marginal):
+    def __init__(self, noise: Any, noise_ratio: int, marginal: Marginal | None):
         check_integer(type(self).__name__, noise_ratio=noise_ratio)
         self.noise = noise
         self.noise_ratio = noise_ratio
         super().__init__(marginal)
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
 
-    def read_noise(self, row_model):
+    def read_noise(self, row_model: RowModel) -> Noise:
         """The noise, beside a model."""
         return Noise(self.noise, row_model)
 
-    def contrast(self, rng_key, params, problem):
+    def contrast(
+        self, rng_key: jax.Array, params: Params, problem: Problem
+    ) -> tuple[jax.Array, jax.Array]:
         """log p̃ - log q at the data, (rows,), and at the noise, (noise_ratio, rows)."""
         key_draw, key_data, key_noise = jax.random.split(rng_key, 3)
         noise = self.read_noise(problem.row_model)
@@ -63,7 +70,15 @@ class NoiseContrast(Objective):
         found = log_model - log_noise
         return found[0], found[1:]
 
-    def densities(self, params, problem, noise, draws, key_data, key_noise):
+    def densities(
+        self,
+        params: Params,
+        problem: Problem,
+        noise: Noise,
+        draws: SiteValues,
+        key_data: jax.Array,
+        key_noise: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
         """log p̃ and log q at the data and at draws of the noise, each (1 + noise_ratio, rows)."""
 
         def one(rng_key, point):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chains of persistent contrastive divergence, and what is remembered of their rounds."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from numpyro.diagnostics import split_gelman_rubin
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["Chains"]
 
@@ -23,20 +25,20 @@ class Chains(NamedTuple):
     - **position** - unconstrained values of the sites that the kernel moves, by name.
     - **history** - their visible coordinates and, last, the energy, after every fourth round:
       (64, rows, coordinates + 1); a ring.
-    - **count** - rounds so far.
+    - **num_rounds** - rounds so far.
     """
 
-    position: dict
+    position: SiteValues
     history: jax.Array
-    count: jax.Array
+    num_rounds: jax.Array
 
     @classmethod
-    def start(cls, position, coordinates):
+    def start(cls, position: SiteValues, coordinates: jax.Array) -> "Chains":
         """Chains at these positions, with visible coordinates of shape (rows, coordinates)."""
         rows, size = coordinates.shape
         return cls(position, jnp.zeros((HISTORY, rows, size + 1)), jnp.array(0))
 
-    def check(self, num_rows):
+    def check(self, num_rows: int) -> None:
         """Raise unless there is a chain for each of the rows of a batch."""
         rows = self.history.shape[1]
         if rows != num_rows:
@@ -46,13 +48,13 @@ class Chains(NamedTuple):
                 "`batch_size`, or start anew."
             )
 
-    def advance(self, position, latest):
+    def advance(self, position: SiteValues, latest: Callable[[], jax.Array]) -> "Chains":
         """The chains one round later.
 
         :param dict position: where they are then.
         :param latest: a function that gives what is remembered of it, (rows, coordinates + 1).
         """
-        count = self.count + 1
+        count = self.num_rounds + 1
         due = count % SPACING == 0
         kept = lax.cond(
             due,
@@ -62,18 +64,18 @@ class Chains(NamedTuple):
         place = jnp.where(due, (count // SPACING - 1) % HISTORY, HISTORY)
         return Chains(position, self.history.at[place].set(kept, mode="drop"), count)
 
-    def remembered(self):
+    def remembered(self) -> np.ndarray:
         """The remembered rounds, in their order: (records, rows, coordinates + 1)."""
-        records = int(self.count) // SPACING
+        records = int(self.num_rounds) // SPACING
         order = np.arange(max(0, records - HISTORY), records) % HISTORY
         return np.asarray(self.history)[order]
 
-    def r_hat(self):
+    def r_hat(self) -> dict[str, np.ndarray]:
         """Split R-hat of the ``visible`` coordinates and the ``energy`` over remembered rounds.
 
         :raises ModelError: after fewer than 16 rounds.
         """
-        count = int(self.count)
+        count = int(self.num_rounds)
         if count < 4 * SPACING:
             raise ModelError(
                 f"chain_diagnostics: needs at least {4 * SPACING} rounds, there were {count}."

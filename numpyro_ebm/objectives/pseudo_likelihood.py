@@ -50,7 +50,7 @@ class PseudoLikelihood(NeighbourObjective):
     True
     """
 
-    def coordinate_loss(self, log_ratios):
+    def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         if len(log_ratios) == 1:
             return jax.nn.softplus(log_ratios[0])
         here = jnp.zeros_like(log_ratios[:1])

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranking noise contrast: find the row among draws of the noise."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
+from numpyro_ebm.types import Params
 
 __all__ = ["RankingNCE"]
 
@@ -40,10 +46,10 @@ class RankingNCE(NoiseContrast):
 
     needs = "value"
 
-    def __init__(self, noise, noise_ratio=10, marginal=None):
+    def __init__(self, noise: Any, noise_ratio: int = 10, marginal: Marginal | None = None):
         super().__init__(noise, noise_ratio, marginal)
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
         names = sorted(self.read_noise(row_model).parameters(jax.random.key(0)))
         if names:
@@ -52,7 +58,7 @@ class RankingNCE(NoiseContrast):
                 "RankingNCE trains no noise. Give it fixed, or use NCE."
             )
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         at_data, at_noise = self.contrast(rng_key, params, problem)
         everyone = jnp.concatenate([at_data[None], at_noise])
         return jnp.mean(logsumexp(everyone, 0) - at_data)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.row_site import RowSite
 from numpyro_ebm.objectives.neighbours import NeighbourObjective
 
 __all__ = ["RatioMatching"]
@@ -42,12 +43,12 @@ class RatioMatching(NeighbourObjective):
     0.1875
     """
 
-    def check_values(self, site, num_values):
+    def check_values(self, site: RowSite, num_values: int) -> None:
         if num_values > 2:
             raise ModelError(
                 f"RatioMatching is for binary sites, and the visible site '{site.name}' has "
                 f"{num_values} values. Use PseudoLikelihood."
             )
 
-    def coordinate_loss(self, log_ratios):
+    def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         return jnp.sum(jax.nn.sigmoid(log_ratios) ** 2, 0)

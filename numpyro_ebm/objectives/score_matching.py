@@ -12,8 +12,10 @@ from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import check_integer
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import draw_like, each, half_square, second_derivative
+from numpyro_ebm.types import Params
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
 
@@ -45,7 +47,7 @@ class ScoreMatching(Objective):
 
     order = 3
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         directions = _basis(problem)
         trace = jax.vmap(lambda e: second_derivative(params, estimate, problem, e))(directions)
@@ -77,13 +79,19 @@ class SlicedScoreMatching(Objective):
 
     order = 3
 
-    def __init__(self, num_slices=1, marginal=None, *, variance_reduction=True):
+    def __init__(
+        self,
+        num_slices: int = 1,
+        marginal: Marginal | None = None,
+        *,
+        variance_reduction: bool = True,
+    ):
         check_integer("SlicedScoreMatching", num_slices=num_slices)
         self.num_slices = num_slices
         self.variance_reduction = variance_reduction
         super().__init__(marginal)
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_slices, key_marginal = jax.random.split(rng_key)
         estimate = self.estimate(key_marginal, params, problem)
         slices = draw_like(

@@ -16,12 +16,18 @@ Reference: Liu, Lee, Jordan, *A kernelized Stein discrepancy for goodness-of-fit
 Chwialkowski, Strathmann, Gretton, ICML 2016; with latents, Bao et al., ICML 2021.
 """
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["KernelSteinDiscrepancy"]
 
@@ -85,7 +91,13 @@ class KernelSteinDiscrepancy(Objective):
     """
 
     def __init__(
-        self, marginal=None, *, kernel="rbf", bandwidth="median", pairs="all", weight=None
+        self,
+        marginal: Marginal | None = None,
+        *,
+        kernel: Literal["rbf", "imq"] = "rbf",
+        bandwidth: float | Literal["median"] = "median",
+        pairs: Literal["all", "square", "halves"] = "all",
+        weight: Callable[[jax.Array], jax.Array] | None = None,
     ):
         if kernel not in KERNELS:
             raise ModelError(
@@ -113,7 +125,7 @@ class KernelSteinDiscrepancy(Objective):
         self.weight = weight
         super().__init__(marginal)
 
-    def check_sites(self, row_model):
+    def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
         if row_model.covariates:
             raise ModelError(
@@ -122,7 +134,9 @@ class KernelSteinDiscrepancy(Objective):
                 "DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence."
             )
 
-    def perturb(self, rng_key, row_model):
+    def perturb(
+        self, rng_key: jax.Array, row_model: RowModel
+    ) -> tuple[SiteValues, Any, jax.Array | None]:
         rows = row_model.num_rows
         if rows < 2:
             raise ModelError("KernelSteinDiscrepancy compares rows, and the batch has only one.")
@@ -133,7 +147,7 @@ class KernelSteinDiscrepancy(Objective):
             )
         return super().perturb(rng_key, row_model)
 
-    def energy_loss(self, rng_key, params, problem):
+    def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(rng_key, params, problem)
         points, scores = row_model.flatten(point), row_model.flatten(estimate.score(point))
@@ -141,7 +155,7 @@ class KernelSteinDiscrepancy(Objective):
         if self.weight is None:
             z, rest = of_pairs(points, scores, None)
         else:  # κ of a weighted kernel is w w' κ at the score s + ∇ log w
-            weights, slope = self._weights(points)
+            weights, slope = _weigh(self.weight, points)
             z, rest = of_pairs(points, scores + slope, weights)
             rest = rest + jnp.sum(z * slope)
         z = row_model.unflatten(stop_gradient(z))
@@ -150,19 +164,9 @@ class KernelSteinDiscrepancy(Objective):
         total = jnp.sum(along)
         return stop_gradient(rest - total) + 2.0 * total
 
-    def _weights(self, points):
-        """w of every row, and ∇ log w."""
-        weights = self.weight(points)
-        if jnp.shape(weights) != (len(points),):
-            raise ModelError(
-                "KernelSteinDiscrepancy: `weight` maps the coordinates of the rows, of shape "
-                f"{points.shape}, to one weight each, and returned the shape {jnp.shape(weights)}."
-            )
-        return weights, jax.grad(lambda x: jnp.sum(jnp.log(self.weight(x))))(points)
-
     def _scale(self, square_distances):
         """1/ℓ²."""
-        if self.bandwidth != "median":
+        if not isinstance(self.bandwidth, str):
             return 1.0 / self.bandwidth**2
         distances = jnp.sqrt(stop_gradient(square_distances))
         median = jnp.median(distances)
@@ -202,3 +206,14 @@ class KernelSteinDiscrepancy(Objective):
         rest = -jnp.sum(scores[:half] * towards)
         curvature = -2.0 * scale * jnp.sum(pair * (dimension * first(t) + 2.0 * t * second(t)))
         return jnp.concatenate([jnp.zeros_like(z), z]), rest + curvature
+
+
+def _weigh(weight, points):
+    """w of every row, and ∇ log w."""
+    weights = weight(points)
+    if jnp.shape(weights) != (len(points),):
+        raise ModelError(
+            "KernelSteinDiscrepancy: `weight` maps the coordinates of the rows, of shape "
+            f"{points.shape}, to one weight each, and returned the shape {jnp.shape(weights)}."
+        )
+    return weights, jax.grad(lambda x: jnp.sum(jnp.log(weight(x))))(points)

@@ -45,7 +45,7 @@ def test_chains_are_part_of_the_training_state(persistent_run):
     svi, fit = persistent_run
     chains = fit.state.objective_state
     assert chains.position["v"].shape == (20, 2) and chains.position["h"].shape == (20, 3)
-    assert chains.history.shape == (HISTORY, 20, 3) and int(chains.count) == 24
+    assert chains.history.shape == (HISTORY, 20, 3) and int(chains.num_rounds) == 24
     records = 24 // SPACING
     assert np.all(np.std(chains.history[:records], 1) > 0)
     assert np.all(chains.history[records:] == 0)
@@ -79,7 +79,7 @@ def test_evaluate_looks_at_the_next_round_and_changes_nothing(persistent_run, st
     new_state, next_loss = stable_update(fit.state, ROWS[:20])
     np.testing.assert_allclose(loss, next_loss, rtol=1e-5)
     old, new = fit.state.objective_state, new_state.objective_state
-    assert int(new.count) == int(old.count) + 1
+    assert int(new.num_rounds) == int(old.num_rounds) + 1
     assert not np.array_equal(new.position["v"], old.position["v"])
 
 
