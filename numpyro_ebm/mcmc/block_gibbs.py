@@ -32,7 +32,6 @@ from numpyro_ebm.mcmc.block_gibbs_plan import (
 )
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.mcmc.start import initial_values
-from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers import block_gibbs
 from numpyro_ebm.samplers.gibbs_blocks import advice
 
@@ -199,7 +198,7 @@ class BlockGibbs(RowKernel):
         return lambda z: z  # real and discrete sites are unconstrained
 
     def postprocess_fn(self, model_args, model_kwargs):
-        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        row_model = self._read_model(self._model, model_args, model_kwargs)
 
         return lambda z: {**z, **row_model.deterministic({}, z)}
 
@@ -209,7 +208,7 @@ class BlockGibbs(RowKernel):
         return self._read(self._model, model_args, model_kwargs)
 
     def _read(self, model, model_args, model_kwargs):
-        row_model = read_fixed_model(model, model_args, model_kwargs)
+        row_model = self._read_model(model, model_args, model_kwargs)
         for name, site in row_model.visible.items():
             if not site.is_real:
                 raise ModelError(

@@ -25,7 +25,6 @@ from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.finite_supports import support_values
-from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers import discrete_langevin
 
 __all__ = ["DiscreteLangevin", "DiscreteLangevinState"]
@@ -176,7 +175,7 @@ class DiscreteLangevin(AdaptiveKernel):
             super()._check_energy(state, model_args, model_kwargs)
 
     def _read(self, model, model_args, model_kwargs):
-        row_model = read_fixed_model(model, model_args, model_kwargs)
+        row_model = self._read_model(model, model_args, model_kwargs)
         continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
         if not discrete:
             raise ModelError(

@@ -23,7 +23,7 @@ from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
 from numpyro_ebm.mcmc.start import unconstrained_values
-from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
 from numpyro_ebm.samplers.per_row import per_row
 
 __all__ = ["AdaptiveKernel", "Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
@@ -104,6 +104,7 @@ class RowKernel(MCMCKernel):
         self._init_strategy = init_strategy
         self._num_warmup = 0
         self._sample_fn = None  # looked at by `MCMC`: whether `init` has run
+        self._reading = None  # of the model, at the arguments that it was last read at
 
     @property
     def model(self):
@@ -141,11 +142,11 @@ class RowKernel(MCMCKernel):
         return kernel
 
     def get_constrain_fn(self, model_args, model_kwargs):
-        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        row_model = self._read_model(self._model, model_args, model_kwargs)
         return lambda z: row_model.constrain(z)[0]
 
     def postprocess_fn(self, model_args, model_kwargs):
-        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        row_model = self._read_model(self._model, model_args, model_kwargs)
         if row_model.latent:
             return lambda z: row_model.constrain(z)[0]
 
@@ -164,9 +165,18 @@ class RowKernel(MCMCKernel):
     def _check_warmup(self):
         """Raise if a warm-up of ``_num_warmup`` steps is not enough."""
 
+    def _read_model(self, model, model_args, model_kwargs):
+        """The row model; the kernel's own is traced once as long as its arguments stay."""
+        if self._reading is not None and self._reading.is_of(model, model_args, model_kwargs):
+            return bind_fixed(self._reading)
+        row_model = read_fixed_model(model, model_args, model_kwargs)
+        if model is self._model:
+            self._reading = row_model.reading
+        return row_model
+
     def _read(self, model, model_args, model_kwargs):
         """The row model, its marginal, and the row log-density of unconstrained rows."""
-        row_model = read_fixed_model(model, model_args, model_kwargs)
+        row_model = self._read_model(model, model_args, model_kwargs)
         if not row_model.visible:
             raise ModelError(
                 f"{self._name} moves continuous sites, and {sorted(row_model.latent)} are "
@@ -328,7 +338,7 @@ class ChainKernel(AdaptiveKernel):
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, key_rows, rng_key = jax.random.split(rng_key, 3)
-        row_model = read_fixed_model(self._model, model_args, model_kwargs)
+        row_model = self._read_model(self._model, model_args, model_kwargs)
         z = self._initial_values(key_init, row_model, init_params)
         row_model, one_row = self._target(model_args, model_kwargs, z)
         dimension = row_model.flatten(z).shape[1]

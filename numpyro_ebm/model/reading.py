@@ -198,11 +198,13 @@ class Reading:
         found = self._program("found", (rng_key, self.data), {})
         return RowModel(self, *self._thaw(found))
 
-    def is_of(self, args, kwargs):
-        """Whether these are the arguments at which the model was read, none of them traced."""
+    def is_of(self, model, args, kwargs):
+        """Whether this model was read at the very same arguments, none of them traced."""
+        if model is not self.model or not self._is_known:
+            return False
         mine, structure = jax.tree.flatten((self.args, self.kwargs))
-        leaves, other = jax.tree.flatten((args, kwargs))
-        return structure == other and all(map(operator.is_, mine, leaves)) and self._is_known
+        leaves, other = jax.tree.flatten((args, {} if kwargs is None else kwargs))
+        return structure == other and all(map(operator.is_, mine, leaves))
 
     def visible(self, rng_key):
         """The observed sites of the data plate at their values, by name."""

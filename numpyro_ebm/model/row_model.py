@@ -24,6 +24,7 @@ __all__ = ["RowModel"]
 class RowModel(DataPlate):
     """A NumPyro model read as arrays. Made by :func:`~numpyro_ebm.model.reading.read_model`.
 
+    - **reading** - the operations of the model, a :class:`~numpyro_ebm.model.reading.Reading`.
     - **model, args, kwargs** - the model and its arguments.
     - **plate, dim, num_rows, total_rows** - the data plate.
     - **plates** - indices of all plates by name.
@@ -41,13 +42,11 @@ class RowModel(DataPlate):
       an energy (and so a normalizer) of its own.
     - **arguments** - which argument is the value of which visible site.
 
-    :param Reading reading: the operations of the model.
-    :param dict sites: all sites of the data plate, energies left out.
-    :param dict plates: as above, and so the others.
+    :param dict sites: all sites of the data plate but for its energies.
     """
 
     def __init__(self, reading, sites, plates, parameters, constraints, priors):
-        self._reading = reading
+        self.reading = reading
         self.model, self.args, self.kwargs = reading.model, reading.args, reading.kwargs
         at = reading.data_plate
         super().__init__(at.plate, at.dim, at.num_rows, at.total_rows)
@@ -73,17 +72,17 @@ class RowModel(DataPlate):
 
     def terms(self, data):
         """The terms of :meth:`log_density` by site, each of shape (rows,)."""
-        return self._reading.evaluate("terms", {**self._own_values(), **data})
+        return self.reading.evaluate("terms", {**self._own_values(), **data})
 
     def deterministic(self, params, values):
         """Values of the model's `deterministic` sites at given parameters and site values."""
-        return self._reading.evaluate("deterministic", {**self._own_values(), **params, **values})
+        return self.reading.evaluate("deterministic", {**self._own_values(), **params, **values})
 
     def _own_values(self):
         """Values of the sites that need not be given."""
         sites = {**self.observed, **self.sites}
         params = {name: self.parameters[name] for name in self.constraints}
-        return {**self.plates, **params, **{k: sites[k].value for k in self._reading.observed}}
+        return {**self.plates, **params, **{k: sites[k].value for k in self.reading.observed}}
 
     def trace_at(self, data):
         """The model's trace at given parameters and site values."""
