@@ -15,6 +15,8 @@ from numpyro.infer import MCMC, NUTS
 
 from numpyro_ebm import _compat
 
+pytestmark = pytest.mark.smoke
+
 PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
 
 LIBRARIES = re.compile(r"(jax|numpyro|blackjax|arviz)(\.|$)")
