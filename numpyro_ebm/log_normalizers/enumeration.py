@@ -105,8 +105,9 @@ def _sum_gaussians(integrand):
         def of_real(x):
             return integrand.log_density({**position, **unflatten(x)})
 
-        form = expand_quadratic(of_real, jnp.zeros_like(x), is_diagonal)
-        return form.log_integral(of_real(form.point))
+        zero = jnp.zeros_like(x)
+        constant = of_real(zero)
+        return expand_quadratic(of_real, zero, is_diagonal).log_integral(constant)
 
     width = integrand.num_real ** (1 if is_diagonal else 2)
     return _sum_states(integrand, integrand.discrete, log_terms, width)

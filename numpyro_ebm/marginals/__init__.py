@@ -74,6 +74,12 @@ def exact_marginal(row_model: RowModel) -> ExactMarginal:
     )
 
 
+def list_exact() -> str:
+    """The exact marginals, as a message names them."""
+    *names, last = [f"`{type(x).__name__}()`" for x in sum(EXACT.values(), ())]
+    return f"{', '.join(names)} or {last}"
+
+
 def integrable(row_model: RowModel) -> list[str]:
     """The latent sites of a model, and the real visible ones that can be integrated out with them.
 

@@ -69,7 +69,7 @@ class Enumerated(ExactMarginal):
             if not site.is_discrete:
                 return (
                     f"Enumerated() cannot sum out the continuous latent site '{name}'; use "
-                    "`VaGES()` with a guide."
+                    "`GaussianLatents()`, or `VaGES()` with a guide."
                 )
             if not site.fn.has_enumerate_support:
                 return f"The latent site '{name}' has infinitely many values."

@@ -29,7 +29,8 @@ class Exact(ExactMarginal):
             return None
         return (
             f"Exact() is for models without latent sites; this one has {sorted(row_model.latent)}. "
-            "Use `Enumerated()` for small discrete latents, `VaGES()` with a guide for any."
+            "Use `Enumerated()` for small discrete latents, `GaussianLatents()` where they are "
+            "Gaussian given the rest, `VaGES()` with a guide for any."
         )
 
     def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:

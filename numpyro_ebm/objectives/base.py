@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
-from numpyro_ebm.marginals import Marginal, choose
+from numpyro_ebm.marginals import Marginal, choose, list_exact
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.reading import read_model
@@ -70,8 +70,8 @@ class Objective(ABC):
     serves as the ``loss`` of :class:`numpyro.infer.SVI` as well as of
     :class:`~numpyro_ebm.EnergySVI`.
 
-    :param marginal: how latent sites are integrated out; chosen by the model if ``None``: ``Exact``
-        without latents, ``Enumerated`` where all of them are discrete and enumerable.
+    :param marginal: how latent sites are integrated out; if ``None``, by the exact marginal that
+        covers the model (:func:`~numpyro_ebm.marginals.exact_marginal`), where there is one.
     """
 
     can_infer_discrete = True  # read by NumPyro's SVI
@@ -162,15 +162,15 @@ class Objective(ABC):
         if self.needs == "value" and marginal.value != "exact":
             raise ModelError(
                 f"{name} compares values of log p̃(v), and {type(marginal).__name__} has none that "
-                "are exact. Use `Exact()` for a model without latent sites or `Enumerated()` for "
-                "discrete ones; for other latents use NCE with `ImportanceBound()`, or "
+                f"are exact. Use {list_exact()} where it covers the latent sites (`marginal=None` "
+                "finds it); for others use NCE with `ImportanceBound()`, or "
                 "DenoisingScoreMatching or ContrastiveDivergence with `VaGES()`."
             )
         if self.needs == "bound" and marginal.value is None:
             raise ModelError(
                 f"{name} needs values of log p̃(v) or a bound on them, and "
-                f"{type(marginal).__name__} estimates derivatives only. Use `Exact()`, "
-                "`Enumerated()` or `ImportanceBound()`."
+                f"{type(marginal).__name__} estimates derivatives only. Use {list_exact()}, or "
+                "`ImportanceBound()`."
             )
 
     def check_observed(self, row_model: RowModel) -> None:

@@ -26,7 +26,7 @@ class ConditionalNCE(Objective):
     :param float noise_scale: σ, in the units of v (of its unconstrained coordinates on other
         supports than the reals).
     :param int noise_ratio: moved copies of each row.
-    :param marginal: how latent sites are integrated out: ``Exact`` or ``Enumerated``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :raises ModelError: if the arguments are not positive; when used, if a visible site is discrete
         or the marginal has no exact values.
 

@@ -55,7 +55,7 @@ class EnergyDiscrepancy(Objective):
     :param float noise_scale: t, the standard deviation of the Gaussian perturbation, in
         unconstrained coordinates. Not used on discrete sites.
     :param int num_samples: M, perturbations of each row.
-    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param float w: weight of the row itself, which stabilises the logarithm; 1 unless there is a
         reason.
     :param float flip_probability: ε, the probability that a coordinate of a discrete site is

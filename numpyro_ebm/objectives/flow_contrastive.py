@@ -40,8 +40,8 @@ class FlowContrastive(NCE):
         distribution, a NumPyro distribution whose arrays are to be trained, a list of NumPyro
         transforms of a standard Normal, or a flowjax flow. Its draws must be differentiable.
     :param int noise_ratio: ν, draws of the flow for each row.
-    :param marginal: how latent sites are integrated out: ``Exact``, ``Enumerated`` or
-        ``ImportanceBound``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values or
+        by :class:`~numpyro_ebm.ImportanceBound`.
     :param float init_log_normalizer: as for :class:`NCE`.
     :param flow_optim: optimiser of the flow; a copy of the energy's if ``None``.
     :param int num_flow_steps: its steps in each round.

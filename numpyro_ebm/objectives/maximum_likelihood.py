@@ -39,7 +39,7 @@ class MaximumLikelihood(Objective):
 
     The value is the negative log-likelihood of a row, in nats.
 
-    :param marginal: how latent sites are integrated out: ``Exact`` or ``Enumerated``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param int num_nodes: quadrature nodes for each real coordinate. They are centred on the batch
         and scaled to it (in unconstrained coordinates), and reach out to a hundred of its standard
         deviations. The spacing at the centre is 11/num_nodes standard deviations: an energy with

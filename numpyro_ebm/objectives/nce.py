@@ -54,8 +54,8 @@ class NCE(NoiseContrast):
         name, or a NumPyro function which returns one or samples the visible sites. Parameters of a
         function are fitted to the data by maximum likelihood beside the energy.
     :param int noise_ratio: ν, noise draws for each row.
-    :param marginal: how latent sites are integrated out: ``Exact``, ``Enumerated`` or
-        ``ImportanceBound``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values or
+        by :class:`~numpyro_ebm.ImportanceBound`.
     :param float init_log_normalizer: where log Z starts; the importance-sampling estimate by the
         noise if ``None``. The checkerboard of the VaGES paper starts at 0, far above the noise, and
         leaves the first plateau sooner for it.

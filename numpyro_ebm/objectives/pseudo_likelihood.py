@@ -27,7 +27,7 @@ class PseudoLikelihood(NeighbourObjective):
     :math:`\bar x^d` the row with bit d flipped. Consistent, and exact where coordinates are
     independent; less efficient than maximum likelihood where they are strongly coupled.
 
-    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :raises ModelError: when used, if a visible site is continuous or has infinitely many values, or
         the marginal has no exact value.
 

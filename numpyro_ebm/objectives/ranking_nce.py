@@ -29,7 +29,7 @@ class RankingNCE(NoiseContrast):
     :param noise: as for :class:`~numpyro_ebm.NCE`, without parameters.
     :param int noise_ratio: ν, noise draws for each row. The loss is near log(ν + 1) where noise and
         data cannot be told apart, and more draws are more efficient.
-    :param marginal: how latent sites are integrated out: ``Exact`` or ``Enumerated``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :raises ModelError: if ``noise_ratio`` is not a positive integer; when used, if the noise does
         not fit the visible sites or the marginal has no exact values.
 

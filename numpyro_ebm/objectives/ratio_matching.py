@@ -21,7 +21,7 @@ class RatioMatching(NeighbourObjective):
     the value that the bit does not have. It costs what :class:`PseudoLikelihood` costs and, being
     bounded in every coordinate, is less moved by outlying rows.
 
-    :param marginal: how latent sites are integrated out, ``Exact`` or ``Enumerated``.
+    :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :raises ModelError: when used, if a visible site is not binary, or the marginal has no exact
         value.
 

@@ -6,7 +6,7 @@ r"""Kernelised Stein discrepancy: compare the model's score with the data throug
 
 over independent v and v' of the data: zero if and only if model and data agree (for the kernels
 here), with no sampler, no log Z and no derivative of the score in v. With ``VaGES`` it is
-VaGES-KSD; with ``Exact`` or ``Enumerated``, plain KSD; with ``ImportanceBound``, IS-KSD.
+VaGES-KSD; with an exact one, plain KSD; with ``ImportanceBound``, IS-KSD.
 
 Use it where second derivatives are out of reach and noise is not wanted. It is blind to the
 proportions of separated modes, as all objectives made of scores, and its signal fades with the

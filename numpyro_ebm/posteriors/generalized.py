@@ -12,6 +12,7 @@ import numpyro
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.marginals import list_exact
 from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.priors import isolated, prior_part, read_with_priors, run_prior
@@ -247,13 +248,13 @@ class generalized:
                 raise ModelError(
                     f"generalized: {marginal!r} estimates derivatives, for a guide that is the "
                     "posterior of h at the same θ, and a posterior of θ has many. Use "
-                    "`VaGES(num_particles, importance_weighted=True)`, or `Enumerated()` for "
-                    "discrete latent sites."
+                    "`VaGES(num_particles, importance_weighted=True)`, or an exact marginal: "
+                    f"{list_exact()}."
                 )
             marginal = CommonRandomNumbers(marginal.num_particles)
         elif marginal.value != "exact":
             raise ModelError(
-                f"generalized: {marginal!r} does not serve. Use `Exact()`, `Enumerated()` or "
+                f"generalized: {marginal!r} does not serve. Use {list_exact()}, or "
                 "`VaGES(num_particles, importance_weighted=True)` with a guide."
             )
         return problem._replace(marginal=marginal)

@@ -19,6 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from numpyro_ebm.program.polynomial import Structure
+from numpyro_ebm.types import LogDensity
+
 __all__ = ["Quadratic", "expand_quadratic", "why_not_gaussian"]
 
 
@@ -28,7 +31,7 @@ class Quadratic(NamedTuple):
     - **point** - m, of shape (rows, D).
     - **gradient** - g, the gradient at m, of shape (rows, D).
     - **factor** - the Cholesky factor of the precision P, of shape (rows, D, D); where P is
-      diagonal, P itself, of shape (rows, D). NaN where P is not positive definite.
+      diagonal, P itself, of shape (rows, D).
     """
 
     point: jax.Array
@@ -36,26 +39,27 @@ class Quadratic(NamedTuple):
     factor: jax.Array
 
     @property
-    def is_diagonal(self):
+    def is_diagonal(self) -> bool:
         return jnp.ndim(self.factor) == jnp.ndim(self.point)
 
     @property
-    def mean(self):
+    def mean(self) -> jax.Array:
         """The mean of the Gaussian of every row, of shape (rows, D)."""
         return self._mean_and(0.0)
 
-    def draw(self, rng_key):
+    def draw(self, rng_key: jax.Array) -> jax.Array:
         """One draw of the Gaussian of every row, of shape (rows, D)."""
         return self._mean_and(jax.random.normal(rng_key, self.point.shape, self.point.dtype))
 
-    def log_integral(self, value):
+    def log_integral(self, value: jax.Array) -> jax.Array:
         """log of the integral of π over all coordinates, of shape (rows,); NaN where it diverges.
 
         :param value: log π(m), of shape (rows,).
         """
         if self.is_diagonal:
-            square = jnp.sum(self.gradient**2 / self.factor, -1)
-            log_det = jnp.sum(jnp.log(self.factor), -1)
+            precision = jnp.where(self.factor > 0, self.factor, jnp.nan)
+            square = jnp.sum(self.gradient**2 / precision, -1)
+            log_det = jnp.sum(jnp.log(precision), -1)
         else:
             whitened = solve_triangular(self.factor, self.gradient[..., None], lower=True)
             square = jnp.sum(whitened**2, (-1, -2))
@@ -75,7 +79,7 @@ class Quadratic(NamedTuple):
         )
 
 
-def expand_quadratic(log_density, point, is_diagonal):
+def expand_quadratic(log_density: LogDensity, point: jax.Array, is_diagonal: bool) -> Quadratic:
     """The quadratic form of a log-density, from a gradient and its Jacobian at a point.
 
     :param log_density: maps points (rows, D) to (rows,), row by row; quadratic in each row.
@@ -95,15 +99,14 @@ def expand_quadratic(log_density, point, is_diagonal):
     gradient = jax.grad(lambda x: jnp.sum(log_density(x)))
     g, times_hessian = jax.linearize(gradient, point)
     if is_diagonal:
-        precision = -times_hessian(jnp.ones_like(point))
-        return Quadratic(point, g, jnp.where(precision > 0, precision, jnp.nan))
+        return Quadratic(point, g, -times_hessian(jnp.ones_like(point)))
     size = point.shape[1]
     axes = jnp.broadcast_to(jnp.eye(size, dtype=point.dtype)[:, None], (size, *point.shape))
     precision = -jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1)
     return Quadratic(point, g, jnp.linalg.cholesky(precision))
 
 
-def why_not_gaussian(found):
+def why_not_gaussian(found: Structure) -> str | None:
     """What a log-density does in coordinates that are no Gaussian, or ``None``.
 
     :param found: its :class:`~numpyro_ebm.program.polynomial.Structure` in them.
