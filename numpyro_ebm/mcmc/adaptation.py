@@ -12,12 +12,14 @@ parameters*; for the unadjusted kernel, Robnik et al., *Microcanonical Hamiltoni
 2023.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import build_schedule, dual_averaging_adaptation, welford_algorithm
 
@@ -48,22 +50,22 @@ class AdaptState(NamedTuple):
     """
 
     step_size: jax.Array
-    tuner: object
+    tuner: Any
     inverse_mass_matrix: jax.Array | None = None
     trajectory_length: jax.Array | None = None
-    moments: object = None
+    moments: Any = None
 
 
 class Tuner(NamedTuple):
     """Functions that tune a step size to a statistic of the steps."""
 
-    init: object  # step size -> state
-    update: object  # state, statistic -> state
-    current: object  # state -> step size
-    final: object  # state -> step size
+    init: Callable[..., Any]  # step size -> state
+    update: Callable[..., Any]  # state, statistic -> state
+    current: Callable[..., Any]  # state -> step size
+    final: Callable[..., Any]  # state -> step size
 
 
-def acceptance_tuner(target):
+def acceptance_tuner(target: float) -> Tuner:
     """BlackJAX's dual averaging of an acceptance probability."""
     init, update, final = dual_averaging_adaptation(target)
     return Tuner(init, update, lambda state: jnp.exp(state.log_step_size), final)
@@ -78,7 +80,7 @@ class EnergyErrorState(NamedTuple):
     average: jax.Array
 
 
-def energy_error_tuner(trust=1.5, num_effective=150):
+def energy_error_tuner(trust: float = 1.5, num_effective: float = 150) -> Tuner:
     r"""Step size at which :math:`ξ`, the squared energy error over its target, is one.
 
     The squared error grows like ε⁶, so that each step gives the estimate :math:`ε ξ^{-1/6}`; they
@@ -102,7 +104,7 @@ def energy_error_tuner(trust=1.5, num_effective=150):
     return Tuner(init, update, lambda state: state.step_size, lambda state: state.step_size)
 
 
-def running_mean(mean, x, i, num_warmup):
+def running_mean(mean: jax.Array, x: jax.Array, i: jax.Array, num_warmup: int) -> jax.Array:
     """The mean of a statistic over the steps since the warm-up, or the sampling, began.
 
     :param mean: the mean before step i.
@@ -112,7 +114,7 @@ def running_mean(mean, x, i, num_warmup):
     return (mean + (x - mean) / count).astype(mean.dtype)
 
 
-def warmup_windows(num_warmup):
+def warmup_windows(num_warmup: int) -> np.ndarray:
     """Stan's windows: which steps are in one, and which end one, two arrays of shape (steps,)."""
     if not num_warmup:
         return np.zeros((2, 0), bool)
@@ -133,13 +135,26 @@ class WindowAdaptation:
     :param windows: of :func:`warmup_windows`, its default for this length if ``None``.
     """
 
-    def __init__(self, num_warmup, tuner, adapt_step_size, in_windows, windows=None):
+    def __init__(
+        self,
+        num_warmup: int,
+        tuner: Tuner,
+        adapt_step_size: bool,
+        in_windows: bool,
+        windows: np.ndarray | None = None,
+    ):
         self.num_warmup, self.tuner = num_warmup, tuner
         self.adapt_step_size, self.in_windows = adapt_step_size, in_windows
         if in_windows:
             self.windows = warmup_windows(num_warmup) if windows is None else windows
 
-    def update(self, i, state, statistic, observed=None):
+    def update(
+        self,
+        i: jax.Array,
+        state: Any,
+        statistic: jax.Array,
+        observed: Callable[[], Any] | None = None,
+    ) -> Any:
         """State after step i, which may be past the warm-up.
 
         :param i: index of the step, from 0.
@@ -187,7 +202,7 @@ class WindowAdaptation:
         raise NotImplementedError
 
 
-def tree_where(condition, x, y):
+def tree_where(condition: jax.Array, x: Any, y: Any) -> Any:
     """``jnp.where`` of two trees."""
     return jax.tree.map(partial(jnp.where, condition), x, y)
 
@@ -207,14 +222,26 @@ class Adaptation(WindowAdaptation):
     """
 
     def __init__(
-        self, num_warmup, tuner, adapt_step_size, adapt_mass_matrix=False, length_factor=None
+        self,
+        num_warmup: int,
+        tuner: Tuner,
+        adapt_step_size: bool,
+        adapt_mass_matrix: bool = False,
+        length_factor: float | None = None,
     ):
         self.adapt_mass_matrix = adapt_mass_matrix
         self.length_factor = length_factor
         in_windows = adapt_mass_matrix or length_factor is not None
         super().__init__(num_warmup, tuner, adapt_step_size, in_windows)
 
-    def init(self, step_size, num_rows, dimension, has_mass_matrix, trajectory_length):
+    def init(
+        self,
+        step_size: jax.Array,
+        num_rows: int,
+        dimension: int,
+        has_mass_matrix: bool,
+        trajectory_length: ArrayLike | None,
+    ) -> AdaptState:
         """Initial state, for rows of ``dimension`` coordinates."""
         if self.length_factor is not None:
             trajectory_length = self.length_factor * dimension**0.5

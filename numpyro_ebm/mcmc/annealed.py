@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annealed Langevin dynamics, for models learned by denoising."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm.errors import ModelError, check_positive
@@ -12,6 +16,7 @@ from numpyro_ebm.mcmc.adaptation import AdaptState
 from numpyro_ebm.mcmc.kernel import LangevinState, RowKernel
 from numpyro_ebm.samplers import annealed
 from numpyro_ebm.samplers.per_row import per_row
+from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["AnnealedLangevin"]
 
@@ -94,16 +99,16 @@ class AnnealedLangevin(RowKernel):
 
     def __init__(
         self,
-        model,
-        noise_scales=None,
+        model: Model,
+        noise_scales: npt.ArrayLike | None = None,
         *,
-        inverse_temperatures=None,
-        noise_argument=None,
-        noise_scale=None,
-        num_steps=100,
-        step_size=None,
-        denoise=True,
-        init_scale=None,
+        inverse_temperatures: npt.ArrayLike | None = None,
+        noise_argument: str | None = None,
+        noise_scale: float | None = None,
+        num_steps: int = 100,
+        step_size: float | None = None,
+        denoise: bool = True,
+        init_scale: float | None = None,
     ):
         levels = _parse_levels(
             noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size
@@ -133,10 +138,12 @@ class AnnealedLangevin(RowKernel):
         self._kernel = annealed.build_kernel(num_steps)
         super().__init__(model, init_to_uniform)
 
-    def get_diagnostics_str(self, state):
+    def get_diagnostics_str(self, state: Any) -> str:
         return f"{len(self._levels)} levels of {self._num_steps} steps"
 
-    def refresh(self, state, model_args, model_kwargs):
+    def refresh(
+        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> LangevinState:
         row_model, one_row = self._target(model_args, model_kwargs, state.z)
         level = jnp.asarray(self._levels[-1], jnp.result_type(*state.z.values()))
         rows = row_model.to_rows(state.z)
@@ -175,10 +182,14 @@ class AnnealedLangevin(RowKernel):
             return model_kwargs
         return {**(model_kwargs or {}), self._argument: jnp.asarray(self._levels[-1], float)}
 
-    def get_constrain_fn(self, model_args, model_kwargs):
+    def get_constrain_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         return super().get_constrain_fn(model_args, self._constraining_kwargs(model_kwargs))
 
-    def postprocess_fn(self, model_args, model_kwargs):
+    def postprocess_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         return super().postprocess_fn(model_args, self._constraining_kwargs(model_kwargs))
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):

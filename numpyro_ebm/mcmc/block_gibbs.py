@@ -12,7 +12,8 @@ Reference: Geman, Geman, *Stochastic relaxation, Gibbs distributions, and the Ba
 of images*, 1984; Hinton, *Training products of experts by minimizing contrastive divergence*, 2002.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,10 @@ from numpyro_ebm.mcmc.block_gibbs_plan import (
 )
 from numpyro_ebm.mcmc.kernel import RowKernel
 from numpyro_ebm.mcmc.start import initial_values
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers import block_gibbs
-from numpyro_ebm.samplers.gibbs_blocks import advice
+from numpyro_ebm.samplers.gibbs_blocks import Block, advice
+from numpyro_ebm.types import LogDensity, Model, SiteValues
 
 __all__ = ["BlockGibbs", "BlockGibbsState"]
 
@@ -48,7 +51,7 @@ class BlockGibbsState(NamedTuple):
     """
 
     i: jax.Array
-    z: dict
+    z: SiteValues
     potential_energy: jax.Array
     rng_key: jax.Array
 
@@ -138,7 +141,13 @@ class BlockGibbs(RowKernel):
     moves_discrete = True
 
     def __init__(
-        self, model, blocks=None, *, colors=None, reversible=False, init_strategy=init_to_uniform
+        self,
+        model: Model,
+        blocks: Sequence[Sequence[str]] | None = None,
+        *,
+        colors: dict[str, Any] | None = None,
+        reversible: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         self._blocks = parse_blocks(blocks)
         self._colors = parse_colors(colors)
@@ -146,13 +155,13 @@ class BlockGibbs(RowKernel):
         super().__init__(model, init_strategy)
 
     @property
-    def default_fields(self):
+    def default_fields(self) -> tuple[str, ...]:
         return ("z", "potential_energy")
 
-    def get_diagnostics_str(self, state):
+    def get_diagnostics_str(self, state: Any) -> str:
         return "exact conditionals"
 
-    def plan(self, *args, **kwargs):
+    def plan(self, *args: Any, **kwargs: Any) -> list[Block]:
         """How the blocks are drawn.
 
         :param args: arguments of the model.
@@ -163,13 +172,20 @@ class BlockGibbs(RowKernel):
         z = {name: jnp.asarray(site.value) for name, site in row_model.sites.items()}
         return self._plan(row_model, log_density, row_model.to_rows(z))
 
-    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+    def init(
+        self,
+        rng_key: jax.Array,
+        num_warmup: int,
+        init_params: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> Any:
         self._sample_fn = self._step
         # Under `jit` the result of the check is traced, and an error could not be raised.
         check = not_jax_tracer(jax.tree.leaves(rng_key)[0])
 
         def init_one(rng_key, init_params):
-            return self._init(rng_key, init_params, model_args, model_kwargs, check)
+            return self._init_checked(rng_key, init_params, model_args, model_kwargs, check)
 
         if not is_prng_key(rng_key):
             init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
@@ -189,15 +205,21 @@ class BlockGibbs(RowKernel):
             self._check_colors(rng_key, state, model_args, model_kwargs)
         return state
 
-    def refresh(self, state, model_args, model_kwargs):
+    def refresh(
+        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> BlockGibbsState:
         row_model, log_density = self._target(model_args, model_kwargs)
         rows = row_model.to_rows(state.z)
         return state._replace(potential_energy=-log_density(rows) - _unused(row_model, rows))
 
-    def get_constrain_fn(self, model_args, model_kwargs):
+    def get_constrain_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         return lambda z: z  # real and discrete sites are unconstrained
 
-    def postprocess_fn(self, model_args, model_kwargs):
+    def postprocess_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         row_model = self._read_model(self._model, model_args, model_kwargs)
 
         return lambda z: {**z, **row_model.deterministic({}, z)}
@@ -207,7 +229,7 @@ class BlockGibbs(RowKernel):
     def _target(self, model_args, model_kwargs):
         return self._read(self._model, model_args, model_kwargs)
 
-    def _read(self, model, model_args, model_kwargs):
+    def _read(self, model, model_args, model_kwargs) -> tuple[RowModel, LogDensity]:
         row_model = self._read_model(model, model_args, model_kwargs)
         for name, site in row_model.visible.items():
             if not site.is_real:
@@ -234,7 +256,7 @@ class BlockGibbs(RowKernel):
         plan = self._plan(row_model, log_density, rows)
         check_colors(rng_key, log_density, rows, plan, self._colors)
 
-    def _init(self, rng_key, init_params, model_args, model_kwargs, check):
+    def _init_checked(self, rng_key, init_params, model_args, model_kwargs, check):
         key_init, key_check, rng_key = jax.random.split(rng_key, 3)
         row_model, log_density = self._target(model_args, model_kwargs)
         check_order(row_model, self._blocks, init_params)

@@ -6,17 +6,23 @@ Every unobserved site is in one block, and the energy's operations say how
 tried before they are believed.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.finite_supports import support_values
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
-from numpyro_ebm.samplers.gibbs_blocks import plan_block
+from numpyro_ebm.samplers.gibbs_blocks import Block, plan_block
+from numpyro_ebm.types import LogDensity, SiteValues
 
 __all__ = ["check_colors", "check_order", "plan_blocks", "parse_blocks", "parse_colors"]
 
 
-def parse_blocks(blocks):
+def parse_blocks(blocks: Sequence[Sequence[str]] | None) -> tuple[tuple[str, ...], ...] | None:
     """The argument ``blocks`` as tuples of names, ``None`` for a block a site.
 
     :raises ModelError: if it is something else.
@@ -31,7 +37,7 @@ def parse_blocks(blocks):
     return tuple(tuple(names) for names in blocks if names)
 
 
-def parse_colors(colors):
+def parse_colors(colors: dict[str, Any] | None) -> dict[str, np.ndarray]:
     """The argument ``colors`` as arrays by site name.
 
     :raises ModelError: if it is something else.
@@ -50,7 +56,13 @@ def parse_colors(colors):
     return colors
 
 
-def plan_blocks(row_model, log_density, rows, blocks, colors):
+def plan_blocks(
+    row_model: RowModel,
+    log_density: LogDensity,
+    rows: SiteValues,
+    blocks: tuple[tuple[str, ...], ...] | None,
+    colors: dict[str, np.ndarray],
+) -> list[Block]:
     """How the blocks are drawn, a list of :class:`~numpyro_ebm.samplers.gibbs_blocks.Block`.
 
     :param row_model: the model.
@@ -92,7 +104,9 @@ def plan_blocks(row_model, log_density, rows, blocks, colors):
     return plan
 
 
-def check_order(row_model, blocks, init_params):
+def check_order(
+    row_model: RowModel, blocks: tuple[tuple[str, ...], ...] | None, init_params: Any
+) -> None:
     """Check that values which a chain starts from are not redrawn before the other sites.
 
     :raises ModelError: if they are.
@@ -111,7 +125,13 @@ def check_order(row_model, blocks, init_params):
             )
 
 
-def check_colors(rng_key, log_density, rows, plan, colors):
+def check_colors(
+    rng_key: jax.Array,
+    log_density: LogDensity,
+    rows: SiteValues,
+    plan: list[Block],
+    colors: dict[str, np.ndarray],
+) -> None:
     """Look for a pair of units of one declared colour that interacts.
 
     :raises ModelError: if there is one.

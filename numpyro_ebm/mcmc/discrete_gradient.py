@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether an energy has a gradient in its discrete sites."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.polynomial import structure
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["sites_without_gradient"]
 
 NUM_TRIES = 5  # random states
 
 
-def sites_without_gradient(rng_key, row_model, z, values):
+def sites_without_gradient(
+    rng_key: jax.Array, row_model: RowModel, z: SiteValues, values: Mapping[str, Any]
+) -> list[str]:
     """Discrete sites in which the energy changes while its gradient vanishes at random states.
 
     :param row_model: a fixed model whose unobserved sites are discrete.

@@ -11,7 +11,8 @@ Reference: Zhang, Liu, Liu, *A Langevin-like sampler for discrete distributions*
 """
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,9 @@ from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.finite_supports import support_values
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers import discrete_langevin
+from numpyro_ebm.types import LogDensity, Model, SiteValues
 
 __all__ = ["DiscreteLangevin", "DiscreteLangevinState"]
 
@@ -45,7 +48,7 @@ class DiscreteLangevinState(NamedTuple):
     """
 
     i: jax.Array
-    z: dict
+    z: SiteValues
     potential_energy: jax.Array
     differences: jax.Array
     accept_prob: jax.Array
@@ -122,14 +125,14 @@ class DiscreteLangevin(AdaptiveKernel):
 
     def __init__(
         self,
-        model,
-        step_size=None,
+        model: Model,
+        step_size: float | None = None,
         *,
-        adjusted=True,
-        adapt_step_size=True,
-        target_accept_prob=0.574,
-        differences="gradient",
-        init_strategy=init_to_uniform,
+        adjusted: bool = True,
+        adapt_step_size: bool = True,
+        target_accept_prob: float = 0.574,
+        differences: Literal["gradient", "exact"] = "gradient",
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         if differences not in ("gradient", "exact"):
             raise ModelError(
@@ -147,24 +150,40 @@ class DiscreteLangevin(AdaptiveKernel):
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
     @property
-    def default_fields(self):
+    def default_fields(self) -> tuple[str, ...]:
         return ("z", "potential_energy", "accept_prob", "diverging")
 
-    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+    def init(
+        self,
+        rng_key: jax.Array,
+        num_warmup: int,
+        init_params: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> Any:
         state = super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
         if self._differences == "gradient" and not_jax_tracer(state.potential_energy):
             self._check_gradient(rng_key, state, model_args, model_kwargs)
         return state
 
-    def refresh(self, state, model_args, model_kwargs):
+    def refresh(
+        self,
+        state: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> DiscreteLangevinState:
         row_model, log_density, values = self._target(model_args, model_kwargs)
         chains = self._evaluate(row_model, log_density, values, state.z)
         return self._cache(state, chains, row_model)
 
-    def get_constrain_fn(self, model_args, model_kwargs):
+    def get_constrain_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         return lambda z: z
 
-    def postprocess_fn(self, model_args, model_kwargs):
+    def postprocess_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         row_model, _ = self._read(self._model, model_args, model_kwargs)
         return lambda z: {**z, **row_model.deterministic({}, z)}
 
@@ -174,7 +193,7 @@ class DiscreteLangevin(AdaptiveKernel):
         if not np.all(np.isfinite(np.asarray(state.potential_energy))):
             super()._check_energy(state, model_args, model_kwargs)
 
-    def _read(self, model, model_args, model_kwargs):
+    def _read(self, model, model_args, model_kwargs) -> tuple[RowModel, LogDensity]:
         row_model = self._read_model(model, model_args, model_kwargs)
         continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
         if not discrete:

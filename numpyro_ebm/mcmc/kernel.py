@@ -10,7 +10,8 @@ A new kernel on BlackJAX is a subclass of :class:`ChainKernel` with a ``_move`` 
 """
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
 from numpyro_ebm.mcmc.start import unconstrained_values
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers.per_row import per_row
+from numpyro_ebm.types import LogDensity, Model, SiteValues
 
 __all__ = ["AdaptiveKernel", "Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
 
@@ -50,26 +53,26 @@ class LangevinState(NamedTuple):
     """
 
     i: jax.Array
-    z: dict
+    z: SiteValues
     potential_energy: jax.Array
-    z_grad: dict
+    z_grad: SiteValues
     energy: jax.Array
     accept_prob: jax.Array
     mean_accept_prob: jax.Array
     diverging: jax.Array
     num_steps: jax.Array
     adapt_state: AdaptState
-    memory: object
+    memory: Any
     rng_key: jax.Array
 
 
 class Chain(NamedTuple):
     """One row: position, log-density and its gradient, and the kernel's memory of it."""
 
-    position: dict
+    position: SiteValues
     logdensity: jax.Array
-    logdensity_grad: dict
-    memory: object
+    logdensity_grad: SiteValues
+    memory: Any
 
 
 class StepInfo(NamedTuple):
@@ -97,9 +100,8 @@ class RowKernel(MCMCKernel):
     is_reversible = False
     moves_discrete = False
     needs_warmup = False
-    sample_field = "z"
 
-    def __init__(self, model, init_strategy):
+    def __init__(self, model: Model, init_strategy: Callable[..., Any]):
         self._model = model
         self._init_strategy = init_strategy
         self._num_warmup = 0
@@ -107,14 +109,25 @@ class RowKernel(MCMCKernel):
         self._reading = None  # of the model, at the arguments that it was last read at
 
     @property
-    def model(self):
+    def model(self) -> Model:
         return self._model
 
     @property
-    def default_fields(self):
+    def sample_field(self) -> str:
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ("z", "potential_energy", "energy", "accept_prob", "diverging")
 
-    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+    def init(
+        self,
+        rng_key: jax.Array,
+        num_warmup: int,
+        init_params: Any,
+        model_args: tuple[Any, ...],
+        model_kwargs: dict[str, Any] | None,
+    ) -> Any:
         self._num_warmup = num_warmup
         self._check_warmup()
         self._sample_fn = self._step
@@ -130,22 +143,28 @@ class RowKernel(MCMCKernel):
             self._check_energy(state, model_args, model_kwargs)
         return state
 
-    def sample(self, state, model_args, model_kwargs):
+    def sample(
+        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Any:
         if is_prng_key(state.rng_key):
             return self._step(state, model_args, model_kwargs)
         return jax.vmap(lambda s: self._step(s, model_args, model_kwargs))(state)
 
-    def wrap_model(self, wrapper):
+    def wrap_model(self, wrapper: Callable[[Model], Model]) -> Self:
         kernel = copy.copy(self)
         kernel._model = wrapper(self._model)
         kernel._sample_fn = None
         return kernel
 
-    def get_constrain_fn(self, model_args, model_kwargs):
+    def get_constrain_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         row_model = self._read_model(self._model, model_args, model_kwargs)
         return lambda z: row_model.constrain(z)[0]
 
-    def postprocess_fn(self, model_args, model_kwargs):
+    def postprocess_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         row_model = self._read_model(self._model, model_args, model_kwargs)
         if row_model.latent:
             return lambda z: row_model.constrain(z)[0]
@@ -156,6 +175,19 @@ class RowKernel(MCMCKernel):
 
         return constrain_and_replay
 
+    def get_diagnostics_str(self, state: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ""
+
+    # For subclasses
+
+    def _init(self, rng_key, init_params, model_args, model_kwargs) -> Any:
+        """The state of one chain at its start."""
+        raise NotImplementedError
+
+    def _step(self, state, model_args, model_kwargs) -> Any:
+        """The state of one chain a step later."""
+        raise NotImplementedError
+
     # Inside
 
     @property
@@ -165,7 +197,7 @@ class RowKernel(MCMCKernel):
     def _check_warmup(self):
         """Raise if a warm-up of ``_num_warmup`` steps is not enough."""
 
-    def _read_model(self, model, model_args, model_kwargs):
+    def _read_model(self, model, model_args, model_kwargs) -> RowModel:
         """The row model; the kernel's own is traced once as long as its arguments stay."""
         if self._reading is not None and self._reading.is_of(model, model_args, model_kwargs):
             return bind_fixed(self._reading)
@@ -174,7 +206,7 @@ class RowKernel(MCMCKernel):
             self._reading = row_model.reading
         return row_model
 
-    def _read(self, model, model_args, model_kwargs):
+    def _read(self, model, model_args, model_kwargs) -> tuple[RowModel, LogDensity]:
         """The row model, its marginal, and the row log-density of unconstrained rows."""
         row_model = self._read_model(model, model_args, model_kwargs)
         if not row_model.visible:
@@ -240,21 +272,28 @@ class AdaptiveKernel(RowKernel):
 
     default_step_size = 0.1
 
-    def __init__(self, model, step_size, init_strategy, adapt_step_size, target_accept_prob):
+    def __init__(
+        self,
+        model: Model,
+        step_size: float | None,
+        init_strategy: Callable[..., Any],
+        adapt_step_size: bool,
+        target_accept_prob: float | None,
+    ):
         if step_size is not None:
             check_positive(self._name, step_size=step_size)
         if target_accept_prob is not None:
             check_fraction(self._name, target_accept_prob=target_accept_prob)
         self._step_size = step_size
         self._adapt_step_size = adapt_step_size
-        self._target_accept_prob = target_accept_prob
+        self._target_accept_prob: Any = target_accept_prob  # `None` where a kernel finds its own
         super().__init__(model, init_strategy)
 
     @property
-    def needs_warmup(self):
+    def needs_warmup(self) -> bool:
         return self._step_size is None
 
-    def get_diagnostics_str(self, state):
+    def get_diagnostics_str(self, state: Any) -> str:
         return (
             f"step size {jnp.mean(state.adapt_state.step_size):.2e}. "
             f"acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
@@ -283,20 +322,22 @@ class ChainKernel(AdaptiveKernel):
 
     def __init__(
         self,
-        model,
-        step_size,
-        init_strategy=init_to_uniform,
+        model: Model,
+        step_size: float | None,
+        init_strategy: Callable[..., Any] = init_to_uniform,
         *,
-        adapt_step_size=True,
-        target_accept_prob=0.5,
-        adapt_mass_matrix=False,
+        adapt_step_size: bool = True,
+        target_accept_prob: float = 0.5,
+        adapt_mass_matrix: bool = False,
     ):
         self._adapt_mass_matrix = adapt_mass_matrix
         self._trajectory_length = None
         self._length_factor = None
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
-    def refresh(self, state, model_args, model_kwargs):
+    def refresh(
+        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> LangevinState:
         row_model, one_row = self._target(model_args, model_kwargs, state.z)
         chains = self._evaluate(row_model, one_row, state.z)
         kinetic = state.energy - state.potential_energy
@@ -305,7 +346,7 @@ class ChainKernel(AdaptiveKernel):
 
     # For subclasses
 
-    def _start_row(self, rng_key, position):
+    def _start_row(self, rng_key, position) -> Any:
         """The memory of a row at its start."""
         return None
 

@@ -2,11 +2,13 @@
 """Which kernel draws the unobserved sites of a fixed model."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from numpyro.handlers import condition
 from numpyro.infer import Gibbs
+from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import integrated
@@ -16,7 +18,9 @@ from numpyro_ebm.mcmc.discrete_langevin import DiscreteLangevin
 from numpyro_ebm.mcmc.langevin import MALA
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
+from numpyro_ebm.types import Model
 
 __all__ = ["choose_kernel", "kernel_for_rows"]
 
@@ -26,7 +30,7 @@ MAX_GAUSSIAN = 500  # coordinates of a Gaussian block with a full precision matr
 MAX_SEQUENTIAL = 200  # units that are drawn one after the other
 
 
-def choose_kernel(model, *args, **kwargs):
+def choose_kernel(model: Model, *args: Any, **kwargs: Any) -> MCMCKernel | None:
     """The kernel of :func:`~numpyro_ebm.sample` for a fixed model, by its supports and energy.
 
     ============================  =============================================================
@@ -68,7 +72,7 @@ def choose_kernel(model, *args, **kwargs):
     return kernel_for_rows(model, read_fixed_model(model, args, kwargs))
 
 
-def kernel_for_rows(model, row_model):
+def kernel_for_rows(model: Model, row_model: RowModel) -> MCMCKernel | None:
     """As :func:`choose_kernel`, for a model that has been read."""
     continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
     if not continuous and _enumerable(row_model, MAX_STATES) and _all_event(row_model):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overdamped Langevin kernels: MALA, and ULA, which is MALA without its correction."""
 
+from collections.abc import Callable
+from typing import Any
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from numpyro_ebm._compat import MALAState
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
 from numpyro_ebm.samplers import langevin
+from numpyro_ebm.types import Model
 
 __all__ = ["MALA", "ULA"]
 
@@ -64,13 +68,13 @@ class MALA(ChainKernel):
 
     def __init__(
         self,
-        model,
-        step_size=None,
+        model: Model,
+        step_size: float | None = None,
         *,
-        adapt_step_size=True,
-        target_accept_prob=0.574,
-        adapt_mass_matrix=False,
-        init_strategy=init_to_uniform,
+        adapt_step_size: bool = True,
+        target_accept_prob: float = 0.574,
+        adapt_mass_matrix: bool = False,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         self.has_mass_matrix = adapt_mass_matrix
         self._kernel = blackjax.mala.build_kernel()
@@ -101,8 +105,7 @@ class MALA(ChainKernel):
         chain = chain._replace(
             position=position, logdensity=new.logdensity, logdensity_grad=gradient
         )
-        info = StepInfo(accept_prob, -new.logdensity, accept_prob == 0.0, accept_prob)
-        return chain, info
+        return chain, StepInfo(accept_prob, -new.logdensity, accept_prob == 0.0, accept_prob)
 
 
 class ULA(ChainKernel):
@@ -135,7 +138,9 @@ class ULA(ChainKernel):
 
     leaves_invariant = False
 
-    def __init__(self, model, step_size, *, init_strategy=init_to_uniform):
+    def __init__(
+        self, model: Model, step_size: float, *, init_strategy: Callable[..., Any] = init_to_uniform
+    ):
         if step_size is None:
             raise ModelError("ULA: pass a `step_size`; there is nothing to adapt it to.")
         self._kernel = langevin.build_kernel()

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Microcanonical Langevin Monte Carlo, with and without its Metropolis test."""
 
+from collections.abc import Callable
+from typing import Any
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from numpyro_ebm._compat import HMCState, IntegratorState, generate_unit_vector,
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.mcmc.adaptation import energy_error_tuner
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
+from numpyro_ebm.types import Model
 
 __all__ = ["MCLMC"]
 
@@ -91,17 +95,17 @@ class MCLMC(ChainKernel):
 
     def __init__(
         self,
-        model,
-        step_size=None,
+        model: Model,
+        step_size: float | None = None,
         *,
-        adjusted=True,
-        trajectory_length=None,
-        adapt_step_size=True,
-        target_accept_prob=0.9,
-        target_energy_variance=5e-4,
-        max_num_steps=128,
-        adapt_mass_matrix=True,
-        init_strategy=init_to_uniform,
+        adjusted: bool = True,
+        trajectory_length: float | None = None,
+        adapt_step_size: bool = True,
+        target_accept_prob: float = 0.9,
+        target_energy_variance: float = 5e-4,
+        max_num_steps: int = 128,
+        adapt_mass_matrix: bool = True,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         check_positive(
             "MCLMC", target_energy_variance=target_energy_variance, max_num_steps=max_num_steps
@@ -127,7 +131,7 @@ class MCLMC(ChainKernel):
         else:
             self._kernel = blackjax.mclmc.build_kernel()
 
-    def get_diagnostics_str(self, state):
+    def get_diagnostics_str(self, state: Any) -> str:
         steps = f" {state.num_steps} steps." if self._adjusted else ""
         return f"{super().get_diagnostics_str(state)}.{steps}".removesuffix(".")
 
@@ -152,7 +156,7 @@ class MCLMC(ChainKernel):
         return move(rng_key, chain, one_row, adapt_state, i)
 
     def _move_adjusted(self, rng_key, chain, one_row, adapt_state, i):
-        mean = jnp.maximum(adapt_state.trajectory_length / adapt_state.step_size, 1.0)
+        mean: Any = jnp.maximum(adapt_state.trajectory_length / adapt_state.step_size, 1.0)
         num_steps = jnp.clip(trajectory_length(i, mean), 1, self._max_num_steps).astype(int)
         new, info = self._kernel(
             rng_key,

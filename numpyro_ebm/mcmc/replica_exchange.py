@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replica exchange (parallel tempering) of a fixed energy-based model as an ``MCMCKernel``."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
@@ -16,6 +18,7 @@ from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, parse_ladder
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.per_row import per_row
+from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["LadderState", "ReplicaExchange", "ReplicaExchangeState"]
 
@@ -43,9 +46,9 @@ class ReplicaExchangeState(NamedTuple):
     """
 
     i: jax.Array
-    z: dict
+    z: SiteValues
     potential_energy: jax.Array
-    z_grad: dict
+    z_grad: SiteValues
     energy: jax.Array
     accept_prob: jax.Array
     mean_accept_prob: jax.Array
@@ -56,7 +59,7 @@ class ReplicaExchangeState(NamedTuple):
     mean_swap_prob: jax.Array
     round_trips: jax.Array
     adapt_state: LadderState
-    memory: object
+    memory: Any
     rng_key: jax.Array
 
 
@@ -129,22 +132,22 @@ class ReplicaExchange(AdaptiveKernel):
 
     def __init__(
         self,
-        model,
-        inverse_temperatures=None,
+        model: Model,
+        inverse_temperatures: npt.ArrayLike | None = None,
         *,
-        num_replicas=8,
-        min_inverse_temperature=0.05,
-        step_size=None,
-        adapt_step_size=True,
-        adapt_ladder=True,
-        target_accept_prob=0.574,
-        init_strategy=init_to_uniform,
+        num_replicas: int = 8,
+        min_inverse_temperature: float = 0.05,
+        step_size: float | None = None,
+        adapt_step_size: bool = True,
+        adapt_ladder: bool = True,
+        target_accept_prob: float = 0.574,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         self._ladder = parse_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
         self._adapt_ladder = adapt_ladder and len(self._ladder) > 2  # its ends stay
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
-    def get_diagnostics_str(self, state):
+    def get_diagnostics_str(self, state: Any) -> str:
         rates = state.mean_swap_prob
         return (
             f"step size {state.adapt_state.step_size[0]:.2e}. "
@@ -152,11 +155,13 @@ class ReplicaExchange(AdaptiveKernel):
             f"swap rates {jnp.min(rates):.2f} to {jnp.max(rates):.2f}"
         )
 
-    def refresh(self, state, model_args, model_kwargs):
+    def refresh(
+        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ReplicaExchangeState:
         row_model, base, likelihood = self._target(model_args, model_kwargs)
         replicas, visited = state.memory
         replicas = _evaluate_replicas(replicas.position, base, likelihood)
-        return self._cache(state, replicas, visited, row_model)
+        return state._replace(**_cached(replicas, visited, row_model))
 
     # Internal
 
@@ -209,12 +214,8 @@ class ReplicaExchange(AdaptiveKernel):
         replicas = _evaluate_replicas(positions, base, likelihood)
         pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(row_model.num_rows)
         visited = jnp.zeros((num_replicas, row_model.num_rows), bool)
-        state = ReplicaExchangeState(
+        return ReplicaExchangeState(
             i=jnp.array(0),
-            z=None,
-            potential_energy=None,
-            z_grad=None,
-            energy=None,
             accept_prob=rows,
             mean_accept_prob=jnp.zeros(()),
             diverging=jnp.zeros(row_model.num_rows, bool),
@@ -224,21 +225,8 @@ class ReplicaExchange(AdaptiveKernel):
             mean_swap_prob=pairs,
             round_trips=jnp.zeros(row_model.num_rows, int),
             adapt_state=self._adaptation.init(self._ladder, self._initial_step_size()),
-            memory=None,
             rng_key=rng_key,
-        )
-        return self._cache(state, replicas, visited, row_model)
-
-    def _cache(self, state, replicas, visited, row_model):
-        cold = jax.tree.map(lambda x: x[0], replicas)
-        gradient = jax.tree.map(lambda g, h: -g - h, cold.logprior_grad, cold.loglikelihood_grad)
-        energy = -cold.logprior - cold.loglikelihood
-        return state._replace(
-            z=row_model.from_rows(cold.position),
-            potential_energy=energy,
-            z_grad=row_model.from_rows(gradient),
-            energy=energy,
-            memory=(replicas, visited),
+            **_cached(replicas, visited, row_model),
         )
 
     def _step(self, state, model_args, model_kwargs):
@@ -267,7 +255,8 @@ class ReplicaExchange(AdaptiveKernel):
         replica_accept, swap_prob = jnp.mean(accept, 1), jnp.mean(swap_prob, 1)
         dtype = state.accept_prob.dtype
         running = partial(running_mean, i=state.i, num_warmup=self._num_warmup)
-        return self._cache(state, replicas, visited, row_model)._replace(
+        return state._replace(
+            **_cached(replicas, visited, row_model),
             i=state.i + 1,
             accept_prob=accept[0].astype(dtype),
             mean_accept_prob=running(state.mean_accept_prob, replica_accept[0]),
@@ -284,3 +273,17 @@ class ReplicaExchange(AdaptiveKernel):
 def _evaluate_replicas(positions, base, likelihood):
     """Replicas of all rows, (K, rows, ...)."""
     return jax.vmap(jax.vmap(lambda x: tempering.evaluate(x, base, likelihood)))(positions)
+
+
+def _cached(replicas, visited, row_model) -> dict[str, Any]:
+    """What the state holds of its replicas, by field."""
+    cold = jax.tree.map(lambda x: x[0], replicas)
+    gradient = jax.tree.map(lambda g, h: -g - h, cold.logprior_grad, cold.loglikelihood_grad)
+    energy = -cold.logprior - cold.loglikelihood
+    return {
+        "z": row_model.from_rows(cold.position),
+        "potential_energy": energy,
+        "z_grad": row_model.from_rows(gradient),
+        "energy": energy,
+        "memory": (replicas, visited),
+    }

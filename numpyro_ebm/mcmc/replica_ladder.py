@@ -5,11 +5,12 @@ Step sizes follow the acceptance of every replica. The inner temperatures move a
 window of the warm-up to where all pairs would have swapped equally often in it; the ends stay.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.mcmc.adaptation import Tuner, WindowAdaptation
@@ -24,17 +25,19 @@ class LadderState(NamedTuple):
     - **step_size** - ε of every replica, (K,).
     - **inverse_temperatures** - β of every replica, (K,), the first is 1.
     - **tuner** - states of BlackJAX's dual averaging, (K,).
-    - **rejection, count** - summed 1 - α of every pair in the present window, and its steps.
+    - **rejection, num_steps** - summed 1 - α of every pair in the present window, and its steps.
     """
 
     step_size: jax.Array
     inverse_temperatures: jax.Array
-    tuner: object
+    tuner: Any
     rejection: jax.Array
-    count: jax.Array
+    num_steps: jax.Array
 
 
-def parse_ladder(inverse_temperatures, num_replicas, min_inverse_temperature):
+def parse_ladder(
+    inverse_temperatures: npt.ArrayLike | None, num_replicas: int, min_inverse_temperature: float
+) -> np.ndarray:
     """The ladder of the arguments of :class:`~numpyro_ebm.ReplicaExchange`, (K,).
 
     :raises ModelError: if they are out of range.
@@ -71,27 +74,31 @@ class LadderAdaptation(WindowAdaptation):
     :param bool adapt_ladder: whether temperatures do.
     """
 
-    def __init__(self, num_warmup, tuner, adapt_step_size, adapt_ladder):
+    def __init__(self, num_warmup: int, tuner: Tuner, adapt_step_size: bool, adapt_ladder: bool):
         super().__init__(num_warmup, Tuner(*map(jax.vmap, tuner)), adapt_step_size, adapt_ladder)
 
-    def init(self, ladder, step_size):
+    def init(self, ladder: np.ndarray, step_size: float) -> LadderState:
         """State at the start.
 
         :param ladder: of :func:`parse_ladder`.
         :param float step_size: ε at β = 1.
         """
         least = ladder[ladder > 0].min()  # β = 0 has the step size of the replica before it
-        ladder = jnp.asarray(ladder, float)
-        step_sizes = step_size / jnp.maximum(ladder, least)
+        inverse_temperatures = jnp.asarray(ladder, float)
+        step_sizes = step_size / jnp.maximum(inverse_temperatures, least)
         pairs = jnp.zeros(len(ladder) - 1)
-        return LadderState(step_sizes, ladder, self.tuner.init(step_sizes), pairs, jnp.zeros(()))
+        return LadderState(
+            step_sizes, inverse_temperatures, self.tuner.init(step_sizes), pairs, jnp.zeros(())
+        )
 
     def _gather(self, state, observed):
-        return state._replace(rejection=state.rejection + (1 - observed), count=state.count + 1)
+        return state._replace(
+            rejection=state.rejection + (1 - observed), num_steps=state.num_steps + 1
+        )
 
     def _end_window(self, state):
         old = state.inverse_temperatures
-        rejection = state.rejection / jnp.maximum(state.count, 1)
+        rejection = state.rejection / jnp.maximum(state.num_steps, 1)
         ladder = equal_rejection_ladder(old, rejection)
         if self.adapt_step_size:
             step_size = jnp.exp(jnp.interp(-ladder, -old, jnp.log(state.step_size)))
@@ -99,5 +106,5 @@ class LadderAdaptation(WindowAdaptation):
         return state._replace(
             inverse_temperatures=ladder,
             rejection=jnp.zeros_like(state.rejection),
-            count=jnp.zeros_like(state.count),
+            num_steps=jnp.zeros_like(state.num_steps),
         )

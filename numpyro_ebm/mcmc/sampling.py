@@ -3,6 +3,8 @@
 
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -13,6 +15,7 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["sample"]
 
@@ -20,18 +23,18 @@ logger = logging.getLogger(__name__)
 
 
 def sample(
-    rng_key,
-    model,
-    num_samples,
-    *args,
-    kernel=None,
-    num_chains=None,
-    num_warmup=500,
-    thinning=10,
-    init_params=None,
-    progress_bar=False,
-    **kwargs,
-):
+    rng_key: jax.Array,
+    model: Model,
+    num_samples: int,
+    *args: Any,
+    kernel: MCMCKernel | Callable[..., MCMCKernel] | None = None,
+    num_chains: int | None = None,
+    num_warmup: int = 500,
+    thinning: int = 10,
+    init_params: Params | None = None,
+    progress_bar: bool = False,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
     r"""Draw all unobserved sites of a fixed energy-based model.
 
     .. math:: (v, h) \sim p(v, h) \propto \tilde p(v, h; θ)
@@ -63,7 +66,7 @@ def sample(
 
     **Example**
 
-    >>>     >>> import jax, numpyro
+    >>> import jax, jax.numpy as jnp
     >>> import numpyro_ebm as ebm
     >>> params = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": jnp.zeros(4), "scale": jnp.ones(2)}
     >>> draws = ebm.sample(jax.random.key(0), ebm.fixed(ebm.models.grbm, params), 200)
@@ -88,13 +91,14 @@ def sample(
         draws = exact_marginal(row_model).draw(key_latent, row_model, {}, {}, num_samples)
         return _with_deterministic(row_model, draws)
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
+    chain_method: Any = "vectorized" if vectorized else jax.vmap  # which NumPyro takes as well
     mcmc = MCMC(
         kernel,
         num_warmup=num_warmup,
         num_samples=math.ceil(num_samples / num_chains) * thinning,
         thinning=thinning,
         num_chains=num_chains,
-        chain_method="vectorized" if vectorized else jax.vmap,
+        chain_method=chain_method,
         progress_bar=progress_bar and vectorized,
     )
     mcmc.run(key_chains, *args, init_params=init_params, **kwargs)

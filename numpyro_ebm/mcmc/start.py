@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial values of a chain: those of a strategy, and those that are given."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["initial_values", "unconstrained_values"]
 
 
-def initial_values(rng_key, row_model, init_strategy, init_params):
+def initial_values(
+    rng_key: jax.Array,
+    row_model: RowModel,
+    init_strategy: Callable[..., Any],
+    init_params: Params | None,
+) -> SiteValues:
     """Initial values of all unobserved sites, on their supports.
 
     :raises ModelError: if values are given of what is no unobserved site, or of another shape.
@@ -28,7 +39,12 @@ def initial_values(rng_key, row_model, init_strategy, init_params):
     return z
 
 
-def unconstrained_values(rng_key, row_model, init_strategy, init_params):
+def unconstrained_values(
+    rng_key: jax.Array,
+    row_model: RowModel,
+    init_strategy: Callable[..., Any],
+    init_params: Params | None,
+) -> SiteValues:
     """Initial unconstrained values of the real sites.
 
     :raises ModelError: if values are given of what is no unobserved site.

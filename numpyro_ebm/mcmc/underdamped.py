@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Underdamped Langevin dynamics with a Metropolis test: generalised Hamiltonian Monte Carlo."""
 
+from collections.abc import Callable
+from typing import Any
+
 import blackjax
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from numpyro.infer import init_to_uniform
 from numpyro_ebm._compat import GHMCState, generate_gaussian_noise
 from numpyro_ebm.errors import check_positive
 from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
+from numpyro_ebm.types import Model
 
 __all__ = ["UnderdampedLangevin"]
 
@@ -71,14 +75,14 @@ class UnderdampedLangevin(ChainKernel):
 
     def __init__(
         self,
-        model,
-        step_size=None,
+        model: Model,
+        step_size: float | None = None,
         *,
-        friction=1.0,
-        adapt_step_size=True,
-        target_accept_prob=0.8,
-        adapt_mass_matrix=True,
-        init_strategy=init_to_uniform,
+        friction: float = 1.0,
+        adapt_step_size: bool = True,
+        target_accept_prob: float = 0.8,
+        adapt_mass_matrix: bool = True,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         check_positive("UnderdampedLangevin", friction=friction)
         self._friction = friction
