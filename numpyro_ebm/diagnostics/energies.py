@@ -8,6 +8,7 @@ does not expect; samples that lie higher than data come of a sampler that has no
 model whose modes are too wide or too many. Equal energies do not prove equal laws.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -108,14 +109,33 @@ def energy_gap(
             "`numpyro_ebm.sample(rng_key, model, num_samples, None, *args)`."
         )
 
-    def energies(key_and_rows):
-        rng_key, rows = key_and_rows
-        point = {
-            k: row_model.sites[k].transform.inv(x) for k, x in row_model.from_rows(rows).items()
-        }
-        estimate = marginal.bind(rng_key, row_model, reader, params, point, order=1)
-        _, log_det = row_model.constrain(point)  # energies are those of v itself
-        return log_det - estimate.log_density(params, point)
+    density = partial(_energies, row_model, marginal, reader, params)
+    of_data, of_samples = _of_both(rng_key, row_model, values, density)
+    from scipy.stats import ks_2samp  # half a second to import
+
+    test: Any = ks_2samp(of_data, of_samples, method="asymp")
+    variance = sum(np.var(x, ddof=1) / len(x) for x in (of_data, of_samples))
+    return EnergyGap(
+        of_data,
+        of_samples,
+        float(of_data.mean() - of_samples.mean()),
+        float(np.sqrt(variance)),
+        float(test.statistic),
+        float(test.pvalue),
+    )
+
+
+def _energies(row_model, marginal, reader, params, key_and_rows):
+    """Energies of rows, (rows,), up to log Z: those of v itself."""
+    rng_key, rows = key_and_rows
+    point = {k: row_model.sites[k].transform.inv(x) for k, x in row_model.from_rows(rows).items()}
+    estimate = marginal.bind(rng_key, row_model, reader, params, point, order=1)
+    _, log_det = row_model.constrain(point)
+    return log_det - estimate.log_density(params, point)
+
+
+def _of_both(rng_key, row_model, values, energies):
+    """Energies of the data and of the samples; they have to be finite."""
 
     def run():
         key_data, key_samples = jax.random.split(rng_key)
@@ -132,18 +152,7 @@ def energy_gap(
                 f"energy_gap: {np.sum(~np.isfinite(x))} energies of the {name} are not finite, the "
                 f"first of them number {np.argmin(np.isfinite(x))}."
             )
-    from scipy.stats import ks_2samp  # half a second to import
-
-    test: Any = ks_2samp(of_data, of_samples, method="asymp")
-    variance = sum(np.var(x, ddof=1) / len(x) for x in (of_data, of_samples))
-    return EnergyGap(
-        of_data,
-        of_samples,
-        float(of_data.mean() - of_samples.mean()),
-        float(np.sqrt(variance)),
-        float(test.statistic),
-        float(test.pvalue),
-    )
+    return of_data, of_samples
 
 
 def _sample_rows(row_model, samples):

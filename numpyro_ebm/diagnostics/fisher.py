@@ -9,16 +9,17 @@ scales it: of all multiples t f the best has :math:`t = E[s·f + \operatorname{t
 which takes the noise of the fit back where there is nothing to find.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ebm.diagnostics.reading import read_rows
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import choose
 from numpyro_ebm.marginals.base import Marginal
-from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.svi.energy_svi import EnergySVI
 from numpyro_ebm.types import Model, Optimizer, Params
@@ -115,36 +116,12 @@ def fisher_divergence(
     >>> bool(abs(found.value - 0.5) < 4 * found.standard_error + 0.02)
     True
     """
-    parts = validation_fraction, test_fraction
-    if not (min(parts) > 0 and sum(parts) < 1):
-        raise ModelError(
-            "fisher_divergence: `validation_fraction` and `test_fraction` must be positive, and "
-            f"leave rows to train on, got {parts}."
-        )
     check_integer("fisher_divergence", num_steps=num_steps, num_looks=num_looks)
-    row_model = read_model(model, (data,), kwargs)
-    if row_model.parameters:
-        raise ModelError(
-            f"fisher_divergence: the model has the free parameter(s) "
-            f"{sorted(row_model.parameters)}. Hold them fixed: `numpyro_ebm.fixed(model, params)`."
-        )
+    _check_shares(validation_fraction, test_fraction)
+    row_model = read_rows("fisher_divergence", model, data, (), kwargs)
     key_split, key_run, key_look = jax.random.split(rng_key, 3)
-    num_rows = row_model.num_rows
-    num_test, num_validation = (max(2, int(share * num_rows)) for share in (parts[1], parts[0]))
-    if num_rows < num_test + num_validation + 2:
-        raise ModelError(f"fisher_divergence: {num_rows} rows are too few to be split in three.")
-    order = jax.random.permutation(key_split, num_rows)
-    ends = num_test, num_test + num_validation
-    test, validation, train = (
-        jax.tree.map(lambda x, part=part: jnp.asarray(x)[part], data)
-        for part in jnp.split(order, ends)
-    )
-    if optim is None:
-        import optax
-
-        optim = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
-        guide_optim = optax.adam(1e-3) if guide_optim is None else guide_optim
-    guide_optim = optim if guide_optim is None else guide_optim
+    rows = _split(key_split, data, row_model.num_rows, validation_fraction, test_fraction)
+    optim, guide_optim = _optimisers(optim, guide_optim, num_steps)
     objective = FisherDivergence(critic, marginal, residual=residual, critic_optim=optim)
     objective.order = 2  # there is no parameter to take a third derivative in
     uses_guide = (choose(row_model) if marginal is None else marginal).needs_guide
@@ -158,40 +135,92 @@ def fisher_divergence(
         num_guide_steps=num_guide_steps,
         **kwargs,
     )
-
-    @jax.jit
-    def terms(rng_key, params, data):
-        def one(rng_key):
-            key_prepare, key_rows = jax.random.split(rng_key)
-            problem = objective.prepare(key_prepare, params, model, svi.guide, (data,), kwargs)
-            return objective.terms(key_rows, params, problem)
-
-        per_probe = jax.lax.map(one, jax.random.split(rng_key, PROBES))
-        return jax.tree.map(lambda x: jnp.mean(x, 0), per_probe)
-
-    batch_size = min(batch_size, num_rows - num_test - num_validation)
-    ends = np.unique(np.linspace(0, num_steps, min(num_looks, num_steps) + 1).astype(int))
-    values, best, state = [], (-np.inf, 0, 0.0, {}), None
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
-        fit = svi.run(
-            key_run,
-            int(end - start),
-            train,
-            batch_size=batch_size,
-            progress_bar=progress_bar,
-            init_state=state,
-            init_params=init_params if state is None else None,
-        )
-        state = fit.state
-        linear, square = map(jnp.mean, terms(key_look, fit.params, validation))
-        scale = jnp.where(square > 0, linear / square, 0.0)
-        values.append(float(0.5 * scale * linear))
-        if values[-1] > best[0] or start == 0:
-            best = values[-1], int(end), float(scale), fit.params
-    _, num_trained, scale, params = best
-    linear, square = terms(jax.random.fold_in(key_look, 1), params, test)
-    rows = scale * linear - 0.5 * scale**2 * square
-    error = float(jnp.std(rows, ddof=1) / np.sqrt(num_test))
-    return FisherDivergenceResult(
-        float(jnp.mean(rows)), error, num_trained, scale, np.asarray(values), params
+    terms = jax.jit(partial(_terms, objective, model, svi.guide, kwargs))
+    run = partial(
+        svi.run,
+        key_run,
+        batch_size=min(batch_size, rows.num_train),
+        progress_bar=progress_bar,
+        init_params=init_params,
     )
+    look = partial(terms, key_look, data=rows.validation)
+    looks = _train(run, look, rows.train, num_steps, num_looks)
+    _, num_trained, scale, params = max(looks, key=lambda look: look[0])
+    linear, square = terms(jax.random.fold_in(key_look, 1), params, rows.test)
+    by_row = scale * linear - 0.5 * scale**2 * square
+    error = float(jnp.std(by_row, ddof=1) / np.sqrt(len(by_row)))
+    validation = np.array([value for value, *_ in looks])
+    return FisherDivergenceResult(
+        float(jnp.mean(by_row)), error, num_trained, scale, validation, params
+    )
+
+
+def _optimisers(optim, guide_optim, num_steps):
+    """Those of critic and guide, with their defaults."""
+    if optim is not None:
+        return optim, optim if guide_optim is None else guide_optim
+    import optax
+
+    optim = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
+    return optim, optax.adam(1e-3) if guide_optim is None else guide_optim
+
+
+def _check_shares(*shares):
+    if not (min(shares) > 0 and sum(shares) < 1):
+        raise ModelError(
+            "fisher_divergence: `validation_fraction` and `test_fraction` must be positive, and "
+            f"leave rows to train on, got {shares}."
+        )
+
+
+def _train(run, look, data, num_steps, num_looks):
+    """Train the critic, and look at it now and then.
+
+    :return: list of value on the validation rows, steps, scale and parameters, one for each look.
+    """
+    ends = np.unique(np.linspace(0, num_steps, min(num_looks, num_steps) + 1).astype(int))
+    looks, state = [], None
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        fit = run(int(end - start), data, init_state=state)
+        state = fit.state
+        linear, square = map(jnp.mean, look(params=fit.params))
+        scale = jnp.where(square > 0, linear / square, 0.0)
+        looks.append((float(0.5 * scale * linear), int(end), float(scale), fit.params))
+    return looks
+
+
+class _Rows(NamedTuple):
+    """Rows to test on, to choose on and to train on, and how many the last are."""
+
+    test: Any
+    validation: Any
+    train: Any
+    num_train: int
+
+
+def _split(rng_key, data, num_rows, validation_fraction, test_fraction):
+    """Rows in three parts, drawn without replacement."""
+    num_validation, num_test = (
+        max(2, int(share * num_rows)) for share in (validation_fraction, test_fraction)
+    )
+    num_train = num_rows - num_test - num_validation
+    if num_train < 2:
+        raise ModelError(f"fisher_divergence: {num_rows} rows are too few to be split in three.")
+    order = jax.random.permutation(rng_key, num_rows)
+    parts = jnp.split(order, (num_test, num_test + num_validation))
+    return _Rows(
+        *(jax.tree.map(lambda x, part=part: jnp.asarray(x)[part], data) for part in parts),
+        num_train,
+    )
+
+
+def _terms(objective, model, guide, kwargs, rng_key, params, data):
+    """Linear and square term of every row at a critic, means over PROBES draws of directions."""
+
+    def one(rng_key):
+        key_prepare, key_rows = jax.random.split(rng_key)
+        problem = objective.prepare(key_prepare, params, model, guide, (data,), kwargs)
+        return objective.terms(key_rows, params, problem)
+
+    per_probe = jax.lax.map(one, jax.random.split(rng_key, PROBES))
+    return jax.tree.map(lambda x: jnp.mean(x, 0), per_probe)
