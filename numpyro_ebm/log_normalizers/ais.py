@@ -20,14 +20,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.log_normalizers.annealing import anneal
+from numpyro_ebm.log_normalizers.integrand import Integrand
+from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.particles import by_problem, to_particles
-from numpyro_ebm.log_normalizers.path import sweep_particles
+from numpyro_ebm.log_normalizers.path import Path, sweep_particles
 from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
 
 __all__ = ["annealed_importance_sampling", "run_ais"]
 
 
-def run_ais(rng_key, integrand, options):
+def run_ais(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNormalizer:
     """log Z of every problem of a density by AIS.
 
     :param rng_key: random key.
@@ -50,8 +53,13 @@ def run_ais(rng_key, integrand, options):
 
 
 def annealed_importance_sampling(
-    rng_key, path, schedule, num_particles, num_temperatures, num_sweeps
-):
+    rng_key: jax.Array,
+    path: Path,
+    schedule: AnnealingSchedule,
+    num_particles: int,
+    num_temperatures: int,
+    num_sweeps: int,
+) -> jax.Array:
     """Run AIS along a refined schedule.
 
     :param rng_key: random key.

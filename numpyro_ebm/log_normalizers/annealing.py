@@ -28,7 +28,7 @@ from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.log_normalizers.mixture import Mixture, fit_mixture
 from numpyro_ebm.log_normalizers.particles import by_problem, log_mean_weight
 from numpyro_ebm.log_normalizers.path import Path
-from numpyro_ebm.log_normalizers.schedule import adaptive_schedule
+from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule, adaptive_schedule
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 from numpyro_ebm.samplers.positions import flatten_sites
 
@@ -40,7 +40,9 @@ WIDER = 1.2  # by what factor a Gaussian reference is wider than the model
 TARGET_ESS = 0.95
 
 
-def anneal(rng_key, integrand, weigh, num_sweeps):
+def anneal(
+    rng_key: jax.Array, integrand: Integrand, weigh: Callable[..., jax.Array], num_sweeps: int
+) -> tuple[AnnealingSchedule, tuple[jax.Array, jax.Array, jax.Array]]:
     """log Z of every problem of a density from particles that are annealed to it.
 
     :param rng_key: random key.

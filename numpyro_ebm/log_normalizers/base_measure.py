@@ -7,16 +7,24 @@ Sites with a proper distribution are drawn as the model draws them, and flat dis
 uniformly. Flat real sites have no distribution of their own: they are given one.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from numpyro.handlers import seed, trace
 
+from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.integrand import Integrand
+from numpyro_ebm.log_normalizers.mixture import Mixture
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["draw_base_measure", "reference"]
 
 
-def draw_base_measure(rng_key, integrand, num, flat):
+def draw_base_measure(
+    rng_key: jax.Array, integrand: Integrand, num: int, flat: SiteValues
+) -> SiteValues:
     """Draw the proper sites from their distributions, and flat discrete ones uniformly.
 
     :param rng_key: random key.
@@ -48,7 +56,9 @@ def draw_base_measure(rng_key, integrand, num, flat):
     return integrand.over_rows(draw_rows, keys)(flat, num)
 
 
-def reference(integrand, fitted):
+def reference(
+    integrand: Integrand, fitted: Gaussian | Mixture | None
+) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Callable[..., SiteValues]]:
     """Log-densities of the reference and of the model, and draws of the reference.
 
     :param Integrand integrand: the density.
@@ -57,7 +67,7 @@ def reference(integrand, fitted):
     :return: ``position -> (log q, log p̃)``, of shape (n,) each; and ``(rng_key, n) -> position``.
     """
     flat = integrand.flat_real
-    if not flat:
+    if not flat or fitted is None:
         return (
             integrand.log_densities,
             lambda rng_key, num: draw_base_measure(rng_key, integrand, num, {}),

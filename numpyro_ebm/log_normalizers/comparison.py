@@ -4,19 +4,21 @@
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import NormalizerDisagreementWarning
+from numpyro_ebm.log_normalizers.result import LogNormalizer
 
 __all__ = ["best_of"]
 
 MOST_ERRORS = 4.0  # combined standard errors that two methods may differ by
 
 
-def best_of(results):
+def best_of(results: Sequence[LogNormalizer]) -> LogNormalizer:
     """The result with the smallest error, all of them in its diagnostics.
 
     :param list results: a :class:`~numpyro_ebm.log_normalizers.LogNormalizer` of each method.
@@ -26,7 +28,7 @@ def best_of(results):
     of their combined errors.
     """
     for one, other in itertools.combinations(results, 2):
-        gap = jnp.abs(one.value - other.value)
+        gap = jnp.abs(jnp.subtract(one.value, other.value))
         eps = float(jnp.finfo(jnp.result_type(gap, float)).eps)
         rounding = 100 * eps * (1 + jnp.abs(one.value))
         allowed = MOST_ERRORS * jnp.sqrt(jnp.asarray(one.mcse) ** 2 + jnp.asarray(other.mcse) ** 2)

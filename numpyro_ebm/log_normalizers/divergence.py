@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error that an integral over a fixed model diverges, and which sites to name in it."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.samplers.positions import flatten_sites
 
 __all__ = ["divergence_error", "falling_sites"]
 
 
-def divergence_error(names, why):
+def divergence_error(names: Iterable[str], why: str) -> ModelError:
     """The error that an integral over the named sites diverges.
 
     :param names: names of the sites, in any number.
@@ -27,7 +30,7 @@ def divergence_error(names, why):
     )
 
 
-def falling_sites(integrand):
+def falling_sites(integrand: Integrand) -> list[str]:
     """Real sites in which the energy has no positive curvature at the origin; all if there is none.
 
     :param Integrand integrand: the density, with concrete values.

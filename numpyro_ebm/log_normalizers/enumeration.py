@@ -18,12 +18,14 @@ import numpy as np
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sites
+from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks
+from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.finite_supports import joint_states, num_joint_states
 from numpyro_ebm.samplers.gaussian_conditional import expand_quadratic
-from numpyro_ebm.samplers.gibbs_blocks import plan_block
+from numpyro_ebm.samplers.gibbs_blocks import Block, plan_block
 from numpyro_ebm.samplers.positions import flatten_sites
 
 __all__ = ["gaussian_block", "run_enumeration", "why_not_enumeration"]
@@ -31,7 +33,7 @@ __all__ = ["gaussian_block", "run_enumeration", "why_not_enumeration"]
 CHUNK = 16_384  # points that are evaluated at once
 
 
-def why_not_enumeration(integrand, options):
+def why_not_enumeration(integrand: Integrand, options: Options) -> str | None:
     """Why enumeration does not apply: a sentence, or ``None``.
 
     :param Integrand integrand: the density.
@@ -56,7 +58,7 @@ def why_not_enumeration(integrand, options):
     return None
 
 
-def gaussian_block(integrand):
+def gaussian_block(integrand: Integrand) -> Block:
     """The block of all real sites, if they are jointly Gaussian given the discrete ones.
 
     :raises ModelError: if they are not.
@@ -68,7 +70,7 @@ def gaussian_block(integrand):
     return plan_block(integrand.log_density, like, integrand.real, {})
 
 
-def run_enumeration(rng_key, integrand, options):
+def run_enumeration(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNormalizer:
     """log Z of every problem of a density by enumeration.
 
     :param rng_key: not looked at.

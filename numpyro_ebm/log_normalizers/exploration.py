@@ -20,8 +20,11 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers.base_measure import draw_base_measure
 from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sites
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.log_normalizers.path import Path, Tuning, sweep_particles
+from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["Exploration", "explore"]
 
@@ -57,13 +60,20 @@ class Exploration(NamedTuple):
     """
 
     cloud: Gaussian
-    position: dict
+    position: SiteValues
     points: jax.Array
     is_there: jax.Array
     growth: jax.Array
 
 
-def explore(rng_key, integrand, moved, blocks, *, is_diagonal=False):
+def explore(
+    rng_key: jax.Array,
+    integrand: Integrand,
+    moved: tuple[str, ...],
+    blocks: tuple[Block, ...],
+    *,
+    is_diagonal: bool = False,
+) -> Exploration:
     """Run chains at a density until their cloud settles.
 
     :param rng_key: random key.
@@ -81,12 +91,14 @@ def explore(rng_key, integrand, moved, blocks, *, is_diagonal=False):
     def log_densities(position):
         return jnp.zeros(()), integrand.log_density(position)
 
-    path = Path(log_densities, None, moved, blocks, None, integrand.num_problems)
+    def draw(rng_key, num):
+        return _starting_points(rng_key, integrand, num)
+
+    path = Path(log_densities, draw, moved, blocks, None, integrand.num_problems)
 
     @jax.jit
     def run():
-        position = _starting_points(key_start, integrand, num)
-        found = _settle(key_run, path, position, integrand.real, is_diagonal)
+        found = _settle(key_run, path, path.draw(key_start, num), integrand.real, is_diagonal)
         return found, _are_moderate(integrand, found.position)
 
     found, are_moderate = run()

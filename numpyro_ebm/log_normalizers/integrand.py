@@ -9,7 +9,9 @@ share their log Z are so many points evaluated at once; where every row has a lo
 point i belongs to row i modulo their number.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,11 @@ from numpyro_ebm.log_normalizers.shared_rows import (
     rows_differ,
 )
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.reading import read_fixed_model, read_model
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["Integrand", "read_integrand"]
 
@@ -45,7 +50,13 @@ class Integrand:
     - **data** - observed values of unconditioned real sites, unconstrained, rows leading.
     """
 
-    def __init__(self, row_model, is_shared, data, marginal=None):
+    def __init__(
+        self,
+        row_model: RowModel,
+        is_shared: bool,
+        data: SiteValues,
+        marginal: ExactMarginal | None = None,
+    ):
         self.row_model, self.is_shared, self.data = row_model, is_shared, data
         self.num_problems = 1 if is_shared else row_model.num_rows
         self.marginal = marginal
@@ -53,7 +64,7 @@ class Integrand:
         self.discrete = () if marginal else tuple(sorted(row_model.latent))
         self.proper = _proper_sites(row_model, (*self.real, *self.discrete))
 
-    def sum_out(self, names=None):
+    def sum_out(self, names: Sequence[str] | None = None) -> "Integrand":
         """The same with sites summed or integrated out; raises ModelError if that is too much.
 
         :param names: names of the sites; the discrete ones if ``None``.
@@ -64,24 +75,24 @@ class Integrand:
         return Integrand(row_model, self.is_shared, data, marginal)
 
     @property
-    def flat_real(self):
+    def flat_real(self) -> tuple[str, ...]:
         """Names of the real sites with an improper base measure."""
         return tuple(name for name in self.real if name not in self.proper)
 
     @property
-    def num_real(self):
+    def num_real(self) -> int:
         """Number of real coordinates."""
         return len(self.coordinate_names())
 
-    def coordinate_names(self):
+    def coordinate_names(self) -> list[str]:
         """The site of every real coordinate, sites in the order of ``real``."""
         return [name for name in self.real for _ in range(self.size(name))]
 
-    def size(self, name):
+    def size(self, name: str) -> int:
         """Number of coordinates of a site in a row."""
         return int(np.size(self._one_point[name]))
 
-    def values(self, name):
+    def values(self, name: str) -> np.ndarray:
         """The values of one coordinate of a discrete site."""
         return support_values(self.row_model.latent[name], "log_normalizer")
 
@@ -96,15 +107,15 @@ class Integrand:
             if name in (*self.real, *self.discrete)
         }
 
-    def placeholder(self, num):
+    def placeholder(self, num: int) -> SiteValues:
         """A position of ``num`` points."""
         return {k: jnp.broadcast_to(x, (num, *x.shape)) for k, x in self._one_point.items()}
 
-    def log_density(self, position):
+    def log_density(self, position: SiteValues) -> jax.Array:
         """The unnormalised log-density, of shape (n,)."""
         return self.over_rows(lambda rows: self._log_densities(rows)[1])(position)
 
-    def log_densities(self, position):
+    def log_densities(self, position: SiteValues) -> tuple[jax.Array, jax.Array]:
         """Log-densities of the proper part of the base measure and of the model, (n,) each.
 
         The flat measure of discrete sites counts as uniform.
@@ -131,7 +142,9 @@ class Integrand:
         density = jnp.broadcast_to(density, shape)
         return jnp.broadcast_to(base, shape).astype(density.dtype), density
 
-    def over_rows(self, fn, keys=None):
+    def over_rows(
+        self, fn: Callable[..., Any], keys: jax.Array | None = None
+    ) -> Callable[..., Any]:
         """Turn a function of one plate of rows into one of any number of points.
 
         :param fn: maps positions with rows leading (and a key) to arrays with rows leading.
@@ -158,7 +171,15 @@ class Integrand:
         return mapped
 
 
-def read_integrand(rng_key, model, args, kwargs, *, unconditioned=True, is_shared=None):
+def read_integrand(
+    rng_key: jax.Array,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    unconditioned: bool = True,
+    is_shared: bool | None = None,
+) -> Integrand:
     """Read a fixed model for its log Z.
 
     :param rng_key: random key.

@@ -5,21 +5,25 @@ r"""Log-likelihoods of held-out rows under a fixed energy-based model.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import methods
 from numpyro_ebm.log_normalizers.divergence import divergence_error
 from numpyro_ebm.log_normalizers.integrand import read_integrand
-from numpyro_ebm.log_normalizers.methods import Options, run_method
+from numpyro_ebm.log_normalizers.methods import MethodName, run_method
+from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_fixed_model, read_model
+from numpyro_ebm.types import Model
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 
@@ -39,8 +43,14 @@ class LogLikelihood(NamedTuple):
 
 
 def log_likelihood(
-    rng_key, model, *args, log_normalizer=None, with_error=False, method=None, **kwargs
-):
+    rng_key: jax.Array,
+    model: Model,
+    *args: Any,
+    log_normalizer: LogNormalizer | ArrayLike | None = None,
+    with_error: bool = False,
+    method: MethodName | Sequence[MethodName] | None = None,
+    **kwargs: Any,
+) -> jax.Array | LogLikelihood:
     r"""Log-likelihood of observed rows under a fixed energy-based model.
 
     .. math:: \log p(v) = \log \int \tilde p(v, h; θ)\, dh - \log Z

@@ -11,29 +11,33 @@ A method is two functions in a file of its own and an entry in ``METHODS``, from
 :func:`log_normalizer`, log-likelihoods and posteriors take it.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import not_jax_tracer
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.ais import run_ais
 from numpyro_ebm.log_normalizers.comparison import best_of
 from numpyro_ebm.log_normalizers.enumeration import run_enumeration, why_not_enumeration
-from numpyro_ebm.log_normalizers.integrand import read_integrand
+from numpyro_ebm.log_normalizers.integrand import Integrand, read_integrand
+from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.quadrature import (
     quadrature_rank,
     run_quadrature,
     why_not_quadrature,
 )
+from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.smc import run_smc
 from numpyro_ebm.log_normalizers.visible_grid import quadrature_of_parameters
+from numpyro_ebm.types import Model
 
-__all__ = ["METHODS", "Method", "Options", "log_normalizer", "run_method"]
+__all__ = ["METHODS", "Method", "MethodName", "log_normalizer", "run_method"]
 
 
 class Method(NamedTuple):
@@ -48,13 +52,15 @@ class Method(NamedTuple):
       method serves :class:`~numpyro_ebm.normalized`.
     """
 
-    run: Callable
-    why_not: Callable = lambda integrand, options: None
-    rank: Callable | None = None
-    of_parameters: Callable | None = None
+    run: Callable[..., LogNormalizer]
+    why_not: Callable[..., str | None] = lambda integrand, options: None
+    rank: Callable[..., float] | None = None
+    of_parameters: Callable[..., ArrayLike] | None = None
 
 
-METHODS = {
+MethodName: TypeAlias = Literal["enumerate", "quadrature", "ais", "smc"]
+
+METHODS: dict[str, Method] = {
     "enumerate": Method(
         run_enumeration,
         why_not_enumeration,
@@ -74,17 +80,17 @@ METHODS = {
 
 
 def log_normalizer(
-    rng_key,
-    model,
-    *args,
-    method=None,
-    num_particles=None,
-    num_sweeps=None,
-    num_temperatures=500,
-    num_replicates=16,
-    max_states=1_048_576,
-    **kwargs,
-):
+    rng_key: jax.Array,
+    model: Model,
+    *args: Any,
+    method: MethodName | Sequence[MethodName] | None = None,
+    num_particles: int | None = None,
+    num_sweeps: int | None = None,
+    num_temperatures: int = 500,
+    num_replicates: int = 16,
+    max_states: int = 1_048_576,
+    **kwargs: Any,
+) -> LogNormalizer:
     r"""log Z of a fixed energy-based model, for one row, with its error.
 
     .. math:: \log Z = \log \int\!\!\int \tilde p(v, h; θ)\, dh\, dv
@@ -177,25 +183,9 @@ def log_normalizer(
     return results[0] if method is None or isinstance(method, str) else best_of(results)
 
 
-class Options(NamedTuple):
-    """Numbers that :func:`log_normalizer` takes; ``None`` for what depends on the method."""
-
-    num_particles: int | None = None
-    num_sweeps: int | None = None
-    num_temperatures: int = 500
-    num_replicates: int = 16
-    max_states: int = 1_048_576
-
-    def check(self):
-        """Raise unless they are numbers that can be worked with."""
-        least = dict(num_particles=2, num_sweeps=1, num_temperatures=1, num_replicates=2)
-        for name, number in self._asdict().items():
-            if number is None and name in ("num_particles", "num_sweeps"):
-                continue
-            check_integer("log_normalizer", least.get(name, 1), **{name: number})
-
-
-def run_method(rng_key, integrand, name, options):
+def run_method(
+    rng_key: jax.Array, integrand: Integrand, name: str | None, options: Options
+) -> LogNormalizer:
     """log Z of an integrand by one method, or by the first of those that can serve if ``None``.
 
     :param rng_key: random key.

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import logsumexp
 
+from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.particles import by_problem
 
 __all__ = ["Mixture", "fit_mixture"]
@@ -47,7 +48,7 @@ class Mixture(NamedTuple):
     whiteners: jax.Array
     offsets: jax.Array
 
-    def log_prob(self, x):
+    def log_prob(self, x: jax.Array) -> jax.Array:
         """Normalised log-density of points (n, D), of shape (n,)."""
         size = x.shape[-1]
         # One product of matrices for all components.
@@ -60,7 +61,7 @@ class Mixture(NamedTuple):
         total = logsumexp(log_weights - half * jnp.log1p(square / DEGREES), -1)
         return jnp.reshape(total, len(x))
 
-    def sample(self, rng_key, num):
+    def sample(self, rng_key: jax.Array, num: int) -> jax.Array:
         """Draw ``num`` points, (num, D)."""
         key_which, key_normal, key_scale = jax.random.split(rng_key, 3)
         problems, _, size = self.centers.shape
@@ -75,7 +76,9 @@ class Mixture(NamedTuple):
         return jnp.reshape(x, (each * problems, size))
 
 
-def fit_mixture(rng_key, cloud, points, is_there, wide_weight):
+def fit_mixture(
+    rng_key: jax.Array, cloud: Gaussian, points: jax.Array, is_there: jax.Array, wide_weight: float
+) -> Mixture:
     """Fit a mixture to points.
 
     :param rng_key: random key.

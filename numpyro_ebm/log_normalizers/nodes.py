@@ -13,14 +13,18 @@ Weideman, *The exponentially convergent trapezoidal rule*, SIAM Review 2014.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
+from jax.typing import ArrayLike
 
 from numpyro_ebm.model.finite_supports import grid
+from numpyro_ebm.types import LogDensity
 
 __all__ = [
     "NODES_AT_ONCE",
@@ -39,7 +43,7 @@ NODES_AT_ONCE = 65_536
 """Nodes that :func:`log_sum_over_rows` evaluates at the same time."""
 
 
-def sinh_nodes(num_nodes, reach=REACH):
+def sinh_nodes(num_nodes: int, reach: float = REACH) -> tuple[np.ndarray, np.ndarray]:
     r"""Nodes :math:`\sinh t` of a quadrature over the real line, and their log-weights.
 
     :param int num_nodes: their number.
@@ -51,7 +55,9 @@ def sinh_nodes(num_nodes, reach=REACH):
     return np.sinh(t), np.log(2 * limit / (num_nodes - 1) * np.cosh(t))
 
 
-def quadrature_nodes(center, scale, num_nodes):
+def quadrature_nodes(
+    center: ArrayLike, scale: ArrayLike, num_nodes: int
+) -> tuple[np.ndarray | jax.Array, jax.Array]:
     """Nodes and log-weights of a quadrature around a point.
 
     :param center: where the nodes are densest.
@@ -72,7 +78,9 @@ def quadrature_nodes(center, scale, num_nodes):
     return center + scale * nodes, jnp.log(scale) + log_weights
 
 
-def weighted_grid(columns, log_weights, xp=np):
+def weighted_grid(
+    columns: Sequence[Any], log_weights: Sequence[Any], xp: Any = np
+) -> tuple[Any, Any]:
     """All combinations of the nodes of several coordinates, and the sums of their log-weights.
 
     :param list columns: nodes of each coordinate.
@@ -84,7 +92,9 @@ def weighted_grid(columns, log_weights, xp=np):
     return grid(columns, xp), totals
 
 
-def log_sum_over_rows(log_density, nodes, log_weights, num_rows):
+def log_sum_over_rows(
+    log_density: LogDensity, nodes: jax.Array, log_weights: jax.Array, num_rows: int
+) -> jax.Array:
     """log Σ_m w_m p̃(x_m), with the nodes spread over the rows of a plate.
 
     :param log_density: maps (rows, coordinates) to (rows,), row by row.
@@ -107,7 +117,7 @@ def log_sum_over_rows(log_density, nodes, log_weights, num_rows):
     return logsumexp(values.reshape(-1) + log_weights)
 
 
-def log_sum_in_chunks(log_terms, nodes, chunk):
+def log_sum_in_chunks(log_terms: Callable[..., jax.Array], nodes: Any, chunk: int) -> jax.Array:
     """log Σ_m exp(log_terms(x_m)) over very many nodes, a chunk of them at a time.
 
     The sum of a chunk is rounded before it joins the others, so that in single precision a million

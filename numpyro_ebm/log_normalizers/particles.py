@@ -9,6 +9,7 @@ particle filtering*, 2005.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,23 @@ from jax.nn import softmax
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm._compat import systematic
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["by_problem", "log_mean_weight", "resample", "to_particles"]
 
 
-def by_problem(x, like):
+def by_problem(x: jax.Array, like: Any) -> jax.Array:
     """Particles (n, ...) as (particles, problems, ...), with the problems of ``like``."""
     return jnp.reshape(x, (-1, jnp.shape(like)[0], *jnp.shape(x)[1:]))
 
 
-def to_particles(x, num):
+def to_particles(x: jax.Array, num: int) -> jax.Array:
     """What every problem has, (problems, ...), for each of ``num`` particles."""
     repeated = jnp.broadcast_to(x, (num // len(x), *jnp.shape(x)))
     return jnp.reshape(repeated, (num, *jnp.shape(x)[1:]))
 
 
-def log_mean_weight(log_weights):
+def log_mean_weight(log_weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""log of the mean of independent unbiased estimates, its standard error, and their ESS.
 
     .. math:: \log \frac1N \sum_i w_i, \qquad
@@ -55,7 +57,9 @@ def log_mean_weight(log_weights):
     return total - math.log(num), mcse, ess
 
 
-def resample(rng_key, position, log_ratio, delta):
+def resample(
+    rng_key: jax.Array, position: SiteValues, log_ratio: jax.Array, delta: jax.Array
+) -> tuple[SiteValues, jax.Array]:
     """Weigh the particles of every run, and resample them systematically.
 
     :param rng_key: random key.

@@ -19,12 +19,15 @@ import blackjax
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.particles import by_problem, to_particles
 from numpyro_ebm.samplers.block_gibbs import draw_block
+from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.per_row import per_row
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import LogDensity, SiteValues
 
 __all__ = ["Path", "Tuning", "sweep_particles"]
 
@@ -37,21 +40,21 @@ class Path(NamedTuple):
 
     - **log_densities** - maps positions, a dict of arrays of shape (n, ...), to the normalised
       log-density of the reference and the log-density of the target, of shape (n,) each.
-    - **draw** - ``(rng_key, n) -> position``, independent draws of the reference.
+    - **draw** - ``(rng_key, n) -> position``, where particles start: draws of the reference.
     - **real** - names of the sites that MALA moves.
     - **blocks** - blocks of sites that are drawn from their conditionals.
     - **precondition** - :class:`Gaussian` in whose coordinates MALA moves, or ``None``.
     - **num_problems** - how many log Z there are.
     """
 
-    log_densities: Callable
-    draw: Callable | None
-    real: tuple
-    blocks: tuple
+    log_densities: Callable[..., tuple[jax.Array, jax.Array]]
+    draw: Callable[..., SiteValues]
+    real: tuple[str, ...]
+    blocks: tuple[Block, ...]
     precondition: Gaussian | None
     num_problems: int = 1
 
-    def tempered(self, beta):
+    def tempered(self, beta: ArrayLike) -> LogDensity:
         """The log-density at inverse temperatures ``beta``, a scalar or of shape (n,)."""
 
         def log_density(position):
@@ -60,7 +63,7 @@ class Path(NamedTuple):
 
         return log_density
 
-    def log_ratio(self, position):
+    def log_ratio(self, position: SiteValues) -> jax.Array:
         """Target over reference, of shape (n,)."""
         reference, target = self.log_densities(position)
         return target - reference
@@ -77,7 +80,16 @@ class Tuning(NamedTuple):
     scale: jax.Array
 
 
-def sweep_particles(rng_key, path, position, beta, tuning, num_sweeps, *, adapt=False):
+def sweep_particles(
+    rng_key: jax.Array,
+    path: Path,
+    position: SiteValues,
+    beta: jax.Array,
+    tuning: Tuning | None,
+    num_sweeps: int,
+    *,
+    adapt: bool = False,
+) -> tuple[SiteValues, Tuning | None]:
     """Move all particles ``num_sweeps`` times at inverse temperature ``beta``.
 
     :param rng_key: random key.

@@ -23,7 +23,9 @@ from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import ModelError, QuadratureWarning
 from numpyro_ebm.log_normalizers.divergence import divergence_error
 from numpyro_ebm.log_normalizers.exploration import explore
+from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.log_normalizers.nodes import REACH, sinh_nodes, weighted_grid
+from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import integrable
 from numpyro_ebm.samplers.positions import flatten_sites
@@ -40,7 +42,7 @@ TOLERANCE = 1e-3  # an error that is worth a warning
 DIVERGES = 0.05  # growth of log Z far out that is no rounding error
 
 
-def why_not_quadrature(integrand, options):
+def why_not_quadrature(integrand: Integrand, options: Options) -> str | None:
     """Why a quadrature does not apply: a sentence, or ``None``.
 
     :param Integrand integrand: the density.
@@ -60,7 +62,7 @@ def why_not_quadrature(integrand, options):
     return None
 
 
-def quadrature_rank(integrand):
+def quadrature_rank(integrand: Integrand) -> float:
     """After enumeration, which has no error, where real sites are integrated in closed form."""
     return 2 if integrand.num_real <= MOST_REAL else 3.5
 
@@ -73,7 +75,7 @@ def _on_nodes(integrand):
     return integrand.sum_out(names) if names else integrand
 
 
-def run_quadrature(rng_key, integrand, options):
+def run_quadrature(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNormalizer:
     """log Z of every problem of a density by quadrature.
 
     :param rng_key: random key of the chains that look for the mass.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An estimate of log Z, with its error."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.typing import ArrayLike
 
@@ -32,4 +32,4 @@ class LogNormalizer(NamedTuple):
     ess: ArrayLike
     method: str
     bias: str = "unknown"
-    diagnostics: dict | None = None
+    diagnostics: dict[str, Any] | None = None

@@ -21,8 +21,9 @@ from jax import lax
 
 from numpyro_ebm._compat import dichotomy, ess_solver
 from numpyro_ebm.log_normalizers.particles import by_problem, resample, to_particles
-from numpyro_ebm.log_normalizers.path import Tuning, sweep_particles
+from numpyro_ebm.log_normalizers.path import Path, Tuning, sweep_particles
 from numpyro_ebm.samplers.positions import flatten_sites
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["AnnealingSchedule", "adaptive_schedule"]
 
@@ -43,7 +44,9 @@ class AnnealingSchedule(NamedTuple):
     num_temperatures: jax.Array
 
 
-def adaptive_schedule(rng_key, path, num_particles, num_sweeps, target_ess):
+def adaptive_schedule(
+    rng_key: jax.Array, path: Path, num_particles: int, num_sweeps: int, target_ess: float
+) -> tuple[AnnealingSchedule, SiteValues]:
     """Run adaptive tempered SMC once to find temperatures and tuning.
 
     :param rng_key: random key.
@@ -60,7 +63,7 @@ def adaptive_schedule(rng_key, path, num_particles, num_sweeps, target_ess):
     dtype = jax.eval_shape(path.log_ratio, position).dtype
     size = MOST_TEMPERATURES + 1, path.num_problems
     tuning, tunings = None, None
-    if path.real:
+    if path.precondition is not None:
         dimension = path.precondition.center.shape[1]
         tuning = Tuning(
             jnp.full(path.num_problems, -math.log(dimension) / 3, dtype),
@@ -84,7 +87,7 @@ def adaptive_schedule(rng_key, path, num_particles, num_sweeps, target_ess):
         new = jax.vmap(furthest, (1, 0))(log_ratio, old)
         new = jnp.where(jnp.all(log_ratio == -jnp.inf, 0), jnp.nan, new).astype(dtype)
         position, _ = resample(key_resample, position, log_ratio, new - old)
-        if path.real:
+        if path.precondition is not None:
             flat = path.precondition.standardize(flatten_sites(position, path.real)[0])
             scale = jnp.std(by_problem(flat, old), 0)
             tuning = tuning._replace(scale=jnp.where(scale > 0, scale, tuning.scale))

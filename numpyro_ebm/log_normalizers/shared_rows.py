@@ -6,6 +6,9 @@ r"""Whether all rows of a fixed model share their log Z, and the model cut down 
 depends on the row n where the energy reads covariates x, or an array that the model closes over.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +20,15 @@ from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.finite_supports import finite_values
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["covariates_of", "placeholder_rows", "read_one_row", "rows_differ"]
 
 
-def read_one_row(model, labels, args, kwargs):
+def read_one_row(
+    model: Model, labels: Iterable[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RowModel | None:
     """The model on one row, if its rows come from nothing but some of its arguments.
 
     :param model: a model with fixed parameters.
@@ -41,7 +48,7 @@ def read_one_row(model, labels, args, kwargs):
     return row_model if row_model.num_rows == 1 else None
 
 
-def covariates_of(row_model, args, kwargs):
+def covariates_of(row_model: RowModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Labels of arguments with a value for every row that the density of its sites reads."""
     arrays, rebuild = provenance._labelled_arguments(args, kwargs)
     values = {name: site.value for name, site in row_model.sites.items()}
@@ -56,7 +63,7 @@ def covariates_of(row_model, args, kwargs):
     return sorted(label for label in read_by if arrays[label].shape[0] in rows)
 
 
-def rows_differ(row_model):
+def rows_differ(row_model: RowModel) -> bool:
     """Whether rows have densities of their own, of which a closed-over array may be the reason.
 
     Every row is given the same random points; parameters that are traced tell no difference.
@@ -88,7 +95,7 @@ def rows_differ(row_model):
     return bool(np.any(np.abs(np.asarray(values) - first) > 1e-3 * (1 + np.abs(first))))
 
 
-def placeholder_rows(row_model):
+def placeholder_rows(row_model: RowModel) -> SiteValues:
     """Placeholders of all sites, rows leading, real ones in unconstrained coordinates."""
     return row_model.to_rows(
         {

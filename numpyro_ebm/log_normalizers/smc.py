@@ -19,14 +19,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.log_normalizers.annealing import anneal
+from numpyro_ebm.log_normalizers.integrand import Integrand
+from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.particles import by_problem, resample, to_particles
-from numpyro_ebm.log_normalizers.path import sweep_particles
+from numpyro_ebm.log_normalizers.path import Path, sweep_particles
 from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
 
 __all__ = ["run_smc", "sequential_monte_carlo"]
 
 
-def run_smc(rng_key, integrand, options):
+def run_smc(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNormalizer:
     """log Z of every problem of a density by SMC.
 
     :param rng_key: random key.
@@ -48,7 +51,14 @@ def run_smc(rng_key, integrand, options):
     return LogNormalizer(value, mcse, ess * num_particles, "smc", "below", diagnostics)
 
 
-def sequential_monte_carlo(rng_key, path, schedule, num_particles, num_sweeps, num_replicates):
+def sequential_monte_carlo(
+    rng_key: jax.Array,
+    path: Path,
+    schedule: AnnealingSchedule,
+    num_particles: int,
+    num_sweeps: int,
+    num_replicates: int,
+) -> jax.Array:
     """Run tempered SMC along a schedule, several times.
 
     :param rng_key: random key.

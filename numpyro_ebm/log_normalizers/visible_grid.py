@@ -11,6 +11,7 @@ looks for the mass itself.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,11 @@ from numpyro_ebm.log_normalizers.nodes import (
     weighted_grid,
 )
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.resize import with_rows
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Params
 
 __all__ = [
     "has_real_coordinates",
@@ -40,7 +44,9 @@ __all__ = [
 MOST_REAL = 2  # real coordinates
 
 
-def why_not_visible_grid(row_model, num_nodes, max_states, who):
+def why_not_visible_grid(
+    row_model: RowModel, num_nodes: int, max_states: int, who: str
+) -> str | None:
     """Why the sum over the visible sites is too much: a sentence, or ``None``.
 
     :param RowModel row_model: the model.
@@ -66,7 +72,9 @@ def why_not_visible_grid(row_model, num_nodes, max_states, who):
     return None
 
 
-def quadrature_of_parameters(row_model, params, num_nodes, max_states):
+def quadrature_of_parameters(
+    row_model: RowModel, params: Params, num_nodes: int, max_states: int
+) -> jax.Array:
     """log Z(θ) of the rows of a model whose latent sites an exact marginal covers.
 
     :param RowModel row_model: the model, read at the data.
@@ -77,23 +85,32 @@ def quadrature_of_parameters(row_model, params, num_nodes, max_states):
     :raises ModelError: if there are too many coordinates or states, or latent sites that no exact
         marginal covers.
     """
+    marginal: Any = None
     try:
         marginal = exact_marginal(row_model)
         why_not = why_not_visible_grid(row_model, num_nodes, max_states, "log_normalizer")
     except ModelError as error:
-        marginal, why_not = None, str(error)
+        why_not = str(error)
     if why_not is not None:
         why_not = why_not.removesuffix(".")
         raise ModelError(f"log_normalizer: method='quadrature' does not apply: {why_not}.")
     return sum_over_visible(params, row_model, marginal, num_nodes)
 
 
-def has_real_coordinates(row_model):
+def has_real_coordinates(row_model: RowModel) -> bool:
     """Whether log Z has the error of a quadrature."""
     return not all(site.is_discrete for site in row_model.visible.values())
 
 
-def sum_over_visible(params, row_model, marginal, num_nodes, *, every=1, reach=np.inf):
+def sum_over_visible(
+    params: Params,
+    row_model: RowModel,
+    marginal: Marginal,
+    num_nodes: int,
+    *,
+    every: int = 1,
+    reach: float = np.inf,
+) -> jax.Array:
     """log Z(θ) of the rows of a model.
 
     :param dict params: parameter values by name.

@@ -2,6 +2,7 @@
 """A law over every method of the registry: log Z of a system, or the reason why not."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import numpyro_ebm as ebm
-from numpyro_ebm.log_normalizers.methods import METHODS
+from numpyro_ebm.log_normalizers.methods import METHODS, MethodName
 
 BONDS = np.array([[0.0, 0.8, -0.5], [0.0, 0.0, 1.1], [0.0, 0.0, 0.0]])
 BITS = np.indices((2, 2, 2)).reshape(3, -1).T
@@ -45,6 +46,10 @@ SYSTEMS = {
 @pytest.mark.parametrize(
     "system", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("gumbel", "gamma")), "bits"]
 )
+def test_the_type_of_methods_names_them_all():
+    assert set(get_args(MethodName)) == set(METHODS)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_log_z_is_right_within_its_error_or_refused(method, system):
     model, truth = SYSTEMS[system]
