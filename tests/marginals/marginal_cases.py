@@ -11,6 +11,7 @@ from oracles import flat, jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.marginals import choose
 from numpyro_ebm.model.reading import read_model
 
 
@@ -87,3 +88,12 @@ def units(data, *, num_hidden=3, site=None, energy=None):
         field = v @ W
         coupled = jnp.sum(field * h, -1) if energy is None else energy(field, h)
         ebm.energy("E", 0.5 * jnp.sum(v**2, -1) - coupled)
+
+
+def gaussian_latents(model, params, data):
+    """The row log-density of the marginal that is the default of a model."""
+    data = jnp.asarray(data)
+    row_model = read_model(model, (data,), {}, params)
+    marginal = choose(row_model)
+    assert isinstance(marginal, ebm.GaussianLatents)
+    return lambda p, v: marginal.log_density(row_model, p, {"v": v})

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real latents integrated in closed form, against quadrature and the closed forms of Gaussians.
-
-A model with latents is compared with the same model without them, its energy being minus the
-logarithm of the integral: whatever the library says of the one it has to say of the other.
-"""
+"""Real latents integrated in closed form, against quadrature and the closed forms of Gaussians."""
 
 import itertools
 
@@ -12,19 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import oracles
 import pytest
-from conftest import assert_mean
 from jax.nn import logsumexp
-from numpyro.distributions import constraints
-from numpyro.infer import MCMC
-from numpyro.infer.util import log_density
+from marginal_cases import gaussian_latents
 from oracles import jit
-from registry.objectives import OBJECTIVES
 
 import numpyro_ebm as ebm
-from numpyro_ebm.marginals import choose, exact_marginal
-from numpyro_ebm.mcmc import choose_kernel
+from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -46,15 +36,6 @@ def nested(log_density, params, v):
     return of_rows(params), jax.jacfwd(of_rows)(params)
 
 
-def library(model, params, data):
-    """The row log-density of the marginal that is the default of a model."""
-    data = jnp.asarray(data)
-    row_model = read_model(model, (data,), {}, params)
-    marginal = choose(row_model)
-    assert isinstance(marginal, ebm.GaussianLatents)
-    return lambda p, v: marginal.log_density(row_model, p, {"v": v})
-
-
 def assert_integral(model, log_joint, params, data, latents, tolerance=1e-8):
     """The default marginal against a sum over a grid of all latents of a row, to third order."""
     grid = [jnp.asarray(x) for x in zip(*itertools.product(*latents), strict=True)]
@@ -63,7 +44,7 @@ def assert_integral(model, log_joint, params, data, latents, tolerance=1e-8):
     def quadrature(p, v):
         return logsumexp(jax.vmap(lambda *h: log_joint(p, v, *h))(*grid), 0) + np.log(weight)
 
-    of_library = library(model, params, data)
+    of_library = gaussian_latents(model, params, data)
     found, exact = (
         jit(lambda p, v, f=f: nested(f, p, v))(params, jnp.asarray(data))
         for f in (of_library, quadrature)
@@ -158,7 +139,7 @@ def test_a_hidden_plate_and_a_prior_with_a_covariance():
 
     exact = dist.MultivariateNormal(jnp.ones(2), cov + jnp.eye(2)).log_prob(DATA)
     exact = exact + np.log(2 * np.pi) + 0.5 * np.sum(W**2) * DATA[:, 0] ** 2
-    found = library(model, {}, DATA)({}, jnp.asarray(DATA))
+    found = gaussian_latents(model, {}, DATA)({}, jnp.asarray(DATA))
     np.testing.assert_allclose(found, exact, rtol=1e-10)
 
 
@@ -235,320 +216,6 @@ def test_single_precision_far_from_zero():
     exact = dist.Normal(1_000.0, np.sqrt(1.01)).log_prob(data) + 0.5 * np.log(2 * np.pi)
     with jax.enable_x64(False):
         data = jnp.asarray(data, "float32")
-        found = library(model, {}, data)({}, data)
+        found = gaussian_latents(model, {}, data)({}, data)
         assert found.dtype == "float32"
     np.testing.assert_allclose(found, exact, atol=1e-3)
-
-
-# With everything that asks for a marginal: the same model with and without its latent site
-
-
-NOISE = 0.6
-
-
-def with_latent(data):
-    w = numpyro.param("precision", 0.9)
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        h = numpyro.sample("h", dist.Normal(0.0, 1.0))
-        ebm.energy("E", 0.5 * ((v - w * h) / NOISE) ** 2)
-
-
-def without_latent(data):
-    w = numpyro.param("precision", 0.9)
-    variance = w**2 + NOISE**2
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", 0.5 * v**2 / variance + 0.5 * jnp.log(variance / NOISE**2))
-
-
-PAIR = {"precision": 0.9}
-ROWS = np.random.default_rng(2).normal(size=12)
-
-
-FAST = ("ScoreMatching", "NCE", "MaximumLikelihood")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name, member in OBJECTIVES.items()
-        if member.sites == "real" and name != "ContrastiveDivergence"  # whose chains move h as well
-    ],
-)
-def test_every_objective_has_the_loss_of_the_model_without_latents(name):
-    objective = OBJECTIVES[name].make()
-
-    def all_params(model):
-        problem = objective.prepare(KEY, PAIR, model, None, (ROWS,), {})
-        own = dict(objective.own_parameters(KEY, PAIR, problem))
-        for network in objective.networks:
-            own |= network.parameters(KEY, problem)
-        return {**PAIR, **{k: v[0] for k, v in own.items()}}
-
-    params = all_params(without_latent)
-
-    def of(model):
-        loss = lambda p: objective.loss(KEY, p, model, None, ROWS)  # noqa: E731
-        return jit(jax.value_and_grad(loss))(params)
-
-    found, exact = of(with_latent), of(without_latent)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-9)
-
-
-def test_stein_test_and_adequacy_are_those_of_the_model_without_latents():
-    found, exact = (
-        ebm.stein_test(KEY, ebm.fixed(model, PAIR), ROWS, num_bootstrap=200)
-        for model in (with_latent, without_latent)
-    )
-    np.testing.assert_allclose(found.statistic, exact.statistic, rtol=1e-10)
-    np.testing.assert_allclose(found.null, exact.null, rtol=1e-9)
-    assert found.p_value == exact.p_value
-
-
-def test_energy_svi_learns_without_a_guide():
-    import optax
-
-    data = 1.5 * jax.random.normal(KEY, (500,))
-    svi = ebm.EnergySVI(with_latent, None, optax.adam(0.02), ebm.ScoreMatching())
-    fit = svi.run(KEY, 600, data, progress_bar=False)
-    exact = np.sqrt(np.mean(data**2) - NOISE**2)  # score matching of a Gaussian is its likelihood
-    np.testing.assert_allclose(np.abs(fit.params["precision"]), exact, rtol=1e-4)
-
-
-# Chains and log Z: a double well with Gaussian latents, some given the discrete ones
-
-
-def well(num_rows=1, observed=None):
-    """v moves between two wells; h is Gaussian given v, and bends with it."""
-    with numpyro.plate("data", num_rows):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=observed)
-        h = numpyro.sample("h", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-        k = numpyro.sample("k", ebm.Counting(2, (1,)))[:, 0]
-        ebm.energy("E", (v**2 - 1) ** 2 + 0.5 * jnp.sum((h - v[:, None]) ** 2, -1) * v**2 - k * v)
-
-
-def well_log_density(v):
-    """log ∫ dh Σ_k, up to nothing."""
-    integral = -0.5 * v**4 / (1 + v**2) - 0.5 * np.log1p(v**2)
-    return -((v**2 - 1) ** 2) + 3 * integral + np.logaddexp(0.0, v)
-
-
-WELL = np.linspace(-6.0, 6.0, 4_001)
-WELL_WEIGHTS = np.exp(well_log_density(WELL)) * (WELL[1] - WELL[0])
-
-
-def test_log_z_integrates_gaussian_sites_before_the_quadrature():
-    model = ebm.fixed(well, {})
-    found = ebm.log_normalizer(KEY, model)
-    assert found.method == "quadrature"
-    np.testing.assert_allclose(found.value, np.log(WELL_WEIGHTS.sum()), rtol=1e-8)
-    v = jnp.linspace(-2.0, 2.0, 5)
-    found = ebm.log_likelihood(KEY, model, 5, v, log_normalizer=0.0)
-    np.testing.assert_allclose(found, well_log_density(v), rtol=1e-9)
-
-
-def test_chains_move_on_the_marginal_and_the_latents_are_drawn_exactly():
-    model = ebm.fixed(well, {})
-    kernel = choose_kernel(model, 2)
-    assert isinstance(kernel, ebm.MALA)
-    mcmc = MCMC(kernel, num_warmup=20, num_samples=5, progress_bar=False)
-    mcmc.run(KEY, 2)
-    assert set(mcmc.get_samples()) == {"v"}
-    rows = np.asarray(ebm.to_arviz(mcmc)["sample_stats"]["row_energy"])[0]
-    np.testing.assert_allclose(rows, -well_log_density(mcmc.get_samples()["v"]), rtol=1e-8)
-    draws = ebm.sample(jax.random.key(1), model, 4_000, num_chains=100)
-    assert draws["h"].shape == (4_000, 1, 3) and draws["k"].shape == (4_000, 1, 1)
-    v, h = (np.asarray(draws[name])[:, 0].reshape(100, 40, -1) for name in "vh")
-    weights = WELL_WEIGHTS / WELL_WEIGHTS.sum()
-    assert_mean(v[..., 0], weights @ WELL)
-    assert_mean(v[..., 0] ** 2, weights @ WELL**2)
-    mean = v**3 / (1 + v**2)
-    assert_mean(h - mean, 0.0)
-    assert_mean((h - mean) ** 2 * (1 + v**2), 1.0)
-    assert_mean((h - mean)[..., 0] * (h - mean)[..., 1], 0.0)
-
-
-def test_draws_given_the_visible_values():
-    v = jnp.array([-1.5, 0.5])
-    draws = ebm.sample(KEY, ebm.fixed(well, {}), 2_000, 2, v, num_warmup=5, thinning=1)
-    mean = np.asarray(v) ** 3 / (1 + np.asarray(v) ** 2)
-    h = np.asarray(draws["h"]).reshape(100, 20, 2, 3)
-    assert_mean(h - mean[:, None], 0.0)
-    on = 1 / (1 + np.exp(-np.asarray(v)))
-    assert_mean(np.asarray(draws["k"]).reshape(100, 20, 2) - on, 0.0)
-
-
-def test_posterior_gap_has_the_marginal_in_closed_form():
-    system = oracles.linear_system(num_rows=5)
-    guide = oracles.linear_guide(noise=0.8, shift=0.2)
-    std = oracles.exact_linear_guide()["std"]
-    kl = np.sum(-np.log(0.8) + 0.5 * (0.8**2 + (0.2 / std) ** 2) - 0.5)
-    model = ebm.fixed(oracles.linear_gaussian, system.params)
-    gap = ebm.posterior_gap(KEY, model, guide, {}, jnp.asarray(system.data), num_particles=2_000)
-    assert gap.method == "marginal"
-    exact = [oracles.linear_log_density(system.params, v) for v in system.data]
-    np.testing.assert_allclose(gap.log_marginal, exact, rtol=1e-9)
-    assert np.all(np.abs(gap.kl - kl) < 4 * gap.kl_error)
-
-
-# Posteriors of parameters
-
-
-def bayesian(data):
-    """θ is the precision of v given h: a Gamma prior and no closed form."""
-    theta = numpyro.sample("theta", dist.Gamma(3.0, 2.0))
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        h = numpyro.sample("h", dist.Normal(0.0, 1.0))
-        ebm.energy("E", 0.5 * theta * (v - h) ** 2)
-
-
-def exact_bayesian(theta, data):
-    prior = dist.Gamma(3.0, 2.0).log_prob(theta)
-    return prior + dist.Normal(0.0, np.sqrt(1 + 1 / theta)).log_prob(data).sum()
-
-
-@pytest.mark.parametrize("log_z", ["enumerate", "quadrature", "known"])
-def test_normalized_integrates_the_latents_out_where_asked(log_z):
-    if log_z == "known":
-        log_z = lambda p: 0.5 * jnp.log(2 * jnp.pi / p["theta"])  # noqa: E731
-    model = ebm.normalized(bayesian, log_z, marginal=ebm.GaussianLatents())
-    for theta in (0.5, 2.0):
-        found, model_trace = log_density(model, (ROWS,), {}, {"theta": jnp.asarray(theta)})
-        assert "h" not in model_trace
-        np.testing.assert_allclose(found, exact_bayesian(theta, ROWS), rtol=1e-8)
-
-
-def test_generalized_and_exchange_integrate_the_latents_out():
-    from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
-
-    def explicit(data):
-        theta = numpyro.sample("theta", dist.Gamma(3.0, 2.0))
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            ebm.energy("E", 0.5 * v**2 / (1 + 1 / theta) + 0.5 * jnp.log(1 + theta))
-
-    theta = {"theta": jnp.asarray(1.3)}
-    found, exact = (
-        log_density(ebm.generalized(model, ebm.ScoreMatching(), 0.7), (ROWS,), {}, theta)[0]
-        for model in (bayesian, explicit)
-    )
-    np.testing.assert_allclose(found, exact, rtol=1e-9)
-    found, exact = (
-        ExchangeTarget(model, (ROWS,), {}).log_rows(theta, {"v": ROWS})
-        for model in (bayesian, explicit)
-    )
-    np.testing.assert_allclose(found, exact, rtol=1e-9)
-
-
-def test_normalized_keeps_the_latents_where_nothing_is_said():
-    model = ebm.normalized(bayesian)
-    h = 0.3 * ROWS
-    exact = dist.Gamma(3.0, 2.0).log_prob(1.5) + dist.Normal(0.0, 1.0).log_prob(h).sum()
-    exact += dist.Normal(h, np.sqrt(1 / 1.5)).log_prob(ROWS).sum()
-    found, _ = log_density(model, (ROWS,), {}, {"theta": jnp.asarray(1.5), "h": h})
-    np.testing.assert_allclose(found, exact, rtol=1e-8)
-    with pytest.raises(ebm.ModelError, match="an exact one"):
-        ebm.normalized(bayesian, marginal=ebm.VaGES())
-
-
-# What is refused
-
-
-def refused(energy, latent=ebm.Lebesgue, **options):
-    def model(data):
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
-            h = numpyro.sample("h", latent())
-            ebm.energy("E", 0.5 * jnp.sum(v**2, -1) + energy(v[:, 0], h))
-
-    return read_model(model, (jnp.asarray(DATA),))
-
-
-@jax.custom_jvp
-def square(x):
-    return x**2
-
-
-square.defjvp(lambda x, t: (x[0] ** 2, 2.0 * x[0] * t[0]))
-
-
-@pytest.mark.parametrize(
-    ("energy", "latent", "message"),
-    [
-        (lambda v, h: h**2 + 0.0 * h**4, ebm.Lebesgue, "degree 4"),
-        (lambda v, h: jnp.cosh(h), ebm.Lebesgue, "no polynomial"),
-        (lambda v, h: jnp.where(h > 0, 1.0, 2.0) * h**2, ebm.Lebesgue, "no polynomial"),
-        (lambda v, h: jnp.abs(h - v), ebm.Lebesgue, "no polynomial"),
-        (lambda v, h: h**2 * h**v, ebm.Lebesgue, "no polynomial"),
-        (lambda v, h: h * v, ebm.Lebesgue, "nothing holds them"),
-        (lambda v, h: square(h), ebm.Lebesgue, "custom_jvp"),
-        (lambda v, h: h**2, lambda: dist.StudentT(3.0), "no polynomial"),
-        (lambda v, h: h**2, lambda: ebm.Lebesgue(support=constraints.positive), "'h'.*Positive"),
-        (lambda v, h: h**2, dist.HalfNormal, "'h'"),
-    ],
-)
-def test_what_is_not_proved_to_be_gaussian_is_refused(energy, latent, message):
-    row_model = refused(energy, latent)
-    with pytest.raises(ebm.ModelError, match=f"{message}.*VaGES"):
-        ebm.GaussianLatents().check(row_model, None, 2)
-    with pytest.raises(ebm.ModelError, match=f"No exact marginal.*'h'.*{message}"):
-        exact_marginal(row_model)
-    with pytest.raises(ebm.ModelError, match=r"marginal=VaGES.*guide"):
-        choose(row_model)
-
-
-def test_other_latents_are_refused_too():
-    with pytest.raises(ebm.ModelError, match=r"real latent sites.*'h'"):
-        grbm = read_model(oracles.grbm, (jnp.asarray(DATA),), {"num_hidden": 3})
-        ebm.GaussianLatents().check(grbm, None, 2)
-    with pytest.raises(ebm.ModelError, match="real latent sites"):
-        ebm.GaussianLatents().check(read_model(without_latent, (ROWS,)), None, 2)
-
-    def many(data):
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            s = numpyro.sample("s", ebm.Counting(2, (13,)))
-            h = numpyro.sample("h", ebm.Lebesgue())
-            ebm.energy("E", 0.5 * (v - h) ** 2 + h * jnp.sum(s, -1) * v)
-
-    with pytest.raises(ebm.ModelError, match="8192 joint states.*max_states=4096"):
-        exact_marginal(read_model(many, (ROWS,)))
-
-
-def test_nothing_is_read_off_the_values_at_hand():
-    """A power that happens to be two, and a coefficient that happens to be zero."""
-
-    def model(data, by_power):
-        power = numpyro.param("power", 2.0)
-        quartic = numpyro.param("quartic", 0.0)
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            h = numpyro.sample("h", ebm.Lebesgue())
-            energy = jnp.abs(h) ** power if by_power else h**2 + quartic * h**4
-            ebm.energy("E", 0.5 * v**2 + energy)
-
-    for by_power in (True, False):
-        with pytest.raises(ebm.ModelError, match="No exact marginal"):
-            exact_marginal(read_model(model, (ROWS, by_power)))
-
-
-@pytest.mark.parametrize("correlated", [False, True])
-def test_a_divergent_integral_is_nan(correlated):
-    def model(data):
-        curvature = numpyro.param("curvature", 1.0)
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            h = numpyro.sample("h", ebm.Lebesgue((2,)))
-            cross = 0.5 * h[:, 0] * h[:, 1] if correlated else 0.0
-            bends = h[:, 0] ** 2 + curvature * h[:, 1] ** 2 + cross
-            ebm.energy("E", 0.5 * v**2 + bends - h[:, 0] * v)
-
-    for curvature in (-1.0, 0.0):
-        params = {"curvature": jnp.asarray(curvature)}
-        assert np.all(np.isnan(library(model, params, ROWS)(params, ROWS)))
-        with pytest.raises(ebm.ModelError, match="diverges"):
-            ebm.log_likelihood(KEY, ebm.fixed(model, params), ROWS, log_normalizer=0.0)
