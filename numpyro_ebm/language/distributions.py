@@ -100,7 +100,7 @@ class Lebesgue(dist.ImproperUniform):
             return flat  # the whole space: NumPyro's check would turn NaN into -inf
         return jnp.where(self.support(value), flat, -jnp.inf)
 
-    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+    def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         raise ImproperSamplingError(
             f"Lebesgue(event_shape={self.event_shape}) is an improper base measure and has no "
             "draws: the energy decides where its site lives. Draw from the model with "
@@ -159,7 +159,7 @@ class Counting(dist.Distribution):
         )
         return constraints.independent(one, len(self.event_shape)) if self.event_shape else one
 
-    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
         return jax.random.randint(key, self.shape(sample_shape), 0, self.num_values)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
@@ -214,7 +214,7 @@ class Unnormalized(dist.Distribution):
         # An event of size zero marks a site that carries no value, as in `numpyro.factor`.
         super().__init__(jnp.shape(energy), (0,), validate_args=validate_args)
 
-    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+    def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         return jnp.empty(sample_shape + self.batch_shape + self.event_shape)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:

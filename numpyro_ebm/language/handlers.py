@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handlers that resolve the normalizer of an energy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class uncondition(Messenger):
     :param names: names of sites.
     """
 
-    def __init__(self, fn: Callable[..., Any] | None = None, names: Sequence[str] = ()):
+    def __init__(self, fn: Callable[..., Any] | None = None, names: Iterable[str] = ()):
         self.names = frozenset(names)
         super().__init__(fn)
 

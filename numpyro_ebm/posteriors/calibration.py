@@ -12,14 +12,15 @@ intractable likelihood*, JASA 2023.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.posteriors.potential import hessian_by_differences
+from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -39,11 +40,16 @@ class Calibration(NamedTuple):
 
     learning_rate: float
     method: str
-    minimizer: dict
+    minimizer: SiteValues
     standard_error: np.ndarray
 
 
-def calibrate(rng_key, potential, method, num_resamples):
+def calibrate(
+    rng_key: jax.Array,
+    potential: Potential,
+    method: Literal["sandwich", "bootstrap"],
+    num_resamples: int,
+) -> Calibration:
     """See :meth:`~numpyro_ebm.generalized.calibrate`."""
     if method not in ("sandwich", "bootstrap"):
         raise ModelError(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.posteriors.potential import hessian_by_differences
+from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["GaussianPosterior", "gaussian_posterior"]
 
@@ -28,12 +29,12 @@ class GaussianPosterior(NamedTuple):
     - **covariance** - of all coordinates, parameters in the order of their sorted names.
     """
 
-    mean: dict
-    standard_deviation: dict
+    mean: SiteValues
+    standard_deviation: SiteValues
     covariance: np.ndarray
 
 
-def gaussian_posterior(potential, learning_rate):
+def gaussian_posterior(potential: Potential, learning_rate: float) -> GaussianPosterior:
     """The posterior of a potential, if it is quadratic.
 
     :param Potential potential: loss and log-prior.

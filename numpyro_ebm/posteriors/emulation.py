@@ -8,11 +8,13 @@ few dozen parameters beforehand.
 """
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import biject_to
 from numpyro.infer import Predictive
@@ -21,8 +23,10 @@ from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers import log_normalizer
+from numpyro_ebm.log_normalizers.methods import MethodName
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.posteriors.emulator import Emulator, fit_emulator
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["EmulatedLogNormalizer", "emulate_log_normalizer"]
 
@@ -38,15 +42,15 @@ class EmulatedLogNormalizer(NamedTuple):
     - **design** - parameters, values and errors that it was fitted to.
     """
 
-    transforms: dict
+    transforms: dict[str, Any]
     emulator: Emulator
-    design: dict
+    design: dict[str, Any]
 
-    def __call__(self, params):
+    def __call__(self, params: Params) -> jax.Array:
         """log Z at a dict of parameters, a scalar."""
         return self.emulator.predict(self._flat(params))[0]
 
-    def mcse(self, params):
+    def mcse(self, params: Params) -> jax.Array:
         """Its standard error: of the estimates, and of interpolating between them."""
         return self.emulator.predict(self._flat(params))[1]
 
@@ -55,7 +59,15 @@ class EmulatedLogNormalizer(NamedTuple):
         return ravel_pytree(z)[0]
 
 
-def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, options=None, **kwargs):
+def emulate_log_normalizer(
+    rng_key: jax.Array,
+    model: Model,
+    *args: Any,
+    design: int | Mapping[str, npt.ArrayLike] = 64,
+    method: MethodName | Sequence[MethodName] | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> EmulatedLogNormalizer:
     r"""Interpolate log Z(θ) from estimates at a design of parameters.
 
     A Gaussian process on top of a quadratic, in unconstrained coordinates, weighs every estimate by
@@ -107,15 +119,17 @@ def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, option
     priors = row_model.priors
     if isinstance(design, int):
         prior = prior_part(model, row_model.plate)
-        design = Predictive(prior, num_samples=design)(key_design, *args, **kwargs)
-    missing = sorted(set(priors) - set(design))
+        given = Predictive(prior, num_samples=design)(key_design, *args, **kwargs)
+    else:
+        given = design
+    missing = sorted(set(priors) - set(given))
     if missing:
         raise ModelError(f"emulate_log_normalizer: `design` has no values for {missing}.")
-    design = {name: jnp.asarray(design[name]) for name in sorted(priors)}
-    transforms = {name: biject_to(priors[name].support) for name in design}
+    draws = {name: jnp.asarray(given[name]) for name in sorted(priors)}
+    transforms = {name: biject_to(priors[name].support) for name in draws}
     points = jax.vmap(
         lambda params: ravel_pytree({k: transforms[k].inv(x) for k, x in params.items()})[0]
-    )(design)
+    )(draws)
     _check_size(*points.shape)
 
     def estimate(key, params):
@@ -123,7 +137,7 @@ def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, option
             key, fixed(model, params), *args, method=method, **(options or {}), **kwargs
         )
 
-    values, errors = _estimates(key_run, estimate, design)
+    values, errors = _estimates(key_run, estimate, draws)
     emulator = fit_emulator(points, values, errors)
     surprise = float(jnp.sqrt(jnp.mean(emulator.left_out**2)))
     if surprise > MOST_SURPRISE:
@@ -136,7 +150,7 @@ def emulate_log_normalizer(rng_key, model, *args, design=64, method=None, option
             stacklevel=find_stack_level(),
         )
     return EmulatedLogNormalizer(
-        transforms, emulator, {"params": design, "log_normalizer": values, "mcse": errors}
+        transforms, emulator, {"params": draws, "log_normalizer": values, "mcse": errors}
     )
 
 

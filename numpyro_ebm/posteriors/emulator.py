@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 __all__ = ["Emulator", "fit_emulator"]
 
@@ -45,7 +46,7 @@ class Emulator(NamedTuple):
     basis_map: jax.Array
     left_out: jax.Array
 
-    def predict(self, x):
+    def predict(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Value and standard error at a point.
 
         :param x: point, (D,).
@@ -64,7 +65,7 @@ class Emulator(NamedTuple):
         return value, jnp.sqrt(jnp.maximum(variance, floor))
 
 
-def fit_emulator(points, values, errors):
+def fit_emulator(points: ArrayLike, values: ArrayLike, errors: ArrayLike) -> Emulator:
     """Interpolate values at scattered points.
 
     :param points: (K, D), with K larger than the (D + 1)(D + 2)/2 monomials.

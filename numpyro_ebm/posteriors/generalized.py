@@ -7,6 +7,8 @@ No log Z, no sampler: the loss is one of those that learn an energy without its 
 promised is weaker than Bayes' rule: the posterior of a loss whose scale, β, has to be chosen.
 """
 
+from typing import Any, Literal
+
 import jax
 import numpyro
 
@@ -17,11 +19,12 @@ from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.priors import isolated, prior_part, read_with_priors, run_prior
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.posteriors.calibration import calibrate
-from numpyro_ebm.posteriors.conjugate import gaussian_posterior
+from numpyro_ebm.posteriors.calibration import Calibration, calibrate
+from numpyro_ebm.posteriors.conjugate import GaussianPosterior, gaussian_posterior
 from numpyro_ebm.posteriors.potential import Potential, own_parameter_prior
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.program.jaxprs import needed
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["generalized"]
 
@@ -98,26 +101,35 @@ class generalized:
 
     posterior_kind = "loss"  # for `to_arviz`
 
-    def __init__(self, model, objective, learning_rate=1.0, *, guide=None, guide_params=None):
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        learning_rate: float | Literal["calibrate"] = 1.0,
+        *,
+        guide: Model | None = None,
+        guide_params: Params | None = None,
+    ):
         _check_objective(objective)
         _check_learning_rate(learning_rate)
         self.model = model
         self.objective = objective
         self.guide = guide
         self.guide_params = {} if guide_params is None else dict(guide_params)
-        self._learning_rate = learning_rate
-        self.calibration = None
+        self._learning_rate = None if learning_rate == "calibrate" else learning_rate
+        self.calibration: Calibration | None = None
         """The last result of :meth:`calibrate`."""
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> float | None:
         """β; ``None`` before a calibration that was asked for."""
-        if self._learning_rate != "calibrate":
+        if self._learning_rate is not None:
             return self._learning_rate
         return None if self.calibration is None else self.calibration.learning_rate
 
-    def __call__(self, *args, **kwargs):
-        if self.learning_rate is None:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        learning_rate = self.learning_rate
+        if learning_rate is None:
             if not all(map(not_jax_tracer, jax.tree.leaves((args, kwargs)))):
                 raise ModelError(
                     "generalized: learning_rate='calibrate' needs data whose values are known, and "
@@ -125,7 +137,7 @@ class generalized:
                     "`model.calibrate(data)` first."
                 )
             with isolated(), jax.ensure_compile_time_eval():
-                self.calibrate(*args, **kwargs)
+                learning_rate = self.calibrate(*args, **kwargs).learning_rate
         row_model = read_with_priors(self.model, args, kwargs, "generalized")
         params, _, indices = run_prior(self.model, args, kwargs, row_model.plate)
         own = {}
@@ -147,9 +159,9 @@ class generalized:
                 rng_key,
                 {**params, **own},
             )
-        numpyro.factor(SITE, -self.learning_rate * row_model.total_rows * loss)
+        numpyro.factor(SITE, -learning_rate * row_model.total_rows * loss)
 
-    def loss(self, rng_key, params, *args, **kwargs):
+    def loss(self, rng_key: jax.Array, params: Params, *args: Any, **kwargs: Any) -> jax.Array:
         """The objective at given parameters, a mean over rows.
 
         :param rng_key: key of the objective's random numbers.
@@ -160,7 +172,7 @@ class generalized:
         """
         return self._loss(rng_key, params, args, kwargs)
 
-    def is_random(self, *args, **kwargs):
+    def is_random(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the objective draws random numbers for this model."""
         with isolated():
             row_model = read_with_priors(self.model, args, kwargs, "generalized")
@@ -172,7 +184,14 @@ class generalized:
         key = closed.jaxpr.invars[0]
         return any(key in eqn.invars for eqn in needed(closed.jaxpr))
 
-    def calibrate(self, *args, method="sandwich", rng_key=None, num_resamples=200, **kwargs):
+    def calibrate(
+        self,
+        *args: Any,
+        method: Literal["sandwich", "bootstrap"] = "sandwich",
+        rng_key: jax.Array | None = None,
+        num_resamples: int = 200,
+        **kwargs: Any,
+    ) -> Calibration:
         r"""Choose the learning rate from the spread of the estimator over data sets.
 
         With :math:`\hat θ` the minimiser of the loss, H its Hessian and J the covariance of the
@@ -214,7 +233,7 @@ class generalized:
         self.calibration = calibrate(key, potential, method, num_resamples)
         return self.calibration
 
-    def closed_form(self, *args, **kwargs):
+    def closed_form(self, *args: Any, **kwargs: Any) -> GaussianPosterior:
         r"""The posterior itself where it is Gaussian: a loss quadratic in θ and a normal prior.
 
         Score matching of every kind and KSD are quadratic in θ where the energy is linear in it.
@@ -226,9 +245,10 @@ class generalized:
             changes from place to place), or not proper.
         """
         with isolated():
-            if self.learning_rate is None:
-                self.calibrate(*args, **kwargs)
-            return gaussian_posterior(self._potential(args, kwargs), self.learning_rate)
+            learning_rate = self.learning_rate
+            if learning_rate is None:
+                learning_rate = self.calibrate(*args, **kwargs).learning_rate
+            return gaussian_posterior(self._potential(args, kwargs), learning_rate)
 
     # Internal
 

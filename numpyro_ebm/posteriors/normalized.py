@@ -4,9 +4,14 @@ r"""Exact posteriors of an energy's parameters, where log Z(θ) can be computed.
 .. math:: π(θ \mid v) \propto π(θ) \prod_n \frac{\tilde p(v_n; θ)}{Z(θ)}
 """
 
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
 from numpyro_ebm.log_normalizers.methods import METHODS
@@ -14,8 +19,16 @@ from numpyro_ebm.marginals import ExactMarginal, exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["NormalizedRow", "normalized"]
+
+OF_PARAMETERS = {
+    name: method.of_parameters
+    for name, method in METHODS.items()
+    if method.of_parameters is not None
+}
+"""The methods that give log Z as a function of the parameters."""
 
 
 class normalized:
@@ -76,18 +89,18 @@ class normalized:
 
     def __init__(
         self,
-        model,
-        log_normalizer="enumerate",
+        model: Model,
+        log_normalizer: Literal["enumerate", "quadrature"]
+        | Callable[[Params], ArrayLike] = "enumerate",
         *,
-        marginal=None,
-        num_nodes=256,
-        max_states=1_048_576,
+        marginal: ExactMarginal | None = None,
+        num_nodes: int = 256,
+        max_states: int = 1_048_576,
     ):
-        names = [name for name, method in METHODS.items() if method.of_parameters]
-        if not callable(log_normalizer) and log_normalizer not in names:
+        if not callable(log_normalizer) and log_normalizer not in OF_PARAMETERS:
             raise ModelError(
                 "normalized: `log_normalizer` must be a function of the parameters, "
-                f"{' or '.join(map(repr, names))}, got {log_normalizer!r}."
+                f"{' or '.join(map(repr, OF_PARAMETERS))}, got {log_normalizer!r}."
             )
         if marginal is not None and not isinstance(marginal, ExactMarginal):
             raise ModelError(
@@ -100,7 +113,7 @@ class normalized:
         self._marginal = marginal
         self._num_nodes, self._max_states = num_nodes, max_states
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         model = self.model
         row_model = read_with_priors(model, args, kwargs, "normalized")
         if not row_model.visible:
@@ -123,9 +136,10 @@ class normalized:
 
             rows, log_z = run_compiled(evaluate, params, latent)
         _observe(row_model, indices, rows)
-        if hasattr(self.log_normalizer, "mcse"):
+        mcse = getattr(self.log_normalizer, "mcse", None)
+        if mcse is not None:
             times = row_model.total_rows if jnp.ndim(log_z) == 0 else 1
-            variance = jnp.sum((times * self.log_normalizer.mcse(params)) ** 2)
+            variance = jnp.sum((times * mcse(params)) ** 2)
             numpyro.deterministic("log_normalizer_error", jnp.sqrt(variance))
             numpyro.factor("log_normalizer_doubt", -0.5 * variance)
 
@@ -145,7 +159,7 @@ class normalized:
                     f"Return an array of shape ({row_model.num_rows},)."
                 )
             return log_z
-        return METHODS[self.log_normalizer].of_parameters(
+        return OF_PARAMETERS[self.log_normalizer](
             row_model, params, self._num_nodes, self._max_states
         )
 
@@ -175,18 +189,18 @@ class NormalizedRow(dist.Distribution):
     pytree_data_fields = ("rows", "_support")
     arg_constraints = {}
 
-    def __init__(self, rows, fn, *, validate_args=None):
+    def __init__(self, rows: jax.Array, fn: Any, *, validate_args: bool | None = None):
         self.rows, self._support = rows, fn.support
         super().__init__(fn.batch_shape, fn.event_shape, validate_args=validate_args)
 
     @dist.constraints.dependent_property
-    def support(self):
+    def support(self) -> Any:
         return self._support
 
-    def log_prob(self, value):
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         return self.rows
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         raise ImproperSamplingError(
             "A visible site of a `normalized` model has a log-likelihood and no draws. Draw rows "
             "at given parameters with "

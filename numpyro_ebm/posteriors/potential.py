@@ -7,23 +7,29 @@ Losses are exact in their value and first derivatives; second derivatives are di
 gradients.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from numpyro.handlers import seed
 from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["Potential", "hessian_by_differences", "own_parameter_prior"]
 
 OWN_PRIOR_SCALE = 10.0
 
 
-def own_parameter_prior(value):
+def own_parameter_prior(value: jax.Array) -> dist.Distribution:
     """Prior of a parameter of the objective, such as the log-normalizer of NCE."""
     return dist.Normal(value, OWN_PRIOR_SCALE).to_event(jnp.ndim(value))
 
@@ -35,7 +41,15 @@ class Potential:
     - **num_rows** - N.
     """
 
-    def __init__(self, loss, prior, row_model, own, args, kwargs):
+    def __init__(
+        self,
+        loss: Callable[..., jax.Array],
+        prior: Model,
+        row_model: RowModel,
+        own: dict[str, tuple[Any, Any]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ):
         self._loss, self._row_model = loss, row_model
         self._prior = seed(prior, jax.random.key(0))
         self._own = {name: jnp.asarray(value) for name, (value, _) in own.items()}
@@ -48,28 +62,34 @@ class Potential:
         flat, self._unravel = ravel_pytree({**start, **self._own})
         self.start, self.size = flat, flat.size
 
-    def params(self, x):
+    def params(self, x: jax.Array) -> SiteValues:
         """Constrained parameters by name."""
         z = self._unravel(x)
         own = {name: z.pop(name) for name in self._own}
         values = constrain_fn(self._prior, self._args, self._kwargs, z)
         return {**{name: values[name] for name in self._row_model.priors}, **own}
 
-    def log_prior(self, x):
+    def log_prior(self, x: jax.Array) -> jax.Array:
         """Log-density of the prior in unconstrained coordinates."""
         z = self._unravel(x)
         own = {name: z.pop(name) for name in self._own}
-        total = -potential_energy(self._prior, self._args, self._kwargs, z)
+        total: Any = -potential_energy(self._prior, self._args, self._kwargs, z)
         return total + sum(
             own_parameter_prior(self._own[name]).log_prob(value) for name, value in own.items()
         )
 
-    def loss(self, x, rng_key, args=None, kwargs=None):
+    def loss(
+        self,
+        x: jax.Array,
+        rng_key: jax.Array,
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> jax.Array:
         """The objective, a mean over rows."""
         args, kwargs = (self._args, self._kwargs) if args is None else (args, kwargs)
         return self._loss(rng_key, self.params(x), args, kwargs)
 
-    def resampled(self):
+    def resampled(self) -> Callable[..., jax.Array]:
         """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
         row_model = self._row_model
         if row_model.num_rows != row_model.total_rows:
@@ -93,7 +113,9 @@ class Potential:
         return loss
 
 
-def hessian_by_differences(gradient, x, step=None):
+def hessian_by_differences(
+    gradient: Callable[..., Any], x: jax.Array, step: npt.ArrayLike | None = None
+) -> np.ndarray:
     """Jacobian of a gradient by central differences, made symmetric.
 
     :param gradient: maps (D,) to (D,).
@@ -102,9 +124,9 @@ def hessian_by_differences(gradient, x, step=None):
     :return: array (D, D).
     """
     x = jnp.asarray(x)
-    if step is None:
-        step = float(jnp.finfo(x.dtype).eps) ** (1 / 3) * (1 + np.abs(np.asarray(x)))
-    steps = np.diag(np.broadcast_to(step, x.shape)).astype(x.dtype)
+    balance = float(jnp.finfo(x.dtype).eps) ** (1 / 3) * (1 + np.abs(np.asarray(x)))
+    step = np.broadcast_to(balance if step is None else step, x.shape)
+    steps = np.diag(step).astype(x.dtype)
     columns = [
         np.asarray(gradient(x + e), float) - np.asarray(gradient(x - e), float) for e in steps
     ]

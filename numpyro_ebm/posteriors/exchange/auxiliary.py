@@ -9,6 +9,8 @@ normalizing constants*, Journal of Statistical Computation and Simulation, 2010.
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
+from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["ChainSimulator", "EnumerationSimulator", "FunctionSimulator", "make_auxiliary"]
 
@@ -29,7 +33,9 @@ ENUMERATE = 'Exchange(auxiliary="enumerate")'
 MAX_BATCH = 4_000_000  # coordinates of states that are evaluated at the same time
 
 
-def make_auxiliary(auxiliary, num_steps, max_states):
+def make_auxiliary(
+    auxiliary: Any, num_steps: int, max_states: int
+) -> "FunctionSimulator | EnumerationSimulator | ChainSimulator":
     """The simulator for the argument ``auxiliary`` of :class:`~numpyro_ebm.Exchange`.
 
     :raises ModelError: if there is none.
@@ -41,9 +47,8 @@ def make_auxiliary(auxiliary, num_steps, max_states):
     if not isinstance(auxiliary, MCMCKernel) and callable(auxiliary):
         num = _num_required(auxiliary)
         if num in (1, 2):
-            return (
-                ChainSimulator(auxiliary, num_steps) if num == 1 else FunctionSimulator(auxiliary)
-            )
+            build: Any = auxiliary
+            return ChainSimulator(build, num_steps) if num == 1 else FunctionSimulator(build)
     raise ModelError(
         "Exchange: `auxiliary` draws the fictitious data: a kernel class, `BlockGibbs`; a function "
         "of one argument from a model to a kernel, `lambda model: MALA(model, step_size=0.1)`; a "
@@ -63,10 +68,10 @@ class FunctionSimulator:
 
     is_exact = True
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
 
-    def check(self, target, z, num_bridges):
+    def check(self, target: ExchangeTarget, z: SiteValues, num_bridges: int) -> None:
         _no_bridges(num_bridges, "a function of exact draws has no transitions")
         params = jax.eval_shape(target.constrain, z)
         found = jax.eval_shape(self.function, jax.random.key(0), params)
@@ -78,7 +83,14 @@ class FunctionSimulator:
                 f"of arrays of the shapes {shapes}, got {given}."
             )
 
-    def simulate(self, rng_key, target, params, values, keep_latent=False):
+    def simulate(
+        self,
+        rng_key: jax.Array,
+        target: ExchangeTarget,
+        params: Params,
+        values: SiteValues,
+        keep_latent: bool = False,
+    ) -> tuple[SiteValues, SiteValues]:
         drawn = self.function(rng_key, params)
         drawn = {k: jnp.asarray(drawn[k]).astype(jnp.asarray(x).dtype) for k, x in values.items()}
         return drawn, drawn
@@ -92,10 +104,10 @@ class EnumerationSimulator:
 
     is_exact = True
 
-    def __init__(self, max_states):
+    def __init__(self, max_states: int):
         self.max_states = max_states
 
-    def check(self, target, z, num_bridges):
+    def check(self, target: ExchangeTarget, z: SiteValues, num_bridges: int) -> None:
         _no_bridges(num_bridges, 'exact draws by "enumerate" have no transitions')
         visible = target.row_model.visible
         for name, site in visible.items():
@@ -112,7 +124,14 @@ class EnumerationSimulator:
                 f"max_states={self.max_states}. Pass a kernel: `auxiliary=BlockGibbs`."
             )
 
-    def simulate(self, rng_key, target, params, values, keep_latent=False):
+    def simulate(
+        self,
+        rng_key: jax.Array,
+        target: ExchangeTarget,
+        params: Params,
+        values: SiteValues,
+        keep_latent: bool = False,
+    ) -> tuple[SiteValues, SiteValues]:
         row_model = target.row_model
         states = joint_states(row_model, row_model.visible, ENUMERATE)
         states = {name: x.astype(jnp.result_type(values[name])) for name, x in states.items()}
@@ -150,11 +169,11 @@ class ChainSimulator:
 
     is_exact = False
 
-    def __init__(self, build, num_steps):
+    def __init__(self, build: Callable[[Model], MCMCKernel], num_steps: int):
         check_integer("Exchange", num_auxiliary_steps=num_steps)
         self.build, self.num_steps = build, num_steps
 
-    def check(self, target, z, num_bridges):
+    def check(self, target: ExchangeTarget, z: SiteValues, num_bridges: int) -> None:
         free = uncondition(
             _HideOutside(target.model, target.row_model.plate), target.row_model.visible
         )
@@ -193,13 +212,23 @@ class ChainSimulator:
                 "function, `auxiliary=lambda model: MALA(model, step_size=0.1)`.)"
             ) from error
 
-    def simulate(self, rng_key, target, params, values, keep_latent=False):
-        return tuple(
+    def simulate(
+        self,
+        rng_key: jax.Array,
+        target: ExchangeTarget,
+        params: Params,
+        values: SiteValues,
+        keep_latent: bool = False,
+    ) -> tuple[SiteValues, SiteValues]:
+        halfway, end = (
             {k: x for k, x in drawn.items() if keep_latent or k in target.row_model.visible}
             for drawn in self._run(rng_key, target, params, values, self.num_steps)
         )
+        return halfway, end
 
-    def transition(self, rng_key, target, params, values):
+    def transition(
+        self, rng_key: jax.Array, target: ExchangeTarget, params: Params, values: SiteValues
+    ) -> SiteValues:
         """One step of the kernel."""
         return self._run(rng_key, target, params, values, 1)[1]
 

@@ -6,14 +6,16 @@ dicts of parameters, the fictitious data sets and the warm-up meet
 :mod:`numpyro_ebm.samplers.exchange`, which only takes densities of arrays.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.mcmc.adaptation import running_mean
-from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptState
+from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
+from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptation, ExchangeAdaptState
 from numpyro_ebm.samplers import exchange
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["AuxiliaryTrace", "ExchangeState", "refresh_chain", "start_chain", "step_chain"]
 
@@ -53,7 +55,7 @@ class ExchangeState(NamedTuple):
     """
 
     i: jax.Array
-    z: dict
+    z: SiteValues
     log_prior: jax.Array
     log_density: jax.Array
     gradient: jax.Array
@@ -65,12 +67,18 @@ class ExchangeState(NamedTuple):
     rng_key: jax.Array
 
     @property
-    def potential_energy(self):
+    def potential_energy(self) -> jax.Array:
         """Minus the log-density of parameters and data, without log Z(θ)."""
         return -self.log_prior - self.log_density
 
 
-def start_chain(rng_key, z, target, adaptation, num_references):
+def start_chain(
+    rng_key: jax.Array,
+    z: SiteValues,
+    target: ExchangeTarget,
+    adaptation: ExchangeAdaptation,
+    num_references: int,
+) -> ExchangeState:
     """The first state of a chain.
 
     :param dict z: unconstrained values of the parameters.
@@ -109,14 +117,20 @@ def start_chain(rng_key, z, target, adaptation, num_references):
     return _cache(target, state, chain)
 
 
-def refresh_chain(state, target):
+def refresh_chain(state: ExchangeState, target: ExchangeTarget) -> ExchangeState:
     """The state with its densities recomputed, after the conditioning of the model changed."""
     _, functions = _functions(target, state.z, state.adapt_state)
     chain = exchange.init(target.flatten(state.z), target.data, **functions)
     return _cache(target, state, chain)
 
 
-def step_chain(state, target, adaptation, auxiliary, num_bridges):
+def step_chain(
+    state: ExchangeState,
+    target: ExchangeTarget,
+    adaptation: ExchangeAdaptation,
+    auxiliary: Any,
+    num_bridges: int,
+) -> ExchangeState:
     """One step of a chain.
 
     :param ExchangeState state: where it is.

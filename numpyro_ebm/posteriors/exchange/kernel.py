@@ -8,6 +8,9 @@ r"""The exchange algorithm as a NumPyro ``MCMCKernel``: posteriors of an energy'
 Reference: Murray, Ghahramani, MacKay, *MCMC for doubly-intractable distributions*, UAI 2006.
 """
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,7 @@ from numpyro_ebm.posteriors.exchange.chain import (
 from numpyro_ebm.posteriors.exchange.start import check_start, initial_parameters
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget, complete_prior
 from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptation
+from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["AuxiliaryTrace", "Exchange", "ExchangeState"]
 
@@ -134,20 +138,20 @@ class Exchange(AdaptiveKernel):
 
     def __init__(
         self,
-        model,
-        auxiliary,
-        num_auxiliary_steps=100,
+        model: Model,
+        auxiliary: Literal["enumerate"] | Callable[..., Any],
+        num_auxiliary_steps: int = 100,
         *,
-        proposal="random_walk",
-        num_bridges=0,
-        by_row=False,
-        step_size=None,
-        adapt_step_size=True,
-        adapt_covariance=True,
-        target_accept_prob=None,
-        num_references=None,
-        max_states=65_536,
-        init_strategy=init_to_uniform,
+        proposal: Literal["random_walk", "langevin"] = "random_walk",
+        num_bridges: int = 0,
+        by_row: bool = False,
+        step_size: float | None = None,
+        adapt_step_size: bool = True,
+        adapt_covariance: bool = True,
+        target_accept_prob: float | None = None,
+        num_references: int | None = None,
+        max_states: int = 65_536,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         if proposal not in ("random_walk", "langevin"):
             raise ModelError(
@@ -165,23 +169,29 @@ class Exchange(AdaptiveKernel):
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
     @property
-    def leaves_invariant(self):
+    def leaves_invariant(self) -> bool:
         return self._auxiliary.is_exact
 
     @property
-    def default_fields(self):
+    def default_fields(self) -> tuple[str, ...]:
         return ("z", "accept_prob", "diverging", "auxiliary")
 
-    def refresh(self, state, model_args, model_kwargs):
+    def refresh(
+        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> ExchangeState:
         return refresh_chain(state, self._target(model_args, model_kwargs))
 
-    def get_constrain_fn(self, model_args, model_kwargs):
+    def get_constrain_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         # `Gibbs` calls it without the sites of other blocks, which have placeholders here.
         model = complete_prior(self._model, model_args, model_kwargs)
         kwargs = {} if model_kwargs is None else model_kwargs
         return lambda z: constrain_fn(model, model_args, kwargs, z)
 
-    def postprocess_fn(self, model_args, model_kwargs):
+    def postprocess_fn(
+        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
+    ) -> Callable[..., SiteValues]:
         prior = self._target(model_args, model_kwargs).prior
         kwargs = {} if model_kwargs is None else model_kwargs
         return lambda z: constrain_fn(prior, model_args, kwargs, z, return_deterministic=True)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial values of a chain of :class:`~numpyro_ebm.Exchange`, and their checks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +11,18 @@ from numpyro.infer.util import initialize_model, potential_energy
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, is_prng_key
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["check_start", "initial_parameters"]
 
 
-def initial_parameters(rng_key, target, init_strategy, init_params):
+def initial_parameters(
+    rng_key: jax.Array,
+    target: ExchangeTarget,
+    init_strategy: Callable[..., Any],
+    init_params: Params | None,
+) -> SiteValues:
     """Initial unconstrained values of the parameters, given ones or those of the strategy.
 
     :raises ModelError: if values are given of what is no parameter.
@@ -39,7 +49,7 @@ def initial_parameters(rng_key, target, init_strategy, init_params):
     return {k: jnp.asarray(given.get(k, x)).astype(x.dtype) for k, x in z.items()}
 
 
-def check_start(state, target):
+def check_start(state: Any, target: ExchangeTarget) -> None:
     """Check the densities of an initial state, and that its rows can accept independently.
 
     :param ExchangeState state: of one chain, or of several that lead in its arrays.

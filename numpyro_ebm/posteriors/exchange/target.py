@@ -7,6 +7,8 @@ The parameters are flattened to (groups, dimension) in NumPyro's unconstrained c
 group, or a group for every row of the data plate where the rows have parameters of their own.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
@@ -21,6 +23,7 @@ from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_site import placeholder
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
+from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["ExchangeTarget", "complete_prior"]
 
@@ -37,7 +40,7 @@ class _UnsetParams(Messenger):
             self.names.add(msg["name"])
 
 
-def complete_prior(model, args, kwargs):
+def complete_prior(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Model:
     """The prior part of a model, with placeholders on sites without a value."""
     row_model = read_with_priors(model, args, {} if kwargs is None else kwargs, "Exchange")
     prior = seed(prior_part(model, row_model.plate), jax.random.key(0))
@@ -58,7 +61,13 @@ class ExchangeTarget:
     :raises ModelError: if there is no posterior, or none for the exchange algorithm to sample.
     """
 
-    def __init__(self, model, args, kwargs, by_row=False):
+    def __init__(
+        self,
+        model: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None,
+        by_row: bool = False,
+    ):
         self.model, self.args = model, args
         self.kwargs = {} if kwargs is None else kwargs
         self.by_row = by_row
@@ -74,21 +83,21 @@ class ExchangeTarget:
         self.marginal = self._marginal()
 
     @property
-    def num_groups(self):
+    def num_groups(self) -> int:
         return self.row_model.num_rows if self.by_row else 1
 
     @property
-    def data(self):
+    def data(self) -> SiteValues:
         """The observed values of the visible sites."""
         return self.row_model.visible_values
 
     # Parameters
 
-    def flatten(self, z):
+    def flatten(self, z: SiteValues) -> jax.Array:
         """A dict of unconstrained values as an array of shape (groups, dimension)."""
         return flatten_sites(self._by_group(z), sorted(z))[0]
 
-    def unflatten(self, flat, like):
+    def unflatten(self, flat: jax.Array, like: SiteValues) -> SiteValues:
         """Undo :meth:`flatten`; ``like`` has the shapes and types."""
         z = unflatten_sites(flat, self._by_group(like), sorted(like))
         return {k: jnp.reshape(x, like[k].shape).astype(like[k].dtype) for k, x in z.items()}
@@ -96,18 +105,19 @@ class ExchangeTarget:
     def _by_group(self, z):
         return z if self.by_row else {name: x[None] for name, x in z.items()}
 
-    def constrain(self, z):
+    def constrain(self, z: SiteValues) -> SiteValues:
         """Values of the parameters on their supports."""
         return constrain_fn(self.prior, self.args, self.kwargs, z)
 
-    def unconstrain(self, values):
+    def unconstrain(self, values: SiteValues) -> SiteValues:
         """Undo :meth:`constrain`."""
         return unconstrain_fn(self.prior, self.args, self.kwargs, values)
 
-    def log_prior(self, z):
+    def log_prior(self, z: SiteValues) -> jax.Array:
         """log π(θ) in unconstrained coordinates, log-Jacobian included, of shape (groups,)."""
         if not self.by_row:
-            return -potential_energy(self.prior, self.args, self.kwargs, z)[None]
+            energy: Any = potential_energy(self.prior, self.args, self.kwargs, z)
+            return -energy[None]
         values = self.constrain(z)
         prepared = substitute(seed(self.prior, jax.random.key(0)), data=values)
         model_trace = trace(prepared).get_trace(*self.args, **self.kwargs)
@@ -123,22 +133,24 @@ class ExchangeTarget:
 
     # Rows
 
-    def log_rows(self, params, values):
+    def log_rows(self, params: Params, values: SiteValues) -> jax.Array:
         """log p̃ of every row, (rows,): of the visible sites, and of latent ones if given."""
         params = {**self.constants, **params}
         if any(name in values for name in self.row_model.latent):
             return self.row_model.log_density(params, values)
         return self.marginal.log_density(self.row_model, params, values)
 
-    def log_density(self, z, values):
+    def log_density(self, z: SiteValues, values: SiteValues) -> jax.Array:
         """log p̃ of a data set, (groups,)."""
         return self.group(self.log_rows(self.constrain(z), values))
 
-    def group(self, rows):
+    def group(self, rows: jax.Array) -> jax.Array:
         """Sums of an array of shape (rows,) over the rows of each group."""
         return rows if self.by_row else jnp.sum(rows)[None]
 
-    def log_posterior(self, z, references, baselines):
+    def log_posterior(
+        self, z: SiteValues, references: SiteValues, baselines: jax.Array
+    ) -> jax.Array:
         r"""The log-posterior with Z estimated from fictitious data sets, of shape (groups,).
 
         .. math:: \log\frac{Z(θ)}{Z(\hat θ)} ≈
@@ -210,7 +222,7 @@ class ExchangeTarget:
             ) from None
 
     @property
-    def conditioned(self):
+    def conditioned(self) -> tuple[Any, Any]:
         """Values that an enclosing ``Gibbs`` conditions the model on, and the other arguments."""
         others = {k: x for k, x in self.kwargs.items() if k != GIBBS_SITES_KWARG}
         return self.kwargs.get(GIBBS_SITES_KWARG, {}), others

@@ -8,11 +8,12 @@ saw, and from there on their surrogate of log Z has a gradient. Every group of p
 own step size and covariance.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import welford_algorithm
 from numpyro_ebm.mcmc.adaptation import (
@@ -22,6 +23,7 @@ from numpyro_ebm.mcmc.adaptation import (
     tree_where,
     warmup_windows,
 )
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["ExchangeAdaptState", "ExchangeAdaptation"]
 
@@ -43,13 +45,13 @@ class ExchangeAdaptState(NamedTuple):
     """
 
     step_size: jax.Array
-    tuner: object
+    tuner: Any
     scale: jax.Array
-    moments: object
-    center: object
+    moments: Any
+    center: Any
     reference: jax.Array
-    references: object
-    baselines: object
+    references: Any
+    baselines: Any
     has_gradient: jax.Array
 
 
@@ -63,7 +65,7 @@ class ReferenceSchedule(NamedTuple):
     windows: np.ndarray  # of the covariance, before and after the data sets are drawn
 
 
-def reference_schedule(num_warmup, num_references):
+def reference_schedule(num_warmup: int, num_references: int) -> ReferenceSchedule:
     """The schedule of a warm-up that draws so many reference data sets (0: a random walk)."""
     walk, hold = num_warmup, 0
     if num_references:
@@ -95,7 +97,13 @@ class ExchangeAdaptation(WindowAdaptation):
     """
 
     def __init__(
-        self, num_warmup, num_references, target, adapt_step_size, adapt_covariance, step_size
+        self,
+        num_warmup: int,
+        num_references: int,
+        target: float,
+        adapt_step_size: bool,
+        adapt_covariance: bool,
+        step_size: float,
     ):
         tuner = Tuner(*map(jax.vmap, acceptance_tuner(target)))
         # Dual averaging is drawn to ten times its start, and this start is about right.
@@ -106,7 +114,7 @@ class ExchangeAdaptation(WindowAdaptation):
             num_warmup, tuner, adapt_step_size, adapt_covariance, self.schedule.windows
         )
 
-    def init(self, position, references, baselines):
+    def init(self, position: jax.Array, references: Any, baselines: Any) -> ExchangeAdaptState:
         """State at the start, for a position of shape (groups, dimension)."""
         groups, dimension = position.shape
         moments = self._no_moments(groups, dimension)
@@ -125,7 +133,7 @@ class ExchangeAdaptation(WindowAdaptation):
             has_gradient=jnp.array(False),
         )
 
-    def at(self, i, name, otherwise=False):
+    def at(self, i: jax.Array, name: str, otherwise: ArrayLike = False) -> jax.Array:
         """An entry of the schedule at step i, ``otherwise`` after the warm-up."""
         if not self.num_warmup:
             return jnp.asarray(otherwise)
@@ -134,7 +142,9 @@ class ExchangeAdaptation(WindowAdaptation):
             i < self.num_warmup, values[jnp.minimum(i, self.num_warmup - 1)], otherwise
         )
 
-    def store_reference(self, i, state, data, rows):
+    def store_reference(
+        self, i: jax.Array, state: ExchangeAdaptState, data: SiteValues, rows: jax.Array
+    ) -> ExchangeAdaptState:
         """Store a fictitious data set drawn at the reference, if step i drew one."""
         if state.references is None or not self.num_warmup:
             return state
