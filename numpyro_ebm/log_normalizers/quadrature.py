@@ -33,6 +33,7 @@ from numpyro_ebm.samplers.positions import flatten_sites
 __all__ = ["quadrature_rank", "run_quadrature", "why_not_quadrature"]
 
 MOST_REAL = 2  # real coordinates
+MAX_INTEGRATED = 50  # coordinates of a real site that is integrated out at every node
 MOST_NODES = {1: 65_537, 2: 1_025}  # for each coordinate, by their number
 TRACED_NODES = 513  # for each coordinate, where nothing can be refined under `jax.jit`
 CHUNK = 16_384  # nodes that are evaluated at once
@@ -71,7 +72,7 @@ def _on_nodes(integrand):
     """The density with its other sites out: discrete ones, real ones where there are too many."""
     if integrand.num_real <= MOST_REAL:
         return integrand.sum_out() if integrand.discrete else integrand
-    names = integrable(integrand.row_model)
+    names = integrable(integrand.row_model, MAX_INTEGRATED)
     return integrand.sum_out(names) if names else integrand
 
 

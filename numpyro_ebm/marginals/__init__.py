@@ -7,8 +7,6 @@ sums or integrates latent sites out exactly asks :func:`exact_marginal`: objecti
 :mod:`numpyro_ebm` gives and the manual lists.
 """
 
-import numpy as np
-
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Estimate as Estimate
 from numpyro_ebm.marginals.base import ExactMarginal
@@ -31,9 +29,6 @@ __all__ = [
     "Unrolled",
     "VaGES",
 ]
-
-MAX_INTEGRATED = 50
-"""Coordinates of a real site that is integrated out without being asked for, in every step."""
 
 EXACT = {"none": (Exact(),), "discrete": (Enumerated(),), "real": (GaussianLatents(),)}
 """The exact marginals by the latent sites they are for: none, discrete ones alone, or real ones
@@ -80,19 +75,20 @@ def list_exact() -> str:
     return f"{', '.join(names)} or {last}"
 
 
-def integrable(row_model: RowModel) -> list[str]:
+def integrable(row_model: RowModel, max_coordinates: int) -> list[str]:
     """The latent sites of a model, and the real visible ones that can be integrated out with them.
 
     Tried one by one, the largest first. One visible site at least remains.
 
     :param RowModel row_model: the model.
+    :param int max_coordinates: the most coordinates of a real site in a row.
     :return: list of names, for ``row_model.with_latent(names)``.
     """
     names = list(row_model.latent)
     sizes = {
-        name: np.size(site.value) / row_model.num_rows
-        for name, site in row_model.visible.items()
-        if site.is_real and np.size(site.value) <= MAX_INTEGRATED * row_model.num_rows
+        name: size
+        for name, size in row_model.sizes.items()
+        if row_model.visible[name].is_real and size <= max_coordinates
     }
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         if len(names) + 1 < len(row_model.sites):

@@ -26,6 +26,7 @@ __all__ = ["choose_kernel", "kernel_for_rows"]
 
 MAX_STATES = 65_536  # of an all-discrete model that is drawn without a chain
 MAX_SUMMED = 4_096  # of discrete sites that are summed out in every step of a chain
+MAX_INTEGRATED = 20  # coordinates of a real site that is integrated out in every step of a chain
 MAX_GAUSSIAN = 500  # coordinates of a Gaussian block with a full precision matrix
 MAX_SEQUENTIAL = 200  # units that are drawn one after the other
 
@@ -50,7 +51,7 @@ def choose_kernel(model: Model, *args: Any, **kwargs: Any) -> MCMCKernel | None:
     ============================  =============================================================
 
     Few joint states are 65,536; quickly summed out are units in a plate, binary units that do not
-    interact, and up to 4,096 joint states; quickly integrated out are real sites of up to 50
+    interact, and up to 4,096 joint states; quickly integrated out are real sites of up to 20
     coordinates that are jointly Gaussian given the rest.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``.
@@ -83,7 +84,7 @@ def kernel_for_rows(model: Model, row_model: RowModel) -> MCMCKernel | None:
         return BlockGibbs(model, [*gaussian, *([name] for name in row_model.latent)])
     if not continuous:
         return discrete_kernel(model)
-    latent = integrable(row_model)
+    latent = integrable(row_model, MAX_INTEGRATED)
     if _enumerable(row_model.with_latent(latent), MAX_SUMMED):
         real = [name for name in latent if name in row_model.visible]
         return MALA(integrated(model, real) if real else model)
