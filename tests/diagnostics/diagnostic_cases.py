@@ -12,15 +12,14 @@ import numpyro_ebm as ebm
 KEY = jax.random.key(0)
 
 
-# Copies: JAX remembers a NumPy array that a function closes over in the precision it met it in
-# first, and other tests meet the originals in double precision.
-GRBM = {name: np.array(x) for name, x in oracles.GRBM.items()}
+def own_grbm():
+    """Parameters of the GRBM, the model that has them, and those of the guide at its posterior.
 
-
-GRBM_FIXED = ebm.fixed(oracles.grbm, GRBM)
-
-
-FIT = {"A": GRBM["W"], "d": GRBM["c"]}  # the guide's parameters at the exact posterior
+    Copies, for each file of tests its own: JAX remembers a NumPy array that a function closes over
+    in the precision it met it in first, and others meet it in double precision.
+    """
+    params = {name: np.array(x) for name, x in oracles.GRBM.items()}
+    return params, ebm.fixed(oracles.grbm, params), {"A": params["W"], "d": params["c"]}
 
 
 def all_states(num_hidden=3):
@@ -55,8 +54,8 @@ def chain(kernel, num_chains=2, num_samples=60, extra_fields=(), args=()):
     return mcmc
 
 
-LOG_Z = float(ebm.models.grbm_log_normalizer(GRBM))
+LOG_Z = float(ebm.models.grbm_log_normalizer(own_grbm()[0]))
 
 
 def log_likelihood(data):
-    return np.array([oracles.grbm_log_density(GRBM, v) for v in data]) - LOG_Z
+    return np.array([oracles.grbm_log_density(oracles.GRBM, v) for v in data]) - LOG_Z

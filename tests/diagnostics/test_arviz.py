@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from diagnostic_cases import GRBM, GRBM_FIXED, KEY, LOG_Z, chain, gaussian, log_likelihood
+from diagnostic_cases import KEY, LOG_Z, chain, gaussian, log_likelihood, own_grbm
 from numpyro.infer import NUTS, DiscreteGibbs, Gibbs
 from oracles import LINEAR
 from scipy.special import gammaln
@@ -15,6 +15,8 @@ from scipy.stats import gamma as gamma_law
 
 import numpyro_ebm as ebm
 from numpyro_ebm.log_normalizers import LogNormalizer
+
+GRBM, GRBM_FIXED, _ = own_grbm()
 
 
 def groups_of(idata):

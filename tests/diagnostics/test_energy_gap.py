@@ -6,10 +6,12 @@ import numpy as np
 import numpyro
 import oracles
 import pytest
-from diagnostic_cases import FIT, GRBM, GRBM_FIXED, KEY, conditional
+from diagnostic_cases import KEY, conditional, own_grbm
 from oracles import LINEAR
 
 import numpyro_ebm as ebm
+
+GRBM, GRBM_FIXED, FIT = own_grbm()
 
 
 def test_energies_of_data_and_samples():

@@ -8,9 +8,11 @@ import numpy as np
 import numpyro
 import oracles
 import pytest
-from diagnostic_cases import GRBM, GRBM_FIXED, KEY, LOG_Z, chain, log_likelihood
+from diagnostic_cases import KEY, LOG_Z, chain, log_likelihood, own_grbm
 
 import numpyro_ebm as ebm
+
+GRBM, GRBM_FIXED, _ = own_grbm()
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ import numpyro
 import numpyro.distributions as dist
 import oracles
 import pytest
-from diagnostic_cases import FIT, GAUSSIAN, GRBM, GRBM_FIXED, KEY, all_states
+from diagnostic_cases import GAUSSIAN, KEY, all_states, own_grbm
 from oracles import LINEAR
 
 import numpyro_ebm as ebm
+
+GRBM, GRBM_FIXED, FIT = own_grbm()
 
 
 def shifted_guide(shift, hidden_plate=False):

@@ -8,11 +8,13 @@ import numpyro
 import oracles
 import pytest
 from conftest import grbm_guide
-from diagnostic_cases import GAUSSIAN, GRBM, GRBM_FIXED, KEY, all_states, chain, conditional
+from diagnostic_cases import GAUSSIAN, KEY, all_states, chain, conditional, own_grbm
 from oracles import LINEAR, assert_unbiased
 from scipy.stats import kstest
 
 import numpyro_ebm as ebm
+
+GRBM, GRBM_FIXED, _ = own_grbm()
 
 
 def exact_draws(rng_key, num, params, data):
