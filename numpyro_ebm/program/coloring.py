@@ -4,12 +4,14 @@
 Reference: Brélaz, *New methods to color the vertices of a graph*, Communications of the ACM, 1979.
 """
 
+from typing import Any
+
 import numpy as np
 
 __all__ = ["greedy_colors"]
 
 
-def greedy_colors(graph):
+def greedy_colors(graph: Any) -> np.ndarray:
     """A proper colouring of a graph with few colours: two for every bipartite one.
 
     :param graph: symmetric sparse matrix of shape (n, n).

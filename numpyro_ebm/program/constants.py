@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays of a program that read no input, evaluated when an analysis asks for their values."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,22 +19,22 @@ class Constant:
     :param compute: returns its values, or ``None`` where they are not known yet (under `jit`).
     """
 
-    def __init__(self, compute):
+    def __init__(self, compute: Callable[[], np.ndarray | None]):
         self._compute, self._value = compute, None
 
-    def get(self):
+    def get(self) -> np.ndarray | None:
         """Its values as a NumPy array, or ``None``."""
         if self._compute is not None:
             self._value, self._compute = self._compute(), None
         return self._value
 
 
-def known(x):
+def known(x: Any) -> Constant:
     """The constant of an array that a program holds."""
     return Constant(lambda: None if isinstance(x, Tracer) else np.asarray(x))
 
 
-def evaluate_now(eqn, arguments):
+def evaluate_now(eqn: Any, arguments: Sequence[Any]) -> list[np.ndarray]:
     """The results of one operation at these values, as NumPy arrays."""
     with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
         outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
@@ -39,7 +42,7 @@ def evaluate_now(eqn, arguments):
     return [np.asarray(x) for x in outputs]
 
 
-def evaluate_later(eqn, operands):
+def evaluate_later(eqn: Any, operands: Sequence[Constant]) -> list[Constant]:
     """The results of one operation on constants, as constants."""
     cache = []
 

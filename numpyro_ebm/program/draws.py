@@ -11,9 +11,12 @@ by the same key is drawn once. The results do not change: each step uses the num
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import eval_jaxpr
 from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
@@ -21,7 +24,9 @@ from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, writt
 __all__ = ["at", "scan_keys", "split_off_draws"]
 
 
-def split_off_draws(fn, key, *args):
+def split_off_draws(
+    fn: Callable[..., Any], key: jax.Array, *args: Any
+) -> tuple[Callable[[jax.Array], Any], Callable[..., Any], int]:
     """Split ``fn(key, *args)`` into what depends on the key alone, and the rest.
 
     :param fn: a function of a random key and of pytrees of arrays.
@@ -76,7 +81,7 @@ def split_off_draws(fn, key, *args):
     return draw, finish, sum(_num_bytes(v.aval) for v in kept)
 
 
-def scan_keys(step, carry, keys):
+def scan_keys(step: Callable[[jax.Array, Any], Any], carry: Any, keys: jax.Array) -> Any:
     """``carry = step(key, carry)`` for every key in turn, all random numbers drawn first.
 
     :param step: a function of a key and of the carry, which returns the next carry.
@@ -91,7 +96,7 @@ def scan_keys(step, carry, keys):
     return jax.lax.scan(lambda x, d: (finish(d, x), None), carry, draws, length=len(keys))[0]
 
 
-def at(x, i):
+def at(x: jax.Array, i: ArrayLike) -> jax.Array:
     """``x[i]`` for an index known not to be negative, without a test of it at every step."""
     return jax.lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
 

@@ -16,6 +16,8 @@ Jacobian?*, SIAM Review 2005.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +51,7 @@ class _CannotTell(Exception):
     """Raised where all coordinates may interact."""
 
 
-def interactions(fn, inputs):
+def interactions(fn: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     r"""Graph of the coordinates of a row that may interact in ``fn``.
 
     .. math:: \text{no edge } (i, j) \;\Rightarrow\; Δ_i Δ_j f = 0 \text{ everywhere}

@@ -5,6 +5,9 @@
 not zero.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +58,7 @@ VANISH = {
 """Operations of one argument that map zero to zero."""
 
 
-def at_zero(fn, x):
+def at_zero(fn: Callable[..., Any], x: Any) -> Any:
     """``fn`` at zeros, without the operations that zeros make vanish.
 
     Products with a zero count as zero, even where the other factor is not finite.
@@ -77,7 +80,7 @@ def at_zero(fn, x):
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
-def written_out(fn, *args):
+def written_out(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """The closed jaxpr of ``fn(*args)`` with the functions under `jax.jit` in it written out.
 
     :param fn: a function of pytrees of arrays.
@@ -91,7 +94,7 @@ def written_out(fn, *args):
     return flat, shape
 
 
-def constants_of(fn, *args):
+def constants_of(fn: Callable[..., Any], *args: Any) -> list[Any]:
     """Arrays that ``fn`` reads besides its arguments: closed over, written down, or counted up.
 
     :param fn: a function of pytrees of arrays.
@@ -122,7 +125,7 @@ def constants_of(fn, *args):
     return found
 
 
-def applied(jaxpr, eqn, operands):
+def applied(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """The results of one operation of a jaxpr, on these operands."""
     pairs = zip(eqn.invars, operands, strict=True)
     given = {v: x for v, x in pairs if not isinstance(v, Literal)}
@@ -130,7 +133,7 @@ def applied(jaxpr, eqn, operands):
     return eval_jaxpr(one, (), *given.values())
 
 
-def called(eqn):
+def called(eqn: Any) -> Any:
     """The closed jaxpr of the function that an operation calls on all its operands, or ``None``."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr") if eqn.primitive.name in CALLS else ()
     for inner in (eqn.params[name] for name in names if name in eqn.params):
@@ -139,7 +142,12 @@ def called(eqn):
     return None
 
 
-def interpret(closed, apply, arguments, constant=lambda x: x):
+def interpret(
+    closed: Any,
+    apply: Callable[..., Any],
+    arguments: Sequence[Any],
+    constant: Callable[[Any], Any] = lambda x: x,
+) -> list[Any]:
     """Evaluate a jaxpr with another meaning of its values and operations.
 
     :param closed: a closed jaxpr.
@@ -161,7 +169,7 @@ def interpret(closed, apply, arguments, constant=lambda x: x):
     return [read(v) for v in jaxpr.outvars]
 
 
-def needed(jaxpr):
+def needed(jaxpr: Any) -> list[Any]:
     """The operations of a jaxpr that its results depend on."""
     wanted, eqns = set(variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
@@ -171,7 +179,7 @@ def needed(jaxpr):
     return eqns[::-1]
 
 
-def renamed(jaxpr, same):
+def renamed(jaxpr: Any, same: dict[Any, Any]) -> Any:
     """The same jaxpr with variables replaced by others, or by literals.
 
     :param dict same: what stands for a variable, which may be replaced itself.
@@ -186,7 +194,7 @@ def renamed(jaxpr, same):
     return jaxpr.replace(eqns=eqns, outvars=[named(v) for v in jaxpr.outvars])
 
 
-def without_repeats(jaxpr):
+def without_repeats(jaxpr: Any) -> Any:
     """The same jaxpr without operations that repeat an earlier one on the same operands.
 
     A compiler merges them as well, except for loops; on a CPU a draw of random numbers is a loop.
@@ -209,7 +217,7 @@ def without_repeats(jaxpr):
     return jaxpr.replace(eqns=eqns, outvars=[named(v) for v in jaxpr.outvars])
 
 
-def variables(atoms):
+def variables(atoms: Any) -> list[Any]:
     """Those of the atoms that are not literals."""
     return [v for v in atoms if not isinstance(v, Literal)]
 
@@ -253,7 +261,7 @@ def _evaluate_with_zeros(closed, args):
     return interpret(closed, apply, args)
 
 
-def vanishes(eqn, vanished):
+def vanishes(eqn: Any, vanished: Sequence[bool]) -> bool:
     """Whether the result of an operation is zero, given which of its operands are."""
     name = eqn.primitive.name
     if name in ("mul", "dot_general"):
@@ -273,12 +281,12 @@ def _zeros(variable):
     return jnp.zeros(variable.aval.shape, variable.aval.dtype)
 
 
-def is_integer(variable):
+def is_integer(variable: Any) -> bool:
     """Whether a variable holds integers or booleans."""
     return not jnp.issubdtype(variable.aval.dtype, jnp.inexact)
 
 
-def keeps_values(eqn):
+def keeps_values(eqn: Any) -> bool:
     """Whether a linear operation is one in its number type: no rounding, no wrapping around."""
     dtype = eqn.outvars[0].aval.dtype
     if eqn.primitive.name == "convert_element_type":

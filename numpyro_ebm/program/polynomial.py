@@ -12,7 +12,8 @@ Reference: an abstract interpretation in the sense of Cousot, Cousot, POPL 1977.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -57,7 +58,7 @@ class _Value(NamedTuple):
     truth: object = None  # of booleans: what they all are at finite inputs
 
 
-def degree(fn, inputs):
+def degree(fn: Callable[..., Any], inputs: Any) -> float:
     r"""Upper bound of the polynomial degree of all outputs of ``fn``, jointly in all inputs.
 
     .. math:: \deg f \le \texttt{degree(f, x)}
@@ -78,7 +79,7 @@ def degree(fn, inputs):
     return structure(fn, inputs).degree
 
 
-def structure(fn, inputs):
+def structure(fn: Callable[..., Any], inputs: Any) -> Structure:
     r"""Degree and separability of all outputs of ``fn`` in all coordinates of ``inputs``.
 
     .. math:: f(x) = \sum_j f_j(x_j) \quad \text{if separable}

@@ -9,6 +9,7 @@ product with a diagonal matrix becomes a scaling. H of the energy :math:`-s^\top
 :math:`J + J^\top` times a number, without a product of matrices.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,9 @@ __all__ = ["quadratic_form"]
 ADDITIONS = {"add": jnp.add, "add_any": jnp.add, "sub": jnp.subtract}
 
 
-def quadratic_form(gradient, center):
+def quadratic_form(
+    gradient: Callable[..., jax.Array], center: np.ndarray
+) -> tuple[jax.Array | None, jax.Array] | None:
     """b and H, where the gradient consists of products with matrices and little else.
 
     :param gradient: maps (D, D), a point in every row, to the gradients at the points; affine.
@@ -67,7 +70,7 @@ class NoSimpleForm(Exception):
 class Diagonal:
     """A diagonal matrix, with a row for each axis."""
 
-    def __init__(self, vector):
+    def __init__(self, vector: Any):
         self.vector = vector
 
     def __neg__(self):

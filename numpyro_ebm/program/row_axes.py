@@ -7,6 +7,8 @@ separate are separate.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -31,7 +33,7 @@ class _Mixed:
 MIXED = _Mixed()
 
 
-def row_axes(fn, values, axes):
+def row_axes(fn: Callable[..., Any], values: Any, axes: Sequence[int | None]) -> list[Any]:
     """Axes of the rows in the results of a function, where it keeps them apart.
 
     :param fn: a function of a pytree of arrays; it is traced, not run.
