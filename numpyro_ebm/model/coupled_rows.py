@@ -11,7 +11,10 @@ wrong. The axis of the rows is followed through the operations of the energy, wi
 energy is evaluated at few rows, some of which are changed.
 """
 
+from __future__ import annotations
+
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,11 @@ from numpyro.distributions import biject_to
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import scalar_support
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.row_axes import MIXED, row_axes
+
+if TYPE_CHECKING:
+    from numpyro_ebm.model.reading import Reading
 
 __all__ = ["check_rows"]
 
@@ -33,7 +40,7 @@ SPREADS = (1.0, 3.0)
 changes all units of a row, the second one in three."""
 
 
-def check_rows(row_model, reading):
+def check_rows(row_model: RowModel, reading: Reading) -> None:
     """Raise if the density of a row depends on the values of other rows.
 
     :param RowModel row_model: the model.

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data plate of a model: which one it is, and sums over everything else."""
 
+from collections.abc import Collection
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.sites import is_energy, plates_of
+from numpyro_ebm.types import Trace
 
 __all__ = ["DataPlate", "find_data_plate"]
 
@@ -25,14 +30,14 @@ class DataPlate:
     :param int total_rows: its rows before any subsampling.
     """
 
-    def __init__(self, plate, dim, num_rows, total_rows):
+    def __init__(self, plate: str, dim: int, num_rows: int, total_rows: int):
         self.plate, self.dim, self.num_rows, self.total_rows = plate, dim, num_rows, total_rows
 
-    def owns(self, site):
+    def owns(self, site: dict[str, Any]) -> bool:
         """Whether a site of a trace is a sample site inside the data plate."""
         return site["type"] == "sample" and self.plate in plates_of(site)
 
-    def site_log_densities(self, model_trace):
+    def site_log_densities(self, model_trace: Trace) -> dict[str, jax.Array]:
         """Log-density per row, of shape (rows,), of every site of the data plate in a trace."""
         return {
             name: self.sum_to_rows(self.scaled_log_prob(site))
@@ -40,25 +45,25 @@ class DataPlate:
             if self.owns(site)
         }
 
-    def scaled_log_prob(self, site):
+    def scaled_log_prob(self, site: dict[str, Any]) -> jax.Array:
         """Log-density of a traced site, without the N/B of a subsampled data plate."""
         log_prob, scale = site["fn"].log_prob(site["value"]), self.user_scale(site)
         return log_prob if scale is None else scale * log_prob
 
-    def user_scale(self, site):
+    def user_scale(self, site: dict[str, Any]) -> Any:
         """The scale of a traced site that the user's own `handlers.scale` gave it, if any."""
         subsampling = self.total_rows / self.num_rows
         scale = 1.0 if site["scale"] is None else site["scale"] / subsampling
         is_one = not_jax_tracer(scale) and bool(np.all(np.asarray(scale) == 1.0))
         return None if is_one else scale
 
-    def sum_to_rows(self, log_prob):
+    def sum_to_rows(self, log_prob: jax.Array) -> jax.Array:
         """Sum over all plates but the data plate."""
         row_axis = jnp.ndim(log_prob) + self.dim
         return jnp.sum(log_prob, [a for a in range(jnp.ndim(log_prob)) if a != row_axis])
 
 
-def find_data_plate(model_trace, outside=()):
+def find_data_plate(model_trace: Trace, outside: Collection[str] | None = ()) -> DataPlate:
     """The plate that all visible sites and all energies share.
 
     :param model_trace: a trace of the model.
@@ -91,10 +96,8 @@ def find_data_plate(model_trace, outside=()):
 
 
 def _shared_frame(sites):
-    shared = None
-    for site in sites:
-        frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-        shared = frames if shared is None else {k: f for k, f in shared.items() if k in frames}
+    first, *others = ({f.name: f for f in site["cond_indep_stack"]} for site in sites)
+    shared = {name: f for name, f in first.items() if all(name in frames for frames in others)}
     if len(shared) == 1:
         (frame,) = shared.values()
         return frame

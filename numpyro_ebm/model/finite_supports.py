@@ -2,14 +2,20 @@
 """Sites with finitely many values: which they are, and all joint states of a row."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.sites import unwrap
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.model.row_site import RowSite
+from numpyro_ebm.types import SiteValues
 
 __all__ = [
     "finite_values",
@@ -23,7 +29,7 @@ __all__ = [
 ]
 
 
-def support_values(site, who):
+def support_values(site: RowSite, who: str) -> np.ndarray:
     """The values of one coordinate of a discrete site, as a NumPy array of shape (K,).
 
     :param RowSite site: the site.
@@ -53,13 +59,13 @@ def support_values(site, who):
     return values.ravel()
 
 
-def finite_values(site, who):
+def finite_values(site: RowSite, who: str) -> tuple[int, int]:
     """Lowest value and number of values of one coordinate of a discrete site."""
     values = support_values(site, who)
     return int(values[0]), len(values)
 
 
-def is_binary(site):
+def is_binary(site: RowSite) -> bool:
     """Whether every coordinate of a discrete site is 0 or 1."""
     try:
         return np.array_equal(support_values(site, ""), [0, 1])
@@ -67,13 +73,13 @@ def is_binary(site):
         return False
 
 
-def num_joint_states(row_model, names, who):
+def num_joint_states(row_model: RowModel, names: Sequence[str], who: str) -> float:
     """Number of joint states of some discrete sites of a row, a float: it may be infinite."""
     columns = _coordinates(row_model, names, who)
     return math.prod(float(len(x)) for site in columns.values() for x in site)
 
 
-def joint_states(row_model, names, who):
+def joint_states(row_model: RowModel, names: Sequence[str], who: str) -> SiteValues:
     """All joint states of some discrete sites of a row.
 
     :param RowModel row_model: the model.
@@ -94,13 +100,13 @@ def joint_states(row_model, names, who):
     }
 
 
-def in_all_rows(row_model, state):
+def in_all_rows(row_model: RowModel, state: SiteValues) -> SiteValues:
     """One of the :func:`joint_states` as values of its sites, the same in all rows."""
     rows = row_model.num_rows
     return row_model.from_rows({k: jnp.broadcast_to(x, (rows, *x.shape)) for k, x in state.items()})
 
 
-def grid(columns, xp=np):
+def grid(columns: Sequence[Any], xp: Any = np) -> Any:
     """All combinations of the values of several coordinates, of shape (combinations, coordinates).
 
     :param list columns: the values of each coordinate; the last one changes fastest.
@@ -131,7 +137,7 @@ def _row_shape(row_model, name):
     return tuple(shape)
 
 
-def shifted(values, shift, lowest, num_values):
+def shifted(values: jax.Array, shift: ArrayLike, lowest: int, num_values: int) -> jax.Array:
     """Move the values lowest, …, lowest + K - 1 on by ``shift`` < K places, cyclically."""
     dtype = jnp.result_type(values)
     wide = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(int)  # no overflow

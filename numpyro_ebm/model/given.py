@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hierarchies over the parameters of an energy: those above the sites that it reads."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
@@ -11,6 +14,7 @@ from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
 from numpyro_ebm.model.priors import isolated
+from numpyro_ebm.types import Model
 
 __all__ = ["given"]
 
@@ -53,7 +57,7 @@ class given(Messenger):
     >>> kernel = Gibbs([(exchange, ["precision"]), (NUTS(hierarchy), ["mu"])])
     """
 
-    def __init__(self, fn=None, names=()):
+    def __init__(self, fn: Model | None = None, names: Sequence[str] = ()):
         if isinstance(names, str) or not names or not all(isinstance(x, str) for x in names):
             raise ModelError(
                 '`given(model, names)` takes a sequence of names of sample sites, such as ["beta"],'
@@ -62,18 +66,18 @@ class given(Messenger):
         self.names = tuple(names)
         super().__init__(fn)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._observed, self._sites, self._relied_on = set(), {}, False
         result = super().__call__(*args, **kwargs)
         if self._relied_on:
             self._check(args, kwargs)
         return result
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == NORMALIZER and set(self.names) <= self._observed:
             msg["value"], msg["stop"], self._relied_on = "given", True, True
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] in ("sample", "param", "plate"):
             self._sites[msg["name"]] = dict(msg)
         if msg["type"] == "sample" and msg["is_observed"] and msg["name"] in self.names:

@@ -9,6 +9,7 @@ called with the model's arguments, or without any if it takes none.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from numpyro_ebm.model.noise_forms import (
     transformed_normal,
     with_arguments,
 )
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["Noise"]
 
@@ -45,9 +48,12 @@ class Noise:
     :raises ModelError: if it is none of the forms above, or does not fit the visible sites.
     """
 
-    def __init__(self, noise, row_model, name="noise", *, trainable=False):
+    def __init__(
+        self, noise: Any, row_model: RowModel, name: str = "noise", *, trainable: bool = False
+    ):
         self.row_model, self.name = row_model, name
-        self._function, self._leaves, self._tree, self._trained = None, (), None, {}
+        self._function: Callable[..., Any] | None = None
+        self._leaves, self._tree, self._trained = [], None, {}
         if isinstance(noise, Transform | list | tuple):
             noise = transformed_normal(noise, row_model)
         elif isinstance(noise, Callable) and not isinstance(noise, dist.Distribution):
@@ -65,7 +71,7 @@ class Noise:
                         path, constraint = named[id(x)]
                         self._trained[path] = i, constraint
 
-    def parameters(self, rng_key):
+    def parameters(self, rng_key: jax.Array) -> dict[str, tuple[Any, Any]]:
         """Initial values and constraints of the parameters by name."""
         if self._function is None:
             return {name: (self._leaves[i], c) for name, (i, c) in self._trained.items()}
@@ -86,7 +92,7 @@ class Noise:
                 "`dist.MixtureSameFamily`."
             )
 
-    def distribution(self, params):
+    def distribution(self, params: Params) -> Any:
         """The noise itself at given parameters: a distribution, a dict of them, or a flow."""
         if self._function is None:
             leaves = list(self._leaves)
@@ -96,7 +102,7 @@ class Noise:
         with block():
             return seed(substitute(self._function, data=params), jax.random.key(0))()
 
-    def draw(self, rng_key, params, num):
+    def draw(self, rng_key: jax.Array, params: Params, num: int) -> SiteValues:
         """Unconstrained draws of the visible sites, ``num`` leading."""
         sites = self.row_model.visible
         found = self._checked(params)
@@ -125,7 +131,7 @@ class Noise:
             for name, x in values.items()
         }
 
-    def log_density(self, params, unconstrained):
+    def log_density(self, params: Params, unconstrained: SiteValues) -> jax.Array:
         """Log-density per row of unconstrained visible values, log-Jacobian included: (rows,)."""
         row_model = self.row_model
         values, log_det = row_model.constrain(unconstrained)
@@ -142,7 +148,7 @@ class Noise:
             total = total + row_model.sum_to_rows(log_prob)
         return total
 
-    def site_distributions(self, params):
+    def site_distributions(self, params: Params) -> dict[str, Any]:
         """Distributions by site name at given parameters, for every form of noise."""
         found = self._checked(params)
         if found is None:
@@ -191,7 +197,7 @@ class Noise:
             self._check_site(name, found[name])
         return found
 
-    def _check_site(self, name, fn):
+    def _check_site(self, name, fn: Any):
         site = self.row_model.visible[name]
         if not isinstance(fn, dist.Distribution):
             if not is_flow(fn):
@@ -210,14 +216,15 @@ class Noise:
                 f"`dist.Normal(0, 1).expand({list(site.fn.event_shape)}).to_event("
                 f"{len(site.fn.event_shape)})`."
             )
+        support: Any = fn.support
         same_kind = (
-            bool(fn.support.is_discrete) == site.is_discrete
-            and is_real(fn.support) == site.is_real
-            and _same_bounds(fn.support, site.fn.support)
+            bool(support.is_discrete) == site.is_discrete
+            and is_real(support) == site.is_real
+            and _same_bounds(support, site.fn.support)
         )
         if not same_kind:
             raise ModelError(
-                f"The noise of the visible site '{name}' has the support {fn.support}, and the "
+                f"The noise of the visible site '{name}' has the support {support}, and the "
                 f"site {site.fn.support}: noise has to live where the data do, and everywhere."
             )
 

@@ -2,6 +2,8 @@
 """The forms in which a noise may be written, and the parameters in it by name."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.row_model import RowModel
 
 __all__ = [
     "FORMS",
@@ -26,12 +29,12 @@ FORMS = (
 )
 
 
-def is_flow(x):
+def is_flow(x: Any) -> bool:
     """A distribution of another library, such as flowjax: a pytree with a density and draws."""
     return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
 
 
-def transformed_normal(transforms, row_model):
+def transformed_normal(transforms: Any, row_model: RowModel) -> dist.Distribution:
     """A standard Normal through a stack of transforms, for the one real visible site."""
     transforms = [transforms] if isinstance(transforms, Transform) else list(transforms)
     if len(row_model.visible) != 1 or not all(isinstance(t, Transform) for t in transforms):
@@ -43,26 +46,30 @@ def transformed_normal(transforms, row_model):
     return dist.TransformedDistribution(base, transforms)
 
 
-def with_arguments(function, row_model):
+def with_arguments(function: Callable[..., Any], row_model: RowModel) -> Callable[[], Any]:
     """The function with the model's arguments, or with none if it takes none."""
+
+    def with_all():
+        return function(*row_model.args, **row_model.kwargs)
+
     try:
         signature = inspect.signature(function)
-        signature.bind(*row_model.args, **row_model.kwargs)
-    except TypeError:
-        try:
-            signature.bind()
-        except TypeError:
-            raise ModelError(
-                f"The noise function {function!r} can be called neither with the model's "
-                "arguments nor with none."
-            ) from None
-        return function
     except ValueError:
-        pass
-    return lambda: function(*row_model.args, **row_model.kwargs)
+        return with_all
+    ways = (with_all, row_model.args, row_model.kwargs), (function, (), {})
+    for way, args, kwargs in ways:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            continue
+        return way
+    raise ModelError(
+        f"The noise function {function!r} can be called neither with the model's arguments nor "
+        "with none."
+    )
 
 
-def named_leaves(noise, name):
+def named_leaves(noise: Any, name: str) -> dict[int, tuple[str, Any]]:
     """Name and constraint of every array by its identity.
 
     The names are attributes, ``flow.base_dist.scale``, and not positions in the tree, because the
@@ -91,6 +98,6 @@ def named_leaves(noise, name):
     return found
 
 
-def is_float_array(x):
+def is_float_array(x: Any) -> bool:
     """Whether something is an array that can be trained."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)

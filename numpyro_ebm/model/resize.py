@@ -15,6 +15,7 @@ import numpy as np
 
 from numpyro_ebm._compat import Literal, ShapedArray, not_jax_tracer
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.jaxprs import needed
 
 __all__ = ["with_rows"]
@@ -23,7 +24,7 @@ SIZES = ("limit_indices", "new_sizes", "shape", "sizes", "slice_sizes")
 """Parameters of operations that hold sizes of arrays, which may be numbers of rows."""
 
 
-def with_rows(row_model, num_rows):
+def with_rows(row_model: RowModel, num_rows: int) -> RowModel | None:
     """The same model of a row, with another number of them.
 
     Arguments with a row each repeat their first one; only the visible sites read them.

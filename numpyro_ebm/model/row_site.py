@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sample site of a row: its base measure, its value, and what data may be its value."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ class RowSite(NamedTuple):
     """
 
     name: str
-    fn: object
-    value: object
-    dims: tuple
+    fn: Any
+    value: Any
+    dims: tuple[str, ...]
 
     @classmethod
-    def of(cls, site):
+    def of(cls, site: dict[str, Any]) -> Self:
         """Make one of a site of a trace."""
         num_batch, num_dims = len(site["fn"].batch_shape), len(site["fn"].shape())
         plates = {num_batch + frame.dim: frame.name for frame in site["cond_indep_stack"]}
@@ -43,34 +43,34 @@ class RowSite(NamedTuple):
         return cls(site["name"], site["fn"], site["value"], dims)
 
     @property
-    def event_dim(self):
+    def event_dim(self) -> int:
         return self.fn.event_dim
 
     @property
-    def is_discrete(self):
+    def is_discrete(self) -> bool:
         return bool(self.fn.support.is_discrete)
 
     @property
-    def is_real(self):
+    def is_real(self) -> bool:
         return is_real(self.fn.support)
 
     @property
-    def is_flat(self):
+    def is_flat(self) -> bool:
         """Whether the base measure is constant, so that only energies can shape the site."""
         return isinstance(unwrap(self.fn), Lebesgue | Counting)
 
     @property
-    def is_unconstrained(self):
+    def is_unconstrained(self) -> bool:
         """Whether the site's own coordinates are used: it is discrete, or real already."""
         return self.is_discrete or self.is_real
 
     @property
-    def transform(self):
+    def transform(self) -> Any:
         """T in v = T(u); the identity for a discrete site, which has no other coordinates."""
         return biject_to(constraints.real if self.is_discrete else self.fn.support)
 
 
-def placeholder(site):
+def placeholder(site: dict[str, Any]) -> jax.Array | None:
     """A value on the support for a site that has none, so that a model can be traced."""
     if site["type"] != "sample" or site["value"] is not None or isinstance(site["fn"], Delta):
         return None
@@ -82,7 +82,7 @@ def placeholder(site):
     return transform(jnp.zeros(transform.inverse_shape(fn.shape())))
 
 
-def check_data(site):
+def check_data(site: RowSite) -> None:
     """Raise if data cannot be the value of a visible site; traced data are not looked at.
 
     :param RowSite site: the site.
