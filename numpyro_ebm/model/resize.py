@@ -102,10 +102,10 @@ class _Comparison:
     def values(self, a, b, are_sizes):
         if isinstance(a, tuple | list) and isinstance(b, tuple | list):
             return _all(partial(self.values, are_sizes=are_sizes), a, b)
+        if hasattr(a, "jaxpr") and hasattr(a, "consts"):  # closed ones have operations as well
+            return self.programs(a, b)
         if hasattr(a, "eqns"):
             return self.operations(a, b)
-        if hasattr(a, "jaxpr") and hasattr(a, "consts"):
-            return self.programs(a, b)
         if isinstance(a, ShapedArray):
             return a.dtype == b.dtype and self.values(a.shape, b.shape, True)
         if are_sizes and isinstance(a, int | np.integer):

@@ -44,6 +44,11 @@ def looped(v):
     return logsumexp(jax.jit(lambda v: jax.lax.scan(step, v, length=3)[0])(v), -1) ** 2
 
 
+def averaged(v):
+    weights = np.array([1.0, 0.5], "float32") / len(v)
+    return jax.jit(lambda v: jnp.sum(v**2 * weights, -1))(v)
+
+
 SAME = {
     "quadratic": lambda v: jnp.sum(v**2, -1),
     "network": network,
@@ -51,6 +56,7 @@ SAME = {
     "reshaped": lambda v: jnp.sum((2.0 * v.reshape(-1)).reshape(v.shape) ** 4, -1),
 }
 OTHER = {
+    "closes over its rows in a jit": averaged,
     "counts its rows": lambda v: jnp.sum(v**2, -1) / len(v),
     "numbers its rows": lambda v: jnp.sum(v**2, -1) * (1 + jnp.arange(len(v))),
     "has a constant for every row": lambda v: jnp.sum((v - DATA) ** 2, -1),
