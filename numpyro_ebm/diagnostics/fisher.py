@@ -208,10 +208,10 @@ def _split(rng_key, data, num_rows, validation_fraction, test_fraction):
         raise ModelError(f"fisher_divergence: {num_rows} rows are too few to be split in three.")
     order = jax.random.permutation(rng_key, num_rows)
     parts = jnp.split(order, (num_test, num_test + num_validation))
-    return _Rows(
-        *(jax.tree.map(lambda x, part=part: jnp.asarray(x)[part], data) for part in parts),
-        num_train,
+    test, validation, train = (
+        jax.tree.map(lambda x, part=part: jnp.asarray(x)[part], data) for part in parts
     )
+    return _Rows(test, validation, train, num_train)
 
 
 def _terms(objective, model, guide, kwargs, rng_key, params, data):

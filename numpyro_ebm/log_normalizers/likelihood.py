@@ -6,7 +6,7 @@ r"""Log-likelihoods of held-out rows under a fixed energy-based model.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,26 @@ class LogLikelihood(NamedTuple):
     log_normalizer: LogNormalizer
 
 
+@overload
+def log_likelihood(
+    rng_key: jax.Array,
+    model: Model,
+    *args: Any,
+    log_normalizer: LogNormalizer | ArrayLike | None = None,
+    with_error: Literal[False] = False,
+    method: MethodName | Sequence[MethodName] | None = None,
+    **kwargs: Any,
+) -> jax.Array: ...
+@overload
+def log_likelihood(
+    rng_key: jax.Array,
+    model: Model,
+    *args: Any,
+    log_normalizer: LogNormalizer | ArrayLike | None = None,
+    with_error: Literal[True],
+    method: MethodName | Sequence[MethodName] | None = None,
+    **kwargs: Any,
+) -> LogLikelihood: ...
 def log_likelihood(
     rng_key: jax.Array,
     model: Model,

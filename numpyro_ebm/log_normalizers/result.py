@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An estimate of log Z, with its error."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jax.typing import ArrayLike
+import jax
 
 __all__ = ["LogNormalizer"]
 
@@ -27,9 +27,9 @@ class LogNormalizer(NamedTuple):
     'NCE'
     """
 
-    value: ArrayLike
-    mcse: ArrayLike
-    ess: ArrayLike
+    value: jax.Array | float
+    mcse: jax.Array | float
+    ess: jax.Array | float
     method: str
-    bias: str = "unknown"
+    bias: Literal["none", "below", "unknown"] = "unknown"
     diagnostics: dict[str, Any] | None = None

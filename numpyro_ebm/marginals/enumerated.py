@@ -114,7 +114,7 @@ class Enumerated(ExactMarginal):
         if factorises(row_model):
             _, logits = _unit_logits(row_model, params, values)
 
-            def draw(rng_key):
+            def draw(rng_key) -> SiteValues:
                 keys = jax.random.split(rng_key, len(logits))
                 return {
                     name: jax.random.bernoulli(key, jax.nn.sigmoid(x))
@@ -124,7 +124,7 @@ class Enumerated(ExactMarginal):
             states = _event_states(row_model)
             log_densities = _state_log_densities(row_model, params, values, states)
 
-            def draw(rng_key):
+            def draw(rng_key) -> SiteValues:
                 chosen = jax.random.categorical(rng_key, log_densities, axis=0)  # (rows,)
                 return row_model.from_rows({name: x[chosen] for name, x in states.items()})
 

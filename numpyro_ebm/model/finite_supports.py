@@ -2,7 +2,7 @@
 """Sites with finitely many values: which they are, and all joint states of a row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -73,13 +73,13 @@ def is_binary(site: RowSite) -> bool:
         return False
 
 
-def num_joint_states(row_model: RowModel, names: Sequence[str], who: str) -> float:
+def num_joint_states(row_model: RowModel, names: Iterable[str], who: str) -> float:
     """Number of joint states of some discrete sites of a row, a float: it may be infinite."""
     columns = _coordinates(row_model, names, who)
     return math.prod(float(len(x)) for site in columns.values() for x in site)
 
 
-def joint_states(row_model: RowModel, names: Sequence[str], who: str) -> SiteValues:
+def joint_states(row_model: RowModel, names: Iterable[str], who: str) -> SiteValues:
     """All joint states of some discrete sites of a row.
 
     :param RowModel row_model: the model.
