@@ -151,7 +151,7 @@ class Counting(dist.Distribution):
         )
 
     @constraints.dependent_property
-    def support(self):
+    def support(self) -> Any:
         one = (
             constraints.boolean
             if self.num_values == 2

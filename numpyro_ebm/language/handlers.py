@@ -87,11 +87,11 @@ class integrated(Messenger):
     :param names: names of sites.
     """
 
-    def __init__(self, fn=None, names=()):
+    def __init__(self, fn: Callable[..., Any] | None = None, names: Iterable[str] = ()):
         self.names = frozenset(names)
         super().__init__(fn)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["name"] in self.names:
             msg["infer"] = {**msg["infer"], "integrated": True}
 

@@ -80,7 +80,7 @@ def bias_bounds(
     p: jax.Array,
     total_variation: jax.Array,
     gradient: bool,
-):
+) -> tuple[BiasBound | None, BiasBound | None]:
     """Biases of VaES and VaGES, and their bounds.
 
     :param points: values of the latent sites, points leading.

@@ -21,6 +21,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["Weights", "all_states", "choose_method", "weigh_particles", "weigh_states"]
 
@@ -63,7 +64,7 @@ def choose_method(row_model: RowModel, max_states: int) -> str:
     return "marginal"
 
 
-def weigh_states(log_joint: jax.Array, log_guide: jax.Array, num_particles: int):
+def weigh_states(log_joint: jax.Array, log_guide: jax.Array, num_particles: int) -> Weights:
     """Weigh all states, (states, rows): sums over them are exact.
 
     :param num_particles: draws of the guide of which to give the effective number.
@@ -80,7 +81,7 @@ def weigh_states(log_joint: jax.Array, log_guide: jax.Array, num_particles: int)
 
 def weigh_particles(
     log_joint: jax.Array, log_guide: jax.Array, log_marginal: jax.Array | None = None
-):
+) -> Weights:
     """Weigh draws of the guide, (draws, rows); log p̃(v) from them as well if it is not given."""
     log_w = log_joint - log_guide
     num = len(log_w)
@@ -94,7 +95,7 @@ def weigh_particles(
     return Weights(q, p, jnp.mean(log_w, 0), log_marginal, error, 1 / jnp.sum(p * p, 0))
 
 
-def all_states(row_model: RowModel):
+def all_states(row_model: RowModel) -> SiteValues:
     """All joint states of the latent sites, every one in all rows, states leading."""
     states = joint_states(row_model, row_model.latent, "posterior_gap")
     return jax.vmap(partial(in_all_rows, row_model))(states)
