@@ -109,7 +109,7 @@ def energy_gap(
             "`numpyro_ebm.sample(rng_key, model, num_samples, None, *args)`."
         )
 
-    density = partial(_energies, row_model, marginal, reader, params)
+    density = partial(_energies_of_rows, row_model, marginal, reader, params)
     of_data, of_samples = _of_both(rng_key, row_model, values, density)
     from scipy.stats import ks_2samp  # half a second to import
 
@@ -125,7 +125,7 @@ def energy_gap(
     )
 
 
-def _energies(row_model, marginal, reader, params, key_and_rows):
+def _energies_of_rows(row_model, marginal, reader, params, key_and_rows):
     """Energies of rows, (rows,), up to log Z: those of v itself."""
     rng_key, rows = key_and_rows
     point = {k: row_model.sites[k].transform.inv(x) for k, x in row_model.from_rows(rows).items()}

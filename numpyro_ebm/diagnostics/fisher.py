@@ -120,7 +120,7 @@ def fisher_divergence(
     _check_shares(validation_fraction, test_fraction)
     row_model = read_rows("fisher_divergence", model, data, (), kwargs)
     key_split, key_run, key_look = jax.random.split(rng_key, 3)
-    rows = _split(key_split, data, row_model.num_rows, validation_fraction, test_fraction)
+    rows = _split_rows(key_split, data, row_model.num_rows, validation_fraction, test_fraction)
     optim, guide_optim = _optimisers(optim, guide_optim, num_steps)
     objective = FisherDivergence(critic, marginal, residual=residual, critic_optim=optim)
     objective.order = 2  # there is no parameter to take a third derivative in
@@ -135,7 +135,7 @@ def fisher_divergence(
         num_guide_steps=num_guide_steps,
         **kwargs,
     )
-    terms = jax.jit(partial(_terms, objective, model, svi.guide, kwargs))
+    terms = jax.jit(partial(_critic_terms, objective, model, svi.guide, kwargs))
     run = partial(
         svi.run,
         key_run,
@@ -198,7 +198,7 @@ class _Rows(NamedTuple):
     num_train: int
 
 
-def _split(rng_key, data, num_rows, validation_fraction, test_fraction):
+def _split_rows(rng_key, data, num_rows, validation_fraction, test_fraction):
     """Rows in three parts, drawn without replacement."""
     num_validation, num_test = (
         max(2, int(share * num_rows)) for share in (validation_fraction, test_fraction)
@@ -214,7 +214,7 @@ def _split(rng_key, data, num_rows, validation_fraction, test_fraction):
     return _Rows(test, validation, train, num_train)
 
 
-def _terms(objective, model, guide, kwargs, rng_key, params, data):
+def _critic_terms(objective, model, guide, kwargs, rng_key, params, data):
     """Linear and square term of every row at a critic, means over PROBES draws of directions."""
 
     def one(rng_key):

@@ -8,12 +8,14 @@ none of these questions is answered by the class of ``site["fn"]``.
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from numpyro_ebm.language.distributions import Unnormalized
 from numpyro_ebm.types import Trace
 
-__all__ = ["is_energy", "layers", "param_sites", "plates_of", "unwrap"]
+__all__ = ["is_energy", "layers", "log_prob_of", "param_sites", "plates_of", "unwrap"]
 
 
 def layers(fn: Any) -> Iterator[Any]:
@@ -47,3 +49,13 @@ def param_sites(sites: Trace) -> dict[str, tuple[Any, Any]]:
         for name, site in sites.items()
         if site["type"] == "param"
     }
+
+
+def log_prob_of(site: dict[str, Any]) -> jax.Array:
+    """Log-density of a site of a trace in all its elements, as NumPyro's ELBOs take it."""
+    if site["intermediates"]:  # a flow that is not inverted
+        log_prob = site["fn"].log_prob(site["value"], site["intermediates"])
+    else:
+        log_prob = site["fn"].log_prob(site["value"])
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return jnp.sum(scale * log_prob)

@@ -206,7 +206,7 @@ def read_integrand(
     free = uncondition(model, tuple(seen.visible))
     row_model = read_fixed_model(free, args, kwargs)
     if is_shared is None:
-        found = seen.covariates if seen.visible else covariates_of(row_model, args, kwargs)
+        found = seen.covariates if seen.visible else covariates_of(row_model)
         is_shared = not found and not rows_differ(row_model)
     if is_shared and row_model.num_rows > 1:
         row_model = read_one_row(free, seen.arguments, args, kwargs) or row_model

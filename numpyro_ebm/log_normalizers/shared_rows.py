@@ -12,12 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.handlers import trace
 
 from numpyro_ebm._compat import eval_provenance, not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import resolve_normalizer
-from numpyro_ebm.model import provenance
+from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.finite_supports import finite_values
 from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.model.row_model import RowModel
@@ -39,24 +37,24 @@ def read_one_row(
     """
     if not labels:
         return None
-    arrays, rebuild = provenance._labelled_arguments(args, kwargs)
-    args, kwargs = rebuild({k: x[:1] if k in labels else x for k, x in arrays.items()})
+    arguments = Arguments(args, kwargs)
+    one = arguments.with_arrays({label: arguments.arrays[label][:1] for label in labels})
     try:
-        row_model = read_fixed_model(model, args, kwargs)
+        row_model = read_fixed_model(model, one.args, one.kwargs)
     except (ModelError, IndexError, TypeError, ValueError):
         return None  # it wants all its rows, which then are as many points at once
     return row_model if row_model.num_rows == 1 else None
 
 
-def covariates_of(row_model: RowModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def covariates_of(row_model: RowModel) -> list[str]:
     """Labels of arguments with a value for every row that the density of its sites reads."""
-    arrays, rebuild = provenance._labelled_arguments(args, kwargs)
+    traced = row_model.traced
+    traced.check_arguments()
+    arrays = traced.arguments.arrays
     values = {name: site.value for name, site in row_model.sites.items()}
 
     def run(**labelled):
-        model_args, model_kwargs = rebuild(labelled)
-        prepared = resolve_normalizer(row_model.substituted(values))
-        return row_model.site_log_densities(trace(prepared).get_trace(*model_args, **model_kwargs))
+        return traced.with_arrays(labelled).evaluate("terms", {**row_model.plates, **values})
 
     read_by = frozenset().union(*eval_provenance(run, **arrays).values())
     rows = row_model.num_rows, row_model.total_rows

@@ -106,7 +106,7 @@ class RowKernel(MCMCKernel):
         self._init_strategy = init_strategy
         self._num_warmup = 0
         self._sample_fn = None  # looked at by `MCMC`: whether `init` has run
-        self._reading = None  # of the model, at the arguments that it was last read at
+        self._traced = None  # of the model, at arguments that it was read at
 
     @property
     def model(self) -> Model:
@@ -198,12 +198,13 @@ class RowKernel(MCMCKernel):
         """Raise if a warm-up of ``_num_warmup`` steps is not enough."""
 
     def _read_model(self, model, model_args, model_kwargs) -> RowModel:
-        """The row model; the kernel's own is traced once as long as its arguments stay."""
-        if self._reading is not None and self._reading.is_of(model, model_args, model_kwargs):
-            return bind_fixed(self._reading)
+        """The row model; the kernel's own is traced once for arguments of the same shapes."""
+        known = self._traced and self._traced.rebound(model, model_args, model_kwargs)
+        if known is not None:
+            return bind_fixed(known)
         row_model = read_fixed_model(model, model_args, model_kwargs)
         if model is self._model:
-            self._reading = row_model.reading
+            self._traced = row_model.traced
         return row_model
 
     def _read(self, model, model_args, model_kwargs) -> tuple[RowModel, LogDensity]:

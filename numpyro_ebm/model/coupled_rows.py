@@ -28,7 +28,7 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.row_axes import MIXED, row_axes
 
 if TYPE_CHECKING:
-    from numpyro_ebm.model.reading import Reading
+    pass
 
 __all__ = ["check_rows"]
 
@@ -40,11 +40,10 @@ SPREADS = (1.0, 3.0)
 changes all units of a row, the second one in three."""
 
 
-def check_rows(row_model: RowModel, reading: Reading) -> None:
+def check_rows(row_model: RowModel) -> None:
     """Raise if the density of a row depends on the values of other rows.
 
     :param RowModel row_model: the model.
-    :param Reading reading: the operations of the model.
     :raises ModelError: naming the energy and what to write instead.
     """
     if row_model.num_rows < 2:
@@ -62,7 +61,7 @@ def check_rows(row_model: RowModel, reading: Reading) -> None:
 
     states = row_axes(terms, values, axes)
     doubtful = [name for name, state in zip(names, states, strict=True) if state is MIXED]
-    for name in _coupled(row_model, reading, doubtful) if doubtful else ():
+    for name in _coupled(row_model, doubtful) if doubtful else ():
         kind = "energy" if name in row_model.energies else "site"
         raise ModelError(
             f"The {kind} '{name}' of a row depends on other rows of the plate '{row_model.plate}' "
@@ -73,17 +72,17 @@ def check_rows(row_model: RowModel, reading: Reading) -> None:
         )
 
 
-def _coupled(row_model, reading, names):
+def _coupled(row_model, names):
     """Those of the terms that change in some rows when the values of other rows do.
 
     Which rows are changed follows the binary digits of their indices: two rows differ in one.
     """
     found, moving = set(), sorted(row_model.sites)  # not those that were set aside as observed
     with jax.ensure_compile_time_eval():  # also inside of a `jit`
-        known = _at_few_rows(row_model, reading)
+        known = _at_few_rows(row_model)
         for seed, spread in enumerate(SPREADS):
             with suppress(Exception):  # the model may refuse random values
-                known = known or _at_known_values(row_model, reading, row_model.num_rows)
+                known = known or _at_known_values(row_model, row_model.num_rows)
                 terms = jax.jit(known.terms)
                 found |= _changed(known, terms, moving, jax.random.key(seed), spread, names)
     return [name for name in names if name in found]
@@ -119,25 +118,25 @@ def _axis(row_model, site, rank):
     return rank + row_model.dim - site.event_dim
 
 
-def _at_few_rows(row_model, reading):
+def _at_few_rows(row_model):
     """The model at the first rows of its arguments; ``None`` where it cannot be read there."""
     if row_model.num_rows <= FEW:
         return None
     try:
-        few = _at_known_values(row_model, reading, FEW)
+        few = _at_known_values(row_model, FEW)
     except Exception:  # the model may be written for its number of rows
         return None
     return few if few.num_rows == FEW else None
 
 
-def _at_known_values(row_model, reading, num_rows):
+def _at_known_values(row_model, num_rows):
     """The model at its first rows, with ones in the place of arguments that are traced."""
 
     def first(x):
         sizes = (row_model.num_rows,), (row_model.total_rows,)
         return x[:num_rows] if hasattr(x, "shape") and x.shape[:1] in sizes else x
 
-    known = row_model.args, row_model.kwargs, reading.data
+    known = row_model.args, row_model.kwargs, row_model.traced.data
     args, kwargs, data = jax.tree.map(_known, known)
     for name, site in row_model.visible.items():  # a support may not have what is put for the data
         shape = list(jnp.shape(site.value))
@@ -146,7 +145,7 @@ def _at_known_values(row_model, reading, num_rows):
         data = {**data, name: _somewhere(jax.random.key(0), like, site.fn.support)}
     if num_rows < row_model.num_rows:
         args, kwargs = jax.tree.map(first, (args, kwargs))
-    return reading.at(args, kwargs, data).bind()
+    return row_model.traced.at(args, kwargs, data).bind()
 
 
 def _halves(num_rows):

@@ -19,8 +19,10 @@ from numpyro_ebm._compat import mask_of
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
-from numpyro_ebm.model.reading import read_model, trace_model
+from numpyro_ebm.model.arguments import Arguments
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_site import placeholder
+from numpyro_ebm.model.traced_model import trace_model
 
 __all__ = [
     "OutsidePlate",
@@ -109,12 +111,15 @@ def prior(model):
     (100,)
     >>> guide = numpyro.infer.autoguide.AutoNormal(ebm.prior(gaussian))
     """
+    seen = None
 
     @wraps(model)
     def prior_model(*args, **kwargs):
-        with isolated():
-            plate = trace_model(model, args, kwargs).data_plate.plate
-        run_prior(model, args, kwargs, plate)
+        nonlocal seen  # the plate has one name, unless arguments that are not arrays change it
+        if seen is None or not seen.arguments.have_form_of(Arguments(args, kwargs)):
+            with isolated():
+                seen = trace_model(model, args, kwargs)
+        run_prior(model, args, kwargs, seen.data_plate.plate)
 
     return prior_model
 

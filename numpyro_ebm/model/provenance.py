@@ -21,38 +21,24 @@ from numpyro_ebm.language.handlers import set_visible
 __all__ = ["check_guide", "check_model"]
 
 
-def _labelled_arguments(args, kwargs):
-    """Split arguments into array leaves, labelled, and a function that puts them back."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") and x.ndim > 0 for x in leaves]
-    arrays = {f"arg:{i}": x for i, x in enumerate(leaves) if is_array[i]}
-
-    def rebuild(arrays):
-        return jax.tree.unflatten(
-            tree, [arrays[f"arg:{i}"] if is_array[i] else x for i, x in enumerate(leaves)]
-        )
-
-    return arrays, rebuild
-
-
-def check_model(row_model, reading):
+def check_model(row_model):
     """Raise unless every visible site reaches the density, and no energy bypasses it.
 
     :param RowModel row_model: the model.
-    :param Reading reading: what it was made of.
     :raises ModelError: naming the energy, the visible site and what to write instead.
     """
     if not row_model.visible:
         return
-    arrays, rebuild = _labelled_arguments(row_model.args, row_model.kwargs)
-    values = {name: site.value for name, site in row_model.sites.items()}
+    traced = row_model.traced
+    traced.check_arguments()
+    arrays, values = traced.arguments.arrays, {k: x.value for k, x in row_model.sites.items()}
     visible = {f"visible:{name}": values[name] for name in row_model.visible}
     data = {**row_model.plates, **row_model.parameters, **values}
 
     def run(**labelled):
-        again = reading.at(*rebuild(labelled), {})
+        again = traced.with_arrays({label: labelled[label] for label in arrays})
         own = {name: labelled[f"visible:{name}"] for name in row_model.visible}
-        observed = {name: site.value for name, site in again.visible(jax.random.key(0)).items()}
+        observed = {name: site.value for name, site in again.visible(jax.random.key(0), {}).items()}
         return again.evaluate("terms", {**data, **own}), observed
 
     per_row = {
@@ -85,10 +71,10 @@ def check_model(row_model, reading):
                     f"objective. {_write_this(name)}"
                 )
     row_model.covariates = sorted(per_row & frozenset().union(*terms.values()))
-    row_model.covariates += _row_parameters(row_model, reading, arrays, rebuild)
+    row_model.covariates += _row_parameters(row_model)
 
 
-def _row_parameters(row_model, reading, arrays, rebuild):
+def _row_parameters(row_model):
     """Parameters of which every row has a value of its own.
 
     An axis may be as long as the plate by chance. So the rows are compared at a random value of the
@@ -109,14 +95,14 @@ def _row_parameters(row_model, reading, arrays, rebuild):
         return jnp.broadcast_to(x[:1], x.shape) if x.shape[0] in (rows, row_model.total_rows) else x
 
     with jax.ensure_compile_time_eval():
-        args, kwargs = rebuild({label: alike(x) for label, x in arrays.items()})
+        arrays = {label: alike(x) for label, x in row_model.traced.arguments.arrays.items()}
+        again = row_model.traced.with_arrays(arrays)
         plates = {k: jnp.arange(len(x)) for k, x in row_model.plates.items()}
         key_visible, key_parameter = jax.random.split(jax.random.key(0))
         values = _alike_visible(row_model, key_visible)
 
         def differ(name):
             parameters = _random_parameter(row_model, key_parameter, name)
-            again = reading.at(args, kwargs, {**plates, **parameters, **values})
             densities = sum(again.evaluate("terms", {**plates, **parameters, **values}).values())
             gap = jnp.abs(densities - densities[0])
             return jnp.max(gap) > 1e-3 * (1 + jnp.abs(densities[0]))
@@ -172,22 +158,22 @@ def _same_in_all_rows(row_model, site):
     return site.transform(jnp.zeros(site.transform.inverse_shape(shape)))
 
 
-def check_guide(row_model, guide, params, args, kwargs, *, may_ignore_visible=False):
+def check_guide(row_model, guide, params, *, may_ignore_visible=False):
     """Raise unless the guide's draws depend on the visible sites, through ``visible`` statements.
 
     :param bool may_ignore_visible: accept a guide that does not read v (importance weights
         correct it).
     :raises ModelError: naming the site and what to write instead.
     """
-    arrays, rebuild = _labelled_arguments(args, kwargs)
+    arguments = row_model.traced.arguments
     visible = {f"visible:{name}": site.value for name, site in row_model.visible.items()}
 
     def run(**labelled):
-        guide_args, guide_kwargs = rebuild(labelled)
+        here = arguments.with_arrays({label: labelled[label] for label in arguments.arrays})
         values = {name: labelled[f"visible:{name}"] for name in row_model.visible}
         data = {**row_model.plates, **params}
         prepared = seed(set_visible(substitute(guide, data=data), values), jax.random.key(0))
-        guide_trace = trace(prepared).get_trace(*guide_args, **guide_kwargs)
+        guide_trace = trace(prepared).get_trace(*here.args, **here.kwargs)
         return {
             name: (site["value"], site["fn"].log_prob(site["value"]))
             for name, site in guide_trace.items()
@@ -195,7 +181,8 @@ def check_guide(row_model, guide, params, args, kwargs, *, may_ignore_visible=Fa
         }
 
     labels = jax.tree.leaves(
-        eval_provenance(run, **arrays, **visible), is_leaf=lambda x: isinstance(x, frozenset)
+        eval_provenance(run, **arguments.arrays, **visible),
+        is_leaf=lambda x: isinstance(x, frozenset),
     )
     seen = frozenset().union(*labels)
     for label, name in row_model.arguments.items():

@@ -24,7 +24,7 @@ __all__ = ["RowModel"]
 class RowModel(DataPlate):
     """A NumPyro model read as arrays. Made by :func:`~numpyro_ebm.model.reading.read_model`.
 
-    - **reading** - the operations of the model, a :class:`~numpyro_ebm.model.reading.Reading`.
+    - **traced** - its operations, a :class:`~numpyro_ebm.model.traced_model.TracedModel`.
     - **model, args, kwargs** - the model and its arguments.
     - **plate, dim, num_rows, total_rows** - the data plate.
     - **plates** - indices of all plates by name.
@@ -45,15 +45,16 @@ class RowModel(DataPlate):
     :param dict sites: all sites of the data plate but for its energies.
     """
 
-    def __init__(self, reading, sites, plates, parameters, constraints, priors):
-        self.reading = reading
-        self.model, self.args, self.kwargs = reading.model, reading.args, reading.kwargs
-        at = reading.data_plate
+    def __init__(self, traced, sites, plates, parameters, constraints, priors):
+        self.traced = traced
+        self.model = traced.model
+        self.args, self.kwargs = traced.arguments.args, traced.arguments.kwargs
+        at = traced.data_plate
         super().__init__(at.plate, at.dim, at.num_rows, at.total_rows)
-        self.energies, self.is_fixed = reading.energies, reading.is_fixed
-        self.unconditioned, self.integrated = reading.unconditioned, reading.integrated
-        self.visible = {k: x for k, x in sites.items() if k in reading.observed}
-        self.latent = {k: x for k, x in sites.items() if k not in reading.observed}
+        self.energies, self.is_fixed = traced.energies, traced.is_fixed
+        self.unconditioned, self.integrated = traced.unconditioned, traced.integrated
+        self.visible = {k: x for k, x in sites.items() if k in traced.observed}
+        self.latent = {k: x for k, x in sites.items() if k not in traced.observed}
         self.observed = {}
         self.plates, self.parameters = plates, parameters
         self.constraints, self.priors = constraints, priors
@@ -72,17 +73,23 @@ class RowModel(DataPlate):
 
     def terms(self, data):
         """The terms of :meth:`log_density` by site, each of shape (rows,)."""
-        return self.reading.evaluate("terms", {**self._own_values(), **data})
+        return self.traced.evaluate("terms", {**self._own_values(), **data})
+
+    def log_prior(self, params):
+        """log π(θ), a scalar: the log-density of all that the model states outside its plate."""
+        sites = {name: site.value for name, site in self.sites.items()}
+        data = {**sites, **self._own_values(), **params}
+        return sum(self.traced.evaluate("prior", data).values(), start=0.0)
 
     def deterministic(self, params, values):
         """Values of the model's `deterministic` sites at given parameters and site values."""
-        return self.reading.evaluate("deterministic", {**self._own_values(), **params, **values})
+        return self.traced.evaluate("deterministic", {**self._own_values(), **params, **values})
 
     def _own_values(self):
         """Values of the sites that need not be given."""
         sites = {**self.observed, **self.sites}
         params = {name: self.parameters[name] for name in self.constraints}
-        return {**self.plates, **params, **{k: sites[k].value for k in self.reading.observed}}
+        return {**self.plates, **params, **{k: sites[k].value for k in self.traced.observed}}
 
     def trace_at(self, data):
         """The model's trace at given parameters and site values."""

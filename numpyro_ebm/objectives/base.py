@@ -10,36 +10,15 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
-from numpyro_ebm.marginals import Marginal, choose, list_exact
+from numpyro_ebm.marginals import Marginal, list_exact
 from numpyro_ebm.marginals.base import Estimate
-from numpyro_ebm.model import provenance
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.plan import Problem, make_plan
 from numpyro_ebm.types import Model, Optimizer, Params, SiteValues
 
 __all__ = ["AuxiliaryNetwork", "Objective", "Problem"]
-
-
-class Problem(NamedTuple):
-    """One round of learning: a batch, the point at which the model is evaluated, and what for.
-
-    - **row_model** - the model, read at the batch.
-    - **guide** - the guide, or ``None``.
-    - **marginal** - the way the latent sites are integrated out.
-    - **unconstrained** - the visible values the objective uses (noised, for denoising ones), by
-      site name.
-    - **noise** - what the objective needs to remember of how it made them.
-    - **row_weights** - weights of the rows in the guide's loss, of shape (rows,), or ``None``.
-    """
-
-    row_model: RowModel
-    guide: Guide | None
-    marginal: Marginal
-    unconstrained: SiteValues
-    noise: Any = None
-    row_weights: jax.Array | None = None
 
 
 class AuxiliaryNetwork(NamedTuple):
@@ -139,22 +118,8 @@ class Objective(ABC):
         """
         key_read, key_perturb = jax.random.split(rng_key)
         row_model = read_model(model, args, kwargs, params, rng_key=key_read)
-        self.check_sites(row_model)
-        reader = None if guide is None else Guide(guide, row_model, args, kwargs)
-        marginal = choose(row_model) if self.marginal is None else self.marginal
-        self.check_marginal(marginal)
-        marginal.check(row_model, reader, self.order)
-        if reader is not None and row_model.latent:
-            reader.check(reader.trace(key_read, params, row_model.visible_values))
-            provenance.check_guide(
-                row_model,
-                guide,
-                params,
-                args,
-                kwargs,
-                may_ignore_visible=not marginal.needs_guide or marginal.corrects_guide,
-            )
-        return Problem(row_model, reader, marginal, *self.perturb(key_perturb, row_model))
+        plan = make_plan(key_read, self, row_model, guide, params)
+        return plan.place(key_perturb, row_model, guide)
 
     def check_marginal(self, marginal: Marginal) -> None:
         """Raise unless the marginal offers what this objective needs of it."""

@@ -55,11 +55,6 @@ class MarkedProgram:
             if eqn.primitive.name == "name" and eqn.params["name"].startswith(PREFIX):
                 self._marks.setdefault(eqn.params["name"].removeprefix(PREFIX), []).append(eqn)
 
-    @property
-    def constants(self):
-        """Arrays that the function closes over, in a list."""
-        return self._closed.consts
-
     def takes(self, replaced):
         """Whether all of these values are marked, and of the same shapes and types.
 

@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
-from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.loop import CHUNK, next_length, select, take_rounds
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.round import Round
-from numpyro_ebm.svi.start import find_start, same_bounds
+from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
 
 __all__ = ["EnergySVI", "EnergySVIState"]
 
@@ -166,13 +165,15 @@ class EnergySVI(SVI):
         )
         self.num_guide_steps = num_guide_steps
         self.num_rows = num_rows
-        self._rows_seen = None  # by the latest `init` or `run`
+        self._plan = None  # of the latest `init` or `run`, and so the others
+        self._chosen_guide_loss = None
         self._posterior = None  # the part of the guide that draws parameters
         self._bounds = {}  # of the supports of penalised parameters
-        self.network_optims = tuple(
+        networks = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
             for p in loss.networks
         )
+        self._optimizers = Optimizers(self.optim, self.guide_optim, networks)
         self._length = 16  # rounds in the next chunk; follows the time they take
         self._run_chunk = jax.jit(
             self._chunk,
@@ -195,7 +196,7 @@ class EnergySVI(SVI):
         :return: :class:`EnergySVIState`.
         """
         state = self._init(rng_key, init_params, args, kwargs)
-        return self._with_objective_state(state, args, kwargs)
+        return self._with_objective_state(state, args, kwargs) if self.loss.has_state else state
 
     def get_params(self, svi_state):
         """Values of all `param` sites of model and guide, and of penalised parameters, by name.
@@ -290,20 +291,13 @@ class EnergySVI(SVI):
                 "it cannot be a part of `jit`, `vmap` or `grad`. Call it outside, or put "
                 "`EnergySVI.update` into `jax.lax.scan`."
             )
-        fresh = None
-        if init_state is None or self.constrain_fn is None:
-            fresh = self._init(rng_key, init_params, args, kwargs)
-        state = fresh if init_state is None else init_state
-        row_model = read_model(
-            self.model, args, {**kwargs, **self.static_kwargs}, self.get_params(state)
-        )
-        self._rows_seen = row_model.total_rows
-        minibatches = Minibatches.of(row_model, args, kwargs, batch_size)
+        state = self._begin(rng_key, init_state, init_params, args, kwargs)
+        minibatches = Minibatches.of(self._plan.traced.data_plate, args, kwargs, batch_size)
         arrays, static = minibatches.split(args, kwargs)
         minibatches = minibatches._replace(
             static=static, stable_update=stable_update, forward_mode=forward_mode_differentiation
         )
-        if state is fresh:
+        if init_state is None and self.loss.has_state:
             first = minibatches.indices(state.rng_key, state.optim_state[0], 1)
             state = self._with_objective_state(state, *minibatches.batch(arrays, first, 0))
         chunk = partial(self._run_chunk, minibatches=minibatches)
@@ -346,52 +340,58 @@ class EnergySVI(SVI):
 
     # Inside
 
+    def _begin(self, rng_key, init_state, init_params, args, kwargs):
+        """The state to start from, after the model was checked at these arguments."""
+        state = init_state
+        if self._plan is None or init_state is None:
+            fresh = self._init(rng_key, init_params, args, kwargs)
+            state = fresh if init_state is None else init_state
+        else:
+            self._plan = self._plan.at(
+                args, {**kwargs, **self.static_kwargs}, self.get_params(state)
+            )
+        self._plan.traced.check_data(jax.random.key(0), {})
+        return state
+
     def _init(self, rng_key, init_params, args, kwargs):
         """The state of :meth:`init`, but for what the objective keeps."""
-        key_init, rng_key = jax.random.split(rng_key)
-        kwargs = {**kwargs, **self.static_kwargs}
         start = find_start(
-            key_init, self.model, self.guide, self.loss, self.guide_loss, init_params, args, kwargs
+            rng_key,
+            self.model,
+            self.guide,
+            self.loss,
+            self.guide_loss,
+            self._optimizers,
+            init_params,
+            args,
+            {**kwargs, **self.static_kwargs},
         )
         if not same_bounds(start.bounds, self._bounds):  # compiled rounds hold them as constants
             self._run_chunk.clear_cache()
             self._run_statistics.clear_cache()
-        self._bounds, self._posterior = start.bounds, start.posterior
-        self._rows_seen = start.total_rows
+        self._plan, self._bounds, self._posterior = start.plan, start.bounds, start.posterior
+        self._chosen_guide_loss = start.guide_loss
         transforms = {name: biject_to(c) for name, c in start.constraints.items()}
         self.constrain_fn = partial(transform_fn, transforms)
-        return EnergySVIState(
-            self.optim.init(start.of_energy),
-            self.guide_optim.init(start.of_guide) if start.of_guide else None,
-            rng_key,
-            tuple(
-                optim.init(params)
-                for optim, params in zip(self.network_optims, start.of_networks, strict=True)
-            ),
-        )
+        of_energy, of_guide, of_networks = start.optim_states
+        return EnergySVIState(of_energy, of_guide, start.rng_key, of_networks)
 
     def _round(self, num_rows=None):
         """A round as things stand; ``num_rows`` is N where the user gives none."""
         return Round(
-            model=self.model,
+            plan=self._plan,
             guide=self.guide,
-            objective=self.loss,
             static_kwargs=self.static_kwargs,
-            optim=self.optim,
-            guide_optim=self.guide_optim,
-            network_optims=self.network_optims,
-            guide_loss=self.guide_loss,
+            optimizers=self._optimizers,
+            guide_loss=self._chosen_guide_loss,
             num_guide_steps=self.num_guide_steps,
             constrain=self.constrain_fn,
             posterior=self._posterior,
             num_rows=num_rows if self.num_rows is None else self.num_rows,
-            rows_seen=self._rows_seen,
         )
 
     def _with_objective_state(self, state, args, kwargs):
         """The state with what the objective keeps, at the batch in hand."""
-        if not self.loss.has_state:
-            return state
 
         def first(state):
             key = jax.random.fold_in(state.rng_key, STATE_STREAM)

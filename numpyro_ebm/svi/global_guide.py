@@ -17,35 +17,22 @@ that draws h is left with that draw as a constant.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.lax import stop_gradient
 from numpyro.distributions import Delta
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoLaplaceApproximation
-from numpyro.infer.util import log_density
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
 from numpyro_ebm.language.handlers import substitute_and_block
-from numpyro_ebm.language.sites import param_sites
+from numpyro_ebm.language.sites import log_prob_of, param_sites
 from numpyro_ebm.model.priors import check_priors, prior_part
 
-__all__ = ["Draw", "GlobalGuide", "check_supports", "log_prior", "start_at_median"]
+__all__ = ["Draw", "GlobalGuide", "check_supports", "start_at_median"]
 
 PARAM, SITE = "param:", "site:"
 """Before the names of sites whose influence is traced."""
-
-
-def log_prior(row_model, params):
-    """log π(θ): the log-density of all that a model states outside its data plate.
-
-    :param RowModel row_model: the model.
-    :param dict params: values of all its parameters, by name.
-    :return: scalar.
-    """
-    prior = prior_part(row_model.model, row_model.plate)
-    return log_density(prior, row_model.args, row_model.kwargs, {**row_model.plates, **params})[0]
 
 
 def check_supports(row_model):
@@ -68,18 +55,15 @@ def check_supports(row_model):
                 "a continuous parameterisation (the weights of a mixture, say)."
             )
 
-    sites = _run_prior(row_model, row_model.parameters)
-    for name in row_model.priors:
-        for frame in sites[name]["cond_indep_stack"]:
-            if frame.size != sites[frame.name]["args"][0]:
-                raise ModelError(
-                    f"EnergySVI: the parameter '{name}' is in the subsampled plate '{frame.name}', "
-                    "so that it would be another one in every round. Drop its `subsample_size`."
-                )
+    for name, plate in row_model.traced.subsampled_priors.items():
+        raise ModelError(
+            f"EnergySVI: the parameter '{name}' is in the subsampled plate '{plate}', so that it "
+            "would be another one in every round. Drop its `subsample_size`."
+        )
 
     def supports(**labelled):
-        sites = _run_prior(row_model, {k.removeprefix(PARAM): x for k, x in labelled.items()})
-        return {name: jax.tree.leaves(sites[name]["fn"].support) for name in row_model.priors}
+        priors = row_model.traced.priors_at({k.removeprefix(PARAM): labelled[k] for k in labelled})
+        return {name: jax.tree.leaves(fn.support) for name, fn in priors.items()}
 
     labelled = {PARAM + name: value for name, value in row_model.parameters.items()}
     for name, labels in eval_provenance(supports, **labelled).items():
@@ -219,7 +203,7 @@ class GlobalGuide(NamedTuple):
         guide_trace = trace(guide).get_trace(*args, **kwargs)
         sites = {name: guide_trace[name] for name in self.sites}
         values = {name: site["value"] for name, site in sites.items()}
-        total = sum(map(_log_prob, sites.values()))
+        total = sum(map(log_prob_of, sites.values()))
         return Draw({name: values[name] for name in self.priors}, total, values)
 
     def given(self, draw, params):
@@ -279,7 +263,7 @@ def _dependence(guide, row_model, params, inside, outside):
         theta = _trace(guide, row_model, {**own, **rows})
         held = {name: stop_gradient(first[name]["value"]) for name in outside}
         local = _trace(substitute_and_block(guide, held), row_model, own)
-        described = lambda site: (site["value"], _log_prob(site))  # noqa: E731
+        described = lambda site: (site["value"], log_prob_of(site))  # noqa: E731
         return (
             {name: described(theta[name]) for name in outside},
             {name: described(local[name]) for name in inside},
@@ -307,13 +291,3 @@ def _trace(guide, row_model, data, rng_key=None):
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     guide = seed(substitute(guide, data={**row_model.plates, **data}), rng_key)
     return trace(guide).get_trace(*row_model.args, **row_model.kwargs)
-
-
-def _log_prob(site):
-    """Log-density of a traced site, as NumPyro's ELBOs take it."""
-    if site["intermediates"]:  # a flow that is not inverted
-        log_prob = site["fn"].log_prob(site["value"], site["intermediates"])
-    else:
-        log_prob = site["fn"].log_prob(site["value"])
-    scale = 1.0 if site["scale"] is None else site["scale"]
-    return jnp.sum(scale * log_prob)

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
-from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.guides.losses import row_guide_loss
+from numpyro_ebm.objectives.plan import Plan
 from numpyro_ebm.program.draws import scan_keys
-from numpyro_ebm.svi.global_guide import GlobalGuide, log_prior
+from numpyro_ebm.svi.global_guide import GlobalGuide
+from numpyro_ebm.svi.start import Optimizers
 
 __all__ = ["THETA_STREAM", "Round"]
 
@@ -35,31 +36,29 @@ THETA_STREAM = 0x7E7A
 class Round(NamedTuple):
     """A round as a function of its key, a state and a batch; and what it is made of.
 
-    - **model, guide, objective, static_kwargs** - as :class:`~numpyro_ebm.EnergySVI` has them.
-    - **optim, guide_optim, network_optims** - optimisers of the energy, the guide, and each of the
-      objective's networks.
-    - **guide_loss, num_guide_steps** - the loss of the guide, ``None`` for the default one, and its
-      steps.
+    - **plan** - model and objective, found to go together.
+    - **guide, static_kwargs** - as :class:`~numpyro_ebm.EnergySVI` has them.
+    - **optimizers** - the :class:`~numpyro_ebm.svi.start.Optimizers`.
+    - **guide_loss, num_guide_steps** - the loss of the guide, and its steps.
     - **constrain** - from unconstrained parameters to their values, dicts by name.
     - **posterior** - the part of the guide that draws parameters, or ``None``.
     - **num_rows** - N, against which a prior is weighed once: not the rows of a minibatch. If
-      ``None``, the rows of the data plate, which then has to have ``rows_seen``.
-    - **rows_seen** - rows of the data plate where the run started.
+      ``None``, the rows of the data plate, which has to have as many as where the run started.
     """
 
-    model: Callable
+    plan: Plan
     guide: Callable | None
-    objective: Objective
     static_kwargs: dict
-    optim: object
-    guide_optim: object
-    network_optims: tuple
+    optimizers: Optimizers
     guide_loss: object
     num_guide_steps: int
     constrain: Callable
     posterior: GlobalGuide | None
     num_rows: int | None
-    rows_seen: int | None
+
+    @property
+    def objective(self):
+        return self.plan.objective
 
     def take(self, step_key, state, args, kwargs, forward_mode_differentiation=False):
         """Take the round.
@@ -75,9 +74,9 @@ class Round(NamedTuple):
         params, theta, problem = self.prepare(step_key, key_prepare, state, args, kwargs)
         guide_optim_state = state.guide_optim_state
         if guide_optim_state is not None:
-            own = {**self.constrain(self.optim.get_params(state.optim_state)), **theta}
+            own = {**self.constrain(self.optimizers.energy.get_params(state.optim_state)), **theta}
             guide_optim_state = self._fit_guide(key_guide, own, guide_optim_state, problem)
-            params.update(self.constrain(self.guide_optim.get_params(guide_optim_state)))
+            params.update(self.constrain(self.optimizers.guide.get_params(guide_optim_state)))
         network_optim_states = []
         for i, (network, optim, optim_state) in enumerate(self._networks(state)):
             key_network = jax.random.fold_in(key_guide, i)
@@ -93,7 +92,7 @@ class Round(NamedTuple):
             energy = {**params, **self.constrain(unconstrained)}
             return self._energy_loss(step_key, key_energy, energy, problem), None
 
-        (loss, _), optim_state = self.optim.eval_and_update(
+        (loss, _), optim_state = self.optimizers.energy.eval_and_update(
             loss_fn, state.optim_state, forward_mode_differentiation=forward_mode_differentiation
         )
         state = state._replace(
@@ -129,7 +128,7 @@ class Round(NamedTuple):
             draw = self._draw(step_key, params, args, kwargs)
             guide = self.posterior.given(draw, params)
             params, theta = {**params, **draw.params}, draw.params
-        problem = self.objective.prepare(key_prepare, params, self.model, guide, args, kwargs)
+        problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
         return params, theta, problem
 
     def is_finite(self, state, loss):
@@ -141,13 +140,13 @@ class Round(NamedTuple):
 
     def _unconstrained(self, state):
         """Parameters in unconstrained coordinates, a dict for each optimiser."""
-        groups = [self.optim.get_params(state.optim_state)]
+        groups = [self.optimizers.energy.get_params(state.optim_state)]
         if state.guide_optim_state is not None:
-            groups.append(self.guide_optim.get_params(state.guide_optim_state))
+            groups.append(self.optimizers.guide.get_params(state.guide_optim_state))
         return groups + [optim.get_params(x) for _, optim, x in self._networks(state)]
 
     def _networks(self, state):
-        optims, states = self.network_optims, state.network_optim_states
+        optims, states = self.optimizers.networks, state.network_optim_states
         return list(zip(self.objective.networks, optims, states, strict=True))
 
     def _draw(self, step_key, params, args, kwargs):
@@ -155,16 +154,14 @@ class Round(NamedTuple):
         return self.posterior.draw(rng_key, params, args, kwargs)
 
     def _fit_guide(self, rng_key, params, optim_state, problem):
-        guide_loss = default_guide_loss(problem) if self.guide_loss is None else self.guide_loss
-
         def step(rng_key, optim_state):
             def loss_fn(unconstrained):
                 guide_params = self.constrain(unconstrained)
                 return row_guide_loss(
-                    guide_loss, rng_key, params, guide_params, problem, problem.guide.function
+                    self.guide_loss, rng_key, params, guide_params, problem, problem.guide.function
                 ), None
 
-            return self.guide_optim.eval_and_update(loss_fn, optim_state)[1]
+            return self.optimizers.guide.eval_and_update(loss_fn, optim_state)[1]
 
         if self.num_guide_steps == 1:
             return step(rng_key, optim_state)  # the key itself, not the one split off it
@@ -193,16 +190,17 @@ class Round(NamedTuple):
             # The objective knows θ alone: φ acts through the draw.
             params = {k: x for k, x in params.items() if k not in self.posterior.parameters}
             params, log_q = {**params, **draw.params}, draw.log_density
-        log_ratio = log_q - log_prior(row_model, params)
+        log_ratio = log_q - row_model.log_prior(params)
         loss = self.objective.energy_loss(key_energy, params, problem)
         return loss + log_ratio / self._rows_in_all(row_model)
 
     def _rows_in_all(self, row_model):
         if self.num_rows is not None:
             return self.num_rows
-        if row_model.total_rows != self.rows_seen:
+        rows_seen = self.plan.traced.data_plate.total_rows
+        if row_model.total_rows != rows_seen:
             raise ModelError(
-                f"EnergySVI: the data plate '{row_model.plate}' had {self.rows_seen} rows and has "
+                f"EnergySVI: the data plate '{row_model.plate}' had {rows_seen} rows and has "
                 f"{row_model.total_rows} now, and the priors of {sorted(row_model.priors)} are "
                 "weighed against all rows once. Say how many there are: `EnergySVI(..., "
                 "num_rows=N)`."

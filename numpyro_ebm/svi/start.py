@@ -6,7 +6,7 @@ one after the other, each at the values of those before it. What does not go tog
 on the way.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,43 +16,63 @@ from numpyro.distributions import biject_to
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.guides.losses import default_guide_loss
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.objectives.plan import Plan, make_plan
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
 
-__all__ = ["Start", "find_start", "same_bounds"]
+__all__ = ["Optimizers", "Start", "find_start", "same_bounds"]
+
+
+class Optimizers(NamedTuple):
+    """The optimisers of the energy, of the guide, and of each of the objective's networks."""
+
+    energy: Any
+    guide: Any
+    networks: tuple
+
+    def init(self, of_energy, of_guide, of_networks):
+        """Their states at the first parameters; ``None`` for a guide without parameters."""
+        networks = zip(self.networks, of_networks, strict=True)
+        return (
+            self.energy.init(of_energy),
+            self.guide.init(of_guide) if of_guide else None,
+            tuple(optim.init(params) for optim, params in networks),
+        )
 
 
 class Start(NamedTuple):
-    """All parameters before the first round, by name and in unconstrained coordinates.
+    """All that is found out before the first round.
 
-    - **of_energy** - those that the energy's optimiser trains: of the model, of q(θ) and of the
-      objective itself.
-    - **of_guide** - those of q(h | v).
-    - **of_networks** - those of the objective's networks, a dict each.
-    - **constraints** - the constraints of all of them.
+    - **optim_states** - states of the energy's optimiser, which trains the parameters of the model,
+      of q(θ) and of the objective itself; of that of q(h | v); and of those of the networks.
+    - **rng_key** - key of the rounds.
+    - **plan** - model, guide and objective, found to go together.
+    - **guide_loss** - the loss of q(h | v).
+    - **constraints** - the constraints of all parameters, by name.
     - **bounds** - numbers in the supports of penalised parameters, which the model may compute.
     - **posterior** - the part of the guide that draws parameters, or ``None``.
-    - **total_rows** - rows of the data plate, before any subsampling.
     """
 
-    of_energy: dict
-    of_guide: dict
-    of_networks: tuple
+    optim_states: tuple
+    rng_key: jax.Array
+    plan: Plan
+    guide_loss: Any
     constraints: dict
     bounds: dict
     posterior: GlobalGuide | None
-    total_rows: int
 
 
-def find_start(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs):
+def find_start(rng_key, model, guide, objective, guide_loss, optimizers, init_params, args, kwargs):
     """Ask model, guide and objective for their parameters.
 
-    :param rng_key: random key of initial values that are drawn.
+    :param rng_key: random key of the run.
     :param model: a NumPyro model with energy statements.
     :param guide: a NumPyro guide, or ``None``.
     :param Objective objective: the objective.
     :param guide_loss: the loss of the guide; ``None`` for the default one.
+    :param Optimizers optimizers: who trains the parameters.
     :param dict init_params: values to take instead of the initial ones, by name, or ``None``.
     :param tuple args: arguments of model and guide.
     :param dict kwargs: keyword arguments of model and guide.
@@ -62,11 +82,12 @@ def find_start(rng_key, model, guide, objective, guide_loss, init_params, args, 
     init_params = {} if init_params is None else init_params
     traced = None
 
-    def initial_values(rng_key):
+    def first_states(rng_key):
         # Traced, not run: only the initial values of parameters are ever computed.
         nonlocal traced
+        key_init, rng_key = jax.random.split(rng_key)
         values, traced = _ask(
-            rng_key, model, guide, objective, guide_loss, init_params, args, kwargs
+            key_init, model, guide, objective, guide_loss, init_params, args, kwargs
         )
         # Weak types become plain ones, so that nothing is compiled twice.
         values = {
@@ -77,19 +98,25 @@ def find_start(rng_key, model, guide, objective, guide_loss, init_params, args, 
             for name, value in values.items()
         }
         bounds = {name: jax.tree.leaves(traced.constraints[name]) for name in traced.penalised}
-        return values, bounds
+        of_guide = {name: values.pop(name) for name in sorted(traced.of_guide)}
+        of_networks = [{name: values.pop(name) for name in x} for x in traced.of_networks]
+        return optimizers.init(values, of_guide, of_networks), rng_key, bounds
 
-    values, bounds = run_compiled(
-        initial_values, rng_key, unless=(args, kwargs), options=compiler_options()
+    optim_states, rng_key, bounds = run_compiled(
+        first_states, rng_key, unless=(args, kwargs), options=compiler_options()
     )
     constraints = dict(traced.constraints)
     for name, leaves in bounds.items():
         tree = jax.tree.structure(constraints[name])
         constraints[name] = jax.tree.unflatten(tree, leaves)
-    of_guide = {name: values.pop(name) for name in sorted(traced.of_guide)}
-    of_networks = tuple({name: values.pop(name) for name in names} for names in traced.of_networks)
     return Start(
-        values, of_guide, of_networks, constraints, bounds, traced.posterior, traced.total_rows
+        optim_states,
+        rng_key,
+        traced.plan,
+        traced.guide_loss,
+        constraints,
+        bounds,
+        traced.posterior,
     )
 
 
@@ -109,7 +136,8 @@ class _Traced(NamedTuple):
     of_guide: list
     of_networks: list
     posterior: GlobalGuide | None
-    total_rows: int
+    plan: Plan
+    guide_loss: Any
 
 
 class _Parameters:
@@ -156,9 +184,11 @@ def _ask(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs
         reader = Guide(guide, row_model, args, kwargs)
         found = reader.parameters(key_guide, {**values, **theta, **init_params})
         of_guide = parameters.add(found)
-    problem = objective.prepare(key_check, {**values, **theta}, model, guide, args, kwargs)
+    plan = make_plan(key_check, objective, row_model, guide, {**values, **theta})
+    problem = plan.problem(key_check, {**values, **theta}, guide, args, kwargs)
     if of_guide:
         _check_guide_loss(guide_loss, problem)
+        guide_loss = default_guide_loss(problem) if guide_loss is None else guide_loss
     for i, network in enumerate(objective.networks):
         found = network.parameters(jax.random.fold_in(key_guide, i), problem)
         of_networks.append(parameters.add(found, network.name))
@@ -166,7 +196,7 @@ def _ask(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs
     parameters.add(objective.own_parameters(own_key, {**values, **theta}, problem))
     penalised = [name for name in values if name in row_model.priors]
     return values, _Traced(
-        parameters.constraints, penalised, of_guide, of_networks, posterior, row_model.total_rows
+        parameters.constraints, penalised, of_guide, of_networks, posterior, plan, guide_loss
     )
 
 

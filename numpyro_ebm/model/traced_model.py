@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as operations: traced once, and evaluated at any values of its sites and arguments.
+
+Checks look at the operations, and evaluations repeat them. Only values of other types, such as
+relaxed bits, make the model run again.
+"""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
+
+from numpyro_ebm._compat import GIBBS_SITES_KWARG, Tracer
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.handlers import resolve_normalizer
+from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwrap
+from numpyro_ebm.model.arguments import Arguments
+from numpyro_ebm.model.data_plate import find_data_plate
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.model.row_site import RowSite, check_data, placeholder
+from numpyro_ebm.program.marks import MarkedProgram, marked, signature
+
+__all__ = ["TracedModel", "trace_model"]
+
+UNREAD = 0  # in the place of a random key that is not read
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+)
+RESOLVED = ("fixed", "given")  # who answers for a normalizer that is a constant
+
+
+def trace_model(model, args=(), kwargs=None, params=None, *, may_observe_outside=False):
+    """Trace a model, without the checks of :func:`read_model`.
+
+    :return: a :class:`TracedModel`.
+    """
+    arguments = Arguments(args, kwargs)
+    outside = None if may_observe_outside else arguments.kwargs.get(GIBBS_SITES_KWARG, {})
+    return TracedModel(model, arguments, {} if params is None else params, outside)
+
+
+class TracedModel:
+    """The operations of a model, and what its sites are.
+
+    It holds no value that was computed: it may be made inside of a function that is being traced,
+    and used outside, and at other arrays of the same shapes.
+
+    :param model: the model.
+    :param Arguments arguments: its arguments.
+    :param dict data: values of sites by name.
+    :param outside: as in :func:`~numpyro_ebm.model.data_plate.find_data_plate`.
+    """
+
+    def __init__(self, model, arguments, data, outside):
+        self.model, self.arguments, self.data, self._outside = model, arguments, data, outside
+        self._arrays, self._needs_values = arguments.arrays, None
+        self._others = {}  # programs for values of other types
+        rng_key = jax.eval_shape(lambda: jax.random.key(0))
+        try:
+            self._program = MarkedProgram(self._run, rng_key, data, self._arrays)
+        except NEEDS_VALUES as error:  # the model calculates with arguments in Python
+            self._arrays, self._needs_values = {}, error
+            self._program = MarkedProgram(self._run, rng_key, data, {})
+
+    def _run(self, rng_key, data, arrays):
+        here = self.arguments.with_arrays(arrays)
+        prepared = substitute(seed(self.model, rng_key), data=data)
+        prepared = resolve_normalizer(substitute(prepared, substitute_fn=placeholder))
+        with _mark_values() as marks:
+            sites = trace(prepared).get_trace(*here.args, **here.kwargs)
+        values, self._has_loops = marks.values, marks.has_loops
+        self._names = frozenset(values)
+        self.data_plate = find_data_plate(sites, self._outside)
+        self._find_roles(sites)
+        rows = {
+            name: RowSite.of(sites[name])._replace(value=values[name])
+            for name in self._with_role("visible", "latent")
+        }
+        visible = {name: rows[name] for name in self.observed}
+        self._thaw_visible, visible = _frozen(visible)
+        self._thaw, found = _frozen(
+            rows,
+            {name: values[name] for name in self._with_role("plate")},
+            {name: values[name] for name in self._with_role("param", "prior")},
+            {name: constraint for name, (_, constraint) in param_sites(sites).items()},
+            {name: sites[name]["fn"] for name in self._with_role("prior")},
+        )
+        return {"visible": visible, "found": found, **self._results(sites)}
+
+    def _find_roles(self, sites):
+        self._roles = {name: _role(site, self.data_plate) for name, site in sites.items()}
+        rows = self._with_role("visible", "latent")
+        self.energies, self.observed = self._with_role("energy"), self._with_role("visible")
+        self.unconditioned = {k for k in rows if sites[k]["infer"].get("was_observed")}
+        self.integrated = {k for k in rows if sites[k]["infer"].get("integrated")}
+        self.is_fixed = all(unwrap(sites[k]["fn"]).handled_by in RESOLVED for k in self.energies)
+        self.subsampled_priors = {  # by name, and in which plate
+            name: frame.name
+            for name in self._with_role("prior")
+            for frame in sites[name]["cond_indep_stack"]
+            if frame.size != sites[frame.name]["args"][0]
+        }
+
+    def _with_role(self, *roles):
+        return [name for name, role in self._roles.items() if role in roles]
+
+    def _results(self, model_trace):
+        deterministic = {
+            name: site["value"]
+            for name, site in model_trace.items()
+            if site["type"] == "deterministic"
+        }
+        outside = {
+            name: log_prob_of(site)
+            for name, site in model_trace.items()
+            if site["type"] == "sample" and not self.data_plate.owns(site) and not is_energy(site)
+        }
+        results = {
+            "terms": self.data_plate.site_log_densities(model_trace),
+            "prior": outside,
+            "deterministic": deterministic,
+        }
+        # The order of the sites, which a pytree does not keep: sums are rounded in it.
+        self._order = {what: list(found) for what, found in results.items()}
+        return results
+
+    def bind(self, rng_key=None, params=None):
+        """The model at the values that its sites have.
+
+        :param rng_key: key for initial values and subsampled plates; ``jax.random.key(0)`` if
+            ``None``.
+        :param dict params: values of its parameters by name, where they are not its own; other
+            names are ignored.
+        :return: a :class:`~numpyro_ebm.model.row_model.RowModel`.
+        :raises ModelError: if the data cannot be the values of the visible sites.
+        """
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        own = self._with_role("param", "prior")
+        params = {k: x for k, x in (params or {}).items() if k in own}
+        if self._has_loops or not self._program.takes(params):
+            return self.at(self.arguments.args, self.arguments.kwargs, params).bind(rng_key)
+        self.check_data(rng_key, params)
+        sites, plates, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
+        return RowModel(self, sites, plates, {**own, **params}, constraints, priors)
+
+    def check_data(self, rng_key, params):
+        """Raise if the data cannot be the values of the visible sites, as far as they are known."""
+        for site in self.visible(rng_key, params).values():
+            check_data(site)
+
+    def visible(self, rng_key, params):
+        """The observed sites of the data plate at their values, by name."""
+        (sites,) = self._thaw_visible(self._find("visible", rng_key, params))
+        return sites
+
+    def priors_at(self, params):
+        """Distributions of the parameters that have one, at values of all parameters."""
+        *_, priors = self._thaw(self._find("found", jax.random.key(0), params))
+        return priors
+
+    def _find(self, what, rng_key, data):
+        return self._program(what, (rng_key, self.data, self._arrays), data)
+
+    def check_arguments(self):
+        """Raise if the model calculates with the values of its arguments in Python."""
+        if self._needs_values is not None:
+            raise self._needs_values
+
+    def with_arrays(self, arrays):
+        """The same model at other arrays of the same shapes and types, by label of the argument."""
+        other = copy.copy(self)
+        other.arguments = self.arguments.with_arrays(arrays)
+        other._arrays = other.arguments.arrays
+        return other
+
+    def rebound(self, model, args, kwargs):
+        """The same model at other arguments, not traced again; ``None`` where it has to be."""
+        arguments = Arguments(args, kwargs)
+        if model is not self.model:
+            return None
+        if arguments.are(self.arguments):
+            return self
+        if self._needs_values is not None or not arguments.are_like(self.arguments):
+            return None
+        return self.with_arrays(arguments.arrays)
+
+    def at(self, args, kwargs, data):
+        """The same model, traced at other arguments and values of sites."""
+        return TracedModel(
+            self.model, Arguments(args, kwargs), {**self.data, **data}, self._outside
+        )
+
+    def evaluate(self, what, data):
+        """What the model comes to at given values of its sites.
+
+        :param str what: ``"terms"``, log-densities per row by site of the data plate; ``"prior"``,
+            log-densities by site outside of it; or ``"deterministic"``, the values of
+            `deterministic` sites.
+        :param dict data: values of all sites, by name; other names are ignored.
+        """
+        data = {name: x for name, x in data.items() if name in self._names}
+        if self._program_serves(what, data):
+            found = self._find(what, UNREAD, data)
+        else:
+            key = signature(data)
+            if key not in self._others:
+                self._others[key] = MarkedProgram(self._rerun, data, self._arrays)
+            found = self._others[key](what, (data, self._arrays), {})
+        return {name: found[name] for name in self._order[what]}
+
+    def _program_serves(self, what, data):
+        """Whether the first program does: all it reads is given, in the types that it knows."""
+        if self._has_loops or not data.keys() >= set(self._with_role("latent", "prior")):
+            return False
+        if not self._program.takes(data):
+            return False
+        num_arrays = len(jax.tree.leaves(self._arrays))
+        read = self._program.reads(what, data)  # the key, given values, and arrays
+        return not any(read[: len(read) - num_arrays])
+
+    def _rerun(self, data, arrays):
+        here = self.arguments.with_arrays(arrays)
+        prepared = resolve_normalizer(substitute(self.model, data=data))
+        return self._results(trace(prepared).get_trace(*here.args, **here.kwargs))
+
+
+def _role(site, data_plate):
+    """What a site of a trace is to a row model, or ``None``."""
+    if site["type"] in ("param", "plate"):
+        return site["type"]
+    if site["type"] == "mutable":
+        raise ModelError(
+            f"The mutable site '{site['name']}' (state of a network, such as batch normalisation) "
+            "couples the rows of a batch; use a network without mutable state."
+        )
+    if site["type"] != "sample":
+        return None
+    if is_energy(site):
+        return "energy"
+    if not data_plate.owns(site):
+        return None if site["is_observed"] else "prior"
+    if site["fn"].event_shape == (0,):  # a `numpyro.factor`
+        return None
+    return "visible" if site["is_observed"] else "latent"
+
+
+class _mark_values(Messenger):
+    """Mark the values of all sites of a model that is being traced, and remember them."""
+
+    def __enter__(self):
+        self.values, self.has_loops = {}, False
+        super().__enter__()
+        return self
+
+    def postprocess_message(self, msg):
+        if msg["type"] == "control_flow":
+            self.has_loops = True  # its sites have their values already, inside of it
+        if msg["type"] == "sample" and (is_energy(msg) or msg["fn"].event_shape == (0,)):
+            return  # an energy, or a `numpyro.factor`
+        if msg["type"] in ("sample", "param", "plate", "deterministic"):
+            if msg["type"] == "sample" and msg["is_observed"] and not msg["fn"].support.is_discrete:
+                msg["value"] = _with_dtype(msg["value"], jnp.result_type(msg["value"], float))
+            if msg["type"] == "param":
+                msg["value"] = jax.tree.map(_strongly_typed, msg["value"])
+            self.values[msg["name"]] = msg["value"]
+            msg["value"] = marked(msg["name"], msg["value"])
+
+
+def _with_dtype(x, dtype):
+    if isinstance(x, Tracer):
+        return jnp.asarray(x, dtype)
+    with jax.ensure_compile_time_eval():  # data stay known, for who checks them
+        return jnp.asarray(x, dtype)
+
+
+def _strongly_typed(x):
+    """An initial value that is a number of Python, as an optimiser makes it."""
+    if isinstance(x, Tracer):
+        return x
+    with jax.ensure_compile_time_eval():
+        return jax.lax.convert_element_type(x, jnp.result_type(x))
+
+
+def _frozen(*dicts):
+    """Dicts of pytrees in two parts: a function of their tracers that puts others there, and these.
+
+    The order of the dicts is kept, in which sites are drawn and summed; a pytree would sort them.
+    """
+    names = [list(x) for x in dicts]
+    leaves, structure = jax.tree.flatten([list(x.values()) for x in dicts])
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
+    arrays = [leaves[i] for i in places]
+    known = {i: x for i, x in enumerate(leaves) if i not in places}
+
+    def thaw(arrays):
+        found = {**known, **dict(zip(places, arrays, strict=True))}
+        values = structure.unflatten([found[i] for i in range(len(found))])
+        return [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
+
+    return thaw, arrays
