@@ -14,7 +14,6 @@ energy is evaluated at few rows, some of which are changed.
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,6 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import scalar_support
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.row_axes import MIXED, row_axes
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["check_rows"]
 
