@@ -2,7 +2,6 @@
 """EnergySVI: rounds, minibatches, resumption, loud stops, and agreement with NumPyro's own SVI."""
 
 import pickle
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,40 +10,15 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from numpyro.infer import SVI, Trace_ELBO
+from svi_cases import DATA, assert_same, gaussian, vages_dsm
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.reading import read_model
-from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
+from numpyro_ebm.models import grbm, grbm_guide
 from numpyro_ebm.svi.minibatch import Minibatches
 from numpyro_ebm.svi.shuffle import shuffled
-
-DATA = ebm.datasets.checkerboard(jax.random.key(7), 1_000)
-
-
-def gaussian(data):
-    precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", 0.5 * precision * v**2)
-
-
-def vages_dsm(**options):
-    return ebm.EnergySVI(
-        grbm,
-        grbm_guide,
-        optax.adam(1e-2),
-        ebm.DenoisingScoreMatching(0.05, marginal=ebm.VaGES()),
-        **{"num_guide_steps": 2, **options},
-    )
-
-
-def assert_same(left, right):
-    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
@@ -262,9 +236,6 @@ def test_a_subsampling_plate_of_the_model_trains_too():
         svi.run(jax.random.key(1), 5, data, batch_size=10, progress_bar=False)
 
 
-# Networks
-
-
 def test_networks_of_equinox_train():
     eqx = pytest.importorskip("equinox")
     from numpyro.contrib.module import eqx_module
@@ -281,155 +252,3 @@ def test_networks_of_equinox_train():
     log_density = ebm.fixed(deep, fit.params)
     trace = numpyro.handlers.trace(log_density).get_trace(DATA[:5])
     assert trace["E"]["fn"].log_prob(trace["E"]["value"]).shape == (5,)
-
-
-# Loud stops and bad input
-
-
-def explosive(data):
-    """An energy whose loss stops being finite once its parameter has grown."""
-    slope = numpyro.param("slope", 1.0)
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", 0.5 * jnp.where(slope > 3.0, jnp.nan, 1.0) * v**2 - slope * v)
-
-
-@pytest.mark.parametrize("batch_size", [None, 20])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_trained(batch_size):
-    svi = ebm.EnergySVI(explosive, None, optax.sgd(0.01), ebm.ScoreMatching())
-    data = 10.0 + jnp.zeros(40)
-    run = lambda: svi.run(  # noqa: E731
-        jax.random.key(0), 500, data, batch_size=batch_size, progress_bar=False
-    )
-    with pytest.warns(ebm.NonFiniteLossWarning, match=r"step (\d+) of 500.*last finite state"):
-        fit = run()
-    assert np.isfinite(fit.params["slope"]) and fit.params["slope"] > 1.0
-    done = int(fit.state.optim_state[0])
-    assert 10 < done < 100 and len(fit.losses) == done + 1
-    assert np.all(np.isfinite(fit.losses[:-1])) and not np.isfinite(fit.losses[-1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(ebm.NonFiniteLossWarning) as caught:
-            run()
-    assert_same(caught.value.result.state, fit.state)
-    # The last finite state can be used again.
-    with pytest.warns(ebm.NonFiniteLossWarning, match="step 1 of 3"):
-        svi.run(
-            jax.random.key(0),
-            3,
-            data,
-            batch_size=batch_size,
-            init_state=fit.state,
-            progress_bar=False,
-        )
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run():
-    def kinked(data):
-        slope = numpyro.param("slope", 1.0)
-        with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            ebm.energy("E", 0.5 * v**2 + jnp.sqrt(slope - 1.0) * v)
-
-    svi = ebm.EnergySVI(kinked, None, optax.sgd(0.1), ebm.ScoreMatching())
-    with pytest.warns(ebm.NonFiniteLossWarning, match="step 1 of 10"):
-        fit = svi.run(jax.random.key(0), 10, jnp.ones(4), progress_bar=False)
-    assert fit.params["slope"] == 1.0 and np.isfinite(fit.losses[0])
-
-
-def test_stable_update_keeps_the_state_and_goes_on():
-    svi = ebm.EnergySVI(explosive, None, optax.sgd(0.01), ebm.ScoreMatching())
-    fit = svi.run(
-        jax.random.key(0), 100, 10.0 + jnp.zeros(40), stable_update=True, progress_bar=False
-    )
-    assert len(fit.losses) == 100 and np.isnan(fit.losses[-1])
-    assert np.isfinite(fit.params["slope"])
-
-
-def guide_of_categorical(data):
-    logits = numpyro.param("logits", jnp.zeros(3))
-    with numpyro.plate("data", len(data)):
-        v = ebm.visible("v", data)
-        numpyro.sample("h", dist.Categorical(logits=logits * v[:, None]))
-
-
-def three_states(data):
-    slope = numpyro.param("slope", 0.5)
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        h = numpyro.sample("h", ebm.Counting(num_values=3))
-        ebm.energy("E", 0.5 * (v - slope * h) ** 2)
-
-
-def test_other_discrete_latents_default_to_the_score_function():
-    objective = ebm.DenoisingScoreMatching(0.1, marginal=ebm.VaGES())
-    data = jnp.linspace(-1, 2, 50)
-    svi = ebm.EnergySVI(three_states, guide_of_categorical, optax.adam(1e-2), objective)
-    assert svi.run(jax.random.key(0), 20, data, progress_bar=False).losses.shape == (20,)
-    for guide_loss in (ebm.RelaxedELBO(), Trace_ELBO(), ebm.PosteriorScore()):
-        svi = ebm.EnergySVI(
-            three_states, guide_of_categorical, optax.adam(1e-2), objective, guide_loss=guide_loss
-        )
-        with pytest.raises(ebm.ModelError, match="TraceGraph_ELBO"):
-            svi.run(jax.random.key(0), 2, data, progress_bar=False)
-    svi = ebm.EnergySVI(
-        three_states,
-        guide_of_categorical,
-        optax.adam(1e-2),
-        objective,
-        guide_loss=TraceGraph_ELBO(),
-    )
-    svi.run(jax.random.key(0), 2, data, progress_bar=False)
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: vages_dsm(num_guide_steps=0), "num_guide_steps"),
-        (lambda: ebm.EnergySVI(gaussian, None, optax.sgd(1.0), Trace_ELBO()), "guide_loss"),
-        (
-            lambda: ebm.EnergySVI(
-                grbm, None, optax.sgd(1.0), ebm.ScoreMatching(marginal=ebm.VaGES(3))
-            ).init(jax.random.key(0), DATA),
-            "needs a guide",
-        ),
-        (
-            lambda: vages_dsm().run(jax.random.key(0), 3, DATA, batch_size=0, progress_bar=False),
-            "batch_size",
-        ),
-        (
-            lambda: vages_dsm().run(
-                jax.random.key(0), 3, DATA, batch_size=1_001, progress_bar=False
-            ),
-            "1000 rows",
-        ),
-        (
-            lambda: vages_dsm().run(
-                jax.random.key(0), 3, DATA.at[3, 1].set(jnp.nan), progress_bar=False
-            ),
-            "NaN",
-        ),
-    ],
-)
-def test_bad_input(make, message):
-    with pytest.raises(ebm.ModelError, match=message):
-        make()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_checkerboard_reaches_the_optimum(seed):
-    """The paper's settings: exact test log-likelihood at least 0.315 after 100,000 steps."""
-    train = ebm.datasets.checkerboard(jax.random.key(10 + seed), 50_000)
-    test = ebm.datasets.checkerboard(jax.random.key(20 + seed), 10_000)
-    adam = optax.adam(1e-3, b1=0.9, b2=0.95)
-    svi = ebm.EnergySVI(
-        grbm,
-        grbm_guide,
-        adam,
-        ebm.DenoisingScoreMatching(0.05, marginal=ebm.VaGES(num_particles=2)),
-        guide_optim=adam,
-        num_guide_steps=5,
-    )
-    fit = svi.run(jax.random.key(seed), 100_000, train, batch_size=100, progress_bar=False)
-    assert grbm_log_likelihood(fit.params, test).mean() >= 0.315
