@@ -11,8 +11,6 @@ wrong. The axis of the rows is followed through the operations of the energy, wi
 energy is evaluated at few rows, some of which are changed.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import jax

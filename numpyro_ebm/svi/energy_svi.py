@@ -184,6 +184,10 @@ class EnergySVI(SVI):
             self._statistics, static_argnames=("minibatches",), compiler_options=compiler_options()
         )
 
+    @property
+    def _optimizers(self):
+        return Optimizers(self.optim, self.guide_optim, self.network_optims)
+
     # NumPyro's SVI protocol
 
     def init(self, rng_key, *args, init_params=None, **kwargs):
