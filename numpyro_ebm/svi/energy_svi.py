@@ -169,11 +169,10 @@ class EnergySVI(SVI):
         self._chosen_guide_loss = None
         self._posterior = None  # the part of the guide that draws parameters
         self._bounds = {}  # of the supports of penalised parameters
-        networks = tuple(
+        self.network_optims = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
             for p in loss.networks
         )
-        self._optimizers = Optimizers(self.optim, self.guide_optim, networks)
         self._length = 16  # rounds in the next chunk; follows the time they take
         self._run_chunk = jax.jit(
             self._chunk,
