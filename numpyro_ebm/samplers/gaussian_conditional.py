@@ -30,8 +30,8 @@ class Quadratic(NamedTuple):
 
     - **point** - m, of shape (rows, D).
     - **gradient** - g, the gradient at m, of shape (rows, D).
-    - **factor** - the Cholesky factor of the precision P, of shape (rows, D, D); where P is
-      diagonal, P itself, of shape (rows, D).
+    - **factor** - the Cholesky factor of the precision P, of shape (rows, D, D), NaN where P is not
+      positive definite beyond rounding; where P is diagonal, P itself, of shape (rows, D).
     """
 
     point: jax.Array
@@ -103,7 +103,12 @@ def expand_quadratic(log_density: LogDensity, point: jax.Array, is_diagonal: boo
     size = point.shape[1]
     axes = jnp.broadcast_to(jnp.eye(size, dtype=point.dtype)[:, None], (size, *point.shape))
     precision = -jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1)
-    return Quadratic(point, g, jnp.linalg.cholesky(precision))
+    factor = jnp.linalg.cholesky(precision)
+    # A pivot within rounding of zero may be one: the integral diverges, or is not known from that.
+    pivots = jnp.diagonal(factor, axis1=-2, axis2=-1) ** 2
+    smallest = size * jnp.finfo(point.dtype).eps * jnp.diagonal(precision, axis1=-2, axis2=-1)
+    is_proper = jnp.all(pivots > smallest, -1)[:, None, None]
+    return Quadratic(point, g, jnp.where(is_proper, factor, jnp.nan))
 
 
 def why_not_gaussian(found: Structure) -> str | None:
