@@ -193,7 +193,7 @@ class ReplicaExchange(AdaptiveKernel):
             _, base = self._read(temper(self._model, 0.0), model_args, model_kwargs)
             return row_model, per_row(base), per_row(lambda rows: log_density(rows) - base(rows))
 
-        def terms(rows):
+        def terms(rows) -> tuple[Any, Any]:
             values, log_det = row_model.constrain(row_model.from_rows(rows))
             by_site = row_model.terms(values)
             energies = [x for name, x in by_site.items() if name in row_model.energies]

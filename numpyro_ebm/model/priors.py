@@ -8,8 +8,11 @@ The rows are :mod:`numpyro_ebm.model.row_model`'s. What is outside the data plat
 (``potential_energy``, ``constrain_fn``, ``initialize_model``) are right.
 """
 
+from collections.abc import Iterable
 from functools import wraps
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro.distributions import ImproperUniform, MaskedDistribution
@@ -21,8 +24,10 @@ from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import placeholder
 from numpyro_ebm.model.traced_model import trace_model
+from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = [
     "OutsidePlate",
@@ -42,7 +47,7 @@ class isolated(Messenger):
     Unlike NumPyro's ``block`` it hides requests for random keys as well.
     """
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         msg["stop"] = True
 
 
@@ -57,12 +62,12 @@ class OutsidePlate(Messenger):
     :param keep: names of sites inside the plate that are not hidden.
     """
 
-    def __init__(self, fn=None, plate="data", keep=()):
+    def __init__(self, fn: Model | None = None, plate: str = "data", keep: Iterable[str] = ()):
         self.plate, self.keep = plate, frozenset(keep)
         self.params, self.values, self.indices = {}, {}, None
         super().__init__(fn)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == NORMALIZER:
             msg["value"], msg["stop"] = "prior", True
         elif msg["type"] in ("sample", "deterministic") and self._hides(msg):
@@ -70,7 +75,7 @@ class OutsidePlate(Messenger):
             if msg["type"] == "sample" and msg["value"] is None:
                 msg["value"] = placeholder(msg)
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["name"] == self.plate:
             self.indices = msg["value"]
         elif msg["type"] in ("param", "sample"):  # observed ones too: a handler may condition them
@@ -84,7 +89,7 @@ class OutsidePlate(Messenger):
         return self._is_inside(msg) and msg["name"] not in self.keep
 
 
-def prior(model):
+def prior(model: Model) -> Model:
     """The prior of an energy-based model, as a separate NumPyro model.
 
     It is the model without the sites of its data plate, energies included, so that no normalizer is
@@ -124,7 +129,7 @@ def prior(model):
     return prior_model
 
 
-def prior_part(model, plate, keep=()):
+def prior_part(model: Model, plate: str, keep: Iterable[str] = ()) -> Model:
     """The model without the sites of its data plate: priors, and what depends on them.
 
     :param model: a model with energy statements.
@@ -135,7 +140,13 @@ def prior_part(model, plate, keep=()):
     return OutsidePlate(model, plate, keep)
 
 
-def run_prior(model, args, kwargs, plate, keep=()):
+def run_prior(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plate: str,
+    keep: Iterable[str] = (),
+) -> tuple[SiteValues, SiteValues, jax.Array | None]:
     """Run the prior part of a model in place, inside the handlers around.
 
     :return: values of the sites outside the plate by name, those of the sites kept, the indices of
@@ -147,7 +158,15 @@ def run_prior(model, args, kwargs, plate, keep=()):
     return handler.params, kept, handler.indices
 
 
-def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
+def read_with_priors(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    who: str,
+    *,
+    params: Params | None = None,
+    rng_key: jax.Array | None = None,
+) -> RowModel:
     """Read a model, hidden from handlers around, and check that its parameters have proper priors.
 
     :param str who: the caller, for messages.
@@ -162,7 +181,7 @@ def read_with_priors(model, args, kwargs, who, *, params=None, rng_key=None):
     return row_model
 
 
-def check_priors(row_model, who):
+def check_priors(row_model: RowModel, who: str) -> None:
     """Raise unless the parameters of a model have proper priors."""
     if not row_model.priors:
         params = sorted(row_model.parameters)
@@ -182,7 +201,7 @@ def check_priors(row_model, who):
             )
 
 
-def is_improper(fn):
+def is_improper(fn: Any) -> bool:
     """Whether a distribution is an improper prior: flat on an unbounded set, or masked out."""
     return any(
         isinstance(x, ImproperUniform)
@@ -191,7 +210,7 @@ def is_improper(fn):
     )
 
 
-def data_plate(row_model, indices=None):
+def data_plate(row_model: RowModel, indices: jax.Array | None = None) -> Any:
     """Enter the data plate of a model again, with the rows it had.
 
     :param row_model: the model.
@@ -209,7 +228,7 @@ class _SamePlate:
         self.dim = dim
 
     def __enter__(self):
-        data = {} if self.indices is None else {self.args[0]: self.indices}
+        data: dict[str, Any] = {} if self.indices is None else {self.args[0]: self.indices}
         self.handler = numpyro.handlers.substitute(data=data)
         with self.handler:
             size = None if self.indices is None else len(self.indices)

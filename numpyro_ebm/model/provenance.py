@@ -8,6 +8,8 @@ the dependence of every energy, and of every draw of a guide, on arguments and v
 traced through the computation, without running it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
@@ -17,11 +19,13 @@ from numpyro_ebm._compat import eval_provenance, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import lowest_value
 from numpyro_ebm.language.handlers import set_visible
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["check_guide", "check_model"]
 
 
-def check_model(row_model):
+def check_model(row_model: RowModel) -> None:
     """Raise unless every visible site reaches the density, and no energy bypasses it.
 
     :param RowModel row_model: the model.
@@ -103,7 +107,8 @@ def _row_parameters(row_model):
 
         def differ(name):
             parameters = _random_parameter(row_model, key_parameter, name)
-            densities = sum(again.evaluate("terms", {**plates, **parameters, **values}).values())
+            terms = again.evaluate("terms", {**plates, **parameters, **values})
+            densities: Any = sum(terms.values())
             gap = jnp.abs(densities - densities[0])
             return jnp.max(gap) > 1e-3 * (1 + jnp.abs(densities[0]))
 
@@ -158,7 +163,9 @@ def _same_in_all_rows(row_model, site):
     return site.transform(jnp.zeros(site.transform.inverse_shape(shape)))
 
 
-def check_guide(row_model, guide, params, *, may_ignore_visible=False):
+def check_guide(
+    row_model: RowModel, guide: Model, params: Params, *, may_ignore_visible: bool = False
+) -> None:
     """Raise unless the guide's draws depend on the visible sites, through ``visible`` statements.
 
     :param bool may_ignore_visible: accept a guide that does not read v (importance weights

@@ -11,17 +11,29 @@ the operations by which it comes to
 :class:`~numpyro_ebm.guides.guide.Guide` does the same for a guide.
 """
 
+from typing import Any
+
+import jax
+
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.coupled_rows import check_rows
-from numpyro_ebm.model.traced_model import trace_model
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.model.traced_model import TracedModel, trace_model
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["bind_fixed", "read_fixed_model", "read_model"]
 
 
 def read_model(
-    model, args=(), kwargs=None, params=None, *, rng_key=None, may_observe_outside=False
-):
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    params: Params | None = None,
+    *,
+    rng_key: jax.Array | None = None,
+    may_observe_outside: bool = False,
+) -> RowModel:
     """Read a NumPyro model with energy statements.
 
     :param model: the model.
@@ -42,7 +54,13 @@ def read_model(
     return row_model
 
 
-def read_fixed_model(model, args=(), kwargs=None, *, rng_key=None):
+def read_fixed_model(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    rng_key: jax.Array | None = None,
+) -> RowModel:
     """Read a model with fixed parameters as the density of its unobserved sites.
 
     In the joint that is returned the *visible* sites are the unobserved continuous ones, and the
@@ -62,7 +80,7 @@ def read_fixed_model(model, args=(), kwargs=None, *, rng_key=None):
     return row_model
 
 
-def bind_fixed(traced, rng_key=None):
+def bind_fixed(traced: TracedModel, rng_key: jax.Array | None = None) -> RowModel:
     """What :func:`read_fixed_model` returns, of a model that it has read before."""
     row_model = traced.bind(rng_key)
     if row_model.parameters or not row_model.is_fixed:

@@ -7,16 +7,26 @@ one value per row, free of the scale that a subsampled data plate puts on every 
 visible sites may be several and of any event shape, and may sit in further plates.
 """
 
+from __future__ import annotations
+
 import copy
 import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from numpyro.handlers import substitute, trace
 
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model.data_plate import DataPlate
+from numpyro_ebm.model.row_site import RowSite
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
+from numpyro_ebm.types import Model, Params, SiteValues, Trace
+
+if TYPE_CHECKING:
+    from numpyro_ebm.model.traced_model import TracedModel
 
 __all__ = ["RowModel"]
 
@@ -45,7 +55,15 @@ class RowModel(DataPlate):
     :param dict sites: all sites of the data plate but for its energies.
     """
 
-    def __init__(self, traced, sites, plates, parameters, constraints, priors):
+    def __init__(
+        self,
+        traced: TracedModel,
+        sites: dict[str, RowSite],
+        plates: dict[str, Any],
+        parameters: Params,
+        constraints: dict[str, Any],
+        priors: dict[str, Any],
+    ):
         self.traced = traced
         self.model = traced.model
         self.args, self.kwargs = traced.arguments.args, traced.arguments.kwargs
@@ -55,13 +73,14 @@ class RowModel(DataPlate):
         self.unconditioned, self.integrated = traced.unconditioned, traced.integrated
         self.visible = {k: x for k, x in sites.items() if k in traced.observed}
         self.latent = {k: x for k, x in sites.items() if k not in traced.observed}
-        self.observed = {}
+        self.observed: dict[str, RowSite] = {}
         self.plates, self.parameters = plates, parameters
         self.constraints, self.priors = constraints, priors
-        self.covariates, self.arguments = [], {}  # found by `provenance.check_model`
-        self._remembered = {}  # see `remember`
+        self.covariates: list[str] = []  # found by `provenance.check_model`, as the next
+        self.arguments: dict[str, str] = {}
+        self._remembered: dict[Any, Any] = {}  # see `remember`
 
-    def log_density(self, params, values):
+    def log_density(self, params: Params, values: Params) -> jax.Array:
         """Row log-joint log p̃ at given parameters and site values.
 
         :param dict params: parameter values by name.
@@ -69,19 +88,21 @@ class RowModel(DataPlate):
             named keep their observed value.
         :return: array of shape (rows,).
         """
-        return sum(self.terms({**params, **values}).values())
+        total: Any = sum(self.terms({**params, **values}).values())
+        return total
 
-    def terms(self, data):
+    def terms(self, data: Params) -> dict[str, jax.Array]:
         """The terms of :meth:`log_density` by site, each of shape (rows,)."""
         return self.traced.evaluate("terms", {**self._own_values(), **data})
 
-    def log_prior(self, params):
+    def log_prior(self, params: Params) -> jax.Array:
         """log π(θ), a scalar: the log-density of all that the model states outside its plate."""
         sites = {name: site.value for name, site in self.sites.items()}
         data = {**sites, **self._own_values(), **params}
-        return sum(self.traced.evaluate("prior", data).values(), start=0.0)
+        total: Any = sum(self.traced.evaluate("prior", data).values(), start=0.0)
+        return total
 
-    def deterministic(self, params, values):
+    def deterministic(self, params: Params, values: Params) -> dict[str, jax.Array]:
         """Values of the model's `deterministic` sites at given parameters and site values."""
         return self.traced.evaluate("deterministic", {**self._own_values(), **params, **values})
 
@@ -91,54 +112,54 @@ class RowModel(DataPlate):
         params = {name: self.parameters[name] for name in self.constraints}
         return {**self.plates, **params, **{k: sites[k].value for k in self.traced.observed}}
 
-    def trace_at(self, data):
+    def trace_at(self, data: Params) -> Trace:
         """The model's trace at given parameters and site values."""
         return trace(self.substituted(data)).get_trace(*self.args, **self.kwargs)
 
-    def substituted(self, data):
+    def substituted(self, data: Params) -> Model:
         """The model at given parameters and site values, its energies allowed to evaluate."""
         return resolve_normalizer(substitute(self.model, data={**self.plates, **data}))
 
     @property
-    def sites(self):
+    def sites(self) -> dict[str, RowSite]:
         """All visible and latent sites."""
         return {**self.visible, **self.latent}
 
-    def with_latent(self, names):
+    def with_latent(self, names: Iterable[str]) -> RowModel:
         """The same model with these sites as latent ones, and all others as visible ones."""
         row_model = copy.copy(self)
         row_model.latent = {k: site for k, site in self.sites.items() if k in names}
         row_model.visible = {k: site for k, site in self.sites.items() if k not in names}
         return row_model
 
-    def remember(self, question, find):
+    def remember(self, question: Any, find: Callable[[], Any]) -> Any:
         """What ``find()`` returns, found once for a question about these latent sites."""
         key = repr(question), tuple(self.latent)
         if key not in self._remembered:
             self._remembered[key] = find()
         return self._remembered[key]
 
-    def row_axis(self, name, unconstrained):
+    def row_axis(self, name: str, unconstrained: ArrayLike) -> int:
         """Axis of the rows in an unconstrained value of a visible or latent site."""
         site = self.sites[name]
         event_dim = site.transform.domain.event_dim
         extra = site.event_dim - site.transform.codomain.event_dim
         return jnp.ndim(unconstrained) + self.dim - event_dim - extra
 
-    def to_rows(self, unconstrained):
+    def to_rows(self, unconstrained: SiteValues) -> SiteValues:
         """Move the rows of unconstrained values to the leading axis."""
         return {k: jnp.moveaxis(x, self.row_axis(k, x), 0) for k, x in unconstrained.items()}
 
-    def from_rows(self, rows):
+    def from_rows(self, rows: SiteValues) -> SiteValues:
         """Undo :meth:`to_rows`."""
         return {k: jnp.moveaxis(x, 0, self.row_axis(k, x)) for k, x in rows.items()}
 
-    def flatten(self, unconstrained):
+    def flatten(self, unconstrained: SiteValues) -> jax.Array:
         """All coordinates of a row in one vector, (rows, dimension), sites sorted by name."""
         rows = self.to_rows(unconstrained)  # gradients and compiled functions sort dicts as well
         return flatten_sites(rows, sorted(rows))[0]
 
-    def unflatten(self, flat, like=None):
+    def unflatten(self, flat: jax.Array, like: Any = None) -> SiteValues:
         """Undo :meth:`flatten` for the visible sites.
 
         :param dict like: what has the shapes and types of the result, if not the observed values.
@@ -149,17 +170,17 @@ class RowModel(DataPlate):
         return self.from_rows({name: x.astype(like[name].dtype) for name, x in rows.items()})
 
     @property
-    def sizes(self):
+    def sizes(self) -> dict[str, int]:
         """Coordinates of every visible site in a row, in the order of :meth:`flatten`."""
         shapes = jax.eval_shape(self.unconstrain_visible)
         return {name: math.prod(shapes[name].shape) // self.num_rows for name in sorted(shapes)}
 
-    def rows_like(self, per_row, name, unconstrained):
+    def rows_like(self, per_row: jax.Array, name: str, unconstrained: ArrayLike) -> jax.Array:
         """Reshape an array of shape (rows,) to broadcast against an unconstrained visible value."""
         axis = self.row_axis(name, unconstrained)
         return jnp.reshape(per_row, (-1,) + (1,) * (jnp.ndim(unconstrained) - axis - 1))
 
-    def row_dot(self, x, y):
+    def row_dot(self, x: SiteValues, y: SiteValues) -> jax.Array:
         """Inner products per row of two dicts of unconstrained visible values, of shape (rows,)."""
         total = jnp.zeros(self.num_rows)
         for name in x:
@@ -172,18 +193,18 @@ class RowModel(DataPlate):
     # Unconstrained coordinates of the visible sites: v = T(u).
 
     @property
-    def visible_values(self):
+    def visible_values(self) -> SiteValues:
         """Observed values of the visible sites."""
         return {name: site.value for name, site in self.visible.items()}
 
-    def unconstrain_visible(self):
+    def unconstrain_visible(self) -> SiteValues:
         """Observed visible values in unconstrained coordinates, u = T⁻¹(v)."""
         return {
             name: site.value if site.is_unconstrained else site.transform.inv(site.value)
             for name, site in self.visible.items()
         }
 
-    def constrain(self, unconstrained):
+    def constrain(self, unconstrained: SiteValues) -> tuple[SiteValues, jax.Array | float]:
         """Map unconstrained coordinates to site values.
 
         :param dict unconstrained: unconstrained values by site name.
@@ -203,7 +224,9 @@ class RowModel(DataPlate):
             log_det = log_det + self.sum_to_rows(jacobian)
         return values, log_det
 
-    def unconstrained_log_density(self, params, unconstrained, values):
+    def unconstrained_log_density(
+        self, params: Params, unconstrained: SiteValues, values: SiteValues
+    ) -> jax.Array:
         """Row log-density of ``unconstrained`` sites, log-Jacobian included, given ``values``."""
         constrained, log_det = self.constrain(unconstrained)
         return self.log_density(params, {**constrained, **values}) + log_det

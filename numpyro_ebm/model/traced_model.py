@@ -6,6 +6,8 @@ relaxed bits, make the model run again.
 """
 
 import copy
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from numpyro_ebm.model.data_plate import find_data_plate
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite, check_data, placeholder
 from numpyro_ebm.program.marks import MarkedProgram, marked, signature
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["TracedModel", "trace_model"]
 
@@ -33,7 +36,14 @@ NEEDS_VALUES = (
 RESOLVED = ("fixed", "given")  # who answers for a normalizer that is a constant
 
 
-def trace_model(model, args=(), kwargs=None, params=None, *, may_observe_outside=False):
+def trace_model(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    params: Params | None = None,
+    *,
+    may_observe_outside: bool = False,
+) -> "TracedModel":
     """Trace a model, without the checks of :func:`read_model`.
 
     :return: a :class:`TracedModel`.
@@ -55,7 +65,9 @@ class TracedModel:
     :param outside: as in :func:`~numpyro_ebm.model.data_plate.find_data_plate`.
     """
 
-    def __init__(self, model, arguments, data, outside):
+    def __init__(
+        self, model: Model, arguments: Arguments, data: Params, outside: Collection[str] | None
+    ):
         self.model, self.arguments, self.data, self._outside = model, arguments, data, outside
         self._arrays, self._needs_values = arguments.arrays, None
         self._others = {}  # programs for values of other types
@@ -70,7 +82,8 @@ class TracedModel:
         here = self.arguments.with_arrays(arrays)
         prepared = substitute(seed(self.model, rng_key), data=data)
         prepared = resolve_normalizer(substitute(prepared, substitute_fn=placeholder))
-        with _mark_values() as marks:
+        marks = _mark_values()
+        with marks:
             sites = trace(prepared).get_trace(*here.args, **here.kwargs)
         values, self._has_loops = marks.values, marks.has_loops
         self._names = frozenset(values)
@@ -128,7 +141,7 @@ class TracedModel:
         self._order = {what: list(found) for what, found in results.items()}
         return results
 
-    def bind(self, rng_key=None, params=None):
+    def bind(self, rng_key: jax.Array | None = None, params: Params | None = None) -> RowModel:
         """The model at the values that its sites have.
 
         :param rng_key: key for initial values and subsampled plates; ``jax.random.key(0)`` if
@@ -147,17 +160,17 @@ class TracedModel:
         sites, plates, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
         return RowModel(self, sites, plates, {**own, **params}, constraints, priors)
 
-    def check_data(self, rng_key, params):
+    def check_data(self, rng_key: jax.Array, params: Params) -> None:
         """Raise if the data cannot be the values of the visible sites, as far as they are known."""
         for site in self.visible(rng_key, params).values():
             check_data(site)
 
-    def visible(self, rng_key, params):
+    def visible(self, rng_key: jax.Array, params: Params) -> dict[str, RowSite]:
         """The observed sites of the data plate at their values, by name."""
         (sites,) = self._thaw_visible(self._find("visible", rng_key, params))
         return sites
 
-    def priors_at(self, params):
+    def priors_at(self, params: Params) -> dict[str, Any]:
         """Distributions of the parameters that have one, at values of all parameters."""
         *_, priors = self._thaw(self._find("found", jax.random.key(0), params))
         return priors
@@ -165,19 +178,21 @@ class TracedModel:
     def _find(self, what, rng_key, data):
         return self._program(what, (rng_key, self.data, self._arrays), data)
 
-    def check_arguments(self):
+    def check_arguments(self) -> None:
         """Raise if the model calculates with the values of its arguments in Python."""
         if self._needs_values is not None:
             raise self._needs_values
 
-    def with_arrays(self, arrays):
+    def with_arrays(self, arrays: dict[str, Any]) -> "TracedModel":
         """The same model at other arrays of the same shapes and types, by label of the argument."""
         other = copy.copy(self)
         other.arguments = self.arguments.with_arrays(arrays)
         other._arrays = other.arguments.arrays
         return other
 
-    def rebound(self, model, args, kwargs):
+    def rebound(
+        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "TracedModel | None":
         """The same model at other arguments, not traced again; ``None`` where it has to be."""
         arguments = Arguments(args, kwargs)
         if model is not self.model:
@@ -188,13 +203,13 @@ class TracedModel:
             return None
         return self.with_arrays(arguments.arrays)
 
-    def at(self, args, kwargs, data):
+    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any], data: Params) -> "TracedModel":
         """The same model, traced at other arguments and values of sites."""
         return TracedModel(
             self.model, Arguments(args, kwargs), {**self.data, **data}, self._outside
         )
 
-    def evaluate(self, what, data):
+    def evaluate(self, what: str, data: Params) -> dict[str, jax.Array]:
         """What the model comes to at given values of its sites.
 
         :param str what: ``"terms"``, log-densities per row by site of the data plate; ``"prior"``,
@@ -251,10 +266,9 @@ def _role(site, data_plate):
 class _mark_values(Messenger):
     """Mark the values of all sites of a model that is being traced, and remember them."""
 
-    def __enter__(self):
+    def __init__(self):
         self.values, self.has_loops = {}, False
-        super().__enter__()
-        return self
+        super().__init__()
 
     def postprocess_message(self, msg):
         if msg["type"] == "control_flow":

@@ -122,7 +122,7 @@ def make_plan(
     marginal = choose(row_model) if objective.marginal is None else objective.marginal
     objective.check_marginal(marginal)
     marginal.check(row_model, reader, objective.order)
-    if reader is not None and row_model.latent:
+    if guide is not None and reader is not None and row_model.latent:
         reader.check(reader.trace(rng_key, params, row_model.visible_values))
         provenance.check_guide(
             row_model,

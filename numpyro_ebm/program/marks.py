@@ -5,6 +5,9 @@ A function is traced once. What it computes can then be asked for part by part, 
 it marked on the way can be replaced, without running the function again.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -16,7 +19,7 @@ __all__ = ["MarkedProgram", "marked", "signature"]
 PREFIX = "numpyro_ebm:"
 
 
-def marked(name, value):
+def marked(name: str, value: Any) -> Any:
     """A value, marked so that :class:`MarkedProgram` can replace it.
 
     :param str name: its name.
@@ -25,7 +28,7 @@ def marked(name, value):
     return checkpoint_name(value, PREFIX + name)
 
 
-def signature(tree):
+def signature(tree: Any) -> tuple[Any, ...]:
     """What two pytrees have in common that one program can take: structure, shapes and types."""
     leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: tree))
     return structure, tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
@@ -48,14 +51,14 @@ class MarkedProgram:
     (36.0, 25.0)
     """
 
-    def __init__(self, fn, *args):
+    def __init__(self, fn: Callable[..., Any], *args: Any):
         self._closed, self._shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
         self._marks, self._parts = {}, {}
         for eqn in self._closed.jaxpr.eqns:
             if eqn.primitive.name == "name" and eqn.params["name"].startswith(PREFIX):
                 self._marks.setdefault(eqn.params["name"].removeprefix(PREFIX), []).append(eqn)
 
-    def takes(self, replaced):
+    def takes(self, replaced: dict[str, Any]) -> bool:
         """Whether all of these values are marked, and of the same shapes and types.
 
         :param dict replaced: values by name, pytrees of arrays.
@@ -66,7 +69,7 @@ class MarkedProgram:
             for name, x in replaced.items()
         )
 
-    def reads(self, what, replaced):
+    def reads(self, what: str, replaced: Iterable[str]) -> list[bool]:
         """For every leaf of the arguments, whether a part of the result depends on it.
 
         :param str what: the part, a key of the function's result.
@@ -77,7 +80,7 @@ class MarkedProgram:
         read.update(variables(jaxpr.outvars))
         return [v in read for v in self._closed.jaxpr.invars]
 
-    def __call__(self, what, args, replaced):
+    def __call__(self, what: str, args: tuple[Any, ...], replaced: dict[str, Any]) -> Any:
         """A part of the result.
 
         :param str what: the part, a key of the function's result.
