@@ -14,7 +14,7 @@ whose gradient in φ is taken through one reparameterised draw in every round. T
 that draws h is left with that draw as a constant.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from jax.lax import stop_gradient
@@ -28,6 +28,8 @@ from numpyro_ebm.errors import ModelError, UnhandledEnergyError
 from numpyro_ebm.language.handlers import substitute_and_block
 from numpyro_ebm.language.sites import log_prob_of, param_sites
 from numpyro_ebm.model.priors import check_priors, prior_part
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "start_at_median"]
 
@@ -35,7 +37,7 @@ PARAM, SITE = "param:", "site:"
 """Before the names of sites whose influence is traced."""
 
 
-def check_supports(row_model):
+def check_supports(row_model: RowModel) -> None:
     """Raise unless every parameter with a prior can be moved by gradients.
 
     :raises ModelError: naming the site, where a prior is improper, discrete, a point mass or
@@ -77,7 +79,9 @@ def check_supports(row_model):
             )
 
 
-def start_at_median(row_model, rng_key, init_params):
+def start_at_median(
+    row_model: RowModel, rng_key: jax.Array, init_params: Params
+) -> dict[str, tuple[Any, Any]]:
     """Where penalised estimation starts: medians of the priors, by NumPyro's ``init_to_median``.
 
     :param RowModel row_model: the model, read at ``init_params``.
@@ -113,9 +117,9 @@ class Draw(NamedTuple):
     - **sites** - values of all sites of the guide outside the data plate, auxiliary ones included.
     """
 
-    params: dict
+    params: SiteValues
     log_density: jax.Array
-    sites: dict
+    sites: SiteValues
 
 
 class GlobalGuide(NamedTuple):
@@ -128,14 +132,14 @@ class GlobalGuide(NamedTuple):
     - **draws_rows** - whether the guide has a part q(h | v, θ) as well.
     """
 
-    guide: object
-    priors: tuple
-    sites: tuple
-    parameters: tuple
+    guide: Model
+    priors: tuple[str, ...]
+    sites: tuple[str, ...]
+    parameters: tuple[str, ...]
     draws_rows: bool
 
     @classmethod
-    def find(cls, guide, row_model, init_params):
+    def find(cls, guide: Model, row_model: RowModel, init_params: Params) -> Self | None:
         """Split a guide into q(θ; φ) and q(h | v, θ).
 
         :param guide: a guide.
@@ -185,12 +189,16 @@ class GlobalGuide(NamedTuple):
         params = tuple(name for name in own if name in of_theta or not draws_rows)
         return cls(guide, tuple(row_model.priors), tuple(outside), params, draws_rows)
 
-    def start(self, rng_key, row_model, init_params):
+    def start(
+        self, rng_key: jax.Array, row_model: RowModel, init_params: Params
+    ) -> dict[str, tuple[Any, Any]]:
         """Initial values and constraints of φ, by name."""
         found = param_sites(_trace(self.guide, row_model, init_params, rng_key))
         return {name: found[name] for name in self.parameters}
 
-    def draw(self, rng_key, params, args, kwargs):
+    def draw(
+        self, rng_key: jax.Array, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Draw:
         """Draw θ ~ q(θ; φ), differentiable in φ.
 
         :param dict params: values of the guide's `param` sites, and perhaps others, by name.
@@ -203,10 +211,10 @@ class GlobalGuide(NamedTuple):
         guide_trace = trace(guide).get_trace(*args, **kwargs)
         sites = {name: guide_trace[name] for name in self.sites}
         values = {name: site["value"] for name, site in sites.items()}
-        total = sum(map(log_prob_of, sites.values()))
+        total: Any = sum(map(log_prob_of, sites.values()))
         return Draw({name: values[name] for name in self.priors}, total, values)
 
-    def given(self, draw, params):
+    def given(self, draw: Draw, params: Params) -> Model | None:
         """The guide q(h | v, θ) at a draw of θ, which it sees as a constant.
 
         :param Draw draw: the draw.

@@ -14,7 +14,7 @@ the state. Parameters with priors add to the loss; see :mod:`~numpyro_ebm.svi.gl
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,11 @@ from jax import lax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import row_guide_loss
-from numpyro_ebm.objectives.plan import Plan
+from numpyro_ebm.objectives.plan import Plan, Problem
 from numpyro_ebm.program.draws import scan_keys
 from numpyro_ebm.svi.global_guide import GlobalGuide
 from numpyro_ebm.svi.start import Optimizers
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["THETA_STREAM", "Round"]
 
@@ -47,20 +48,27 @@ class Round(NamedTuple):
     """
 
     plan: Plan
-    guide: Callable | None
-    static_kwargs: dict
+    guide: Model | None
+    static_kwargs: dict[str, Any]
     optimizers: Optimizers
-    guide_loss: object
+    guide_loss: Any
     num_guide_steps: int
-    constrain: Callable
+    constrain: Callable[[Params], Params]
     posterior: GlobalGuide | None
     num_rows: int | None
 
     @property
-    def objective(self):
+    def objective(self) -> Any:
         return self.plan.objective
 
-    def take(self, step_key, state, args, kwargs, forward_mode_differentiation=False):
+    def take(
+        self,
+        step_key: jax.Array,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        forward_mode_differentiation: bool = False,
+    ) -> tuple[Any, jax.Array]:
         """Take the round.
 
         :param step_key: key of the round.
@@ -103,7 +111,9 @@ class Round(NamedTuple):
         )
         return state, loss
 
-    def evaluate(self, step_key, state, args, kwargs):
+    def evaluate(
+        self, step_key: jax.Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> jax.Array:
         """The loss of the energy with the random numbers of the round, before anyone's step."""
         key_prepare, key_energy, _ = jax.random.split(step_key, 3)
         params, _, problem = self.prepare(step_key, key_prepare, state, args, kwargs)
@@ -111,12 +121,19 @@ class Round(NamedTuple):
         problem, _ = self.objective.advance(key_advance, params, problem, state.objective_state)
         return self._energy_loss(step_key, key_energy, params, problem)
 
-    def params(self, state):
+    def params(self, state: Any) -> Params:
         """Values of all parameters that are trained, by name."""
         groups = self._unconstrained(state)
         return self.constrain({name: x for group in groups for name, x in group.items()})
 
-    def prepare(self, step_key, key_prepare, state, args, kwargs):
+    def prepare(
+        self,
+        step_key: jax.Array,
+        key_prepare: jax.Array,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Params, Params, Problem]:
         """Place the batch.
 
         :return: values of all parameters, those among them that a guide drew, and the objective's
@@ -125,13 +142,13 @@ class Round(NamedTuple):
         kwargs = {**kwargs, **self.static_kwargs}
         params, theta, guide = self.params(state), {}, self.guide
         if self.posterior is not None:
-            draw = self._draw(step_key, params, args, kwargs)
+            draw = self.posterior.draw(_key_of_theta(step_key), params, args, kwargs)
             guide = self.posterior.given(draw, params)
             params, theta = {**params, **draw.params}, draw.params
         problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
         return params, theta, problem
 
-    def is_finite(self, state, loss):
+    def is_finite(self, state: Any, loss: jax.Array) -> jax.Array:
         """Whether the loss, all parameters and what the objective keeps are finite."""
         kept = jax.tree.leaves(state.objective_state)
         leaves = [loss, *jax.tree.leaves(self._unconstrained(state))]
@@ -148,10 +165,6 @@ class Round(NamedTuple):
     def _networks(self, state):
         optims, states = self.optimizers.networks, state.network_optim_states
         return list(zip(self.objective.networks, optims, states, strict=True))
-
-    def _draw(self, step_key, params, args, kwargs):
-        rng_key = jax.random.fold_in(step_key, THETA_STREAM)
-        return self.posterior.draw(rng_key, params, args, kwargs)
 
     def _fit_guide(self, rng_key, params, optim_state, problem):
         def step(rng_key, optim_state):
@@ -186,7 +199,8 @@ class Round(NamedTuple):
             return self.objective.energy_loss(key_energy, params, problem)
         log_q = 0.0
         if self.posterior is not None:
-            draw = self._draw(step_key, params, row_model.args, row_model.kwargs)
+            rng_key = _key_of_theta(step_key)
+            draw = self.posterior.draw(rng_key, params, row_model.args, row_model.kwargs)
             # The objective knows θ alone: φ acts through the draw.
             params = {k: x for k, x in params.items() if k not in self.posterior.parameters}
             params, log_q = {**params, **draw.params}, draw.log_density
@@ -206,3 +220,8 @@ class Round(NamedTuple):
                 "num_rows=N)`."
             )
         return row_model.total_rows
+
+
+def _key_of_theta(step_key):
+    """The key of a round for its draw of the parameters."""
+    return jax.random.fold_in(step_key, THETA_STREAM)

@@ -23,7 +23,9 @@ SORT_BELOW = 256
 """Up to here the halves of a Feistel network are too small to mix, and sorting is cheap."""
 
 
-def shuffled(rng_key, epoch, position, num_rows, num_epochs):
+def shuffled(
+    rng_key: jax.Array, epoch: jax.Array, position: jax.Array, num_rows: int, num_epochs: int
+) -> jax.Array:
     """The rows at some positions of random orders.
 
     :param rng_key: random key.

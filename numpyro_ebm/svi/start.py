@@ -6,6 +6,7 @@ one after the other, each at the values of those before it. What does not go tog
 on the way.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,11 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.objectives.plan import Plan, make_plan
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
+from numpyro_ebm.types import Model, Params
 
 __all__ = ["Optimizers", "Start", "find_start", "same_bounds"]
 
@@ -30,9 +33,11 @@ class Optimizers(NamedTuple):
 
     energy: Any
     guide: Any
-    networks: tuple
+    networks: tuple[Any, ...]
 
-    def init(self, of_energy, of_guide, of_networks):
+    def init(
+        self, of_energy: Params, of_guide: Params, of_networks: Sequence[Params]
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
         """Their states at the first parameters; ``None`` for a guide without parameters."""
         networks = zip(self.networks, of_networks, strict=True)
         return (
@@ -55,16 +60,26 @@ class Start(NamedTuple):
     - **posterior** - the part of the guide that draws parameters, or ``None``.
     """
 
-    optim_states: tuple
+    optim_states: tuple[Any, ...]
     rng_key: jax.Array
     plan: Plan
     guide_loss: Any
-    constraints: dict
-    bounds: dict
+    constraints: dict[str, Any]
+    bounds: dict[str, Any]
     posterior: GlobalGuide | None
 
 
-def find_start(rng_key, model, guide, objective, guide_loss, optimizers, init_params, args, kwargs):
+def find_start(
+    rng_key: jax.Array,
+    model: Model,
+    guide: Model | None,
+    objective: Objective,
+    guide_loss: Any,
+    optimizers: Optimizers,
+    init_params: Params | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Start:
     """Ask model, guide and objective for their parameters.
 
     :param rng_key: random key of the run.
@@ -80,7 +95,7 @@ def find_start(rng_key, model, guide, objective, guide_loss, optimizers, init_pa
     :raises ModelError: if model, guide, objective and ``guide_loss`` do not go together.
     """
     init_params = {} if init_params is None else init_params
-    traced = None
+    traced: Any = None
 
     def first_states(rng_key):
         # Traced, not run: only the initial values of parameters are ever computed.
@@ -120,7 +135,7 @@ def find_start(rng_key, model, guide, objective, guide_loss, optimizers, init_pa
     )
 
 
-def same_bounds(left, right):
+def same_bounds(left: Any, right: Any) -> bool:
     """Whether the bounds of two starts are the same concrete arrays."""
     left, tree = jax.tree.flatten(left)
     right, other = jax.tree.flatten(right)
