@@ -25,13 +25,17 @@ from numpyro_ebm.types import LogDensity
 __all__ = ["Quadratic", "expand_quadratic", "why_not_gaussian"]
 
 
+SINGULAR = 0.25
+"""tr S⁻¹ in units of 1/ε from which on a precision counts as singular; see :class:`Quadratic`."""
+
+
 class Quadratic(NamedTuple):
     """A log-density of every row that is quadratic in its D coordinates, but for log π(m).
 
     - **point** - m, of shape (rows, D).
     - **gradient** - g, the gradient at m, of shape (rows, D).
-    - **factor** - the Cholesky factor of the precision P, of shape (rows, D, D), NaN where P is not
-      positive definite beyond rounding; where P is diagonal, P itself, of shape (rows, D).
+    - **factor** - the Cholesky factor of the precision P, of shape (rows, D, D); where P is
+      diagonal, P itself, of shape (rows, D).
     """
 
     point: jax.Array
@@ -64,8 +68,21 @@ class Quadratic(NamedTuple):
             whitened = solve_triangular(self.factor, self.gradient[..., None], lower=True)
             square = jnp.sum(whitened**2, (-1, -2))
             log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(self.factor, axis1=-2, axis2=-1)), -1)
+            log_det = jnp.where(self._is_proper(), log_det, jnp.nan)
         size = self.point.shape[-1]
         return value + 0.5 * square + 0.5 * size * math.log(2 * math.pi) - 0.5 * log_det
+
+    def _is_proper(self):
+        """Whether P is positive definite beyond rounding, of shape (rows,).
+
+        The factor is exact for a P that is off by rounding, which moves eigenvalues by as much: if
+        P is singular, tr S⁻¹ comes out at about 1/ε or above, with S = P scaled to a unit diagonal.
+        """
+        scale = jnp.sqrt(jnp.sum(self.factor**2, -1))
+        inverse = solve_triangular(
+            self.factor, scale[..., None] * jnp.eye(scale.shape[-1]), lower=True
+        )
+        return jnp.sum(inverse**2, (-1, -2)) * jnp.finfo(self.factor.dtype).eps < SINGULAR
 
     def _mean_and(self, noise):
         """The mean, and standard noise as it is under the Gaussian."""
@@ -103,12 +120,7 @@ def expand_quadratic(log_density: LogDensity, point: jax.Array, is_diagonal: boo
     size = point.shape[1]
     axes = jnp.broadcast_to(jnp.eye(size, dtype=point.dtype)[:, None], (size, *point.shape))
     precision = -jnp.moveaxis(jax.vmap(times_hessian)(axes), 0, -1)
-    factor = jnp.linalg.cholesky(precision)
-    # A pivot within rounding of zero may be one: the integral diverges, or is not known from that.
-    pivots = jnp.diagonal(factor, axis1=-2, axis2=-1) ** 2
-    smallest = size * jnp.finfo(point.dtype).eps * jnp.diagonal(precision, axis1=-2, axis2=-1)
-    is_proper = jnp.all(pivots > smallest, -1)[:, None, None]
-    return Quadratic(point, g, jnp.where(is_proper, factor, jnp.nan))
+    return Quadratic(point, g, jnp.linalg.cholesky(precision))
 
 
 def why_not_gaussian(found: Structure) -> str | None:
