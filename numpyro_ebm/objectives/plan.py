@@ -54,11 +54,9 @@ class Plan(NamedTuple):
     covariates: list[str]
     arguments: dict[str, str]
 
-    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any], params: Params) -> "Plan":
-        """The same plan, with the model checked at other arguments where they are others."""
-        if self.traced.arguments.are(Arguments(args, kwargs)):
-            return self
-        row_model = read_model(self.model, args, kwargs, params)
+    def at(self, arguments: Arguments, params: Params) -> "Plan":
+        """The same plan, with the model checked at other arguments."""
+        row_model = read_model(self.model, arguments.args, arguments.kwargs, params)
         self.objective.check_sites(row_model)
         return self._replace(
             traced=row_model.traced,

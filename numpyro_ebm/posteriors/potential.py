@@ -21,7 +21,7 @@ from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
-from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["Potential", "hessian_by_differences", "own_parameter_prior"]
@@ -103,12 +103,11 @@ class Potential:
                 f"generalized: a calibration measures the spread over rows, and there are "
                 f"{row_model.num_rows}. Pass a number as `learning_rate`."
             )
-        cut = Minibatches.of(row_model, self._args, self._kwargs, row_model.num_rows - 1)
-        arrays, static = cut.split(self._args, self._kwargs)
-        cut = cut._replace(static=static)
+        rows = row_model.num_rows - 1
+        cut = Batches(row_model, self._args, self._kwargs, rows, jax.random.key(0))
 
         def loss(x, rng_key, indices):
-            return self.loss(x, rng_key, *cut.batch(arrays, indices[None], 0))
+            return self.loss(x, rng_key, *cut.minibatches.batch(cut.arrays, indices[None], 0))
 
         return loss
 

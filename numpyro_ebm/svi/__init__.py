@@ -4,6 +4,7 @@
 It may import :mod:`numpyro_ebm.objectives` and what it stands on.
 """
 
-from numpyro_ebm.svi.energy_svi import EnergySVI, EnergySVIState
+from numpyro_ebm.svi.energy_svi import EnergySVI
+from numpyro_ebm.svi.state import EnergySVIState
 
 __all__ = ["EnergySVI", "EnergySVIState"]

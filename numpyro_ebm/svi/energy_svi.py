@@ -7,53 +7,28 @@ values; :mod:`~numpyro_ebm.svi.round` holds the equations of a round, and its st
 between chunks; see :mod:`~numpyro_ebm.svi.loop`.
 """
 
-import time
 import warnings
 from functools import partial
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
-from tqdm import tqdm
 
-from numpyro_ebm._compat import find_stack_level, not_jax_tracer
+from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
+from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
-from numpyro_ebm.program.compilation import compiler_options, run_compiled
-from numpyro_ebm.svi.loop import CHUNK, next_length, select, take_rounds
-from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.program.compilation import is_traced
+from numpyro_ebm.svi.compiled import CompiledRounds
+from numpyro_ebm.svi.loop import run_chunks
+from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
+from numpyro_ebm.svi.state import EnergySVIState, select
 
-__all__ = ["EnergySVI", "EnergySVIState"]
-
-REVIEW_ROWS = 2_048
-"""Rows of the data that an objective looks at when a run ends."""
-
-STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
-"""Folded into the run's key for what happens outside the rounds."""
-
-
-class EnergySVIState(NamedTuple):
-    """State of :class:`EnergySVI`; a pytree of arrays that can be pickled.
-
-    - **optim_state** - optimiser state of the energy's parameters.
-    - **guide_optim_state** - optimiser state of the guide's parameters; ``None`` without a guide.
-    - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``, and i is kept by the
-      optimiser, so that a resumed run continues where it stopped.
-    - **network_optim_states** - optimiser states of the objective's own networks, in their order.
-    - **objective_state** - what the objective keeps from round to round, such as persistent chains.
-    """
-
-    optim_state: tuple
-    guide_optim_state: tuple | None
-    rng_key: jax.Array
-    network_optim_states: tuple = ()
-    objective_state: object = None
+__all__ = ["EnergySVI"]
 
 
 class EnergySVI(SVI):
@@ -174,14 +149,7 @@ class EnergySVI(SVI):
             for p in loss.networks
         )
         self._length = 16  # rounds in the next chunk; follows the time they take
-        self._run_chunk = jax.jit(
-            self._chunk,
-            static_argnames=("minibatches", "watched"),
-            compiler_options=compiler_options(),
-        )
-        self._run_statistics = jax.jit(
-            self._statistics, static_argnames=("minibatches",), compiler_options=compiler_options()
-        )
+        self._compiled = CompiledRounds(self._round)
 
     @property
     def _optimizers(self):
@@ -199,7 +167,9 @@ class EnergySVI(SVI):
         :return: :class:`EnergySVIState`.
         """
         state = self._init(rng_key, init_params, args, kwargs)
-        return self._with_objective_state(state, args, kwargs) if self.loss.has_state else state
+        if not self.loss.has_state:
+            return state
+        return self._compiled.with_objective_state(state, args, kwargs)
 
     def get_params(self, svi_state):
         """Values of all `param` sites of model and guide, and of penalised parameters, by name.
@@ -217,8 +187,9 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: the next state and the loss of the energy, a mean over rows.
         """
-        step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
-        return self._round().take(step_key, svi_state, args, kwargs, forward_mode_differentiation)
+        return self._round().take(
+            svi_state.step_key, svi_state, args, kwargs, forward_mode_differentiation
+        )
 
     def stable_update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
         """Like :meth:`update`, but keeps the current state where the next one is not finite.
@@ -243,8 +214,7 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: scalar loss.
         """
-        step_key = jax.random.fold_in(svi_state.rng_key, svi_state.optim_state[0])
-        return self._round().evaluate(step_key, svi_state, args, kwargs)
+        return self._round().evaluate(svi_state.step_key, svi_state, args, kwargs)
 
     def run(
         self,
@@ -268,8 +238,8 @@ class EnergySVI(SVI):
         :param int num_steps: number of rounds.
         :param args: arguments of model and guide, with all rows.
         :param int batch_size: rows in a minibatch. Batches are drawn without replacement, in a new
-            order every epoch, on the device; each array argument whose leading axis has the length
-            of the data plate is cut. ``None``: all rows in every round.
+            order every epoch; each array argument whose leading axis has the length of the data
+            plate is cut. ``None``: all rows in every round.
         :param bool progress_bar: show a progress bar.
         :param bool stable_update: keep the state and go on where a step is not finite, instead of
             stopping (as NumPyro's option of this name).
@@ -287,61 +257,38 @@ class EnergySVI(SVI):
         """
         if num_steps < 1:
             raise ValueError("num_steps must be a positive integer.")
-        given = jax.tree.leaves((rng_key, args, kwargs, init_state, init_params, jnp.zeros(())))
-        if not all(map(not_jax_tracer, given)):
+        if is_traced(rng_key, args, kwargs, init_state, init_params):
             raise ModelError(
                 "EnergySVI.run compiles its rounds itself and looks at their losses in between, so "
                 "it cannot be a part of `jit`, `vmap` or `grad`. Call it outside, or put "
                 "`EnergySVI.update` into `jax.lax.scan`."
             )
         state = self._begin(rng_key, init_state, init_params, args, kwargs)
-        minibatches = Minibatches.of(self._plan.traced.data_plate, args, kwargs, batch_size)
-        arrays, static = minibatches.split(args, kwargs)
-        minibatches = minibatches._replace(
-            static=static, stable_update=stable_update, forward_mode=forward_mode_differentiation
-        )
+        data_plate = self._plan.traced.data_plate
+        batches = Batches(data_plate, args, kwargs, batch_size, state.rng_key)
         if init_state is None and self.loss.has_state:
-            first = minibatches.indices(state.rng_key, state.optim_state[0], 1)
-            state = self._with_objective_state(state, *minibatches.batch(arrays, first, 0))
-        chunk = partial(self._run_chunk, minibatches=minibatches)
-        losses, done, stopped = [], 0, False
-        with tqdm(total=num_steps, disable=not progress_bar) as bar:
-            while done < num_steps and not stopped:
-                length = min(self._length, num_steps - done)
-                start = time.perf_counter()
-                before = state
-                state, chunk_losses, taken, ok = chunk(
-                    before, arrays, length, watched=stable_update
-                )
-                if not ok:  # the same rounds again, to find the first that went wrong
-                    state, chunk_losses, taken, _ = chunk(before, arrays, length, watched=True)
-                taken = int(taken)
-                seconds = time.perf_counter() - start
-                losses.append(chunk_losses[: min(taken + 1, length)])
-                done += taken
-                stopped = taken < length
-                bar.update(taken)
-                if progress_bar:
-                    bar.set_postfix_str(f"loss: {float(losses[-1].mean()):.4f}", refresh=False)
-                if length == self._length:  # a remainder says nothing about the time of a chunk
-                    self._length = next_length(length, seconds)
-        losses = jnp.concatenate(losses)
-        result = SVIRunResult(self.get_params(state), state, losses)
-        if stopped:
-            warning = NonFiniteLossWarning(
-                f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
-                f"{float(losses[-1])} or parameters that are not finite. The result holds the "
-                f"last finite state, after {done} steps. Try a smaller learning rate, gradient "
-                "clipping (`optax.chain(optax.clip_by_global_norm(1.0), ...)`), or a bounded "
-                "parameterisation.",
-                result,
-            )
-            warnings.warn(warning, stacklevel=find_stack_level())
+            state = self._compiled.with_objective_state(state, *batches.batch(int(state.step)))
+        options = {"stable": stable_update, "forward_mode": forward_mode_differentiation}
+
+        def take_chunk(state, length, watched):
+            return self._compiled.chunk(state, batches, length, watched=watched, **options)
+
+        state, losses, done, self._length = run_chunks(
+            take_chunk,
+            state,
+            num_steps,
+            self._length,
+            watched=stable_update,
+            progress_bar=progress_bar,
+        )
+        result = SVIRunResult(self.get_params(state), state, jnp.asarray(losses))
+        if done < num_steps:
+            _warn_of_stop(result, done, num_steps)
         elif type(self.loss).statistics is not Objective.statistics:
-            self._review(result, minibatches, arrays)
+            self._compiled.review(state, batches)
         return result
 
-    # Inside
+    # Internal
 
     def _begin(self, rng_key, init_state, init_params, args, kwargs):
         """The state to start from, after the model was checked at these arguments."""
@@ -350,10 +297,10 @@ class EnergySVI(SVI):
             fresh = self._init(rng_key, init_params, args, kwargs)
             state = fresh if init_state is None else init_state
         else:
-            self._plan = self._plan.at(
-                args, {**kwargs, **self.static_kwargs}, self.get_params(state)
-            )
-        self._plan.traced.check_data(jax.random.key(0), {})
+            arguments = Arguments(args, {**kwargs, **self.static_kwargs})
+            if not self._plan.traced.arguments.are(arguments):
+                self._plan = self._plan.at(arguments, self.get_params(state))
+        self._plan.traced.check_data(state.rng_key, {})
         return state
 
     def _init(self, rng_key, init_params, args, kwargs):
@@ -370,8 +317,7 @@ class EnergySVI(SVI):
             {**kwargs, **self.static_kwargs},
         )
         if not same_bounds(start.bounds, self._bounds):  # compiled rounds hold them as constants
-            self._run_chunk.clear_cache()
-            self._run_statistics.clear_cache()
+            self._compiled.clear()
         self._plan, self._bounds, self._posterior = start.plan, start.bounds, start.posterior
         self._chosen_guide_loss = start.guide_loss
         transforms = {name: biject_to(c) for name, c in start.constraints.items()}
@@ -393,47 +339,14 @@ class EnergySVI(SVI):
             num_rows=num_rows if self.num_rows is None else self.num_rows,
         )
 
-    def _with_objective_state(self, state, args, kwargs):
-        """The state with what the objective keeps, at the batch in hand."""
 
-        def first(state):
-            key = jax.random.fold_in(state.rng_key, STATE_STREAM)
-            key_prepare, key_state = jax.random.split(key)
-            params, _, problem = self._round().prepare(key, key_prepare, state, args, kwargs)
-            return self.loss.init_state(key_state, params, problem)
-
-        kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
-        return state._replace(objective_state=kept)
-
-    def _review(self, result, minibatches, arrays):
-        """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
-        size = max(REVIEW_ROWS, minibatches.batch_size)
-        options = {"stable_update": False, "forward_mode": False}
-        minibatches = minibatches.resized(size)._replace(**options)
-        statistics = self._run_statistics(result.state, arrays, minibatches=minibatches)
-        self.loss.review(statistics)
-
-    def _statistics(self, state, arrays, *, minibatches):
-        args, kwargs = minibatches.batch(arrays, minibatches.indices(state.rng_key, 0, 1), 0)
-        key = jax.random.fold_in(state.rng_key, REVIEW_STREAM)
-        key_prepare, key_look = jax.random.split(key)
-        params, _, problem = self._round().prepare(key, key_prepare, state, args, kwargs)
-        return self.loss.statistics(key_look, params, problem)
-
-    def _chunk(self, state, arrays, length, *, minibatches, watched):
-        """Up to CHUNK rounds on their minibatches; see :mod:`~numpyro_ebm.svi.loop`."""
-        batch_indices = minibatches.indices(state.rng_key, state.optim_state[0], CHUNK)
-        a_round = self._round(minibatches.total_rows)
-
-        def one_round(step_key, state, i):
-            args, kwargs = minibatches.batch(arrays, batch_indices, i)
-            return a_round.take(step_key, state, args, kwargs, minibatches.forward_mode)
-
-        return take_rounds(
-            one_round,
-            a_round.is_finite,
-            state,
-            length,
-            watched=watched,
-            stable=minibatches.stable_update,
-        )
+def _warn_of_stop(result, done, num_steps):
+    warning = NonFiniteLossWarning(
+        f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
+        f"{float(result.losses[-1])} or parameters that are not finite. The result holds the "
+        f"last finite state, after {done} steps. Try a smaller learning rate, gradient "
+        "clipping (`optax.chain(optax.clip_by_global_norm(1.0), ...)`), or a bounded "
+        "parameterisation.",
+        result,
+    )
+    warnings.warn(warning, stacklevel=find_stack_level())

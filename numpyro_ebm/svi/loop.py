@@ -5,15 +5,19 @@ How many rounds one call takes follows the time they need: a progress bar moves 
 while the host is asked for as little as possible.
 """
 
+import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from tqdm import tqdm
 
 from numpyro_ebm.program.draws import at, split_off_draws
+from numpyro_ebm.svi.state import select
 
-__all__ = ["CHUNK", "next_length", "select", "take_rounds"]
+__all__ = ["CHUNK", "run_chunks", "take_rounds"]
 
 CHUNK = 1024
 """The most rounds between two looks at the losses; each chunk is one compiled call."""
@@ -61,13 +65,13 @@ def take_rounds(one_round, is_finite, state, length, *, watched, stable):
     def rounds(carry):
         start, ok, state, losses = carry
         # A state that stays keeps its step and so its key: the step counts, not the round.
-        step = state.optim_state[0]
+        step = state.step
         keys = jax.vmap(partial(jax.random.fold_in, state.rng_key))(step + jnp.arange(ahead))
         draws = jax.vmap(draw)(keys)
 
         def one(carry):
             i, _, state, losses = carry
-            mine = [at(x, state.optim_state[0] - step) for x in draws]
+            mine = [at(x, state.step - step) for x in draws]
             state, loss, ok = finish(mine, state, i)
             losses = losses.at[i].set(loss, mode="promise_in_bounds", wrap_negative_indices=False)
             return i + (1 if ok is None else ok), ok, state, losses
@@ -85,6 +89,41 @@ def take_rounds(one_round, is_finite, state, length, *, watched, stable):
     return state, losses, taken, ok
 
 
+def run_chunks(take_chunk, state, num_steps, length, *, watched, progress_bar):
+    """Take rounds chunk by chunk, with a look at the losses in between.
+
+    :param take_chunk: ``(state, length, watched) -> (state, losses, taken, ok)``, as
+        :func:`take_rounds`.
+    :param EnergySVIState state: where to start.
+    :param int num_steps: number of rounds.
+    :param int length: number of rounds in the first chunk.
+    :param bool watched: whether to look after every round. Otherwise a chunk that ends with what is
+        not finite is taken again, to find the first round that went wrong.
+    :param bool progress_bar: whether to show a progress bar.
+    :return: the last finite state, the losses (with that of the round that was not finite, if there
+        is one), the number of rounds taken, and the length for another chunk.
+    """
+    losses, done, stopped = [], 0, False
+    with tqdm(total=num_steps, disable=not progress_bar) as bar:
+        while done < num_steps and not stopped:
+            now = min(length, num_steps - done)
+            start = time.perf_counter()
+            new, chunk_losses, taken, ok = take_chunk(state, now, watched)
+            if not ok:
+                new, chunk_losses, taken, _ = take_chunk(state, now, True)
+            state, taken = new, int(taken)
+            seconds = time.perf_counter() - start
+            losses.append(np.asarray(chunk_losses)[: min(taken + 1, now)])
+            done += taken
+            stopped = taken < now
+            bar.update(taken)
+            if progress_bar:
+                bar.set_postfix_str(f"loss: {losses[-1].mean():.4f}", refresh=False)
+            if now == length:  # a remainder says nothing about the time of a chunk
+                length = next_length(length, seconds)
+    return state, np.concatenate(losses), done, length
+
+
 def next_length(length, seconds):
     """Longer chunks while they are quick, shorter ones where a chunk keeps the user waiting."""
     if seconds < SECONDS_PER_LOOK / 2:
@@ -92,14 +131,3 @@ def next_length(length, seconds):
     if seconds > SECONDS_PER_LOOK * 2:
         return max(1, int(length * SECONDS_PER_LOOK / seconds))
     return length
-
-
-def select(condition, new, old):
-    """The new state where the condition holds, else the old one."""
-
-    def leaf(x, y):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x  # the key of a run never changes
-        return jnp.where(condition, x, y)
-
-    return jax.tree.map(leaf, new, old)

@@ -1,19 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shuffled minibatches on the device, a function of the run's key and the step alone."""
+"""Shuffled minibatches: a function of the run's key and the step alone.
 
+The host draws the order of every epoch, and hands each chunk of rounds the rows of its batches;
+the rows themselves are gathered on the device.
+"""
+
+import copy
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.draws import at
-from numpyro_ebm.svi.shuffle import shuffled
 
-__all__ = ["Minibatches"]
+__all__ = ["Batches", "Minibatches", "Orders"]
 
 SHUFFLE_STREAM = 0x5EED
-"""Folded into the run's key, so that shuffling does not share keys with the rounds."""
+"""Part of the seeds, so that shuffling does not share random numbers with anything else."""
+
+
+class Orders:
+    """Random orders of the rows, one an epoch, drawn when they are first asked for.
+
+    :param rng_key: key of the run.
+    :param int num_rows: N, the number of rows.
+    """
+
+    def __init__(self, rng_key, num_rows):
+        words = np.ravel(jax.random.key_data(rng_key)).tolist()
+        self._seed, self._num_rows, self._kept = [SHUFFLE_STREAM, *words], num_rows, {}
+
+    def __call__(self, epoch):
+        """The order of an epoch, a permutation of the rows."""
+        if epoch not in self._kept:
+            rng = np.random.default_rng([*self._seed, epoch])
+            order = rng.permutation(np.arange(self._num_rows, dtype=np.int32))
+            self._kept = {epoch: order}  # the next chunk may begin in the epoch of the last one
+        return self._kept[epoch]
 
 
 class Minibatches(NamedTuple):
@@ -23,7 +48,6 @@ class Minibatches(NamedTuple):
     - **tree** - structure of ``(args, kwargs)``.
     - **kinds** - for each leaf: ``"rows"`` (cut), ``"array"`` (passed) or ``"static"``.
     - **static** - the leaves that are not arrays.
-    - **stable_update, forward_mode** - options of the rounds.
     - **total_rows** - rows of the data plate, before any subsampling of the model's own.
     """
 
@@ -32,15 +56,13 @@ class Minibatches(NamedTuple):
     tree: Any
     kinds: tuple
     static: tuple = ()
-    stable_update: bool = False
-    forward_mode: bool = False
     total_rows: int | None = None
 
     @classmethod
     def of(cls, row_model, args, kwargs, batch_size):
         """Plan the minibatches of a run.
 
-        :param RowModel row_model: the model, read with all rows.
+        :param DataPlate row_model: the data plate, or the model, with all rows.
         :param tuple args: arguments with all rows.
         :param dict kwargs: keyword arguments with all rows.
         :param int batch_size: rows in a batch, or ``None``.
@@ -51,8 +73,10 @@ class Minibatches(NamedTuple):
         num_rows = row_model.num_rows
         leaves, tree = jax.tree.flatten((args, kwargs))
         kinds = tuple("array" if _is_array(x) else "static" for x in leaves)
+        static = tuple(x for kind, x in zip(kinds, leaves, strict=True) if kind == "static")
+        whole = cls(num_rows, num_rows, tree, kinds, static, total_rows=row_model.total_rows)
         if batch_size is None:
-            return cls(num_rows, num_rows, tree, kinds, total_rows=row_model.total_rows)
+            return whole
         if not isinstance(batch_size, int) or not 1 <= batch_size <= num_rows:
             raise ModelError(
                 f"`batch_size` must be an integer from 1 to the {num_rows} rows of the data plate "
@@ -64,7 +88,7 @@ class Minibatches(NamedTuple):
                 "`batch_size`."
             )
         if batch_size == num_rows:
-            return cls(num_rows, num_rows, tree, kinds, total_rows=num_rows)
+            return whole
         kinds = tuple(
             "rows" if kind == "array" and jnp.ndim(x) > 0 and len(x) == num_rows else kind
             for kind, x in zip(kinds, leaves, strict=True)
@@ -74,7 +98,7 @@ class Minibatches(NamedTuple):
                 f"`batch_size` cuts the array arguments whose leading axis has the {num_rows} rows "
                 f"of the data plate '{row_model.plate}', and there is none among them."
             )
-        return cls(num_rows, batch_size, tree, kinds, total_rows=num_rows)
+        return whole._replace(batch_size=batch_size, kinds=kinds)
 
     def resized(self, batch_size):
         """The same arguments in batches of another size; all rows where there are not as many."""
@@ -83,25 +107,25 @@ class Minibatches(NamedTuple):
         kinds = tuple("array" if kind == "rows" else kind for kind in self.kinds)
         return self._replace(batch_size=self.num_rows, kinds=kinds)
 
-    def split(self, args, kwargs):
-        """The array leaves of the arguments, and the static ones."""
-        leaves = list(zip(self.kinds, jax.tree.leaves((args, kwargs)), strict=True))
-        arrays = [jnp.asarray(x) for kind, x in leaves if kind != "static"]
-        return arrays, tuple(x for kind, x in leaves if kind == "static")
-
-    def indices(self, rng_key, first_step, num_steps):
+    def indices(self, orders, first_step, num_steps):
         """Row indices of the batches of consecutive steps, of shape (num_steps, batch_size).
 
         Every epoch is a fresh permutation; rows that do not fill a batch wait for the next epoch.
+
+        :param Orders orders: the orders of the epochs.
+        :param int first_step: the first of the steps.
+        :param int num_steps: how many.
+        :return: an array of NumPy, or ``None`` where every batch is all rows.
         """
         if self.batch_size == self.num_rows:
             return None
         per_epoch = self.num_rows // self.batch_size
-        steps = first_step + jnp.arange(num_steps)
-        position = (steps % per_epoch)[:, None] * self.batch_size + jnp.arange(self.batch_size)
-        rng_key = jax.random.fold_in(rng_key, SHUFFLE_STREAM)
-        num_epochs = (num_steps - 1) // per_epoch + 2
-        return shuffled(rng_key, steps // per_epoch, position, self.num_rows, num_epochs)
+        last_step, parts = first_step + num_steps - 1, []
+        for epoch in range(first_step // per_epoch, last_step // per_epoch + 1):
+            batches = orders(epoch)[: per_epoch * self.batch_size].reshape(per_epoch, -1)
+            begin = max(first_step - epoch * per_epoch, 0)
+            parts.append(batches[begin : last_step - epoch * per_epoch + 1])
+        return np.concatenate(parts)
 
     def batch(self, arrays, indices, i):
         """Arguments and keyword arguments of the i-th step of a chunk."""
@@ -117,6 +141,40 @@ class Minibatches(NamedTuple):
             else:
                 leaves.append(next(arrays))
         return jax.tree.unflatten(self.tree, leaves)
+
+
+class Batches:
+    """The arguments of a run, and how they are cut into minibatches.
+
+    - **minibatches** - how they are cut.
+    - **arrays** - the arrays among the arguments.
+
+    :param DataPlate data_plate: the data plate, or a model, with all rows.
+    :param tuple args: arguments with all rows.
+    :param dict kwargs: keyword arguments with all rows.
+    :param int batch_size: rows in a batch, or ``None``.
+    :param rng_key: key of the run.
+    """
+
+    def __init__(self, data_plate, args, kwargs, batch_size, rng_key):
+        self.minibatches = Minibatches.of(data_plate, args, kwargs, batch_size)
+        self._orders = Orders(rng_key, self.minibatches.num_rows)
+        leaves = zip(self.minibatches.kinds, jax.tree.leaves((args, kwargs)), strict=True)
+        self.arrays = [jnp.asarray(x) for kind, x in leaves if kind != "static"]
+
+    def indices(self, first_step, num_steps):
+        """As :meth:`Minibatches.indices`."""
+        return self.minibatches.indices(self._orders, first_step, num_steps)
+
+    def resized(self, batch_size):
+        """As :meth:`Minibatches.resized`."""
+        other = copy.copy(self)
+        other.minibatches = self.minibatches.resized(batch_size)
+        return other
+
+    def batch(self, step):
+        """Arguments and keyword arguments of a step."""
+        return self.minibatches.batch(self.arrays, self.indices(step, 1), 0)
 
 
 def _is_array(x):

@@ -26,7 +26,7 @@ from prior_cases import (
 
 import numpyro_ebm as ebm
 from numpyro_ebm.model.reading import read_model
-from numpyro_ebm.svi.minibatch import Minibatches
+from numpyro_ebm.svi.minibatch import Batches
 
 
 def test_the_mode_of_the_generalised_posterior():
@@ -87,8 +87,7 @@ def test_a_prior_is_weighed_once_against_all_rows_whatever_the_batch():
     svi, fit = train(gaussian, batch_size=10, **still)
     np.testing.assert_allclose(fit.losses.reshape(3, 4).mean(1), whole, rtol=1e-5)
     row_model = read_model(gaussian, (DATA,), {}, init)
-    minibatches = Minibatches.of(row_model, (DATA,), {}, 10)
-    rows = jax.jit(lambda key: minibatches.indices(key, 0, 12))(fit.state.rng_key)
+    rows = Batches(row_model, (DATA,), {}, 10, fit.state.rng_key).indices(0, 12)
     expected = penalised_score_matching(3.0, np.mean(DATA[rows] ** 2, 1))
     np.testing.assert_allclose(fit.losses, expected, rtol=1e-5)
 

@@ -17,8 +17,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.models import grbm, grbm_guide
-from numpyro_ebm.svi.minibatch import Minibatches
-from numpyro_ebm.svi.shuffle import shuffled
+from numpyro_ebm.svi.minibatch import Batches, Orders
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,7 @@ def test_run_equals_a_loop_of_updates(long_run):
     svi, whole = long_run
     state = svi.init(jax.random.key(0), DATA)
     row_model = read_model(grbm, (DATA,), {}, svi.get_params(state))
-    minibatches = Minibatches.of(row_model, (DATA,), {}, 300)
-    rows = minibatches.indices(state.rng_key, 0, 70)
+    rows = Batches(row_model, (DATA,), {}, 300, state.rng_key).indices(0, 70)
     update = jax.jit(svi.update)
     losses = []
     for i in range(20):
@@ -154,31 +152,26 @@ def test_the_guide_follows_the_posterior():
 def test_minibatches_shuffle_without_replacement(num_rows, batch_size):
     data = jnp.arange(num_rows, dtype=float)
     row_model = read_model(gaussian, (data,), {}, {})
-    minibatches = Minibatches.of(row_model, (data,), {}, batch_size)
-    key = jax.random.key(3)
+    batches = Batches(row_model, (data,), {}, batch_size, jax.random.key(3))
     per_epoch = num_rows // batch_size
-    rows = np.asarray(minibatches.indices(key, 0, 4 * per_epoch)).reshape(4, -1)
+    rows = batches.indices(0, 4 * per_epoch).reshape(4, -1)
     for epoch in rows:
         assert len(set(epoch.tolist())) == per_epoch * batch_size
         assert epoch.min() >= 0 and epoch.max() < num_rows
     assert not np.array_equal(rows[0], rows[1])
-    # Any later start sees the same batches.
-    later = minibatches.indices(key, per_epoch + 1, 2)
-    whole = minibatches.indices(key, 0, per_epoch + 3)
-    np.testing.assert_array_equal(later, whole[per_epoch + 1 :])
+    # Any later start sees the same batches, and another key sees others.
+    later = Batches(row_model, (data,), {}, batch_size, jax.random.key(3))
+    whole = batches.indices(0, per_epoch + 3)
+    np.testing.assert_array_equal(later.indices(per_epoch + 1, 2), whole[per_epoch + 1 :])
+    other = Batches(row_model, (data,), {}, batch_size, jax.random.key(4))
+    assert not np.array_equal(other.indices(0, per_epoch), whole[:per_epoch])
 
 
 def test_shuffles_are_uniform():
     """Rows at one position, and distances of two positions, over many epochs: chi-square tests."""
     num_rows, epochs = 300, 6_000
-    order = shuffled(
-        jax.random.key(0),
-        jnp.arange(epochs),
-        jnp.broadcast_to(jnp.array([0, 1, 150]), (epochs, 3)),
-        num_rows,
-        num_epochs=epochs,
-    )
-    order = np.asarray(order)
+    orders = Orders(jax.random.key(0), num_rows)
+    order = np.stack([orders(epoch)[[0, 1, 150]] for epoch in range(epochs)])
     for values, cells in (
         (order[:, 0], num_rows),
         (order[:, 2], num_rows),

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled programs of a run: chunks of rounds, and what the objective does before and after.
+
+Each is compiled once for arguments of the same shapes, and again after a call of ``clear``.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from numpyro_ebm.program.compilation import compiler_options, run_compiled
+from numpyro_ebm.svi.loop import CHUNK, take_rounds
+from numpyro_ebm.svi.round import Round
+
+__all__ = ["CompiledRounds"]
+
+REVIEW_ROWS = 2_048
+"""Rows of the data that an objective looks at when a run ends."""
+
+STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
+"""Folded into the run's key for what happens outside the rounds."""
+
+
+class CompiledRounds:
+    """Programs made of rounds.
+
+    :param make_round: ``num_rows -> Round``: a round as things stand, which weighs priors against
+        so many rows.
+    """
+
+    def __init__(self, make_round: Callable[[int | None], Round]):
+        self._round = make_round
+        options = compiler_options()
+        self._chunk = jax.jit(
+            self._take_chunk,
+            static_argnames=("minibatches", "watched", "stable", "forward_mode"),
+            compiler_options=options,
+        )
+        self._look = jax.jit(
+            self._statistics, static_argnames=("minibatches",), compiler_options=options
+        )
+
+    def clear(self):
+        """Forget the compiled programs, which hold bounds of supports as constants."""
+        self._chunk.clear_cache()
+        self._look.clear_cache()
+
+    def chunk(self, state, batches, length, **options):
+        """Up to CHUNK rounds on their minibatches; see :func:`~numpyro_ebm.svi.loop.take_rounds`.
+
+        :param EnergySVIState state: where to start.
+        :param Batches batches: the arguments of the run.
+        :param int length: number of rounds.
+        :param options: ``watched``, ``stable`` and ``forward_mode``.
+        """
+        indices = batches.indices(int(state.step), CHUNK)
+        return self._chunk(
+            state, batches.arrays, indices, length, minibatches=batches.minibatches, **options
+        )
+
+    def _take_chunk(
+        self, state, arrays, indices, length, *, minibatches, watched, stable, forward_mode
+    ):
+        a_round = self._round(minibatches.total_rows)
+
+        def one_round(step_key, state, i):
+            args, kwargs = minibatches.batch(arrays, indices, i)
+            return a_round.take(step_key, state, args, kwargs, forward_mode)
+
+        return take_rounds(
+            one_round, a_round.is_finite, state, length, watched=watched, stable=stable
+        )
+
+    def with_objective_state(self, state, args, kwargs):
+        """The state with what the objective keeps from round to round, at the batch in hand."""
+        a_round = self._round(None)
+
+        def first(state):
+            key = jax.random.fold_in(state.rng_key, STATE_STREAM)
+            key_prepare, key_state = jax.random.split(key)
+            params, _, problem = a_round.prepare(key, key_prepare, state, args, kwargs)
+            return a_round.objective.init_state(key_state, params, problem)
+
+        kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
+        return state._replace(objective_state=kept)
+
+    def review(self, state, batches):
+        """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
+        batches = batches.resized(max(REVIEW_ROWS, batches.minibatches.batch_size))
+        statistics = self._look(
+            state, batches.arrays, batches.indices(0, 1), minibatches=batches.minibatches
+        )
+        self._round(None).objective.review(statistics)
+
+    def _statistics(self, state, arrays, indices, *, minibatches):
+        a_round = self._round(None)
+        args, kwargs = minibatches.batch(arrays, indices, 0)
+        key = jax.random.fold_in(state.rng_key, REVIEW_STREAM)
+        key_prepare, key_look = jax.random.split(key)
+        params, _, problem = a_round.prepare(key, key_prepare, state, args, kwargs)
+        return a_round.objective.statistics(key_look, params, problem)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of EnergySVI between two rounds."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["EnergySVIState", "select"]
+
+
+class EnergySVIState(NamedTuple):
+    """State of :class:`~numpyro_ebm.EnergySVI`; a pytree of arrays that can be pickled.
+
+    - **optim_state** - optimiser state of the energy's parameters.
+    - **guide_optim_state** - optimiser state of the guide's parameters; ``None`` without a guide.
+    - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``, and i is kept by the
+      optimiser, so that a resumed run continues where it stopped.
+    - **network_optim_states** - optimiser states of the objective's own networks, in their order.
+    - **objective_state** - what the objective keeps from round to round, such as persistent chains.
+    """
+
+    optim_state: tuple
+    guide_optim_state: tuple | None
+    rng_key: jax.Array
+    network_optim_states: tuple = ()
+    objective_state: Any = None
+
+    @property
+    def step(self):
+        """Rounds so far."""
+        return self.optim_state[0]
+
+    @property
+    def step_key(self):
+        """Key of the next round."""
+        return jax.random.fold_in(self.rng_key, self.step)
+
+
+def select(condition: jax.Array, new: EnergySVIState, old: EnergySVIState) -> EnergySVIState:
+    """The new state where the condition holds, else the old one."""
+
+    def leaf(x, y):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x  # the key of a run never changes
+        return jnp.where(condition, x, y)
+
+    return jax.tree.map(leaf, new, old)
