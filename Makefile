@@ -10,9 +10,10 @@ install:  ## the package, editable, with every tool, and the commit hooks
 	$(PYTHON) -m pip install -e ".[dev]"
 	$(PYTHON) -m pre_commit install
 
-lint:  ## what CI asks of the style
+lint:  ## what CI asks of the style and of the types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
 
 format:  ## mend what can be mended
 	$(PYTHON) -m ruff check --fix .

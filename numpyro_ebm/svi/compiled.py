@@ -5,12 +5,15 @@ Each is compiled once for arguments of the same shapes, and again after a call o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.loop import CHUNK, take_rounds
+from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.round import Round
+from numpyro_ebm.svi.state import EnergySVIState
 
 __all__ = ["CompiledRounds"]
 
@@ -31,21 +34,21 @@ class CompiledRounds:
     def __init__(self, make_round: Callable[[int | None], Round]):
         self._round = make_round
         options = compiler_options()
-        self._chunk = jax.jit(
+        self._chunk: Any = jax.jit(
             self._take_chunk,
             static_argnames=("minibatches", "watched", "stable", "forward_mode"),
             compiler_options=options,
         )
-        self._look = jax.jit(
+        self._look: Any = jax.jit(
             self._statistics, static_argnames=("minibatches",), compiler_options=options
         )
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget the compiled programs, which hold bounds of supports as constants."""
         self._chunk.clear_cache()
         self._look.clear_cache()
 
-    def chunk(self, state, batches, length, **options):
+    def chunk(self, state: EnergySVIState, batches: Batches, length: int, **options: Any) -> Any:
         """Up to CHUNK rounds on their minibatches; see :func:`~numpyro_ebm.svi.loop.take_rounds`.
 
         :param EnergySVIState state: where to start.
@@ -71,7 +74,9 @@ class CompiledRounds:
             one_round, a_round.is_finite, state, length, watched=watched, stable=stable
         )
 
-    def with_objective_state(self, state, args, kwargs):
+    def with_objective_state(
+        self, state: EnergySVIState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> EnergySVIState:
         """The state with what the objective keeps from round to round, at the batch in hand."""
         a_round = self._round(None)
 
@@ -84,7 +89,7 @@ class CompiledRounds:
         kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
         return state._replace(objective_state=kept)
 
-    def review(self, state, batches):
+    def review(self, state: EnergySVIState, batches: Batches) -> None:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
         batches = batches.resized(max(REVIEW_ROWS, batches.minibatches.batch_size))
         statistics = self._look(

@@ -9,7 +9,9 @@ between chunks; see :mod:`~numpyro_ebm.svi.loop`.
 
 import warnings
 from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
@@ -27,6 +29,7 @@ from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
 from numpyro_ebm.svi.state import EnergySVIState, select
+from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["EnergySVI"]
 
@@ -114,16 +117,16 @@ class EnergySVI(SVI):
 
     def __init__(
         self,
-        model,
-        guide,
-        optim,
-        loss,
-        guide_loss=None,
-        guide_optim=None,
-        num_guide_steps=1,
+        model: Model,
+        guide: Model | None,
+        optim: Optimizer,
+        loss: Objective,
+        guide_loss: Any = None,
+        guide_optim: Optimizer | None = None,
+        num_guide_steps: int = 1,
         *,
-        num_rows=None,
-        **static_kwargs,
+        num_rows: int | None = None,
+        **static_kwargs: Any,
     ):
         if not isinstance(loss, Objective):
             raise ModelError(
@@ -140,9 +143,9 @@ class EnergySVI(SVI):
         )
         self.num_guide_steps = num_guide_steps
         self.num_rows = num_rows
-        self._plan = None  # of the latest `init` or `run`, and so the others
+        self._plan: Any = None  # of the latest `init` or `run`, and so the others
         self._chosen_guide_loss = None
-        self._posterior = None  # the part of the guide that draws parameters
+        self._posterior: Any = None  # the part of the guide that draws parameters
         self._bounds = {}  # of the supports of penalised parameters
         self.network_optims = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
@@ -157,7 +160,9 @@ class EnergySVI(SVI):
 
     # NumPyro's SVI protocol
 
-    def init(self, rng_key, *args, init_params=None, **kwargs):
+    def init(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, rng_key: jax.Array, *args: Any, init_params: Params | None = None, **kwargs: Any
+    ) -> EnergySVIState:
         """Initial state.
 
         :param rng_key: random key of the run.
@@ -171,14 +176,20 @@ class EnergySVI(SVI):
             return state
         return self._compiled.with_objective_state(state, args, kwargs)
 
-    def get_params(self, svi_state):
+    def get_params(self, svi_state: EnergySVIState) -> dict[str, Any]:
         """Values of all `param` sites of model and guide, and of penalised parameters, by name.
 
         :param EnergySVIState svi_state: a state.
         """
         return self._round().params(svi_state)
 
-    def update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        svi_state: EnergySVIState,
+        *args: Any,
+        forward_mode_differentiation: bool = False,
+        **kwargs: Any,
+    ) -> tuple[EnergySVIState, jax.Array]:
         """One round: ``num_guide_steps`` steps of the guide, then one of the energy.
 
         :param EnergySVIState svi_state: current state.
@@ -191,7 +202,13 @@ class EnergySVI(SVI):
             svi_state.step_key, svi_state, args, kwargs, forward_mode_differentiation
         )
 
-    def stable_update(self, svi_state, *args, forward_mode_differentiation=False, **kwargs):
+    def stable_update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        svi_state: EnergySVIState,
+        *args: Any,
+        forward_mode_differentiation: bool = False,
+        **kwargs: Any,
+    ) -> tuple[EnergySVIState, jax.Array]:
         """Like :meth:`update`, but keeps the current state where the next one is not finite.
 
         :param EnergySVIState svi_state: current state.
@@ -206,7 +223,7 @@ class EnergySVI(SVI):
         finite = self._round().is_finite(new_state, loss)
         return select(finite, new_state, svi_state), jnp.where(finite, loss, jnp.nan)
 
-    def evaluate(self, svi_state, *args, **kwargs):
+    def evaluate(self, svi_state: EnergySVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The objective at the current parameters, with the random numbers of the next round.
 
         :param EnergySVIState svi_state: current state.
@@ -218,17 +235,17 @@ class EnergySVI(SVI):
 
     def run(
         self,
-        rng_key,
-        num_steps,
-        *args,
-        batch_size=None,
-        progress_bar=True,
-        stable_update=False,
-        forward_mode_differentiation=False,
-        init_state=None,
-        init_params=None,
-        **kwargs,
-    ):
+        rng_key: jax.Array,
+        num_steps: int,
+        *args: Any,
+        batch_size: int | None = None,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        forward_mode_differentiation: bool = False,
+        init_state: EnergySVIState | None = None,
+        init_params: Params | None = None,
+        **kwargs: Any,
+    ) -> SVIRunResult:
         """Run ``num_steps`` rounds.
 
         ``run(key, n, ...)`` followed by ``run(key, m, ..., init_state=result.state)`` gives the
@@ -292,14 +309,14 @@ class EnergySVI(SVI):
 
     def _begin(self, rng_key, init_state, init_params, args, kwargs):
         """The state to start from, after the model was checked at these arguments."""
-        state = init_state
-        if self._plan is None or init_state is None:
+        plan, state = self._plan, init_state
+        if plan is None or state is None:
             fresh = self._init(rng_key, init_params, args, kwargs)
-            state = fresh if init_state is None else init_state
+            state = fresh if state is None else state
         else:
             arguments = Arguments(args, {**kwargs, **self.static_kwargs})
-            if not self._plan.traced.arguments.are(arguments):
-                self._plan = self._plan.at(arguments, self.get_params(state))
+            if not plan.traced.arguments.are(arguments):
+                self._plan = plan.at(arguments, self.get_params(state))
         self._plan.traced.check_data(state.rng_key, {})
         return state
 

@@ -6,16 +6,19 @@ while the host is asked for as little as possible.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from numpyro_ebm.program.draws import at, split_off_draws
-from numpyro_ebm.svi.state import select
+from numpyro_ebm.svi.state import EnergySVIState, select
 
 __all__ = ["CHUNK", "run_chunks", "take_rounds"]
 
@@ -29,7 +32,15 @@ DRAWN_AHEAD = 4 * 2**20
 """Bytes of random numbers that are drawn before the rounds they are for."""
 
 
-def take_rounds(one_round, is_finite, state, length, *, watched, stable):
+def take_rounds(
+    one_round: Callable[..., tuple[EnergySVIState, jax.Array]],
+    is_finite: Callable[..., jax.Array],
+    state: EnergySVIState,
+    length: ArrayLike,
+    *,
+    watched: bool,
+    stable: bool,
+) -> tuple[EnergySVIState, jax.Array, jax.Array, jax.Array | None]:
     """Up to CHUNK rounds in one loop.
 
     A state or a loss that is not finite is looked for after every round if ``watched``, which then
@@ -89,7 +100,15 @@ def take_rounds(one_round, is_finite, state, length, *, watched, stable):
     return state, losses, taken, ok
 
 
-def run_chunks(take_chunk, state, num_steps, length, *, watched, progress_bar):
+def run_chunks(
+    take_chunk: Callable[..., Any],
+    state: EnergySVIState,
+    num_steps: int,
+    length: int,
+    *,
+    watched: bool,
+    progress_bar: bool,
+) -> tuple[EnergySVIState, np.ndarray, int, int]:
     """Take rounds chunk by chunk, with a look at the losses in between.
 
     :param take_chunk: ``(state, length, watched) -> (state, losses, taken, ok)``, as
@@ -124,7 +143,7 @@ def run_chunks(take_chunk, state, num_steps, length, *, watched, progress_bar):
     return state, np.concatenate(losses), done, length
 
 
-def next_length(length, seconds):
+def next_length(length: int, seconds: float) -> int:
     """Longer chunks while they are quick, shorter ones where a chunk keeps the user waiting."""
     if seconds < SECONDS_PER_LOOK / 2:
         return min(4 * length, CHUNK)

@@ -6,13 +6,16 @@ the rows themselves are gathered on the device.
 """
 
 import copy
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.program.draws import at
 
 __all__ = ["Batches", "Minibatches", "Orders"]
@@ -28,11 +31,11 @@ class Orders:
     :param int num_rows: N, the number of rows.
     """
 
-    def __init__(self, rng_key, num_rows):
+    def __init__(self, rng_key: jax.Array, num_rows: int):
         words = np.ravel(jax.random.key_data(rng_key)).tolist()
         self._seed, self._num_rows, self._kept = [SHUFFLE_STREAM, *words], num_rows, {}
 
-    def __call__(self, epoch):
+    def __call__(self, epoch: int) -> np.ndarray:
         """The order of an epoch, a permutation of the rows."""
         if epoch not in self._kept:
             rng = np.random.default_rng([*self._seed, epoch])
@@ -54,12 +57,18 @@ class Minibatches(NamedTuple):
     num_rows: int
     batch_size: int
     tree: Any
-    kinds: tuple
-    static: tuple = ()
+    kinds: tuple[str, ...]
+    static: tuple[Any, ...] = ()
     total_rows: int | None = None
 
     @classmethod
-    def of(cls, row_model, args, kwargs, batch_size):
+    def of(
+        cls,
+        row_model: DataPlate,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int | None,
+    ) -> Self:
         """Plan the minibatches of a run.
 
         :param DataPlate row_model: the data plate, or the model, with all rows.
@@ -100,14 +109,14 @@ class Minibatches(NamedTuple):
             )
         return whole._replace(batch_size=batch_size, kinds=kinds)
 
-    def resized(self, batch_size):
+    def resized(self, batch_size: int) -> Self:
         """The same arguments in batches of another size; all rows where there are not as many."""
         if self.batch_size == self.num_rows or batch_size < self.num_rows:
             return self._replace(batch_size=min(batch_size, self.num_rows))
         kinds = tuple("array" if kind == "rows" else kind for kind in self.kinds)
         return self._replace(batch_size=self.num_rows, kinds=kinds)
 
-    def indices(self, orders, first_step, num_steps):
+    def indices(self, orders: Orders, first_step: int, num_steps: int) -> np.ndarray | None:
         """Row indices of the batches of consecutive steps, of shape (num_steps, batch_size).
 
         Every epoch is a fresh permutation; rows that do not fill a batch wait for the next epoch.
@@ -127,19 +136,21 @@ class Minibatches(NamedTuple):
             parts.append(batches[begin : last_step - epoch * per_epoch + 1])
         return np.concatenate(parts)
 
-    def batch(self, arrays, indices, i):
+    def batch(
+        self, arrays: Sequence[Any], indices: Any, i: ArrayLike
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of the i-th step of a chunk."""
-        arrays, static = iter(arrays), iter(self.static)
+        rest, static = iter(arrays), iter(self.static)
         leaves = []
         for kind in self.kinds:
             if kind == "static":
                 leaves.append(next(static))
             elif kind == "rows":
                 # In bounds by construction; a check would cost a pass over the batch.
-                rows = next(arrays).at[at(indices, i)]
+                rows = next(rest).at[at(indices, i)]
                 leaves.append(rows.get(mode="promise_in_bounds", wrap_negative_indices=False))
             else:
-                leaves.append(next(arrays))
+                leaves.append(next(rest))
         return jax.tree.unflatten(self.tree, leaves)
 
 
@@ -156,23 +167,30 @@ class Batches:
     :param rng_key: key of the run.
     """
 
-    def __init__(self, data_plate, args, kwargs, batch_size, rng_key):
+    def __init__(
+        self,
+        data_plate: DataPlate,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int | None,
+        rng_key: jax.Array,
+    ):
         self.minibatches = Minibatches.of(data_plate, args, kwargs, batch_size)
         self._orders = Orders(rng_key, self.minibatches.num_rows)
         leaves = zip(self.minibatches.kinds, jax.tree.leaves((args, kwargs)), strict=True)
         self.arrays = [jnp.asarray(x) for kind, x in leaves if kind != "static"]
 
-    def indices(self, first_step, num_steps):
+    def indices(self, first_step: int, num_steps: int) -> np.ndarray | None:
         """As :meth:`Minibatches.indices`."""
         return self.minibatches.indices(self._orders, first_step, num_steps)
 
-    def resized(self, batch_size):
+    def resized(self, batch_size: int) -> Self:
         """As :meth:`Minibatches.resized`."""
         other = copy.copy(self)
         other.minibatches = self.minibatches.resized(batch_size)
         return other
 
-    def batch(self, step):
+    def batch(self, step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of a step."""
         return self.minibatches.batch(self.arrays, self.indices(step, 1), 0)
 

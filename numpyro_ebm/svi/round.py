@@ -26,6 +26,7 @@ from numpyro_ebm.objectives.plan import Plan, Problem
 from numpyro_ebm.program.draws import scan_keys
 from numpyro_ebm.svi.global_guide import GlobalGuide
 from numpyro_ebm.svi.start import Optimizers
+from numpyro_ebm.svi.state import EnergySVIState
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["THETA_STREAM", "Round"]
@@ -64,11 +65,11 @@ class Round(NamedTuple):
     def take(
         self,
         step_key: jax.Array,
-        state: Any,
+        state: EnergySVIState,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         forward_mode_differentiation: bool = False,
-    ) -> tuple[Any, jax.Array]:
+    ) -> tuple[EnergySVIState, jax.Array]:
         """Take the round.
 
         :param step_key: key of the round.
@@ -112,7 +113,11 @@ class Round(NamedTuple):
         return state, loss
 
     def evaluate(
-        self, step_key: jax.Array, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        step_key: jax.Array,
+        state: EnergySVIState,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> jax.Array:
         """The loss of the energy with the random numbers of the round, before anyone's step."""
         key_prepare, key_energy, _ = jax.random.split(step_key, 3)
@@ -121,7 +126,7 @@ class Round(NamedTuple):
         problem, _ = self.objective.advance(key_advance, params, problem, state.objective_state)
         return self._energy_loss(step_key, key_energy, params, problem)
 
-    def params(self, state: Any) -> Params:
+    def params(self, state: EnergySVIState) -> Params:
         """Values of all parameters that are trained, by name."""
         groups = self._unconstrained(state)
         return self.constrain({name: x for group in groups for name, x in group.items()})
@@ -130,7 +135,7 @@ class Round(NamedTuple):
         self,
         step_key: jax.Array,
         key_prepare: jax.Array,
-        state: Any,
+        state: EnergySVIState,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Params, Params, Problem]:
@@ -148,7 +153,7 @@ class Round(NamedTuple):
         problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
         return params, theta, problem
 
-    def is_finite(self, state: Any, loss: jax.Array) -> jax.Array:
+    def is_finite(self, state: EnergySVIState, loss: jax.Array) -> jax.Array:
         """Whether the loss, all parameters and what the objective keeps are finite."""
         kept = jax.tree.leaves(state.objective_state)
         leaves = [loss, *jax.tree.leaves(self._unconstrained(state))]

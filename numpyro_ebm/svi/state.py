@@ -20,19 +20,19 @@ class EnergySVIState(NamedTuple):
     - **objective_state** - what the objective keeps from round to round, such as persistent chains.
     """
 
-    optim_state: tuple
-    guide_optim_state: tuple | None
+    optim_state: Any
+    guide_optim_state: Any
     rng_key: jax.Array
-    network_optim_states: tuple = ()
+    network_optim_states: tuple[Any, ...] = ()
     objective_state: Any = None
 
     @property
-    def step(self):
+    def step(self) -> jax.Array:
         """Rounds so far."""
         return self.optim_state[0]
 
     @property
-    def step_key(self):
+    def step_key(self) -> jax.Array:
         """Key of the next round."""
         return jax.random.fold_in(self.rng_key, self.step)
 
