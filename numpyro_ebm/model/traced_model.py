@@ -68,6 +68,7 @@ class TracedModel:
     def __init__(
         self, model: Model, arguments: Arguments, data: Params, outside: Collection[str] | None
     ):
+        data = dict(data)  # a caller may change its own
         self.model, self.arguments, self.data, self._outside = model, arguments, data, outside
         self._arrays, self._needs_values = arguments.arrays, None
         self._others = {}  # programs for values of other types

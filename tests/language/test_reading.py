@@ -128,7 +128,7 @@ def test_covariates_of_the_shape_of_the_data_are_fine():
             numpyro.sample("h", dist.Bernoulli(logits=jnp.sum(v * x, -1)))
 
     args = (jnp.ones((4, 2)), 2 * jnp.ones((4, 2)))
-    provenance.check_guide(read_model(model, args), guide, {}, args, {})
+    provenance.check_guide(read_model(model, args), guide, {})
 
 
 def disjoint(data):
@@ -239,7 +239,7 @@ def guide_of(logits):
 def test_guides_must_see_the_visible_value(logits, message):
     row_model = read_model(latent_model, (X,))
     with pytest.raises(ebm.ModelError, match=message):
-        provenance.check_guide(row_model, guide_of(logits), {}, (X,), {})
+        provenance.check_guide(row_model, guide_of(logits), {})
 
 
 def test_a_blind_guide_is_allowed_under_importance_weights():

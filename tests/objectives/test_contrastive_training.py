@@ -100,7 +100,7 @@ def test_init_and_update_without_run():
     svi = persistent_svi()
     state = svi.init(KEY, ROWS)
     assert state.objective_state.position["v"].shape == (60, 2)
-    assert int(state.objective_state.count) == 0
+    assert int(state.objective_state.num_rounds) == 0
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_bad_models():
             x = numpyro.sample("x", dist.Poisson(2.0), obs=x)
             ebm.energy("E", a * x)
 
-    with pytest.raises(ModelError, match="'x' has infinitely many"):
+    with pytest.raises(ModelError, match="'x'.*infinitely many"):
         EnergyDiscrepancy().loss(KEY, {"a": 0.1}, counts, None, np.ones(3, int))
 
     def nothing_observed(v):

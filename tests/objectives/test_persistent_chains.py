@@ -71,7 +71,7 @@ def test_persistent_chains_arrive_at_the_model(many_chains):
 
 def test_the_history_is_of_every_fourth_round(many_chains):
     _, chains = many_chains
-    assert int(chains.count) == 100 and chains.history.shape == (HISTORY, 2_000, 3)
+    assert int(chains.num_rounds) == 100 and chains.history.shape == (HISTORY, 2_000, 3)
     latest = chains.history[100 // SPACING - 1]
     np.testing.assert_array_equal(latest[:, :2], chains.position["v"])
     v = jnp.asarray(chains.position["v"])
