@@ -13,7 +13,8 @@ from numpyro.infer import init_to_uniform
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import AdaptState
-from numpyro_ebm.mcmc.kernel import LangevinState, RowKernel
+from numpyro_ebm.mcmc.chain_kernel import LangevinState
+from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.samplers import annealed
 from numpyro_ebm.samplers.per_row import per_row
 from numpyro_ebm.types import Model, SiteValues
@@ -66,8 +67,9 @@ class AnnealedLangevin(RowKernel):
     in the objectives. Its law is approximate, not the limit of a chain: short levels, steps that
     are too long, and a first level that does not cover the data all show in it, and nothing rejects
     them. As a block of ``Gibbs`` it draws its sites from this approximation of their conditional,
-    whatever their values before. The state is :class:`~numpyro_ebm.mcmc.kernel.LangevinState`,
-    with an ``accept_prob`` of one and ``potential_energy`` that of the last level, at the draw.
+    whatever their values before. The state is a
+    :class:`~numpyro_ebm.mcmc.chain_kernel.LangevinState`, with an ``accept_prob`` of one and
+    ``potential_energy`` that of the last level, at the draw.
 
     Reference: Song, Ermon, *Generative modeling by estimating gradients of the data distribution*,
     2019; the temperatures of MDSM, Li, Chen, Sommer, *Learning energy-based models in

@@ -31,7 +31,7 @@ from numpyro_ebm.mcmc.block_gibbs_plan import (
     parse_colors,
     plan_blocks,
 )
-from numpyro_ebm.mcmc.kernel import RowKernel
+from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers import block_gibbs

@@ -12,7 +12,7 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import MALAState
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
+from numpyro_ebm.mcmc.chain_kernel import ChainKernel, StepInfo
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.types import Model
 
@@ -41,7 +41,7 @@ class MALA(ChainKernel):
         that cannot be summed out, or an energy that is not finite at the initial values.
 
     Runs under NumPyro's ``MCMC``, with all its chain methods, and as a block of ``Gibbs`` beside
-    ``DiscreteGibbs``. Its state is :class:`~numpyro_ebm.mcmc.kernel.LangevinState`.
+    ``DiscreteGibbs``. Its state is :class:`~numpyro_ebm.mcmc.chain_kernel.LangevinState`.
 
     Reference: Roberts, Tweedie 1996; Roberts, Rosenthal, *Optimal scaling of discrete
     approximations to Langevin diffusions*, 1998. The kernel is BlackJAX's.

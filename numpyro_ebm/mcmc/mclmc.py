@@ -12,7 +12,7 @@ from numpyro.infer import init_to_uniform
 from numpyro_ebm._compat import HMCState, IntegratorState, generate_unit_vector, trajectory_length
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.mcmc.adaptation import energy_error_tuner
-from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
+from numpyro_ebm.mcmc.chain_kernel import ChainKernel, StepInfo
 from numpyro_ebm.types import Model
 
 __all__ = ["MCLMC"]
@@ -61,7 +61,7 @@ class MCLMC(ChainKernel):
 
     An integration step costs two evaluations of the model. The number of steps of a trajectory runs
     through a low-discrepancy sequence with mean L/ε, the same for all rows; it is the field
-    ``num_steps`` of the state, :class:`~numpyro_ebm.mcmc.kernel.LangevinState`.
+    ``num_steps`` of the state, :class:`~numpyro_ebm.mcmc.chain_kernel.LangevinState`.
 
     .. note:: The unadjusted kernel is biased: its stationary law is off by an error that falls like
        the cube root of ``target_energy_variance``. For a Gaussian of 30 dimensions the variances of

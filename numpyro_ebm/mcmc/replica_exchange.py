@@ -14,8 +14,8 @@ from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import running_mean
-from numpyro_ebm.mcmc.kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, parse_ladder
+from numpyro_ebm.mcmc.row_kernel import AdaptiveKernel
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.per_row import per_row
 from numpyro_ebm.types import Model, SiteValues

@@ -12,7 +12,7 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import GHMCState, generate_gaussian_noise
 from numpyro_ebm.errors import check_positive
-from numpyro_ebm.mcmc.kernel import ChainKernel, StepInfo
+from numpyro_ebm.mcmc.chain_kernel import ChainKernel, StepInfo
 from numpyro_ebm.types import Model
 
 __all__ = ["UnderdampedLangevin"]
@@ -46,7 +46,7 @@ class UnderdampedLangevin(ChainKernel):
         missing where there is no warm-up; from ``init``, as :class:`~numpyro_ebm.MALA`.
 
     One evaluation of the model a step, as for MALA. The field ``energy`` of its state,
-    :class:`~numpyro_ebm.mcmc.kernel.LangevinState`, is the Hamiltonian
+    :class:`~numpyro_ebm.mcmc.chain_kernel.LangevinState`, is the Hamiltonian
     :math:`U(z) + \tfrac12 m^⊤ M^{-1} m`; ``memory`` holds :math:`M^{-1/2} m` and the slice.
 
     Reference: Horowitz, *A generalized guided Monte Carlo algorithm*, 1991; Neal, *Non-reversibly

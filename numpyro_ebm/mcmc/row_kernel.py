@@ -1,88 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What the continuous kernels share: BlackJAX's kernels as NumPyro ``MCMCKernel`` s.
+r"""What all kernels on the rows of a fixed model share: NumPyro's protocol for ``MCMCKernel`` s.
 
 Every row of the data plate is a chain of its own: accepting or rejecting all rows together, as a
-kernel on the whole plate does, fails once there are more than a few. Rows share one step size, one
-preconditioner and one evaluation of the model. Unobserved discrete sites are summed out exactly, as
-NumPyro's HMC does, unless another block of ``numpyro.infer.Gibbs`` draws them.
-
-A new kernel on BlackJAX is a subclass of :class:`ChainKernel` with a ``_move`` for one row.
+kernel on the whole plate does, fails once there are more than a few. Rows share one evaluation of
+the model. Unobserved discrete sites are summed out exactly, as NumPyro's HMC does, unless the
+kernel or another block of ``numpyro.infer.Gibbs`` draws them.
 """
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
-from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, acceptance_tuner, running_mean
+from numpyro_ebm.mcmc.adaptation import acceptance_tuner
 from numpyro_ebm.mcmc.start import unconstrained_values
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
 from numpyro_ebm.model.row_model import RowModel
-from numpyro_ebm.samplers.per_row import per_row
 from numpyro_ebm.types import LogDensity, Model, SiteValues
 
-__all__ = ["AdaptiveKernel", "Chain", "ChainKernel", "LangevinState", "RowKernel", "StepInfo"]
-
-
-class LangevinState(NamedTuple):
-    """State of the continuous kernels; fields can be collected as ``extra_fields``.
-
-    - **i** - step counter, warm-up included.
-    - **z** - dict of unconstrained values of the continuous sites.
-    - **potential_energy** - minus the log-density of every row in unconstrained space, (rows,).
-    - **z_grad** - gradient of the potential energy, like ``z``.
-    - **energy** - the Hamiltonian of every row, (rows,), where the kernel has a momentum of its
-      own; else the potential energy.
-    - **accept_prob** - acceptance probability of the last step, (rows,); 1 where nothing is ever
-      rejected.
-    - **mean_accept_prob** - its mean over rows and steps since the last phase began.
-    - **diverging** - rows whose last proposal was too bad for a float, or by the kernel's
-      threshold, (rows,).
-    - **num_steps** - integration steps of the last step.
-    - **adapt_state** - :class:`~numpyro_ebm.mcmc.adaptation.AdaptState`.
-    - **memory** - what the kernel keeps from step to step beside positions, such as momenta.
-    - **rng_key** - key of the next step.
-    """
-
-    i: jax.Array
-    z: SiteValues
-    potential_energy: jax.Array
-    z_grad: SiteValues
-    energy: jax.Array
-    accept_prob: jax.Array
-    mean_accept_prob: jax.Array
-    diverging: jax.Array
-    num_steps: jax.Array
-    adapt_state: AdaptState
-    memory: Any
-    rng_key: jax.Array
-
-
-class Chain(NamedTuple):
-    """One row: position, log-density and its gradient, and the kernel's memory of it."""
-
-    position: SiteValues
-    logdensity: jax.Array
-    logdensity_grad: SiteValues
-    memory: Any
-
-
-class StepInfo(NamedTuple):
-    """What a kernel tells of the step of one row; ``statistic`` is what tunes the step size."""
-
-    accept_prob: jax.Array
-    energy: jax.Array
-    diverging: jax.Array
-    statistic: jax.Array
-    num_steps: jax.Array | int = 1
+__all__ = ["AdaptiveKernel", "RowKernel"]
 
 
 class RowKernel(MCMCKernel):
@@ -314,146 +257,3 @@ class AdaptiveKernel(RowKernel):
                 f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
                 "`adapt_step_size=True`) pass a `step_size`."
             )
-
-
-class ChainKernel(AdaptiveKernel):
-    """One step of a BlackJAX kernel on every row, with its warm-up."""
-
-    has_mass_matrix = False
-
-    def __init__(
-        self,
-        model: Model,
-        step_size: float | None,
-        init_strategy: Callable[..., Any] = init_to_uniform,
-        *,
-        adapt_step_size: bool = True,
-        target_accept_prob: float = 0.5,
-        adapt_mass_matrix: bool = False,
-    ):
-        self._adapt_mass_matrix = adapt_mass_matrix
-        self._trajectory_length = None
-        self._length_factor = None
-        super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
-
-    def refresh(
-        self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> LangevinState:
-        row_model, one_row = self._target(model_args, model_kwargs, state.z)
-        chains = self._evaluate(row_model, one_row, state.z)
-        kinetic = state.energy - state.potential_energy
-        state = self._cache(state, chains, row_model)
-        return state._replace(energy=state.potential_energy + kinetic)
-
-    # For subclasses
-
-    def _start_row(self, rng_key, position) -> Any:
-        """The memory of a row at its start."""
-        return None
-
-    def _start_energy(self, chain):
-        """The energy of a row at its start."""
-        return -chain.logdensity
-
-    def _move(self, rng_key, chain, one_row, adapt_state, i):
-        """One step of one row: a new :class:`Chain` and a :class:`StepInfo`."""
-        raise NotImplementedError
-
-    def _check_sites(self, row_model, dimension):
-        pass
-
-    # Inside
-
-    def _target(self, model_args, model_kwargs, z):
-        row_model, log_density = self._read(self._model, model_args, model_kwargs)
-        return row_model, per_row(log_density, (row_model.to_rows(z),))
-
-    @property
-    def _adaptation(self):
-        return Adaptation(
-            self._num_warmup,
-            self._tuner(),
-            self._adapt_step_size,
-            self._adapt_mass_matrix,
-            self._length_factor,
-        )
-
-    def _init(self, rng_key, init_params, model_args, model_kwargs):
-        key_init, key_rows, rng_key = jax.random.split(rng_key, 3)
-        row_model = self._read_model(self._model, model_args, model_kwargs)
-        z = self._initial_values(key_init, row_model, init_params)
-        row_model, one_row = self._target(model_args, model_kwargs, z)
-        dimension = row_model.flatten(z).shape[1]
-        self._check_sites(row_model, dimension)
-        chains = self._evaluate(row_model, one_row, z)
-        memory = jax.vmap(self._start_row)(
-            jax.random.split(key_rows, row_model.num_rows), chains.position
-        )
-        chains = chains._replace(memory=memory)
-        state = LangevinState(
-            i=jnp.array(0),
-            z=z,
-            potential_energy=-chains.logdensity,
-            z_grad=z,
-            energy=jax.vmap(self._start_energy)(chains),
-            accept_prob=jnp.zeros(row_model.num_rows),
-            mean_accept_prob=jnp.zeros(()),
-            diverging=jnp.zeros(row_model.num_rows, bool),
-            num_steps=jnp.array(0),
-            adapt_state=self._adaptation.init(
-                jnp.asarray(self._initial_step_size(dimension), float),
-                row_model.num_rows,
-                dimension,
-                self.has_mass_matrix,
-                self._trajectory_length,
-            ),
-            memory=memory,
-            rng_key=rng_key,
-        )
-        return self._cache(state, chains, row_model)
-
-    def _evaluate(self, row_model, one_row, z):
-        rows = row_model.to_rows(z)
-        return Chain(rows, *jax.vmap(jax.value_and_grad(one_row))(rows), None)
-
-    def _cache(self, state, chains, row_model):
-        gradient = row_model.from_rows(chains.logdensity_grad)
-        return state._replace(
-            z=row_model.from_rows(chains.position),
-            potential_energy=-chains.logdensity,
-            z_grad=jax.tree.map(jnp.negative, gradient),
-        )
-
-    def _step(self, state, model_args, model_kwargs):
-        row_model, one_row = self._target(model_args, model_kwargs, state.z)
-        rng_key, key_step = jax.random.split(state.rng_key)
-        chains = Chain(
-            row_model.to_rows(state.z),
-            -state.potential_energy,
-            row_model.to_rows(jax.tree.map(jnp.negative, state.z_grad)),
-            state.memory,
-        )
-        keys = (
-            key_step[None]
-            if row_model.num_rows == 1
-            else jax.random.split(key_step, row_model.num_rows)
-        )
-        chains, info = jax.vmap(
-            lambda key, chain: self._move(key, chain, one_row, state.adapt_state, state.i)
-        )(keys, chains)
-        mean = jnp.mean(info.accept_prob)
-        new = self._cache(state, chains, row_model)
-        adapt_state = self._adaptation.update(
-            state.i, state.adapt_state, jnp.mean(info.statistic), lambda: row_model.flatten(new.z)
-        )
-        return new._replace(
-            i=state.i + 1,
-            energy=info.energy,
-            accept_prob=info.accept_prob,
-            mean_accept_prob=running_mean(state.mean_accept_prob, mean, state.i, self._num_warmup),
-            diverging=info.diverging,
-            num_steps=jnp.max(info.num_steps),
-            adapt_state=adapt_state,
-            memory=chains.memory,
-            rng_key=rng_key,
-        )
