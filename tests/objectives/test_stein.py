@@ -206,11 +206,12 @@ def test_energy_svi_learns_with_it(pairs):
     rng = np.random.default_rng(3)
     h, noise = rng.normal(size=(600, 2)), rng.normal(size=(600, 3))
     data = jnp.asarray(truth["b"] + h @ truth["A"].T + truth["scale"] * noise)
-    objective = ebm.KernelSteinDiscrepancy(ebm.VaGES(2), pairs=pairs)
+    # Two particles let the guide's error feed itself for one seed in three; ten never did.
+    objective = ebm.KernelSteinDiscrepancy(ebm.VaGES(10), pairs=pairs)
     svi = ebm.EnergySVI(
         oracles.linear_gaussian,
         oracles.learned_linear_guide,
-        optax.adam(0.02),
+        optax.adam(optax.cosine_decay_schedule(0.01, 800)),
         objective,
         num_guide_steps=2,
     )
@@ -218,7 +219,7 @@ def test_energy_svi_learns_with_it(pairs):
     exact = jit(
         oracles.stein_discrepancy(oracles.linear_system()._replace(data=np.asarray(data[:200])))
     )
-    fit = svi.run(KEY, 400, data, batch_size=60, progress_bar=False, init_params=start)
+    fit = svi.run(KEY, 800, data, batch_size=120, progress_bar=False, init_params=start)
     assert np.all(np.isfinite(fit.losses))
     before = exact({"b": jnp.zeros(3), "scale": jnp.array(1.0), **start})
     after = exact(fit.params)
