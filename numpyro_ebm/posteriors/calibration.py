@@ -1,92 +1,228 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The learning rate of a generalised posterior, from the spread of its estimator.
 
-.. math:: β = \frac{\operatorname{tr}(H J^{-1} H)}{\operatorname{tr} H}
-    \quad\text{(sandwich)}, \qquad
+.. math:: β = \frac{d}{\operatorname{tr}(H^{-1} J)}
+    \quad\text{(sandwich, simulation)}, \qquad
+    β = \frac{\operatorname{tr}(H J^{-1} H)}{\operatorname{tr} H}
+    \quad\text{(trace)}, \qquad
     β = \frac{\sum_b ∇D·∇\log π + \operatorname{tr} ∇^2 D}{\sum_b \|∇D\|^2}
     \quad\text{(bootstrap)}
 
-Reference: Matsubara, Knoblauch, Briol, Oates, *Robust generalised Bayesian inference for
+Reference: Ribatet, Cooley, Davison, *Bayesian inference from composite likelihoods*, Statistica
+Sinica 2012; Matsubara, Knoblauch, Briol, Oates, *Robust generalised Bayesian inference for
 intractable likelihoods*, JRSSB 2022; the same, *Generalised Bayesian inference for discrete
 intractable likelihood*, JASA 2023.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
 from numpyro_ebm.types import SiteValues
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "CalibrationMethod", "calibrate"]
+
+CalibrationMethod: TypeAlias = Literal["sandwich", "trace", "bootstrap", "simulation"]
+"""How :meth:`~numpyro_ebm.generalized.calibrate` finds a learning rate."""
+
+METHODS = ("sandwich", "trace", "bootstrap", "simulation")
 
 BATCH_SIZE = 8
 """Data sets whose gradients are taken together."""
+
+FEWEST_GROUPS = 4
+"""Rows, or groups of them, between which a spread is measured; and at least two a parameter."""
+
+GROUPS_A_PARAMETER = 10
+
+NEWTON_STEPS = 5
+SHORT_STEP = 0.01
+"""Of a coordinate and one, the last of Newton's steps to a minimum."""
+
+SMALLEST_RATIO = 1e-7
+"""Of an eigenvalue of the gradient's covariance, in units of the Hessian, to the largest one."""
 
 
 class Calibration(NamedTuple):
     """Result of a calibration.
 
     - **learning_rate** - β.
-    - **method** - ``"sandwich"`` or ``"bootstrap"``.
+    - **method** - ``"sandwich"``, ``"trace"``, ``"bootstrap"`` or ``"simulation"``.
     - **minimizer** - the parameters that minimise the loss over all rows, by name.
     - **standard_error** - standard deviation of the estimator over data sets, in unconstrained
-      coordinates, in the order of the sorted names.
+      coordinates, in the order of the sorted names; NaN for those that the loss does not read.
+    - **point** - the minimiser in these coordinates.
+    - **hessian, score_covariance** - H and J there, zero for those that the loss does not read.
+    - **informed** - which coordinates the loss reads.
     """
 
     learning_rate: float
     method: str
     minimizer: SiteValues
     standard_error: np.ndarray
+    point: np.ndarray
+    hessian: np.ndarray
+    score_covariance: np.ndarray
+    informed: np.ndarray
 
 
 def calibrate(
     rng_key: jax.Array,
     potential: Potential,
-    method: Literal["sandwich", "bootstrap"],
+    method: CalibrationMethod | None,
     num_resamples: int,
+    *,
+    groups: ArrayLike | None,
+    cap: bool,
+    simulate: Callable[..., Any],
 ) -> Calibration:
-    """See :meth:`~numpyro_ebm.generalized.calibrate`."""
-    if method not in ("sandwich", "bootstrap"):
+    """See :meth:`~numpyro_ebm.generalized.calibrate`.
+
+    :param simulate: ``(rng_key, params, num) -> values`` of the visible sites of data sets drawn at
+        given parameters, data sets leading.
+    """
+    if method is not None and method not in METHODS:
         raise ModelError(
-            f"generalized: `method` must be 'sandwich' or 'bootstrap', got {method!r}."
+            f"generalized: `method` must be 'sandwich', 'trace', 'bootstrap' or 'simulation', got "
+            f"{method!r}."
         )
     check_integer("generalized", 2, num_resamples=num_resamples)
+    potential.check_all_rows()
     key_loss, key_resample = jax.random.split(rng_key)
-    resampled = potential.resampled()
-    value_and_gradient = jax.jit(jax.value_and_grad(resampled))
-    everything = jnp.arange(potential.num_rows)
-    at_all = partial(value_and_gradient, rng_key=key_loss, indices=everything)
-    best = _minimize(at_all, potential.start)
-    hessian = hessian_by_differences(lambda x: at_all(x)[1], best)
-    lower = np.linalg.eigvalsh(hessian)[0]
-    if not lower > 0:
-        raise ModelError(
-            "generalized: the Hessian of the loss at its minimum is not positive (smallest "
-            f"eigenvalue {lower:.3g}): the data do not determine all parameters. Pass a number as "
-            "`learning_rate`, or fix what is not identified."
+    value_and_gradient = jax.jit(jax.value_and_grad(lambda x: potential.loss(x, key_loss)))
+    found = _minimize(value_and_gradient, potential.start)
+    best, hessian, informed = _polish(value_and_gradient, found)
+    block = np.ix_(informed, informed)
+    labels, num_groups = _labels_of_groups(groups, potential.num_rows)
+    method = _checked_method(method, num_groups, int(np.sum(informed)), groups)
+    num_resamples = max(num_resamples, GROUPS_A_PARAMETER * int(np.sum(informed)))
+    if method == "bootstrap":
+        beta, covariance = _bootstrap(
+            potential, value_and_gradient, best, hessian, key_loss, key_resample, num_resamples
         )
-    gradient = jax.jit(jax.grad(resampled))
-    if method == "sandwich":
-        covariance = _jackknife(gradient, best, key_loss, potential.num_rows, num_resamples)
-        beta = np.trace(hessian @ np.linalg.solve(covariance, hessian)) / np.trace(hessian)
-        inverse = np.linalg.inv(hessian)
-        spread = inverse @ covariance @ inverse / potential.num_rows
+    elif method == "simulation":
+        values = simulate(key_resample, potential.params(jnp.asarray(best)), num_resamples)
+        covariance = _over_data_sets(potential, best, key_loss, values)
+        beta = _closest_rate(hessian[block], covariance[block])
     else:
-        beta, spread = _bootstrap(
-            potential, value_and_gradient, at_all, best, key_loss, key_resample, num_resamples
-        )
+        covariance = _over_rows(potential, best, key_loss, num_resamples, labels)
+        rate = _closest_rate if method == "sandwich" else _trace_rate
+        beta = rate(hessian[block], covariance[block])
+    _check_covariance(hessian[block], covariance[block])
     if not (np.isfinite(beta) and beta > 0):
         raise ModelError(
             f"generalized: the {method} calibration gave {beta:.3g}, which is no learning rate. "
             "Try the other method, more rows, or pass a number."
         )
-    error = np.sqrt(np.diag(spread))
-    return Calibration(float(beta), method, potential.params(jnp.asarray(best)), error)
+    inverse = np.linalg.inv(hessian[block])
+    error = np.full(len(hessian), np.nan)
+    variances = np.diag(inverse @ covariance[block] @ inverse) / potential.num_rows
+    error[informed] = np.sqrt(variances)
+    return Calibration(
+        min(1.0, float(beta)) if cap else float(beta),
+        method,
+        potential.params(jnp.asarray(best)),
+        error,
+        np.asarray(best, float),
+        hessian,
+        covariance,
+        informed,
+    )
+
+
+def _polish(value_and_gradient, x):
+    """Minimiser and Hessian by Newton's method, and which coordinates the loss reads at all.
+
+    Where a loss falls towards infinity, its gradient is next to nothing far out, and every step of
+    Newton's is as long as the last one.
+    """
+    for _ in range(NEWTON_STEPS):
+        hessian = hessian_by_differences(lambda x: value_and_gradient(x)[1], x)
+        informed = np.any(hessian != 0, 0)  # exactly 0 where the loss does not read a coordinate
+        block = np.ix_(informed, informed)
+        _check_hessian(hessian[block])
+        gradient = np.asarray(value_and_gradient(jnp.asarray(x))[1], float)
+        step = np.zeros(len(x))
+        step[informed] = np.linalg.solve(hessian[block], gradient[informed])
+        if np.all(np.abs(step) < SHORT_STEP * (1 + np.abs(x))):
+            return x, hessian, informed
+        x = (x - step).astype(x.dtype)
+    raise ModelError(
+        "generalized: the loss has no minimum: it falls further and further, towards parameters of "
+        f"{np.abs(x).max():.3g} and beyond, as where the data are separable. Pass a number as "
+        "`learning_rate`, or use fewer parameters."
+    )
+
+
+def _check_covariance(hessian, covariance):
+    """Raise where the estimator has no spread in some direction."""
+    ratios = np.linalg.eigvals(np.linalg.solve(hessian, covariance)).real
+    if not ratios.min() > SMALLEST_RATIO * ratios.max() > 0:
+        raise ModelError(
+            "generalized: the gradient of the loss does not vary from row to row in some direction "
+            "of the parameters, so that the spread of their estimator is not known. Use more rows, "
+            "method='simulation', or pass a number as `learning_rate`."
+        )
+
+
+def _check_hessian(hessian):
+    lower = np.linalg.eigvalsh(hessian)[0] if len(hessian) else 0.0
+    if not lower > 0:
+        raise ModelError(
+            "generalized: the Hessian of the loss at its minimum is not positive (smallest "
+            f"eigenvalue {lower:.3g}): the data do not determine all parameters. Pass a number as "
+            "`learning_rate`, or fix what is not identified. (Of a hierarchy the parameters of the "
+            "rows are determined, and theirs are left to the prior, if it is centred: "
+            "`theta ~ Normal(mu, tau)`, and not `mu + tau * z`.)"
+        )
+
+
+def _labels_of_groups(groups, num_rows):
+    if groups is None:
+        return None, num_rows
+    groups = np.asarray(groups)
+    if groups.shape != (num_rows,):
+        raise ModelError(
+            f"generalized: `groups` names the group of each of the {num_rows} rows, and has the "
+            f"shape {groups.shape}."
+        )
+    found, labels = np.unique(groups, return_inverse=True)
+    return labels, len(found)
+
+
+def _checked_method(method, num_groups, size, groups):
+    """The method; where none was asked for, by the number of rows or groups there are."""
+    enough = max(FEWEST_GROUPS, 2 * size)
+    if groups is not None and method in ("bootstrap", "simulation"):
+        raise ModelError(
+            f"generalized: method='{method}' takes no `groups`. Use 'sandwich' or 'trace'."
+        )
+    if method is None and groups is None:
+        return "sandwich" if num_groups >= enough else "simulation"
+    if method != "simulation" and num_groups < enough:
+        what = "rows" if groups is None else "groups of rows"
+        raise ModelError(
+            f"generalized: a calibration by the spread over {what} wants at least {enough} for "
+            f"{size} parameters, and there are {num_groups}. Use method='simulation', which draws "
+            "data sets of the fitted model, or pass a number as `learning_rate`."
+        )
+    return method or "sandwich"
+
+
+def _closest_rate(hessian, covariance):
+    """The β whose Gaussian is closest to that of the estimator, in Kullback-Leibler divergence."""
+    return len(hessian) / np.trace(np.linalg.solve(hessian, covariance))
+
+
+def _trace_rate(hessian, covariance):
+    return np.trace(hessian @ np.linalg.solve(covariance, hessian)) / np.trace(hessian)
 
 
 def _minimize(value_and_gradient, start):
@@ -111,23 +247,46 @@ def _minimize(value_and_gradient, start):
     return found.x.astype(start.dtype)
 
 
-def _jackknife(gradient, best, rng_key, num_rows, num_groups):
-    """Covariance of the gradient of one row, by leaving groups of rows out."""
-    num_groups = min(num_groups, num_rows)
-    size = num_rows // num_groups
-    out = np.arange(num_groups * size).reshape(num_groups, size)
-    kept = np.stack([np.setdiff1d(np.arange(num_rows), rows) for rows in out])
+def _over_rows(potential, best, rng_key, num_groups, labels):
+    """Covariance J of the gradient of one row, by leaving groups of rows out.
+
+    With labels every row is left out, and what they contribute is added up by label.
+    """
+    num_rows = potential.num_rows
+    size = 1 if labels is not None else max(1, num_rows // num_groups)
+    starts = jnp.arange(num_rows // size) * size
+    rest = jnp.arange(num_rows - size)
+    gradient = jax.grad(potential.resampled())
+
+    def without(start):
+        return gradient(jnp.asarray(best), rng_key, jnp.where(rest < start, rest, rest + size))
+
+    means = jax.jit(lambda x: jax.lax.map(without, x, batch_size=BATCH_SIZE))(starts)
+    means = np.asarray(means, float)
     # Leaving a group out moves the mean by size / (num_rows - size) times the group's deviation.
-    means = jax.lax.map(
-        lambda indices: gradient(best, rng_key, indices), jnp.asarray(kept), batch_size=BATCH_SIZE
-    )
-    of_groups = (num_rows - size) / size * np.asarray(means, float)
-    return np.atleast_2d(size * np.cov(of_groups.T))
+    sums = (num_rows - size) * (means.mean(0) - means)
+    if labels is not None:
+        rows, sums = sums, np.zeros((labels.max() + 1, sums.shape[1]))
+        np.add.at(sums, labels, rows)
+    num = len(sums)
+    return num / (num - 1) * sums.T @ sums / (len(starts) * size)
 
 
-def _bootstrap(potential, value_and_gradient, at_all, best, rng_key, key_resample, num_resamples):
+def _over_data_sets(potential, best, rng_key, values):
+    """The same, by the gradient over all rows of simulated data sets."""
+    gradient = jax.grad(potential.loss_at)
+
+    def at(values):
+        return gradient(jnp.asarray(best), rng_key, values)
+
+    gradients = jax.jit(lambda x: jax.lax.map(at, x, batch_size=BATCH_SIZE))(values)
+    return potential.num_rows * np.atleast_2d(np.cov(np.asarray(gradients, float).T))
+
+
+def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resamples):
     num_rows = potential.num_rows
     prior_gradient = jax.jit(jax.grad(potential.log_prior))
+    value_and_gradient = jax.jit(jax.value_and_grad(potential.resampled()))
     above, below, minimizers = 0.0, 0.0, []
     for key in jax.random.split(key_resample, num_resamples):
         indices = jax.random.randint(key, (num_rows,), 0, num_rows)
@@ -137,4 +296,5 @@ def _bootstrap(potential, value_and_gradient, at_all, best, rng_key, key_resampl
         above += slope @ np.asarray(prior_gradient(x), float) + curvature
         below += slope @ slope
         minimizers.append(np.asarray(x, float))
-    return above / below, np.atleast_2d(np.cov(np.stack(minimizers).T))
+    spread = np.atleast_2d(np.cov(np.stack(minimizers).T))
+    return above / below, num_rows * hessian @ spread @ hessian

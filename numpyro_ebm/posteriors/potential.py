@@ -17,7 +17,7 @@ import numpy.typing as npt
 import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from numpyro.handlers import seed
-from numpyro.infer.util import constrain_fn, potential_energy
+from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
@@ -39,6 +39,7 @@ class Potential:
 
     - **size** - number of coordinates.
     - **num_rows** - N.
+    - **shapes** - shapes of the parameters by name, the objective's own among them.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Potential:
         }
         flat, self._unravel = ravel_pytree({**start, **self._own})
         self.start, self.size = flat, flat.size
+        self.shapes = {name: tuple(fn.shape()) for name, fn in row_model.priors.items()}
+        self.shapes |= {name: x.shape for name, x in self._own.items()}
 
     def params(self, x: jax.Array) -> SiteValues:
         """Constrained parameters by name."""
@@ -68,6 +71,22 @@ class Potential:
         own = {name: z.pop(name) for name in self._own}
         values = constrain_fn(self._prior, self._args, self._kwargs, z)
         return {**{name: values[name] for name in self._row_model.priors}, **own}
+
+    def values(self, x: jax.Array) -> SiteValues:
+        """Constrained parameters, and deterministic sites, of many positions (draws, size)."""
+        z = jax.vmap(self._unravel)(x)
+        own = {name: z.pop(name) for name in self._own}
+        values = constrain_fn(
+            self._prior, self._args, self._kwargs, z, return_deterministic=True, batch_ndims=1
+        )
+        return {**values, **own}
+
+    def coordinates(self, params: SiteValues) -> jax.Array:
+        """Undo :meth:`params`."""
+        own = {name: params[name] for name in self._own}
+        constrained = {name: params[name] for name in self._row_model.priors}
+        z = unconstrain_fn(self._prior, self._args, self._kwargs, constrained)
+        return ravel_pytree({**z, **own})[0].astype(self.start.dtype)
 
     def log_prior(self, x: jax.Array) -> jax.Array:
         """Log-density of the prior in unconstrained coordinates."""
@@ -89,8 +108,12 @@ class Potential:
         args, kwargs = (self._args, self._kwargs) if args is None else (args, kwargs)
         return self._loss(rng_key, self.params(x), args, kwargs)
 
-    def resampled(self) -> Callable[..., jax.Array]:
-        """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
+    def loss_at(self, x: jax.Array, rng_key: jax.Array, values: SiteValues) -> jax.Array:
+        """The objective where the visible sites have other values."""
+        return self._loss(rng_key, self.params(x), self._args, self._kwargs, values)
+
+    def check_all_rows(self) -> None:
+        """Raise if the data plate subsamples its rows."""
         row_model = self._row_model
         if row_model.num_rows != row_model.total_rows:
             raise ModelError(
@@ -98,11 +121,10 @@ class Potential:
                 "a `subsample_size`. Calibrate a model without it, and pass the number on as "
                 "`learning_rate`."
             )
-        if row_model.num_rows < 4:
-            raise ModelError(
-                f"generalized: a calibration measures the spread over rows, and there are "
-                f"{row_model.num_rows}. Pass a number as `learning_rate`."
-            )
+
+    def resampled(self) -> Callable[..., jax.Array]:
+        """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
+        row_model = self._row_model
         rows = row_model.num_rows - 1
         cut = Batches(row_model, self._args, self._kwargs, rows, jax.random.key(0))
 

@@ -248,13 +248,13 @@ def test_calibration_of_a_single_parameter(x64):
     density(fresh, {"precision": 1.0}, ROWS)  # the first data calibrate
     np.testing.assert_allclose(fresh.learning_rate, found.learning_rate, rtol=1e-6)
     for options, message in (
-        ({"method": "cross-validation"}, "'sandwich' or 'bootstrap'"),
+        ({"method": "cross-validation"}, "'bootstrap' or 'simulation'"),
         ({"num_resamples": 1}, "num_resamples"),
     ):
         with pytest.raises(ModelError, match=message):
             model.calibrate(ROWS, **options)
-    with pytest.raises(ModelError, match="spread over rows"):
-        model.calibrate(ROWS[:3])
+    with pytest.raises(ModelError, match="at least 4 for 1 parameters, and there are 3"):
+        model.calibrate(ROWS[:3], method="sandwich")
 
 
 @pytest.mark.slow

@@ -62,7 +62,9 @@ def to_arviz(
         - *posterior*: the draws, with dimensions named after plates and sites. For a fit by
           persistent contrastive divergence: the visible sites of its chains in the rounds that
           are remembered (every fourth), one chain a row; for any other fit: its parameters, as
-          one draw;
+          one draw. Draws by ``generalized(..., learning_rate="calibrate")`` are adjusted to the
+          width of their estimator (:meth:`~numpyro_ebm.generalized.adjust`);
+        - *posterior_raw*: those draws as they were, to which *sample_stats* belong;
         - *sample_stats*: ``energy`` (the sum over rows of E minus the log base measure, in nats; a
           free energy where discrete sites were summed out) and ``row_energy`` (the same by row),
           and what the kernel collected: ``lp``, ``acceptance_rate``, ``row_acceptance_rate``,

@@ -8,7 +8,7 @@ import numpy as np
 
 from numpyro_ebm.model.row_model import RowModel
 
-__all__ = ["Converted", "Likelihood", "to_data"]
+__all__ = ["Converted", "Likelihood", "add_group", "to_data"]
 
 
 class Converted(NamedTuple):
@@ -58,11 +58,11 @@ def to_data(
         name, values, plate, attrs = likelihood
         rows = _convert({"log_likelihood": {name: values}}, {name: [plate]})["log_likelihood"]
         rows.attrs.update(attrs)
-        _add(data, "log_likelihood", rows)
+        add_group(data, "log_likelihood", rows)
     if "training" in groups:
         import xarray as xr
 
-        _add(data, "training", xr.Dataset({"loss": ("step", groups["training"]["loss"])}))
+        add_group(data, "training", xr.Dataset({"loss": ("step", groups["training"]["loss"])}))
     return data
 
 
@@ -77,7 +77,8 @@ def _convert(groups, dims):
         return az.from_dict(groups, dims=dims)
 
 
-def _add(data, name, group):
+def add_group(data: Any, name: str, group: Any) -> None:
+    """Add a group, a dataset or one of ArviZ's, to ArviZ data."""
     import xarray as xr
 
     if hasattr(data, "add_groups"):

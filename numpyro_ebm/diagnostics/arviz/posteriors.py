@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import MCMC
 
-from numpyro_ebm._compat import find_stack_level
+from numpyro_ebm._compat import find_stack_level, run_arguments
+from numpyro_ebm.diagnostics.arviz.groups import add_group
 from numpyro_ebm.errors import EmulationWarning, ModelError
 
 __all__ = ["kind_of_posterior", "posterior_to_arviz"]
@@ -24,12 +25,18 @@ def kind_of_posterior(kernel: Any) -> str | None:
 
     :return: ``"likelihood"``, ``"loss"``, ``"exchange"``, or ``None`` if the kernel draws rows.
     """
-    kinds = [kind_of_posterior(inner) for inner, _ in getattr(kernel, "blocks", ())]
+    return next((owner.posterior_kind for owner in _owners(kernel)), None)
+
+
+def _owners(kernel):
+    """Kernels and models that are made of a posterior of parameters."""
+    for inner, _ in getattr(kernel, "blocks", ()):
+        yield from _owners(inner)
     model = getattr(kernel, "model", None)
     while isinstance(model, partial):  # what `Gibbs` makes of the models of its blocks
         model = model.args[0]
-    kinds += [getattr(owner, "posterior_kind", None) for owner in (kernel, model)]
-    return next((kind for kind in kinds if kind), None)
+    owners: tuple[Any, ...] = (kernel, model)
+    yield from (owner for owner in owners if getattr(owner, "posterior_kind", None))
 
 
 def posterior_to_arviz(
@@ -58,7 +65,22 @@ def posterior_to_arviz(
             data = _dataset(idata["log_likelihood"])
             others = [k for k in data.data_vars if k not in empty][1:]
             _replace(idata, "log_likelihood", data.drop_vars([*others, *empty], errors="ignore"))
+    owner = next(_owners(mcmc.sampler))
+    if getattr(owner, "is_adjusted", False):
+        _adjust(idata, owner, mcmc)
     return idata
+
+
+def _adjust(idata, model, mcmc):
+    """Draws at the width of their estimator as *posterior*, those of the run as *posterior_raw*."""
+    args, kwargs = run_arguments(mcmc)
+    found = model.adjust(mcmc.get_samples(group_by_chain=True), *args, **kwargs)
+    raw = _dataset(idata["posterior"])
+    adjusted = raw.drop_vars([name for name in raw.data_vars if name not in found])
+    adjusted = adjusted.assign({k: (raw[k].dims, np.asarray(found[k])) for k in adjusted.data_vars})
+    adjusted.attrs["adjusted"] = f"open-faced sandwich, learning rate {model.learning_rate:.6g}"
+    _replace(idata, "posterior", adjusted)
+    add_group(idata, "posterior_raw", raw)
 
 
 def _check_emulation(error):

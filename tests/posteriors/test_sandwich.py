@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws of generalised posteriors, moved to the width of their estimator."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import scipy.linalg
+from numpyro.infer import MCMC, SVI, BarkerMH, Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal
+from posterior_cases import KEY, ROWS, precision_model
+
+import numpyro_ebm as ebm
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.posteriors.sandwich import sandwich_map
+
+HEAVY = np.random.default_rng(3).standard_t(5, 400)
+WEAK = dist.Normal(0.0, 100.0).expand([2]).to_event(1)
+STRONG = dist.Normal(0.5, 0.05).expand([2]).to_event(1)
+
+
+def positive_definite(rng, size):
+    root = rng.standard_normal((size, size))
+    return root @ root.T + 0.1 * np.eye(size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_the_map_has_the_covariance_that_it_should(size):
+    rng = np.random.default_rng(size)
+    H, J, Q = (positive_definite(rng, size) for _ in range(3))
+    beta, num, q = 0.7, 50, rng.standard_normal(size)
+    flat = sandwich_map(H, J, num, beta)
+    sqrtm = lambda x: np.real(scipy.linalg.sqrtm(x))  # noqa: E731
+    np.testing.assert_allclose(flat.matrix, beta**0.5 * np.linalg.inv(H) @ sqrtm(J) @ sqrtm(H))
+    found = sandwich_map(H, J, num, beta, q, Q)
+    before, after = beta * num * H + Q, num * H @ np.linalg.inv(J) @ H + Q
+    np.testing.assert_allclose(
+        found.matrix @ np.linalg.inv(before) @ found.matrix.T, np.linalg.inv(after)
+    )
+    np.testing.assert_allclose(found.source, np.linalg.solve(before, q))
+    np.testing.assert_allclose(found.target, np.linalg.solve(after, q))
+    unread = sandwich_map(1e-9 * H, 1e-9 * J, num, beta, q, Q)  # the prior alone speaks
+    np.testing.assert_allclose(unread.matrix, np.eye(size), atol=1e-4)
+    right = sandwich_map(H, H, num, 1.0, q, Q)  # a likelihood has J = H
+    np.testing.assert_allclose(right.matrix, np.eye(size), atol=1e-9)
+    several = sandwich_map(H, J, num, beta, np.stack([0 * q, q]), np.stack([0 * Q, Q]))
+    np.testing.assert_allclose(several.matrix, [flat.matrix, found.matrix])
+
+
+def linear_model(data, prior=WEAK):
+    theta = numpyro.sample("theta", prior)
+    numpyro.deterministic("mean", theta[0] / theta[1])
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * theta[1] * v**2 - theta[0] * v)
+
+
+def score_matching_by_hand(v):
+    """Minimiser, H and J of the mean of ½ (θ₀ - θ₁ v)² - θ₁."""
+    H = np.array([[1.0, -v.mean()], [-v.mean(), np.mean(v**2)]])
+    best = np.linalg.solve(H, [0.0, 1.0])
+    score = best[0] - best[1] * v
+    return best, H, np.cov(np.stack([score, -v * score - 1]))
+
+
+@pytest.mark.parametrize("prior", [WEAK, STRONG], ids=["weak prior", "strong prior"])
+def test_adjusted_draws_of_a_gaussian_posterior(x64, prior):
+    """The posterior is Gaussian before and after, so that its moments are known."""
+    best, H, J = score_matching_by_hand(HEAVY)
+    model = ebm.generalized(linear_model, ebm.ScoreMatching(), "calibrate")
+    found = model.calibrate(HEAVY, prior, num_resamples=400)  # every row for itself
+    np.testing.assert_allclose(found.hessian, H, rtol=1e-6, atol=1e-8)
+    rate = 2 / np.trace(np.linalg.solve(H, J))
+    np.testing.assert_allclose(found.learning_rate, rate, rtol=1e-5)
+    exact = model.closed_form(HEAVY, prior)
+    draws = np.random.default_rng(0).multivariate_normal(
+        exact.mean["theta"], exact.covariance, (4, 5_000)
+    )
+    moved = model.adjust({"theta": draws, "unknown": draws}, HEAVY, prior)
+    assert set(moved) == {"theta"} and moved["theta"].shape == draws.shape
+    spread = np.linalg.inv(H) @ found.score_covariance @ np.linalg.inv(H) / len(HEAVY)
+    np.testing.assert_allclose(found.score_covariance, J, rtol=1e-5)
+    variance = np.asarray(prior.variance)
+    after = np.linalg.inv(np.linalg.inv(spread) + np.diag(1 / variance))
+    mean = after @ (np.linalg.solve(spread, best) + np.asarray(prior.mean) / variance)
+    rows = np.reshape(moved["theta"], (-1, 2))
+    error = np.sqrt(np.diag(after))
+    assert np.all(np.abs(rows.mean(0) - mean) < 4 * error / np.sqrt(len(rows)))
+    ratio = np.linalg.solve(after, np.cov(rows.T))  # the identity, but for the draws' own error
+    np.testing.assert_allclose(
+        ratio, np.eye(2), atol=6 / np.sqrt(len(rows)) * np.linalg.cond(after) ** 0.5
+    )
+
+
+def test_a_likelihood_and_a_single_parameter_are_left_alone(x64):
+    """J = H up to noise for a likelihood, and β alone is right for one parameter."""
+    model = ebm.generalized(precision_model, ebm.ScoreMatching(), "calibrate")
+    model.calibrate(ROWS)
+    draws = {"precision": np.random.default_rng(0).gamma(50, 0.02, (2, 300))}
+    moved = model.adjust(draws)
+    np.testing.assert_allclose(moved["precision"], draws["precision"], rtol=1e-3)
+    narrow = ebm.generalized(precision_model, ebm.ScoreMatching(), 4 * model.learning_rate)
+    narrow.calibrate(ROWS)  # its draws are half as wide as they should be
+    moved = np.log(narrow.adjust(draws)["precision"])
+    slope, _ = np.polyfit(np.ravel(np.log(draws["precision"])), np.ravel(moved), 1)
+    np.testing.assert_allclose(slope, 2.0, rtol=0.05)
+
+
+def grouped_model(data, labels):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("groups", 3):
+        theta = numpyro.sample("theta", dist.Normal(mu, 0.3))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * v**2 - theta[labels] * v)
+
+
+def test_a_hierarchy_is_adjusted_given_what_its_rows_do_not_read(x64):
+    """θ of group g given μ: N(θ̂, s²/n) of its rows times N(μ, 0.3²)."""
+    labels = np.repeat([0, 1, 2], [20, 40, 60])
+    data = 2.0 * np.random.default_rng(2).standard_normal(120)
+    model = ebm.generalized(grouped_model, ebm.ScoreMatching(), 1.0)
+    found = model.calibrate(data, labels, num_resamples=120)
+    np.testing.assert_array_equal(found.informed, [False, True, True, True])
+    assert np.isnan(found.standard_error[0])
+    draws = {"mu": np.array([-1.0, 0.5]), "theta": np.zeros((2, 3))}
+    moved = model.adjust(draws)
+    np.testing.assert_array_equal(moved["mu"], draws["mu"])
+    for g in range(3):
+        rows = data[labels == g]
+        # J is measured over all rows, of which others say nothing of this group.
+        score = np.where(labels == g, rows.mean() - data, 0.0)
+        error = np.sum((score - score.mean()) ** 2) * 120 / 119 / len(rows) ** 2
+        before = 1 / (len(rows) + 0.3**-2)
+        after = 1 / (1 / error + 0.3**-2)
+        mean = lambda width, v: width * (v * rows.mean() + draws["mu"] / 0.09)  # noqa: B023, E731
+        wanted = mean(after, 1 / error) + np.sqrt(after / before) * (0 - mean(before, len(rows)))
+        np.testing.assert_allclose(moved["theta"][:, g], wanted, rtol=0.02, atol=0.01)
+
+
+def test_rows_of_a_group_count_as_one(x64):
+    """Every row three times over tells nothing new."""
+    prior = dist.Normal(0.0, 100.0).expand([2]).to_event(1)
+    model = ebm.generalized(linear_model, ebm.ScoreMatching())
+    once = model.calibrate(HEAVY, prior, num_resamples=400)
+    order = np.random.default_rng(0).permutation(1_200)
+    data, labels = np.tile(HEAVY, 3)[order], np.tile(np.arange(400), 3)[order]
+    grouped = model.calibrate(data, prior, groups=labels)
+    np.testing.assert_allclose(grouped.standard_error, once.standard_error, rtol=0.01)
+    apart = model.calibrate(data, prior)
+    np.testing.assert_allclose(apart.standard_error, once.standard_error / 3**0.5, rtol=0.1)
+
+
+def lattice_model(data):
+    beta = numpyro.sample("beta", dist.Normal(0.0, 1.0))
+    field = numpyro.sample("field", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Counting(2, event_shape=(3, 3)), obs=data)
+        s = 2.0 * v - 1.0
+        bonds = jnp.sum(s[:, 1:] * s[:, :-1], (1, 2)) + jnp.sum(s[..., 1:] * s[..., :-1], (1, 2))
+        ebm.energy("E", -beta * bonds - field * jnp.sum(s, (1, 2)))
+
+
+LATTICE = np.array([[[1, 1, 0], [0, 1, 1], [0, 0, 1]]])
+
+
+def test_one_lattice_is_calibrated_by_simulation(x64):
+    """J against the sum over all 512 states, of gradients that JAX takes one by one."""
+    model = ebm.generalized(lattice_model, ebm.PseudoLikelihood(), "calibrate")
+    found = model.calibrate(LATTICE, num_resamples=2_000)
+    assert found.method == "simulation"
+    states = np.array(list(itertools.product([-1.0, 1.0], repeat=9))).reshape(-1, 3, 3)
+
+    def statistics(s):
+        return jnp.stack([jnp.sum(s[1:] * s[:-1]) + jnp.sum(s[:, 1:] * s[:, :-1]), jnp.sum(s)])
+
+    def loss(theta, s):
+        padded = jnp.pad(s, 1)
+        near = padded[2:, 1:-1] + padded[:-2, 1:-1] + padded[1:-1, 2:] + padded[1:-1, :-2]
+        return jnp.sum(jax.nn.softplus(-2 * s * (theta[0] * near + theta[1])))
+
+    theta = jnp.array([found.minimizer["beta"], found.minimizer["field"]])
+    np.testing.assert_allclose(jax.grad(loss)(theta, 2.0 * LATTICE[0] - 1), 0.0, atol=1e-5)
+    log_p = np.asarray(jax.vmap(statistics)(states) @ theta)
+    p = np.exp(log_p - scipy.special.logsumexp(log_p))
+    scores = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(theta, states))
+    np.testing.assert_allclose(p @ scores, 0.0, atol=1e-9)  # pseudo-likelihood is unbiased
+    J = (scores * p[:, None]).T @ scores
+    error = np.sqrt(np.diag(J)) / np.sqrt(2_000)
+    np.testing.assert_allclose(
+        np.sqrt(np.diag(found.score_covariance)), np.sqrt(np.diag(J)), atol=4 * error.max()
+    )
+    H = jax.hessian(loss)(theta, 2.0 * LATTICE[0] - 1)
+    np.testing.assert_allclose(found.hessian, H, rtol=1e-5, atol=1e-6)
+    again = model.calibrate(LATTICE, method="simulation", num_resamples=2_000)
+    assert again.learning_rate == found.learning_rate  # one key, one result
+
+
+def test_the_trace_rule_and_its_cap(x64):
+    _, H, J = score_matching_by_hand(HEAVY)
+    model = ebm.generalized(linear_model, ebm.ScoreMatching())
+    found = model.calibrate(HEAVY, method="trace", num_resamples=400)
+    wanted = np.trace(H @ np.linalg.solve(J, H)) / np.trace(H)
+    np.testing.assert_allclose(found.learning_rate, wanted, rtol=1e-4)
+    assert model.learning_rate == 1.0  # the model keeps the number that it was given
+    likely = ebm.generalized(lattice_model, ebm.PseudoLikelihood())
+    data = np.random.default_rng(0).integers(0, 2, (40, 3, 3))
+    assert likely.calibrate(data, method="trace", cap=True).learning_rate <= 1.0
+
+
+def test_adjust_refuses():
+    model = ebm.generalized(linear_model, ebm.ScoreMatching(), "calibrate")
+    with pytest.raises(ModelError, match="there has been none"):
+        model.adjust({"theta": np.ones((5, 2))})
+    model.calibrate(HEAVY)
+    for samples, message in (
+        ({}, "lack the parameter"),
+        ({"theta": np.ones((5, 3))}, "a draw of it \\(2,\\)"),
+        ({"theta": np.ones(())}, "a draw of it"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            model.adjust(samples)
+    with pytest.raises(ModelError, match="other data than the draws"):
+        model.adjust({"theta": np.ones((5, 2))}, HEAVY + 1)
+    for options, message in (
+        ({"groups": np.zeros(3)}, "names the group of each of the 400 rows"),
+        ({"groups": np.arange(400) % 3}, "at least 4 for 2 parameters, and there are 3"),
+        ({"groups": np.arange(400) % 9, "method": "bootstrap"}, "takes no `groups`"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            model.calibrate(HEAVY, **options)
+    checkers = np.indices((3, 3)).sum(0) % 2
+    with pytest.raises(ModelError, match="has no minimum: it falls further and further"):
+        ebm.generalized(lattice_model, ebm.PseudoLikelihood()).calibrate(checkers[None])
+    with pytest.raises(ModelError, match="method='simulation'"):
+        model.calibrate(HEAVY[:3], method="sandwich")
+
+    def shifted(data):  # two names for one number
+        a, b = (numpyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2 - (a + b) * v)
+
+    with pytest.raises(ModelError, match="if it is centred"):
+        ebm.generalized(shifted, ebm.ScoreMatching()).calibrate(HEAVY)
+
+
+@pytest.mark.slow
+def test_to_arviz_keeps_raw_and_adjusted_draws_apart():
+    model = ebm.generalized(linear_model, ebm.ScoreMatching(), "calibrate")
+    mcmc = MCMC(BarkerMH(model), num_warmup=500, num_samples=3_000, progress_bar=False)
+    data = HEAVY.astype(np.float32)
+    mcmc.run(KEY, data)
+    found = ebm.to_arviz(mcmc)
+    raw, adjusted = (found[k]["theta"].values for k in ("posterior_raw", "posterior"))
+    np.testing.assert_array_equal(raw, mcmc.get_samples(group_by_chain=True)["theta"])
+    np.testing.assert_allclose(adjusted, model.adjust(mcmc.get_samples(True), data)["theta"])
+    mean = found["posterior"]["mean"].values
+    np.testing.assert_allclose(mean, adjusted[..., 0] / adjusted[..., 1], rtol=1e-4)
+    assert "open-faced sandwich" in found["posterior"].attrs["adjusted"]
+    _, H, J = score_matching_by_hand(HEAVY)
+    wanted = np.sqrt(np.diag(np.linalg.inv(H) @ J @ np.linalg.inv(H)) / len(HEAVY))
+    np.testing.assert_allclose(adjusted.std((0, 1)), wanted, rtol=0.2)
+    model.calibrate(data + 1)
+    with pytest.raises(ModelError, match="other data"):
+        ebm.to_arviz(mcmc)
+
+
+@pytest.mark.slow
+def test_draws_of_a_guide_are_adjusted():
+    """A full-rank Gaussian guide on a constrained scale, against the sandwich of its logarithm."""
+
+    def scale_model(data):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 10.0).expand([2]).to_event(1))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+            ebm.energy("E", 0.5 * jnp.sum((v / scale) ** 2, -1))
+
+    data = np.stack([HEAVY[:300], 0.2 * HEAVY[:300] + ROWS[:1]], 1).astype(np.float32)
+    data[:, 1] = 0.5 * data[:, 0] + np.random.default_rng(4).standard_normal(300)
+    model = ebm.generalized(scale_model, ebm.ScoreMatching(), "calibrate")
+    model.calibrate(data)
+    guide = AutoMultivariateNormal(model)
+    fit = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO(16)).run(
+        KEY, 3_000, data, progress_bar=False
+    )
+    draws = guide.sample_posterior(KEY, fit.params, sample_shape=(4_000,))
+    moved = np.log(np.asarray(model.adjust(draws)["scale"]))
+    # The minimiser is the standard deviation of a column: log σ̂ = ½ log mean v².
+    square = data**2 / np.mean(data**2, 0)
+    wanted = np.cov(0.5 * square.T) / len(data)
+    np.testing.assert_allclose(np.cov(moved.T), wanted, rtol=0.25, atol=0.1 * wanted.max())
