@@ -26,9 +26,8 @@ class Estimate(NamedTuple):
     - **log_density** - ``(params, u) -> (rows,)``. Its derivatives in u and θ are unbiased (or
       exact) up to the order the objective asked for; its value is what the
       marginal's ``value`` says.
-    - **score** - ``u -> dict``: ∇_u log p̃, constant under differentiation and, for a Monte Carlo
-      marginal, from particles independent of those of ``log_density``. A product of the two is
-      therefore unbiased.
+    - **score** - ``u -> dict``: ∇_u log p̃; for a Monte Carlo marginal from particles independent
+      of those of ``log_density``, and a constant in θ. A product of the two is therefore unbiased.
     """
 
     log_density: Callable[..., jax.Array]
@@ -181,10 +180,10 @@ class ExactMarginal(Marginal):
 
 
 def score_of(log_density: LogDensity, params: Params) -> Callable[[SiteValues], SiteValues]:
-    """The score of a row log-density, constant under differentiation."""
+    """The score of a row log-density."""
 
     def score(unconstrained):
         total = lambda u: jnp.sum(log_density(params, u))  # noqa: E731
-        return jax.lax.stop_gradient(jax.grad(total)(unconstrained))
+        return jax.grad(total)(unconstrained)
 
     return score

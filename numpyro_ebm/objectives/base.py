@@ -16,6 +16,7 @@ from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.plan import Problem, make_plan
+from numpyro_ebm.program.derivatives import once_differentiable
 from numpyro_ebm.types import Model, Optimizer, Params, SiteValues
 
 __all__ = ["AuxiliaryNetwork", "Objective", "Problem"]
@@ -138,6 +139,19 @@ class Objective(ABC):
                 "`ImportanceBound()`."
             )
 
+    def why_no_hessian(self, marginal: Marginal) -> str | None:
+        """Why second derivatives of the loss are not those of the objective, or ``None``."""
+        if not self.is_loss:
+            why = "its gradient is not that of its value"
+        elif marginal.value == "exact" or marginal.value == self.needs == "bound":
+            return None
+        else:
+            why = f"{type(marginal).__name__} estimates its first derivatives from particles"
+        return (
+            f"{type(self).__name__} has no second derivatives: {why}. Use an exact marginal "
+            f"({list_exact()}) and an objective that is a loss, or a method of first order."
+        )
+
     def check_observed(self, row_model: RowModel) -> None:
         """Raise unless there is something to learn from."""
         if not row_model.visible:
@@ -187,7 +201,8 @@ class Objective(ABC):
         :param guide: a NumPyro guide q(h | v); ``None`` where no latent site needs one.
         :param args: arguments of model and guide.
         :param kwargs: keyword arguments of model and guide.
-        :return: scalar loss in the units of the objective, a mean over rows.
+        :return: scalar loss in the units of the objective, a mean over rows. With an exact marginal
+            all its derivatives are right; else the second ones raise.
         :raises ModelError: if the model, the guide and the objective do not go together, or the
             objective has parameters or a state that the caller does not bring.
         """
@@ -205,6 +220,9 @@ class Objective(ABC):
         constants = {**stop_gradient(param_map)}
         problem, _ = self.advance(jax.random.fold_in(key_energy, 1), constants, problem, None)
         loss = self.energy_loss(key_energy, {**constants, **energy}, problem)
+        why_not = self.why_no_hessian(problem.marginal)
+        if why_not is not None:
+            loss = once_differentiable(loss, why_not)
         for i, (network, names) in enumerate(zip(self.networks, of_networks, strict=True)):
             network_params = {name: other.pop(name) for name in names}
             key_network = jax.random.fold_in(key_guide, i)

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.objectives.base import Problem
+from numpyro_ebm.program.derivatives import constant_once
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["draw_like", "each", "half_square", "second_derivative"]
@@ -59,9 +59,10 @@ def half_square(
 ) -> jax.Array:
     r"""Unbiased value and gradient of :math:`\tfrac12 \|c\,s(u; θ) + o\|^2` for every row.
 
-    With :math:`z = ⊥[c\,s_A + o]` from the independent score :math:`s_A`, the value is
+    With :math:`z = c\,s_A + o` from the independent score :math:`s_A`, the value is
     :math:`\tfrac12 z·(c\,s_B + o)` and the gradient :math:`c\,z·∂_θ s_B`: one forward derivative of
-    ``log_density`` along z, and one reverse pass through it.
+    ``log_density`` along z, and one reverse pass through it. Of an exact marginal the two scores
+    are the same, and so all later derivatives are right as well.
 
     :param params: parameters to differentiate in.
     :param Estimate estimate: the marginal.
@@ -80,7 +81,7 @@ def half_square(
     z = {name: scale[name] * score[name] + offset[name] for name in unconstrained}
     direction = {name: scale[name] * z[name] for name in z}
     _, along = jax.jvp(
-        lambda u: estimate.log_density(params, u), (unconstrained,), (stop_gradient(direction),)
+        lambda u: estimate.log_density(params, u), (unconstrained,), (constant_once(direction),)
     )
-    inner = along + stop_gradient(problem.row_model.row_dot(z, offset))
-    return inner - 0.5 * stop_gradient(inner)
+    inner = along + constant_once(problem.row_model.row_dot(z, offset))
+    return inner - 0.5 * constant_once(inner)

@@ -9,12 +9,12 @@ slice. Their gradients take three derivatives of log p̃, hence three cumulants 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import check_integer
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import draw_like, each, half_square, second_derivative
+from numpyro_ebm.program.derivatives import constant_once
 from numpyro_ebm.types import Params
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
@@ -113,8 +113,8 @@ def _sliced_half_square(params, estimate, problem, direction):
     along_b = jax.jvp(
         lambda u: estimate.log_density(params, u), (problem.unconstrained,), (direction,)
     )[1]
-    product = stop_gradient(along_a) * along_b
-    return product - 0.5 * stop_gradient(product)
+    product = constant_once(along_a) * along_b
+    return product - 0.5 * constant_once(product)
 
 
 def _basis(problem):

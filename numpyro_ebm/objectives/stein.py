@@ -27,6 +27,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.program.derivatives import constant_once
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["KernelSteinDiscrepancy"]
@@ -125,6 +126,10 @@ class KernelSteinDiscrepancy(Objective):
         self.weight = weight
         super().__init__(marginal)
 
+    @property
+    def is_loss(self) -> bool:
+        return self.pairs != "halves"  # of which one side alone is differentiated
+
     def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
         if row_model.covariates:
@@ -158,11 +163,11 @@ class KernelSteinDiscrepancy(Objective):
             weights, slope = _weigh(self.weight, points)
             z, rest = of_pairs(points, scores + slope, weights)
             rest = rest + jnp.sum(z * slope)
-        z = row_model.unflatten(stop_gradient(z))
+        z = row_model.unflatten(constant_once(z))
         # κ is bilinear in the scores of its sides: one derivative of log p̃ along z gives both.
         _, along = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (z,))
         total = jnp.sum(along)
-        return stop_gradient(rest - total) + 2.0 * total
+        return constant_once(rest - total) + 2.0 * total
 
     def _scale(self, square_distances):
         """1/ℓ²."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Values whose derivatives of the first order are estimators: what those of the second are.
+
+With z(θ) an array and ⊥ a stop of gradients, ``z · f(θ) - ½ ⊥[z · f(θ)]`` has the value and the
+gradient of ½f² where z = ⊥f, for the price of one reverse pass; and the Hessian of something else.
+Where z is a function of θ like any other, a stop that holds for one differentiation only,
+:func:`constant_once`, gives all its derivatives. Where z is an estimate independent of f nothing
+does, and :func:`once_differentiable` refuses.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_ebm.errors import ModelError
+
+__all__ = ["constant_once", "once_differentiable"]
+
+
+@jax.custom_jvp
+def constant_once(x: Any) -> Any:
+    r"""``x``, constant to the first differentiation and to no later one.
+
+    :param x: a pytree of floating point arrays.
+    :return: the same.
+
+    **Example**
+
+    >>> import jax
+    >>> from numpyro_ebm.program.derivatives import constant_once
+    >>> def half_square(x):
+    ...     product = constant_once(x) * x
+    ...     return product - 0.5 * constant_once(product)
+    >>> f, df = half_square, jax.grad(half_square)
+    >>> float(f(3.0)), float(df(3.0)), float(jax.grad(df)(3.0))
+    (4.5, 3.0, 1.0)
+    """
+    return x
+
+
+@constant_once.defjvp
+def _(primals, tangents):
+    return primals[0], jax.tree.map(jnp.zeros_like, tangents[0])
+
+
+def once_differentiable(x: jax.Array, why: str) -> jax.Array:
+    """``x``, whose first derivatives are right and whose second ones raise.
+
+    :param x: a floating point array.
+    :param str why: the message of the error.
+    :return: the same.
+    :raises ModelError: when differentiated twice, also inside of `jit`, `vmap` and `scan`.
+
+    **Example**
+
+    >>> import jax
+    >>> from numpyro_ebm.program.derivatives import once_differentiable
+    >>> df = jax.grad(lambda x: once_differentiable(x**2, "There is no Hessian."))
+    >>> float(df(3.0))
+    6.0
+    >>> jax.grad(df)(3.0)
+    Traceback (most recent call last):
+    numpyro_ebm.errors.ModelError: There is no Hessian...
+    """
+
+    @jax.custom_jvp
+    def same(x):
+        return x
+
+    @jax.custom_jvp
+    def one(x):
+        return jnp.ones((), jnp.result_type(x))
+
+    @same.defjvp
+    def _(primals, tangents):
+        # The factor depends on x as far as JAX can see: the next differentiation meets its rule.
+        return primals[0], tangents[0] * one(primals[0])
+
+    @one.defjvp
+    def _(primals, tangents):
+        raise ModelError(why)
+
+    return same(x)
