@@ -18,6 +18,7 @@ import numpy as np
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
 
@@ -102,11 +103,12 @@ def energy_gap(
             f"energy_gap compares values of log p̃(v), and {type(marginal).__name__} estimates "
             "derivatives only. Use `ImportanceBound(num_particles)` with a guide."
         )
-    if row_model.covariates and not is_paired:
-        raise ModelError(
-            "energy_gap: the energy reads an argument that differs from row to row, so samples "
-            f"must be of the {row_model.num_rows} rows of the data: "
-            "`numpyro_ebm.sample(rng_key, model, num_samples, None, *args)`."
+    if not is_paired:
+        check_rows_alike(
+            row_model,
+            "energy_gap: the samples are not of the rows of the data",
+            f"Draw them for the {row_model.num_rows} rows: "
+            "`numpyro_ebm.sample(rng_key, model, num_samples, None, *args)`.",
         )
 
     density = partial(_energies_of_rows, row_model, marginal, reader, params)

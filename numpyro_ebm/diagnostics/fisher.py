@@ -20,6 +20,7 @@ from numpyro_ebm.diagnostics.reading import read_rows
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import choose
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.svi.energy_svi import EnergySVI
 from numpyro_ebm.types import Model, Optimizer, Params
@@ -119,11 +120,16 @@ def fisher_divergence(
     check_integer("fisher_divergence", num_steps=num_steps, num_looks=num_looks)
     _check_shares(validation_fraction, test_fraction)
     row_model = read_rows("fisher_divergence", model, data, (), kwargs)
-    key_split, key_run, key_look = jax.random.split(rng_key, 3)
-    rows = _split_rows(key_split, data, row_model.num_rows, validation_fraction, test_fraction)
+    check_rows_alike(
+        row_model,
+        "fisher_divergence has one critic for all rows, of their visible values",
+        "Judge the rows of each group on their own.",
+    )
     optim, guide_optim = _optimisers(optim, guide_optim, num_steps)
     objective = FisherDivergence(critic, marginal, residual=residual, critic_optim=optim)
     objective.order = 2  # there is no parameter to take a third derivative in
+    key_split, key_run, key_look = jax.random.split(rng_key, 3)
+    rows = _split_rows(key_split, data, row_model.num_rows, validation_fraction, test_fraction)
     uses_guide = (choose(row_model) if marginal is None else marginal).needs_guide
     svi = EnergySVI(
         model,

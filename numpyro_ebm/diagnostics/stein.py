@@ -28,6 +28,7 @@ from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_row
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import VaGES
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.objectives.stein import KERNELS
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
@@ -252,11 +253,11 @@ def _check_sites(row_model):
                 f"'{site.name}' is discrete. Compare draws of the model with the data instead, "
                 "for instance by `numpyro_ebm.energy_gap`."
             )
-    if row_model.covariates:
-        raise ModelError(
-            "stein_test compares rows as draws of one density, and the energy reads an argument "
-            "besides the visible values which differs from row to row."
-        )
+    check_rows_alike(
+        row_model,
+        "stein_test compares rows as draws of one density",
+        "Test the rows of each group on their own, or the energies: `numpyro_ebm.energy_gap`.",
+    )
     if row_model.num_rows < 2:
         raise ModelError("stein_test compares rows, and there is only one.")
 

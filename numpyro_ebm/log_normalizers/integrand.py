@@ -22,10 +22,8 @@ from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.language.sites import layers
 from numpyro_ebm.log_normalizers.shared_rows import (
-    covariates_of,
     placeholder_rows,
     read_one_row,
-    rows_differ,
 )
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.marginals.base import ExactMarginal
@@ -188,8 +186,8 @@ def read_integrand(
     :param dict kwargs: its keyword arguments.
     :param bool unconditioned: whether observed sites are integrated over as well; else they keep
         their values, and every row has a log Z of its own.
-    :param is_shared: whether all rows share their log Z; looked for if ``None``, which finds no
-        difference between parameters that are traced.
+    :param is_shared: whether all rows share their log Z; found by the analysis of the rows if
+        ``None``.
     :return: an :class:`Integrand`.
     :raises ModelError: if the model has free parameters, or nothing to integrate over.
     """
@@ -206,8 +204,7 @@ def read_integrand(
     free = uncondition(model, tuple(seen.visible))
     row_model = read_fixed_model(free, args, kwargs)
     if is_shared is None:
-        found = seen.covariates if seen.visible else covariates_of(row_model)
-        is_shared = not found and not rows_differ(row_model)
+        is_shared = not row_model.covariates
     if is_shared and row_model.num_rows > 1:
         row_model = read_one_row(free, seen.arguments, args, kwargs) or row_model
     return Integrand(row_model, is_shared, data)

@@ -23,6 +23,7 @@ from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_fixed_model, read_model
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.types import Model
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -127,10 +128,11 @@ def log_likelihood(
             f"log_likelihood: `log_normalizer` has shape {jnp.shape(log_z.value)}; it is a number, "
             f"or one for each of the {row_model.num_rows} rows."
         )
-    if row_model.covariates and jnp.shape(log_z.value) == () and row_model.num_rows > 1:
-        raise ModelError(
-            "log_likelihood: every row has a log Z of its own, because the energy reads an "
-            "argument that differs from row to row, and one number was given for all of them."
+    if jnp.shape(log_z.value) == () and row_model.num_rows > 1:
+        check_rows_alike(
+            row_model,
+            "log_likelihood: one log Z was given for all rows",
+            f"Give an array of shape ({row_model.num_rows},).",
         )
     inner, error = _sum_latents(key_latent, row_model, model, args, kwargs, Options(**own))
     value = inner - log_z.value

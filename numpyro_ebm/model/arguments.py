@@ -17,6 +17,7 @@ class Arguments:
     """Arguments and keyword arguments of a model.
 
     - **arrays** - their arrays of at least one dimension, by label: what a model may be traced in.
+    - **names** - what to call them, by label.
 
     :param tuple args: arguments.
     :param dict kwargs: keyword arguments.
@@ -30,6 +31,11 @@ class Arguments:
             for i, x in enumerate(self._leaves)
             if hasattr(x, "shape") and hasattr(x, "dtype") and x.ndim > 0
         }
+
+    @property
+    def names(self) -> dict[str, str]:
+        paths = jax.tree_util.tree_leaves_with_path((self.args, self.kwargs))
+        return {f"arg:{i}": _argument_name(path) for i, (path, _) in enumerate(paths)}
 
     def with_arrays(self, arrays: dict[str, Any]) -> "Arguments":
         """The same arguments with other arrays, by label; those that are not given stay."""
@@ -51,6 +57,12 @@ class Arguments:
             return False
         pairs = enumerate(zip(self._leaves, other._leaves, strict=True))
         return all(f"arg:{i}" in self.arrays or _are_equal(x, y) for i, (x, y) in pairs)
+
+
+def _argument_name(path):
+    _, which, *inside = path
+    name = f"'{which.key}'" if hasattr(which, "key") else f"number {which.idx + 1}"
+    return f"argument {name}{jax.tree_util.keystr(tuple(inside))}"
 
 
 def _are_equal(x, y):

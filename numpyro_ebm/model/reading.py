@@ -17,7 +17,7 @@ import jax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model import provenance
-from numpyro_ebm.model.coupled_rows import check_rows
+from numpyro_ebm.model.row_analysis import check_rows
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.traced_model import TracedModel, trace_model
 from numpyro_ebm.types import Model, Params

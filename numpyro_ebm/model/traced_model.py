@@ -184,6 +184,11 @@ class TracedModel:
         if self._needs_values is not None:
             raise self._needs_values
 
+    @property
+    def takes_arrays(self) -> bool:
+        """Whether the model can be evaluated at other arrays: not if it reads them in Python."""
+        return self._needs_values is None
+
     def with_arrays(self, arrays: dict[str, Any]) -> "TracedModel":
         """The same model at other arrays of the same shapes and types, by label of the argument."""
         other = copy.copy(self)

@@ -31,6 +31,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.persistent_chains import Chains
@@ -123,11 +124,11 @@ class ContrastiveDivergence(Objective):
 
     def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
-        if self.persistent and row_model.covariates:
-            raise ModelError(
-                "ContrastiveDivergence: the energy reads an argument that differs from row to row, "
-                "and a persistent chain would meet other rows' values of it in the next round. Use "
-                "`persistent=False`."
+        if self.persistent:
+            check_rows_alike(
+                row_model,
+                "ContrastiveDivergence: a persistent chain meets other rows in every round",
+                "Use `persistent=False`.",
             )
 
     # The negative phase

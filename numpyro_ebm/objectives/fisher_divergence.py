@@ -29,6 +29,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective, Problem
 from numpyro_ebm.objectives.directions import half_square, second_derivative
@@ -131,12 +132,11 @@ class FisherDivergence(Objective):
 
     def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
-        if row_model.covariates:
-            raise ModelError(
-                "FisherDivergence: the critic sees the visible values only, and the energy reads "
-                "an argument besides them which differs from row to row. Use "
-                "DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence."
-            )
+        check_rows_alike(
+            row_model,
+            "FisherDivergence has one critic for all rows, of their visible values",
+            "Use DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence.",
+        )
 
     def _critic_parameters(self, rng_key, problem):
         v = problem.row_model.flatten(problem.unconstrained)

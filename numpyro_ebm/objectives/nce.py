@@ -18,6 +18,7 @@ from numpyro_ebm.errors import FarNoiseWarning, ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import AuxiliaryNetwork, Problem
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
@@ -123,13 +124,12 @@ class NCE(NoiseContrast):
 
     def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
-        if row_model.covariates:
-            raise ModelError(
-                f"{type(self).__name__} learns one log Z, and the energy reads an argument besides "
-                "the visible values which differs from row to row, so that every row has a log Z "
-                "of its own. Use RankingNCE, ConditionalNCE, or a score-based objective such as "
-                "DenoisingScoreMatching."
-            )
+        check_rows_alike(
+            row_model,
+            f"{type(self).__name__} learns one log Z for all rows",
+            "Use RankingNCE, ConditionalNCE, or a score-based objective such as "
+            "DenoisingScoreMatching.",
+        )
 
         if LOG_NORMALIZER in row_model.parameters and _reads(row_model, LOG_NORMALIZER):
             raise ModelError(

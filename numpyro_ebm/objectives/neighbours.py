@@ -13,14 +13,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm._compat import ShapedArray, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.finite_supports import finite_values, shifted
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite
 from numpyro_ebm.objectives.base import Objective, Problem
-from numpyro_ebm.program.jaxprs import constants_of
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.program.quadratic import quadratic_form
 from numpyro_ebm.types import Params
@@ -206,17 +204,4 @@ def _is_quadratic(estimate, problem):
         found = structure(log_density, point)
     except TypeError:  # values that serve as indices or flags, and not as numbers
         return False
-    if found.degree > 2 or not found.true_gradient:
-        return False
-    given = {id(x) for x in jax.tree.leaves(row_model.parameters)}
-    constants = [x for x in constants_of(log_density, point) if id(x) not in given]
-    return not any(_may_differ(x, row_model.num_rows) for x in constants)
-
-
-def _may_differ(x, rows):
-    """Whether an array, or one of this shape, may have other values in one row than in another."""
-    axes = [i for i, size in enumerate(np.shape(x)) if size == rows]
-    if not axes or isinstance(x, ShapedArray) or not not_jax_tracer(x):
-        return bool(axes)
-    x = np.asarray(x)
-    return any(np.any(x != np.take(x, [0], axis)) for axis in axes)
+    return found.degree <= 2 and found.true_gradient

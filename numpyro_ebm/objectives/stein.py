@@ -25,6 +25,7 @@ from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.program.derivatives import constant_once
@@ -132,12 +133,11 @@ class KernelSteinDiscrepancy(Objective):
 
     def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
-        if row_model.covariates:
-            raise ModelError(
-                "KernelSteinDiscrepancy compares rows as draws of one density, and the energy "
-                "reads an argument besides the visible values which differs from row to row. Use "
-                "DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence."
-            )
+        check_rows_alike(
+            row_model,
+            "KernelSteinDiscrepancy compares rows as draws of one density",
+            "Use DenoisingScoreMatching, ScoreMatching, RankingNCE or ContrastiveDivergence.",
+        )
 
     def perturb(
         self, rng_key: jax.Array, row_model: RowModel

@@ -25,6 +25,7 @@ from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers import log_normalizer
 from numpyro_ebm.log_normalizers.methods import MethodName
 from numpyro_ebm.model.priors import prior_part, read_with_priors
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.posteriors.emulator import Emulator, fit_emulator
 from numpyro_ebm.types import Model, Params
 
@@ -110,12 +111,11 @@ def emulate_log_normalizer(
     """
     key_design, key_run = jax.random.split(rng_key)
     row_model = read_with_priors(model, args, kwargs, "emulate_log_normalizer")
-    if row_model.covariates:
-        raise ModelError(
-            "emulate_log_normalizer: the energy reads an argument that differs from row to row, so "
-            "that every row has a log Z of its own, and one function of the parameters is not "
-            "enough."
-        )
+    check_rows_alike(
+        row_model,
+        "emulate_log_normalizer: log Z is to be one function of the parameters",
+        'Use `normalized(model, "enumerate")` or `"quadrature"`, or `Exchange`.',
+    )
     priors = row_model.priors
     if isinstance(design, int):
         prior = prior_part(model, row_model.plate)

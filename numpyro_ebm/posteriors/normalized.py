@@ -18,6 +18,7 @@ from numpyro_ebm.log_normalizers.methods import METHODS
 from numpyro_ebm.marginals import ExactMarginal, exact_marginal
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
 
@@ -152,11 +153,11 @@ class normalized:
                     f"{jnp.shape(log_z)}; log Z is a scalar, or one value for each of the "
                     f"{row_model.num_rows} rows."
                 )
-            if jnp.shape(log_z) == () and row_model.covariates and row_model.num_rows > 1:
-                raise ModelError(
-                    "normalized: the energy reads an argument that differs from row to row, so "
-                    "every row has a log Z of its own, and `log_normalizer` returned one number. "
-                    f"Return an array of shape ({row_model.num_rows},)."
+            if jnp.shape(log_z) == () and row_model.num_rows > 1:
+                check_rows_alike(
+                    row_model,
+                    "normalized: `log_normalizer` returned one number for all rows",
+                    f"Return an array of shape ({row_model.num_rows},).",
                 )
             return log_z
         return OF_PARAMETERS[self.log_normalizer](

@@ -30,8 +30,8 @@ def marked(name: str, value: Any) -> Any:
 
 def signature(tree: Any) -> tuple[Any, ...]:
     """What two pytrees have in common that one program can take: structure, shapes and types."""
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: tree))
-    return structure, tuple((x.shape, x.dtype, x.weak_type) for x in leaves)
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(map(_type, map(jax.typeof, leaves)))
 
 
 class MarkedProgram:

@@ -1,36 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The axis of the rows, followed through the operations of a function.
+"""Rows, followed through the operations of a function: where they lie, and what tells them apart.
 
-An intermediate array reads no row, or has an axis along which every element reads its own row
-alone, or may mix the rows. Unknown operations count as mixing, so that rows that are reported as
-separate are separate.
+Unknown operations count as mixing the rows and as varying from row to row, so that rows that are
+reported as separate are separate, and rows that are reported as alike are alike.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from numpyro_ebm.program.jaxprs import ELEMENTWISE, called, interpret
+from numpyro_ebm._compat import Literal, not_jax_tracer
+from numpyro_ebm.program.axis_maps import new_variation, place_of
+from numpyro_ebm.program.jaxprs import called, interpret
+from numpyro_ebm.program.row_loops import LOOPS
+from numpyro_ebm.program.rows import COLUMNS, COUNTS, MIXED, NEVER, STEP, Rows, mixed
 
-__all__ = ["MIXED", "row_axes"]
-
-ALONG_ONE = {
-    **dict.fromkeys("cumlogsumexp cummax cummin cumprod cumsum".split(), "axis"),
-    "sort": "dimension",
-}
-"""Operations along one axis that keep all axes, and the parameter that names it."""
-
-OF_MATRICES = set("cholesky eigh lu qr svd triangular_solve".split())
-"""Operations on the last two axes."""
-
-
-class _Mixed:
-    """The state of an array whose rows may read other rows."""
-
-
-MIXED = _Mixed()
+__all__ = ["follow_rows", "row_axes"]
 
 
 def row_axes(fn: Callable[..., Any], values: Any, axes: Sequence[int | None]) -> list[Any]:
@@ -45,180 +32,181 @@ def row_axes(fn: Callable[..., Any], values: Any, axes: Sequence[int | None]) ->
     **Example**
 
     >>> import jax.numpy as jnp
-    >>> from numpyro_ebm.program.row_axes import MIXED, row_axes
+    >>> from numpyro_ebm.program.row_axes import row_axes
+    >>> from numpyro_ebm.program.rows import MIXED
     >>> row_axes(lambda v: jnp.sum(v**2, -1), jnp.ones((5, 3)), [0])
     [0]
     >>> row_axes(lambda v: v - v.mean(0), jnp.ones((5, 3)), [0]) == [MIXED]
     True
     """
-    return _walk(jax.make_jaxpr(fn)(values), axes)
+    return [x.axis for x in follow_rows(fn, values, [Rows(axis) for axis in axes])]
 
 
-def _walk(closed, states):
-    return interpret(closed, _results, states, lambda _: None)
+def follow_rows(fn: Callable[..., Any], values: Any, rows: Sequence[Rows]) -> list[Rows]:
+    """What the results of a function have to do with the rows.
+
+    :param fn: a function of a pytree of arrays; it is traced, not run.
+    :param values: its argument.
+    :param rows: what every leaf of it has to do with the rows, a list of :class:`Rows`.
+    :return: the same for every leaf of the result.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> from numpyro_ebm.program.row_axes import follow_rows
+    >>> from numpyro_ebm.program.rows import Rows
+    >>> group = jnp.array([0, 0, 1, 1])
+    >>> def fn(x):
+    ...     return x["v"] - x["effect"][group], x["v"] - x["effect"].mean()
+    >>> values = {"effect": jnp.ones(2), "v": jnp.ones(4)}
+    >>> found = follow_rows(fn, values, [Rows.data((2,), "effect"), Rows(0)])
+    >>> [sorted(x.differs) for x in found]
+    [['an array of shape (4,) that the model closes over', 'effect'], []]
+    """
+    return _walk(jax.make_jaxpr(fn)(values), rows)
+
+
+def _walk(closed, rows):
+    return interpret(closed, _results, rows, _constant)
+
+
+def _constant(x):
+    """An array that the program holds; it varies along the axes where its values do."""
+    shape = np.shape(x)
+    if not shape or max(shape) == 1:
+        return Rows()
+    label = f"an array of shape {shape} that the model closes over"
+    if not not_jax_tracer(x) or not hasattr(x.dtype, "kind"):
+        return Rows.data(shape, label)
+    x = np.asarray(x)
+    axes = [i for i, n in enumerate(shape) if n > 1 and np.any(x != np.take(x, [0], i))]
+    is_count = x.ndim == 1 and np.array_equal(x, np.arange(len(x)))
+    return Rows.counted(0, label) if is_count else Rows(None, frozenset(axes), frozenset([label]))
 
 
 def _results(eqn, operands):
-    state = None
-    if any(x is MIXED for x in operands):
-        state = MIXED
-    elif any(x is not None for x in operands):
-        state = _apply(eqn, operands)
-    return state if isinstance(state, list) else [state] * len(eqn.outvars)
+    name = eqn.primitive.name
+    if called(eqn) is not None:
+        return _walk(called(eqn), operands)
+    if name in LOOPS and not any(x.axis is MIXED for x in operands):
+        return LOOPS[name](_walk, eqn, operands)
+    if name == "iota":
+        found = Rows.counted(eqn.params["dimension"], "numbers counted along the rows")
+    else:
+        found = _apply(eqn, operands)
+    return [_of_shape(found, v.aval.shape) for v in eqn.outvars]
+
+
+def _of_shape(rows, shape):
+    """Along an axis of one element nothing varies."""
+    axes = [a for a in rows.varies if a is STEP or (a < len(shape) and shape[a] > 1)]
+    return rows._replace(varies=frozenset(axes))
 
 
 def _apply(eqn, operands):
-    name, params = eqn.primitive.name, eqn.params
-    shapes = [v.aval.shape for v in eqn.invars]
-    axes = {x for x in operands if x is not None}
-    axis = axes.pop()
-    if called(eqn) is not None:
-        return _walk(called(eqn), operands)
-    if name == "scan":
-        return _scan(eqn, operands)
-    if name == "dot_general":
-        return _contract(params["dimension_numbers"], operands, shapes)
-    if name == "gather":
-        return _gather(params, operands, shapes)
-    if name == "conv_general_dilated":
-        numbers = params["dimension_numbers"]
-        is_batch = operands[1] is None and params["batch_group_count"] == 1
-        return numbers.out_spec[0] if is_batch and axis == numbers.lhs_spec[0] else MIXED
-    if axes:  # what is left needs one axis for all
+    note = _note(eqn, operands)
+    if note == "first":  # the other branch is never taken
+        return operands[1]
+    if any(x.axis is MIXED for x in operands):
+        return mixed(operands)
+    differs = frozenset().union(*(x.differs for x in operands))
+    places = {
+        _row_place(eqn, i, x.axis, operands) for i, x in enumerate(operands) if x.axis is not None
+    }
+    if len(places) > 1 or MIXED in places:
+        is_lookup = eqn.primitive.name.startswith(("gather", "scatter"))
+        return mixed(operands, eqn.primitive.name if is_lookup else None)
+    free = [(i, x) for i, x in enumerate(operands) if x.axis is None]
+    varies = {i: _spread(eqn, i, x) for i, x in free}
+    if not places:
+        labels = frozenset().union(*(x.labels for _, x in free))
+        new = new_variation(eqn)
+        if new and not labels:
+            labels = frozenset([f"the operation '{eqn.primitive.name}'"])
+        return Rows(None, new.union(*varies.values()), labels, note=note)
+    (axis,) = places
+    if eqn.primitive.name == "gather" and operands[0].axis is not None:
+        differs -= _own_numbers(operands[1])
+    for i, x in free:
+        is_looked_up = eqn.primitive.name == "gather" and i == 0 and differs
+        if axis in varies[i] or is_looked_up:
+            differs |= x.labels
+    return Rows(axis, differs=differs, note=note)
+
+
+def _row_place(eqn, operand, axis, operands):
+    """The axis of the rows in a result, as one operand has it."""
+    if axis is STEP:
+        return STEP
+    axes, is_aligned = place_of(eqn, operand, axis)
+    if eqn.primitive.name == "gather" and operand == 0 and not axes:
+        axes, is_aligned = _own_places(eqn, axis, operands[1].note)
+    if axes is None or len(axes) != 1 or not is_aligned:
         return MIXED
-    if name in ELEMENTWISE:
-        result = eqn.outvars[0].aval.shape
-        with_rows = [s for s, x in zip(shapes, operands, strict=True) if x is not None]
-        same = all(len(s) == len(result) and s[axis] == result[axis] for s in with_rows)
-        return axis if same else MIXED
-    if name == "broadcast_in_dim":
-        return params["broadcast_dimensions"][axis]
-    if name == "reshape":
-        if params["dimensions"] is not None:  # another order of elements
-            return MIXED
-        return _reshaped(shapes[0], eqn.outvars[0].aval.shape, axis)
-    if name == "transpose":
-        return params["permutation"].index(axis)
-    if name == "squeeze" or name.startswith(("reduce_", "arg")):
-        return _without(params, axis)
-    if name in ALONG_ONE:
-        return axis if params[ALONG_ONE[name]] != axis else MIXED
-    if name in ("concatenate", "stack", "split", "unstack"):
-        return _joined(name, params, axis)
-    if name == "rev":
-        return MIXED if axis in params["dimensions"] else axis
-    if name == "pad":
-        return axis if tuple(params["padding_config"][axis]) == (0, 0, 0) else MIXED
-    if name in ("slice", "dynamic_slice", "dynamic_update_slice"):
-        return _sliced(name, eqn, operands, axis)
-    if name == "top_k":
-        return MIXED if axis == params.get("axis", -1) % len(shapes[0]) else axis
-    if name in OF_MATRICES:
-        return axis if axis < len(shapes[0]) - 2 else MIXED
-    return MIXED
+    (place,) = axes
+    size = eqn.invars[operand].aval.shape[axis]
+    return place if eqn.outvars[0].aval.shape[place] == size else MIXED
 
 
-def _reshaped(before, after, axis):
-    """The same axis, where as many elements precede it as before."""
-    ahead = math.prod(before[:axis])
-    for i, size in enumerate(after):
-        if size == before[axis] and math.prod(after[:i]) == ahead:
-            return i
-    return MIXED
+def _own_places(eqn, axis, note):
+    """Where every row is looked up at its own number, as in ``x[jnp.arange(len(x)), k]``."""
+    numbers = eqn.params["dimension_numbers"]
+    if note is None or axis not in numbers.start_index_map:
+        return frozenset(), False
+    kind, counted = note
+    rank = eqn.invars[1].aval.ndim
+    if kind == COUNTS and counted != rank - 1 and eqn.invars[1].aval.shape[-1] == 1:
+        kind, counted = COLUMNS, {0: counted}
+    elif kind == COLUMNS:
+        counted, _ = counted
+    column = numbers.start_index_map.index(axis)
+    if kind != COLUMNS or column not in counted:
+        return frozenset(), False
+    batch = [i for i in range(eqn.outvars[0].aval.ndim) if i not in numbers.offset_dims]
+    return frozenset([batch[counted[column]]]), True
 
 
-def _without(params, axis):
-    gone = params.get("axes", params.get("dimensions"))
-    if gone is None or axis in gone:
-        return MIXED
-    return axis - sum(other < axis for other in gone)
+def _own_numbers(index):
+    """What tells rows apart in an index only because every row is looked up at its own number."""
+    kind, found = index.note or ("", ({}, frozenset()))
+    if kind == COLUMNS:
+        return found[1]
+    return index.labels if kind == COUNTS else frozenset()
 
 
-def _joined(name, params, axis):
-    at = params["dimension" if name == "concatenate" else "axis"]
-    if name == "stack":
-        return axis + (at <= axis)
-    if at == axis:
-        return MIXED
-    return axis - (at < axis) if name == "unstack" else axis
+def _spread(eqn, operand, rows):
+    """Axes of a result along which an operand that reads no row makes it vary."""
+    found = set()
+    for axis in rows.varies:
+        axes = {STEP} if axis is STEP else place_of(eqn, operand, axis).axes
+        found |= set(range(max(v.aval.ndim for v in eqn.outvars))) if axes is None else axes
+    return found
 
 
-def _sliced(name, eqn, operands, axis):
-    """A part of every row; the rows themselves stay as they are."""
-    num_arrays = 2 if name == "dynamic_update_slice" else 1
-    if any(x is not None for x in operands[num_arrays:]):
-        return MIXED  # where the part begins depends on the rows
-    whole = eqn.invars[0].aval.shape[axis]
-    part = eqn.invars[1] if num_arrays == 2 else eqn.outvars[0]
-    return axis if part.aval.shape[axis] == whole else MIXED
+def _note(eqn, operands):
+    """What is known of the values of a result, of those that count rows."""
+    name, notes = eqn.primitive.name, [x.note for x in operands]
+    kinds = [None if x is None else x[0] for x in notes]
+    if name == "select_n" and kinds[:2] == [NEVER, COUNTS]:
+        return "first"
+    if COUNTS not in kinds:
+        return notes[0] if name in ("convert_element_type", "copy") else None
+    if name == "lt" and kinds[0] == COUNTS and _is_zero(eqn.invars[1]):
+        return NEVER, None
+    if name == "concatenate":
+        last = eqn.outvars[0].aval.ndim - 1
+        widths = [v.aval.shape[last] for v in eqn.invars]
+        if eqn.params["dimension"] != last or set(widths) != {1}:
+            return None
+        columns = {i: x[1] for i, x in enumerate(notes) if x and x[0] == COUNTS}
+        others = [x for i, x in enumerate(operands) if i not in columns]
+        own = frozenset().union(*(operands[i].labels for i in columns))
+        return COLUMNS, (columns, own.difference(*(x.labels | x.differs for x in others)))
+    if name in ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"):
+        place = _row_place(eqn, 0, notes[0][1], operands)
+        return None if place is MIXED else (COUNTS, place)
+    return None
 
 
-def _contract(numbers, operands, shapes):
-    """Rows of one side only, or of both along the same batch dimension."""
-    (left, right), batch = numbers
-    sides = []
-    for side, (axis, contracted) in enumerate(zip(operands, (left, right), strict=True)):
-        if axis is None:
-            continue
-        if axis in batch[side]:
-            sides.append(batch[side].index(axis))
-            continue
-        if axis in contracted:
-            return MIXED
-        free = [i for i in range(len(shapes[side])) if i not in contracted and i not in batch[side]]
-        start = len(batch[0])
-        if side == 1:
-            start += len(shapes[0]) - len(left) - len(batch[0])
-        sides.append(start + free.index(axis))
-    is_one = len(sides) == 1 or (sides[0] == sides[1] and sides[0] < len(batch[0]))
-    return sides[0] if is_one else MIXED
-
-
-def _gather(params, operands, shapes):
-    """Places of every row, the same in all or each with its own."""
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    table, index = operands[0], operands[1]
-    rank = len(shapes[1]) - 1 + len(numbers.offset_dims)
-    batch = [i for i in range(rank) if i not in numbers.offset_dims]
-    places = set()
-    if index is not None:
-        if index == len(shapes[1]) - 1:
-            return MIXED  # rows are coordinates of one place
-        places.add(batch[index])
-    if table in numbers.operand_batching_dims:
-        pair = numbers.operand_batching_dims.index(table)
-        places.add(batch[numbers.start_indices_batching_dims[pair]])
-    elif table is not None:
-        gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        if table in gone or index is not None or sizes[table] != shapes[0][table]:
-            return MIXED
-        kept = [i for i in range(len(shapes[0])) if i not in gone]
-        places.add(numbers.offset_dims[kept.index(table)])
-    return places.pop() if len(places) == 1 else MIXED
-
-
-def _scan(eqn, operands):
-    """A loop over another axis than the rows; its carry may gain an axis of rows on the way."""
-    inner = eqn.params["jaxpr"]
-    # Slices have an axis less inside; versions of JAX differ in how they count them otherwise.
-    arguments = zip(eqn.invars, inner.jaxpr.invars, strict=True)
-    results = zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
-    num_xs = sum(v.aval.ndim > u.aval.ndim for v, u in arguments)
-    num_carry = sum(v.aval.ndim == u.aval.ndim for v, u in results)
-    num_consts = len(operands) - num_xs - num_carry
-    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
-    xs = operands[num_consts + num_carry :]
-    if any(x == 0 for x in xs):
-        return MIXED
-    inside = [x if x is None else x - 1 for x in xs]
-    for _ in range(num_carry + 1):
-        results = _walk(inner, [*consts, *carry, *inside])
-        merged = [
-            new if old is None else (old if new in (None, old) else MIXED)
-            for old, new in zip(carry, results[:num_carry], strict=True)
-        ]
-        if merged == carry:
-            ys = [x + 1 if isinstance(x, int) else x for x in results[num_carry:]]
-            return [*carry, *ys]
-        carry = merged
-    return MIXED
+def _is_zero(atom):
+    return isinstance(atom, Literal) and np.ndim(atom.val) == 0 and atom.val == 0

@@ -118,7 +118,7 @@ def test_log_likelihood_integrates_continuous_latents_by_rows():
 def test_log_likelihood_of_covariates_wants_a_log_z_for_every_row():
     model = ebm.fixed(conditional, {})
     data = np.ones((4, 3), np.float32)
-    with pytest.raises(ModelError, match="one number was given"):
+    with pytest.raises(ModelError, match="one log Z was given"):
         ebm.log_likelihood(KEY, model, X, data, kind="square", log_normalizer=1.0)
     found = ebm.log_likelihood(KEY, model, X, data, kind="square", method="enumerate")
     exact = dist.Normal(0, np.exp(-X / 2)[:, None]).log_prob(data).sum(-1)

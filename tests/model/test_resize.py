@@ -102,8 +102,8 @@ def test_an_argument_that_is_as_long_as_the_data_is_not_taken_for_rows():
 
     weights = jax.random.normal(jax.random.key(2), (4, 2))
     row_model = read_model(model, (DATA, weights))
-    # It is: an argument with a number for every row may be one that the energy reads row by row.
-    assert row_model.covariates and with_rows(row_model, 7) is None
+    assert not row_model.covariates
+    assert with_rows(row_model, 7) is None  # repeating its first row would be another model
 
 
 def test_latent_sites_are_resized_along():

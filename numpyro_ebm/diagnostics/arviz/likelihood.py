@@ -14,6 +14,7 @@ import numpy as np
 from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
+from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import run_compiled
 
@@ -76,10 +77,9 @@ def _log_densities(seen, log_normalizer):
             f"to_arviz: `log_normalizer` has shape {shape}; it is a number, or one for each of "
             f"the {rows} observed rows."
         )
-    if seen.covariates and shape == () and rows > 1:
-        raise ModelError(
-            "to_arviz: the energy reads an argument that differs from row to row, so every row "
-            "has a log Z of its own, and one number was given for all of them."
+    if shape == () and rows > 1:
+        check_rows_alike(
+            seen, "to_arviz: one log Z was given for all rows", f"Give an array of shape ({rows},)."
         )
     try:
         marginal, _, _ = pick_marginal("to_arviz", seen, None, None, None)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Whether the rows of a model are apart, and whether they share their normalizer.
+
+.. math:: \frac{∂ E_i}{∂ v_j} = 0 \quad (i \neq j), \qquad E_i(v) = E_j(v)
+
+Rows are independent draws of one density each: objectives average over them, kernels move and
+accept them one by one, and log Z is that of one row. An energy that subtracts the mean of the batch
+has another normalizer. Where a row's energy reads anything else that differs from row to row, be it
+an argument, an array that the model closes over, a parameter of every group or the index of a
+plate, every row has a normalizer of its own.
+
+Both are read off the operations of the energy, without running it
+(:mod:`~numpyro_ebm.program.row_axes`). What that does not prove is settled by evaluation
+(:mod:`~numpyro_ebm.model.row_trials`); what stays unknown is refused, or counts as different.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ebm._compat import not_jax_tracer
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.model.row_trials import coupled_terms, row_axis_of, rows_differ
+from numpyro_ebm.program.row_axes import follow_rows
+from numpyro_ebm.program.rows import MIXED, Rows
+
+__all__ = ["check_rows", "check_rows_alike"]
+
+
+def check_rows(row_model: RowModel) -> None:
+    """Raise if a row depends on the values of other rows, and note what tells rows apart.
+
+    :param RowModel row_model: the model; its ``covariates`` are set.
+    :raises ModelError: naming the energy and what to write instead.
+    """
+    if row_model.num_rows < 2:
+        return
+    terms = _follow_terms(row_model)
+    doubtful = [name for name, x in terms.items() if x.axis is MIXED]
+    looked_up = [name for name in doubtful if terms[name].note is not None]
+    for name in looked_up or (coupled_terms(row_model, doubtful) if doubtful else ()):
+        kind = "energy" if name in row_model.energies else "site"
+        raise ModelError(
+            f"The {kind} '{name}' of a row depends on other rows of the plate '{row_model.plate}' "
+            f"({_reason(terms[name])}, say). Rows are independent draws, and their normalizer is "
+            "that of one row. Put coordinates that interact into one row, as event dimensions "
+            "(`event_shape=`), and compute statistics of the data outside the model."
+        )
+    labels = frozenset().union(*(x.apart for x in terms.values() if x.axis is not MIXED))
+    if not labels and doubtful and rows_differ(row_model):
+        labels = frozenset().union(*(terms[name].differs for name in doubtful))
+    row_model.covariates = sorted(labels)
+
+
+def check_rows_alike(row_model: RowModel, who: str, remedy: str) -> None:
+    """Raise if rows have densities, and so normalizers, of their own.
+
+    :param RowModel row_model: the model.
+    :param str who: who needs them alike, and why.
+    :param str remedy: what to do instead, a sentence.
+    :raises ModelError: naming what tells the rows apart.
+    """
+    if row_model.covariates:
+        raise ModelError(
+            f"{who}, but every row has a density and a log Z of its own, because its energy reads "
+            f"what differs from row to row: {', '.join(row_model.covariates)}. {remedy}"
+        )
+
+
+def _reason(rows):
+    if rows.note is None:
+        return "through a mean over the rows, or a difference of neighbours"
+    return f"it looks rows up by number, in a `{rows.note[1]}`: an index, or a sum over groups"
+
+
+def _follow_terms(row_model):
+    """What every term has to do with the rows."""
+    traced, values = row_model.traced, {k: x.value for k, x in row_model.sites.items()}
+    data = {
+        "parameters": row_model.parameters,
+        "plates": row_model.plates,
+        "observed": {name: site.value for name, site in row_model.observed.items()},
+        "arrays": traced.arguments.arrays if traced.takes_arrays else {},
+    }
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(data):
+        kind, name = path[0].key, path[1].key
+        if kind == "plates" and _counts(x):
+            found.append(Rows.counted(0, WORDS[kind].format(name)))
+        else:
+            name = traced.arguments.names.get(name, name)
+            found.append(Rows.data(jnp.shape(x), WORDS[kind].format(name)))
+    found += [
+        Rows(row_axis_of(row_model.sites[name], values[name], row_model)) for name in sorted(values)
+    ]
+    names = []
+
+    def terms(data, values):
+        here = traced.with_arrays(data["arrays"]) if traced.takes_arrays else traced
+        every = {**data["plates"], **data["parameters"], **data["observed"], **values}
+        found = here.evaluate("terms", every)
+        names[:] = sorted(found)
+        return [found[name] for name in names]
+
+    states = follow_rows(lambda both: terms(*both), (data, values), found)
+    return dict(zip(names, states, strict=True))
+
+
+WORDS = {
+    "parameters": "the parameter '{}'",
+    "plates": "the indices of the plate '{}'",
+    "observed": "the observed site '{}'",
+    "arrays": "{}",
+}
+"""What a label says, by kind of array."""
+
+
+def _counts(x):
+    return not_jax_tracer(x) and np.array_equal(x, np.arange(len(x)))
