@@ -16,6 +16,7 @@ PAGES = [
     "docs/language.md",
     pytest.param("docs/marginals.md", marks=pytest.mark.slow),
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
+    "docs/weights.md",
     pytest.param("docs/priors.md", marks=pytest.mark.slow),
     pytest.param("docs/sampling.md", marks=pytest.mark.slow),
     pytest.param("docs/normalizers.md", marks=pytest.mark.slow),

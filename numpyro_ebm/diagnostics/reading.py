@@ -28,7 +28,7 @@ def read_rows(
 ) -> RowModel:
     """Read a fixed model at data.
 
-    :raises ModelError: if it has free parameters, or its data are missing.
+    :raises ModelError: if it has free parameters, its data are missing, or its rows have weights.
     """
     if data is None:
         raise ModelError(f"{who}: `data` is None. Pass the rows, the model's first argument.")
@@ -42,6 +42,11 @@ def read_rows(
         raise ModelError(
             f"{who}: the model observes nothing. Give its first argument, the data, as `obs=` to "
             "the visible sites."
+        )
+    if row_model.row_weights is not None:
+        raise ModelError(
+            f"{who} counts every row once, and `handlers.scale` or `handlers.mask` says otherwise. "
+            "Drop the masked rows, and read the model without these handlers."
         )
     return row_model
 

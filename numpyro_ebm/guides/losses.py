@@ -184,16 +184,18 @@ def row_guide_loss(
     guide_params = {**params, **guide_params}  # a guide may use parameters of the model
     if hasattr(guide_loss, "rows"):
         rows = guide_loss.rows(rng_key, params, guide_params, problem)
-        return jnp.mean(rows if weights is None else weights * rows)
+        return row_model.mean(rows if weights is None else weights * rows)
     visible, _ = row_model.constrain(stop_gradient(problem.unconstrained))
+    if row_model.row_weights is not None:
+        weights = row_model.row_weights * (1.0 if weights is None else weights)
     if weights is not None and isinstance(guide_loss, TraceGraph_ELBO):
         # Its score-function term is a product of two scaled log-densities of a row. For the same
         # reason the mean over rows is taken below, and not by a scale of 1/rows.
         weights = jnp.sqrt(weights)
-    scale = row_model.num_rows / row_model.total_rows * (1.0 if weights is None else weights)
+    weights = 1.0 if weights is None else weights
 
     def handled(fn):
-        return _scale_rows(fn, row_model, scale)
+        return _scale_rows(fn, row_model, weights)
 
     # Parameters with priors are constants here, which no guide for h has to draw.
     theta = {name: params[name] for name in row_model.priors}
@@ -227,16 +229,25 @@ class _relax_bernoulli(Messenger):
 
 
 class _scale_rows(Messenger):
-    """Scale the log-densities of the sites in the data plate, row by row."""
+    """Scale the log-densities of the sites in the data plate, row by row.
+
+    Where the rows of the model have weights, these are among the scales, and take the place of the
+    user's own handlers around model and guide.
+    """
 
     def __init__(self, fn, row_model, scale):
         self.row_model, self.row_scale = row_model, scale
         super().__init__(fn)
 
     def process_message(self, msg):
-        if msg["type"] != "sample" or self.row_model.plate not in plates_of(msg):
+        row_model = self.row_model
+        if msg["type"] != "sample" or row_model.plate not in plates_of(msg):
             return
         scale = self.row_scale
         if jnp.ndim(scale):
-            scale = jnp.reshape(scale, (-1,) + (1,) * (-self.row_model.dim - 1))
-        msg["scale"] = scale if msg["scale"] is None else scale * msg["scale"]
+            scale = jnp.reshape(scale, (-1,) + (1,) * (-row_model.dim - 1))
+        if row_model.row_weights is not None:
+            msg["scale"] = scale * row_model.scale_of_plates(msg)
+        else:
+            scale = scale * row_model.num_rows / row_model.total_rows
+            msg["scale"] = scale if msg["scale"] is None else scale * msg["scale"]

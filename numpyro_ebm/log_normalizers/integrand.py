@@ -20,7 +20,7 @@ from numpyro.distributions import ImproperUniform, MaskedDistribution
 
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import uncondition
-from numpyro_ebm.language.sites import layers
+from numpyro_ebm.language.sites import layers, without_masks
 from numpyro_ebm.log_normalizers.shared_rows import (
     placeholder_rows,
     read_one_row,
@@ -201,7 +201,7 @@ def read_integrand(
         for name, x in seen.to_rows(seen.unconstrain_visible()).items()
         if not seen.visible[name].is_discrete
     }
-    free = uncondition(model, tuple(seen.visible))
+    free = uncondition(seen.model, tuple(seen.visible))
     row_model = read_fixed_model(free, args, kwargs)
     if is_shared is None:
         is_shared = not row_model.covariates
@@ -216,7 +216,7 @@ def _proper_sites(row_model, names):
 
     def is_proper(site):
         improper = MaskedDistribution | ImproperUniform | Counting
-        is_flat = any(isinstance(x, improper) for x in layers(site["fn"]))
-        return not is_flat and row_model.user_scale(site) is None
+        is_flat = any(isinstance(x, improper) for x in layers(without_masks(site["fn"])))
+        return not is_flat
 
     return frozenset(name for name in names if is_proper(model_trace[name]))

@@ -134,20 +134,20 @@ def log_likelihood(
             "log_likelihood: one log Z was given for all rows",
             f"Give an array of shape ({row_model.num_rows},).",
         )
-    inner, error = _sum_latents(key_latent, row_model, model, args, kwargs, Options(**own))
-    value = inner - log_z.value
+    inner, error = _sum_latents(key_latent, row_model, args, kwargs, Options(**own))
+    value = row_model.weigh(inner - log_z.value)
     if not with_error:
         return value
     mcse = jnp.broadcast_to(jnp.sqrt(error**2 + jnp.asarray(log_z.mcse) ** 2), value.shape)
-    return LogLikelihood(value, mcse, log_z)
+    return LogLikelihood(value, row_model.weigh(mcse), log_z)
 
 
-def _sum_latents(rng_key, row_model, model, args, kwargs, options):
+def _sum_latents(rng_key, row_model, args, kwargs, options):
     """log ∫ p̃(v, h) dh of every row and its error."""
     try:
         marginal = exact_marginal(row_model)
     except ModelError:
-        integrand = read_integrand(rng_key, model, args, kwargs, unconditioned=False)
+        integrand = read_integrand(rng_key, row_model.model, args, kwargs, unconditioned=False)
         result = run_method(rng_key, integrand, None, options)
         return jnp.broadcast_to(result.value, (row_model.num_rows,)), jnp.asarray(result.mcse)
     value = jax.jit(lambda: marginal.log_density(row_model, {}, row_model.visible_values))()

@@ -280,7 +280,7 @@ def _sum_scalar_sites(row_model, params, values):
         model_trace = packed_trace(model).get_trace(*row_model.args, **row_model.kwargs)
     factors, plates = [], frozenset()
     for site in filter(row_model.owns, model_trace.values()):
-        log_prob, dim_to_name = row_model.scaled_log_prob(site), site["infer"]["dim_to_name"]
+        log_prob, dim_to_name = row_model.site_log_prob(site), site["infer"]["dim_to_name"]
         if not dim_to_name:  # a plate of size one has no name in funsor
             log_prob = jnp.squeeze(log_prob)
         factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data plate of a model: which one it is, and sums over everything else."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.sites import is_energy, plates_of
+from numpyro_ebm.language.sites import is_energy, obs_masked, plates_of, without_masks
 from numpyro_ebm.types import Trace
 
 __all__ = ["DataPlate", "find_data_plate"]
@@ -28,10 +29,21 @@ class DataPlate:
     :param int dim: its dimension, counted from the right.
     :param int num_rows: its rows at hand.
     :param int total_rows: its rows before any subsampling.
+    :param dict subsampled: of further plates, N/B by name.
+    :param obs_masked: names of the sites that NumPyro makes of one with an `obs_mask`.
     """
 
-    def __init__(self, plate: str, dim: int, num_rows: int, total_rows: int):
+    def __init__(
+        self,
+        plate: str,
+        dim: int,
+        num_rows: int,
+        total_rows: int,
+        subsampled: dict[str, float],
+        obs_masked: frozenset[str],
+    ):
         self.plate, self.dim, self.num_rows, self.total_rows = plate, dim, num_rows, total_rows
+        self.subsampled, self.obs_masked = subsampled, obs_masked
 
     def owns(self, site: dict[str, Any]) -> bool:
         """Whether a site of a trace is a sample site inside the data plate."""
@@ -40,22 +52,54 @@ class DataPlate:
     def site_log_densities(self, model_trace: Trace) -> dict[str, jax.Array]:
         """Log-density per row, of shape (rows,), of every site of the data plate in a trace."""
         return {
-            name: self.sum_to_rows(self.scaled_log_prob(site))
+            name: self.sum_to_rows(self.site_log_prob(site))
             for name, site in model_trace.items()
             if self.owns(site)
         }
 
-    def scaled_log_prob(self, site: dict[str, Any]) -> jax.Array:
-        """Log-density of a traced site, without the N/B of a subsampled data plate."""
-        log_prob, scale = site["fn"].log_prob(site["value"]), self.user_scale(site)
-        return log_prob if scale is None else scale * log_prob
+    def site_log_prob(self, site: dict[str, Any]) -> jax.Array:
+        """Log-density of a traced site, without the N/B of a subsampled data plate.
+
+        Scales and masks of rows are not part of it: see :mod:`numpyro_ebm.model.row_weights`.
+        """
+        fn = site["fn"]
+        if site["name"] not in self.obs_masked:
+            fn = without_masks(fn, constant=is_energy(site))
+        log_prob, scale = fn.log_prob(site["value"]), self.scale_of_plates(site)
+        return log_prob if scale == 1.0 else scale * log_prob
 
     def user_scale(self, site: dict[str, Any]) -> Any:
         """The scale of a traced site that the user's own `handlers.scale` gave it, if any."""
-        subsampling = self.total_rows / self.num_rows
-        scale = 1.0 if site["scale"] is None else site["scale"] / subsampling
+        if site["scale"] is None:
+            return None
+        subsampling = self.total_rows / self.num_rows * self.scale_of_plates(site)
+        scale = site["scale"] / subsampling
         is_one = not_jax_tracer(scale) and bool(np.all(np.asarray(scale) == 1.0))
         return None if is_one else scale
+
+    def is_by_row(self, x: Any) -> bool:
+        """Whether what broadcasts against the log-density of a site is the same within a row."""
+        row_axis = jnp.ndim(x) + self.dim
+        return all(size == 1 for axis, size in enumerate(jnp.shape(x)) if axis != row_axis)
+
+    def by_row(self, name: str, x: Any) -> jax.Array:
+        """What broadcasts against the log-density of a site, as an array of shape (rows,).
+
+        :raises ModelError: if it differs within a row.
+        """
+        if not self.is_by_row(x):
+            raise ModelError(
+                f"`handlers.scale` or `handlers.mask` around '{name}' has the shape "
+                f"{jnp.shape(x)} and differs within a row of the plate '{self.plate}'. Both are "
+                "for whole rows, one value each. Multiply single terms of an energy inside of it, "
+                "or temper the whole of it by `numpyro_ebm.temper`; for entries that are missing "
+                "pass `obs_mask` to `numpyro.sample`."
+            )
+        return jnp.broadcast_to(jnp.reshape(x, (-1,)), (self.num_rows,))
+
+    def scale_of_plates(self, site: dict[str, Any]) -> float:
+        """N/B of the subsampled plates around a site, but for the data plate."""
+        return math.prod(self.subsampled.get(name, 1.0) for name in plates_of(site))
 
     def sum_to_rows(self, log_prob: jax.Array) -> jax.Array:
         """Sum over all plates but the data plate."""
@@ -91,8 +135,14 @@ def find_data_plate(model_trace: Trace, outside: Collection[str] | None = ()) ->
             what = "The energy" if is_energy(site) else "The visible site"
             raise ModelError(f"{what} '{site['name']}' is outside any plate. {WHAT_A_ROW_NEEDS}")
     frame = _shared_frame(energies + observed)
-    size, subsample_size = model_trace[frame.name]["args"]
-    return DataPlate(frame.name, frame.dim, frame.size, size)
+    plates = {name: x["args"] for name, x in model_trace.items() if x["type"] == "plate"}
+    others = {
+        name: size / part
+        for name, (size, part) in plates.items()
+        if name != frame.name and part not in (None, size)
+    }
+    masked = obs_masked(model_trace)
+    return DataPlate(frame.name, frame.dim, frame.size, plates[frame.name][0], others, masked)
 
 
 def _shared_frame(sites):

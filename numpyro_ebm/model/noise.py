@@ -140,7 +140,7 @@ class Noise:
         if found is None:
             noise_trace = self._trace({**params, **values})
             for name in row_model.visible:
-                total = total + row_model.sum_to_rows(row_model.scaled_log_prob(noise_trace[name]))
+                total = total + row_model.sum_to_rows(row_model.site_log_prob(noise_trace[name]))
             return total
         for name, site in row_model.visible.items():
             log_prob = found[name].log_prob(values[name])

@@ -17,6 +17,7 @@ import jax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model import provenance
+from numpyro_ebm.model.obs_masks import RowsObserved
 from numpyro_ebm.model.row_analysis import check_rows
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.traced_model import TracedModel, trace_model
@@ -47,7 +48,13 @@ def read_model(
     :raises ModelError: if there is no data plate or more than one, no energy, or an energy that
         does not depend on the visible sites; the message names the site and what to write instead.
     """
-    traced = trace_model(model, args, kwargs, params, may_observe_outside=may_observe_outside)
+
+    def trace(model):
+        return trace_model(model, args, kwargs, params, may_observe_outside=may_observe_outside)
+
+    traced = trace(model)
+    if traced.row_observed is not None:
+        traced = trace(RowsObserved(model, traced.row_observed))
     row_model = traced.bind(rng_key)
     provenance.check_model(row_model)
     check_rows(row_model)

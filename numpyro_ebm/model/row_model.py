@@ -48,6 +48,8 @@ class RowModel(DataPlate):
     - **is_fixed** - whether the model itself answers for its normalizer.
     - **unconditioned** - names of the sites whose observation was taken away.
     - **integrated** - names of the real sites that kernels integrate out; see the handler.
+    - **row_weights** - how often the rows count, of shape (rows,), or ``None`` for once; see
+      :mod:`~numpyro_ebm.model.row_weights`.
     - **covariates** - arguments other than the visible values, and parameters, that give every row
       an energy (and so a normalizer) of its own.
     - **arguments** - which argument is the value of which visible site.
@@ -68,7 +70,7 @@ class RowModel(DataPlate):
         self.model = traced.model
         self.args, self.kwargs = traced.arguments.args, traced.arguments.kwargs
         at = traced.data_plate
-        super().__init__(at.plate, at.dim, at.num_rows, at.total_rows)
+        super().__init__(at.plate, at.dim, at.num_rows, at.total_rows, at.subsampled, at.obs_masked)
         self.energies, self.is_fixed = traced.energies, traced.is_fixed
         self.unconditioned, self.integrated = traced.unconditioned, traced.integrated
         self.visible = {k: x for k, x in sites.items() if k in traced.observed}
@@ -76,6 +78,7 @@ class RowModel(DataPlate):
         self.observed: dict[str, RowSite] = {}
         self.plates, self.parameters = plates, parameters
         self.constraints, self.priors = constraints, priors
+        self.row_weights: jax.Array | None = None
         self.covariates: list[str] = []  # found by `provenance.check_model`, as the next
         self.arguments: dict[str, str] = {}
         self._remembered: dict[Any, Any] = {}  # see `remember`
@@ -94,6 +97,21 @@ class RowModel(DataPlate):
     def terms(self, data: Params) -> dict[str, jax.Array]:
         """The terms of :meth:`log_density` by site, each of shape (rows,)."""
         return self.traced.evaluate("terms", {**self._own_values(), **data})
+
+    def weigh(self, rows: jax.Array) -> jax.Array:
+        """What rows count: an array of shape (..., rows) times their weights, if they have any.
+
+        Rows of weight 0 count exactly 0.
+        """
+        weights = self.row_weights
+        return rows if weights is None else jnp.where(weights > 0, weights * rows, 0.0)
+
+    def mean(self, rows: jax.Array) -> jax.Array:
+        r"""The mean over rows that a loss is, :math:`\frac1N \sum_n w_n x_n`.
+
+        :param rows: array of shape (..., rows); the axes in front are averaged over as well.
+        """
+        return jnp.mean(self.weigh(rows))
 
     def log_prior(self, params: Params) -> jax.Array:
         """log π(θ), a scalar: the log-density of all that the model states outside its plate."""

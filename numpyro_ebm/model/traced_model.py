@@ -20,8 +20,10 @@ from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwrap
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.data_plate import find_data_plate
+from numpyro_ebm.model.obs_masks import row_observed
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite, check_data, placeholder
+from numpyro_ebm.model.row_weights import RowWeights, find_weights, stand_in
 from numpyro_ebm.program.marks import MarkedProgram, marked, signature
 from numpyro_ebm.types import Model, Params
 
@@ -78,6 +80,8 @@ class TracedModel:
         except NEEDS_VALUES as error:  # the model calculates with arguments in Python
             self._arrays, self._needs_values = {}, error
             self._program = MarkedProgram(self._run, rng_key, data, {})
+        own = self._with_role("param", "prior", "latent")
+        self._row_weights = RowWeights(self._program, self._weights, own)
 
     def _run(self, rng_key, data, arrays):
         here = self.arguments.with_arrays(arrays)
@@ -103,7 +107,9 @@ class TracedModel:
             {name: constraint for name, (_, constraint) in param_sites(sites).items()},
             {name: sites[name]["fn"] for name in self._with_role("prior")},
         )
-        return {"visible": visible, "found": found, **self._results(sites)}
+        self._weights = find_weights(self.data_plate, sites)
+        self.row_observed = row_observed(self.data_plate, sites)
+        return {"visible": visible, "found": found, **self._weights, **self._results(sites)}
 
     def _find_roles(self, sites):
         self._roles = {name: _role(site, self.data_plate) for name, site in sites.items()}
@@ -157,14 +163,29 @@ class TracedModel:
         params = {k: x for k, x in (params or {}).items() if k in own}
         if self._has_loops or not self._program.takes(params):
             return self.at(self.arguments.args, self.arguments.kwargs, params).bind(rng_key)
+        weights = self.row_weights(rng_key, params)
         self.check_data(rng_key, params)
         sites, plates, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
-        return RowModel(self, sites, plates, {**own, **params}, constraints, priors)
+        sites |= {name: self._counting(sites[name], weights) for name in self.observed}
+        row_model = RowModel(self, sites, plates, {**own, **params}, constraints, priors)
+        row_model.row_weights = weights
+        return row_model
+
+    def row_weights(self, rng_key: jax.Array, params: Params) -> jax.Array | None:
+        """How often the rows count, of shape (rows,), or ``None`` for once."""
+        return self._row_weights.at((rng_key, self.data, self._arrays), params)
 
     def check_data(self, rng_key: jax.Array, params: Params) -> None:
         """Raise if the data cannot be the values of the visible sites, as far as they are known."""
+        weights = self.row_weights(rng_key, params)
         for site in self.visible(rng_key, params).values():
-            check_data(site)
+            check_data(self._counting(site, weights))
+
+    def _counting(self, site, weights):
+        """A visible site, with values of other rows in the place of those that do not count."""
+        if weights is None:
+            return site
+        return site._replace(value=stand_in(site, self.data_plate.dim, weights))
 
     def visible(self, rng_key: jax.Array, params: Params) -> dict[str, RowSite]:
         """The observed sites of the data plate at their values, by name."""

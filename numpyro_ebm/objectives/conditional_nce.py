@@ -2,7 +2,6 @@
 """Conditional noise contrast: the noise is the row, moved."""
 
 import jax
-import jax.numpy as jnp
 from jax.nn import softplus
 
 from numpyro_ebm.errors import check_integer, check_positive
@@ -60,4 +59,4 @@ class ConditionalNCE(Objective):
             return estimate.log_density(params, moved)
 
         moved = each(there, jax.random.split(key_noise, self.noise_ratio))
-        return jnp.mean(softplus(moved - here))
+        return problem.row_model.mean(softplus(moved - here))

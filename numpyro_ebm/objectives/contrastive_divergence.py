@@ -196,6 +196,12 @@ class ContrastiveDivergence(Objective):
                 f"{type(kernel).__name__} would sample the density raised to the power of its "
                 "scale. Drop `subsample_size` and pass `batch_size` to the run."
             )
+        if row_model.row_weights is not None and numpyros:
+            raise ModelError(
+                f"ContrastiveDivergence: the rows have weights, and {type(kernel).__name__} of "
+                "NumPyro would sample the density raised to their power. Use a kernel of "
+                "numpyro_ebm, such as `BlockGibbs` or `MALA`."
+            )
         args, kwargs = row_model.args, row_model.kwargs
         key_init, rng_key = jax.random.split(rng_key)
         state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)
@@ -230,14 +236,14 @@ class ContrastiveDivergence(Objective):
         if problem.marginal.value == "exact":  # both phases in one evaluation of the model
             both = jax.tree.map(lambda x, y: jnp.stack([x, y]), visible, problem.unconstrained)
             negative, positive = jax.vmap(partial(estimate.log_density, params))(both)
-            return jnp.mean(negative - positive)
+            return problem.row_model.mean(negative - positive)
         positive = estimate.log_density(params, problem.unconstrained)
         negative = self._log_density(key_negative, params, problem, problem.noise)
-        loss = jnp.mean(negative - positive)
+        loss = problem.row_model.mean(negative - positive)
         # Both phases have the right derivative and values of their own, not to be compared.
         negative = self._free_log_density(key_negative, params, problem, visible)
         positive = self._free_log_density(key_positive, params, problem, problem.unconstrained)
-        return loss + stop_gradient(jnp.mean(negative - positive) - loss)
+        return loss + stop_gradient(problem.row_model.mean(negative - positive) - loss)
 
     def _free_log_density(self, rng_key, params, problem, unconstrained):
         """log p̃(v), or a bound on it that is exact if the guide is: (rows,), for its value."""

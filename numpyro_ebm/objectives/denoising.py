@@ -89,7 +89,7 @@ class DenoisingScoreMatching(Objective):
         if self.variance_reduction:
             variance = 1.0 / self.noise_scale**2
             rows = rows - _control_variate(self, rng_key, params, problem, offset, 1.0, variance)
-        return jnp.mean(rows)
+        return problem.row_model.mean(rows)
 
 
 class MultiscaleDenoisingScoreMatching(Objective):
@@ -204,7 +204,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         if self.variance_reduction:
             variance = weight**2
             rows = rows - _control_variate(self, rng_key, params, problem, offset, scale, variance)
-        return jnp.mean(rows)
+        return problem.row_model.mean(rows)
 
 
 def _control_variate(objective, rng_key, params, problem, offset, scale, variance):

@@ -141,7 +141,7 @@ class EnergyDiscrepancy(Objective):
         if self.w > 0:
             own = jnp.full_like(log_ratios[:1], math.log(self.w))
             log_ratios = jnp.concatenate([own, log_ratios])
-        return jnp.mean(jax.nn.logsumexp(log_ratios, axis=0)) - math.log(self.num_samples)
+        return row_model.mean(jax.nn.logsumexp(log_ratios, axis=0) - math.log(self.num_samples))
 
     def _draw(self, rng_key, row_model, point):
         """One draw from the symmetric kernel q(· | point), the sites independently."""

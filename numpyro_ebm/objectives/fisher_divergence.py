@@ -149,7 +149,7 @@ class FisherDivergence(Objective):
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         linear, square = self.terms(rng_key, params, problem)
-        return jnp.mean(linear - 0.5 * square)
+        return problem.row_model.mean(linear - 0.5 * square)
 
     def _critic_loss(self, rng_key, params, own, problem):
         return -self.energy_loss(rng_key, {**params, **own}, problem)

@@ -15,7 +15,6 @@ CVPR 2020.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.lax import stop_gradient
 
@@ -131,7 +130,7 @@ class FlowContrastive(NCE):
         log_model, log_flow = self.densities(params, problem, flow, draws, key_data, key_noise)
         contrast = log_model - log_flow
         rows = self._rows(params, contrast[0], contrast[1:])
-        loss = -jnp.mean(rows)
+        loss = -problem.row_model.mean(rows)
         if self.likelihood_weight:
-            loss = loss - self.likelihood_weight * jnp.mean(log_flow[0])
+            loss = loss - self.likelihood_weight * problem.row_model.mean(log_flow[0])
         return loss

@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm._compat import find_stack_level
@@ -105,7 +104,7 @@ class MaximumLikelihood(Objective):
         estimate = self.estimate(rng_key, params, problem)
         here = estimate.log_density(params, problem.unconstrained)
         _, log_det = problem.row_model.constrain(problem.unconstrained)
-        return jnp.mean(self.log_normalizer(params, problem) - here + log_det)
+        return problem.row_model.mean(self.log_normalizer(params, problem) - here + log_det)
 
     def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> list[jax.Array]:
         """log Z with all nodes, with half of them, and with a reach of half the width."""

@@ -169,7 +169,7 @@ class NCE(NoiseContrast):
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         at_data, at_noise = self.contrast(rng_key, params, problem)
-        return jnp.mean(self._rows(params, at_data, at_noise))
+        return problem.row_model.mean(self._rows(params, at_data, at_noise))
 
     def _rows(self, params, at_data, at_noise):
         shift = params[LOG_NORMALIZER] + math.log(self.noise_ratio)
@@ -180,8 +180,9 @@ class NCE(NoiseContrast):
         at_data, at_noise = self.contrast(rng_key, params, problem)
         shift = params[LOG_NORMALIZER] + math.log(self.noise_ratio)
         doubt = lambda x: sigmoid(x - shift) * sigmoid(shift - x)  # noqa: E731
-        mixed = jnp.mean(doubt(at_data)) + self.noise_ratio * jnp.mean(doubt(at_noise))
-        return mixed * (1 + self.noise_ratio) / self.noise_ratio
+        mean = problem.row_model.mean
+        mixed = mean(doubt(at_data)) + self.noise_ratio * mean(doubt(at_noise))
+        return mixed / mean(jnp.ones_like(at_data)) * (1 + self.noise_ratio) / self.noise_ratio
 
     def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
         return self.overlap(rng_key, params, problem)
@@ -257,11 +258,17 @@ class NCE(NoiseContrast):
                 return self.contrast(key_draw, {**params, **unravel(flat)}, problem)
 
             def rows(flat):
-                return self._rows({**params, **unravel(flat)}, *contrast(flat))
+                rows = self._rows({**params, **unravel(flat)}, *contrast(flat))
+                return problem.row_model.weigh(rows)
+
+            def log_model(flat):
+                mean = problem.row_model.mean
+                at_data, _ = contrast(flat)
+                return mean(at_data) / mean(jnp.ones_like(at_data))
 
             gradients = jax.jacfwd(rows)(flat)
             hessian = jax.jacfwd(jax.grad(lambda x: jnp.mean(rows(x))))(flat)
-            to_model = jnp.mean(jax.jacfwd(lambda x: contrast(x)[0])(flat), 0)
+            to_model = jax.grad(log_model)(flat)
             direction = jax.grad(lambda x: unravel(x)[LOG_NORMALIZER])(flat) - to_model
             # Parameters in units of their own curvature, so that the cut of pinv means the same.
             unit = 1.0 / jnp.sqrt(jnp.maximum(jnp.abs(jnp.diag(hessian)), 1e-30))
@@ -295,6 +302,7 @@ def _fit_noise(objective):
 
     def loss(rng_key, params, own, problem):
         noise = objective.read_noise(problem.row_model)
-        return -jnp.mean(noise.log_density({**params, **own}, problem.unconstrained))
+        rows = noise.log_density({**params, **own}, problem.unconstrained)
+        return -problem.row_model.mean(rows)
 
     return loss

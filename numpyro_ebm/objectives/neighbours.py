@@ -7,6 +7,7 @@ one gradient and the diagonal of a Hessian; otherwise every neighbour is an eval
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import jax
 import jax.core
@@ -68,7 +69,7 @@ class NeighbourObjective(Objective):
             if log_ratios is None and _has_a_row_for_each_axis(problem):
                 log_ratios = self._by_gradient(params, estimate, problem)
             if log_ratios is not None:
-                return jnp.mean(self._quadratic_loss(log_ratios, problem))
+                return problem.row_model.mean(self._quadratic_loss(log_ratios, problem))
         here = estimate.log_density(params, problem.unconstrained)
 
         def log_ratio(changed):
@@ -76,7 +77,8 @@ class NeighbourObjective(Objective):
             return estimate.log_density(params, point) - here
 
         sites = problem.row_model.visible.values()
-        return jnp.mean(sum(self._site_loss(site, problem, log_ratio) for site in sites))
+        total: Any = sum(self._site_loss(site, problem, log_ratio) for site in sites)
+        return problem.row_model.mean(total)
 
     def _by_products(self, params, problem):
         r"""log p̃ after a step δ along a coordinate minus before, where log p̃ is quadratic.

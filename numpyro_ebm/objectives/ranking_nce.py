@@ -61,4 +61,4 @@ class RankingNCE(NoiseContrast):
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         at_data, at_noise = self.contrast(rng_key, params, problem)
         everyone = jnp.concatenate([at_data[None], at_noise])
-        return jnp.mean(logsumexp(everyone, 0) - at_data)
+        return problem.row_model.mean(logsumexp(everyone, 0) - at_data)

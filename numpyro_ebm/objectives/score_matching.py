@@ -51,7 +51,8 @@ class ScoreMatching(Objective):
         estimate = self.estimate(rng_key, params, problem)
         directions = _basis(problem)
         trace = jax.vmap(lambda e: second_derivative(params, estimate, problem, e))(directions)
-        return jnp.mean(half_square(params, estimate, problem) + jnp.sum(trace, 0))
+        rows = half_square(params, estimate, problem) + jnp.sum(trace, 0)
+        return problem.row_model.mean(rows)
 
 
 class SlicedScoreMatching(Objective):
@@ -103,7 +104,7 @@ class SlicedScoreMatching(Objective):
         else:
             square = each(lambda e: _sliced_half_square(params, estimate, problem, e), slices)
             square = jnp.mean(square, 0)
-        return jnp.mean(square + jnp.mean(curvature, 0))
+        return problem.row_model.mean(square + jnp.mean(curvature, 0))
 
 
 def _sliced_half_square(params, estimate, problem, direction):

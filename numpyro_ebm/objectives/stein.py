@@ -157,11 +157,12 @@ class KernelSteinDiscrepancy(Objective):
         estimate = self.estimate(rng_key, params, problem)
         points, scores = row_model.flatten(point), row_model.flatten(estimate.score(point))
         of_pairs = self._halves if self.pairs == "halves" else self._all_pairs
+        counts = row_model.row_weights
         if self.weight is None:
-            z, rest = of_pairs(points, scores, None)
+            z, rest = of_pairs(points, scores, None, counts)
         else:  # κ of a weighted kernel is w w' κ at the score s + ∇ log w
             weights, slope = _weigh(self.weight, points)
-            z, rest = of_pairs(points, scores + slope, weights)
+            z, rest = of_pairs(points, scores + slope, weights, counts)
             rest = rest + jnp.sum(z * slope)
         z = row_model.unflatten(constant_once(z))
         # κ is bilinear in the scores of its sides: one derivative of log p̃ along z gives both.
@@ -169,27 +170,34 @@ class KernelSteinDiscrepancy(Objective):
         total = jnp.sum(along)
         return constant_once(rest - total) + 2.0 * total
 
-    def _scale(self, square_distances):
-        """1/ℓ²."""
+    def _scale(self, square_distances, counts):
+        """1/ℓ², with pairs that count so often, or once if that is ``None``."""
         if not isinstance(self.bandwidth, str):
             return 1.0 / self.bandwidth**2
         distances = jnp.sqrt(stop_gradient(square_distances))
-        median = jnp.median(distances)
+        if counts is None:
+            median, mean = jnp.median(distances), jnp.mean(distances)
+        else:
+            median = _weighted_median(distances, counts)
+            mean = jnp.average(distances, weights=counts)
         # Where most rows are equal the median is zero, which is no bandwidth: the mean then.
-        return 1.0 / jnp.where(median > 0, median, jnp.mean(distances)) ** 2
+        return 1.0 / jnp.where(median > 0, median, mean) ** 2
 
-    def _all_pairs(self, points, scores, weights):
+    def _all_pairs(self, points, scores, weights, counts):
         """Weights z_j of s_j, with Σ_j z_j·s_j + rest = KSD and 2 Σ_j z_j·∂s_j its gradient."""
         kernel, first, second = KERNELS[self.kernel]
         num, dimension = points.shape
         square = jnp.sum((points[:, None] - points) ** 2, -1)
         upper = jnp.triu_indices(num, 1)
-        scale = self._scale(square[upper])
+        count = None if counts is None else counts[:, None] * counts
+        scale = self._scale(square[upper], None if count is None else count[upper])
         t = scale * square
         if self.pairs == "all":
             pair = (1.0 - jnp.eye(num, dtype=t.dtype)) / (num * (num - 1))
         else:
             pair = jnp.full((num, num), 1.0 / num**2, t.dtype)
+        if count is not None:
+            pair = _share(pair * count, counts)
         if weights is not None:
             pair = weights[:, None] * weights * pair
         k, slope = pair * kernel(t), 2.0 * scale * pair * first(t)
@@ -198,19 +206,36 @@ class KernelSteinDiscrepancy(Objective):
         curvature = -2.0 * scale * jnp.sum(pair * (dimension * first(t) + 2.0 * t * second(t)))
         return k @ scores + pull, jnp.sum(scores * pull) + curvature
 
-    def _halves(self, points, scores, weights):
+    def _halves(self, points, scores, weights, counts):
         kernel, first, second = KERNELS[self.kernel]
         half, dimension = points.shape[0] // 2, points.shape[1]
         left, right = points[:half], points[half:]
         square = jnp.sum((left - right) ** 2, -1)
-        scale = self._scale(square)
+        count = None if counts is None else counts[:half] * counts[half:]
+        scale = self._scale(square, count)
         t = scale * square
-        pair = 1.0 / half if weights is None else weights[:half] * weights[half:] / half
+        pair: Any = 1.0 / half if count is None else _share(count, counts)
+        pair = pair if weights is None else weights[:half] * weights[half:] * pair
         towards = 2.0 * scale * (pair * first(t))[:, None] * (left - right)  # ∇_v k
         z = (pair * kernel(t))[:, None] * scores[:half] + towards
         rest = -jnp.sum(scores[:half] * towards)
         curvature = -2.0 * scale * jnp.sum(pair * (dimension * first(t) + 2.0 * t * second(t)))
         return jnp.concatenate([jnp.zeros_like(z), z]), rest + curvature
+
+
+def _share(count, counts):
+    """Weights of pairs whose sum is the mean weight of a row."""
+    total = jnp.sum(count)
+    return jnp.mean(counts) * count / jnp.where(total > 0, total, 1.0)
+
+
+def _weighted_median(x, weights):
+    """The median of numbers that count as often as their weights say."""
+    order = jnp.argsort(x)
+    x, share = x[order], jnp.cumsum(weights[order])
+    share, rounding = share / share[-1], 8 * jnp.finfo(share.dtype).eps
+    low, high = jnp.searchsorted(share, jnp.array([0.5 - rounding, 0.5 + rounding]))
+    return 0.5 * (x[low] + x[high])
 
 
 def _weigh(weight, points):

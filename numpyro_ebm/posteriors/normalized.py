@@ -5,6 +5,7 @@ r"""Exact posteriors of an energy's parameters, where log Z(θ) can be computed.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
+from numpyro.handlers import scale
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
 from numpyro_ebm.log_normalizers.methods import METHODS
@@ -139,7 +141,8 @@ class normalized:
         _observe(row_model, indices, rows)
         mcse = getattr(self.log_normalizer, "mcse", None)
         if mcse is not None:
-            times = row_model.total_rows if jnp.ndim(log_z) == 0 else 1
+            times: Any = row_model.weigh(jnp.ones(row_model.num_rows))
+            times = row_model.total_rows * jnp.mean(times) if jnp.ndim(log_z) == 0 else times
             variance = jnp.sum((times * mcse(params)) ** 2)
             numpyro.deterministic("log_normalizer_error", jnp.sqrt(variance))
             numpyro.factor("log_normalizer_doubt", -0.5 * variance)
@@ -210,8 +213,14 @@ class NormalizedRow(dist.Distribution):
 
 
 def _observe(row_model, indices, rows):
-    """Add the log-likelihood of the rows to the model."""
-    with data_plate(row_model, indices):
+    """Add the log-likelihood of the rows to the model, scaled and masked as in the model."""
+    weighted: Any = nullcontext()
+    if row_model.row_weights is not None:
+        counts = row_model.row_weights > 0
+        rows = jnp.where(counts, rows, 0.0)
+        weights = jnp.where(counts, row_model.row_weights, 1.0)  # NumPyro's scales are positive
+        weighted = scale(scale=_in_place(weights, row_model.dim))
+    with data_plate(row_model, indices), weighted:
         if any(len(site.dims) > 1 + site.event_dim for site in row_model.visible.values()):
             # Sites of further plates do not have one value a row.
             numpyro.factor(row_model.energies[0], _in_place(rows, row_model.dim))

@@ -2,6 +2,7 @@
 """Arrays of a program that read no input, evaluated when an analysis asks for their values."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 
 from numpyro_ebm._compat import Tracer
 
-__all__ = ["Constant", "evaluate_now", "evaluate_later", "known"]
+__all__ = ["Constant", "evaluate_now", "evaluate_later", "keep_known", "known"]
 
 
 class Constant:
@@ -32,6 +33,12 @@ class Constant:
 def known(x: Any) -> Constant:
     """The constant of an array that a program holds."""
     return Constant(lambda: None if isinstance(x, Tracer) else np.asarray(x))
+
+
+def keep_known(*inputs: Any) -> AbstractContextManager[Any]:
+    """A context in which results of known inputs, pytrees of arrays, are known inside of `jit`."""
+    is_known = not any(isinstance(x, Tracer) for x in jax.tree.leaves(inputs))
+    return jax.ensure_compile_time_eval() if is_known else nullcontext()
 
 
 def evaluate_now(eqn: Any, arguments: Sequence[Any]) -> list[np.ndarray]:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from numpyro_ebm._compat import eval_jaxpr
+from numpyro_ebm._compat import Literal, eval_jaxpr
 from numpyro_ebm.program.jaxprs import needed, renamed, variables
 
 __all__ = ["MarkedProgram", "marked", "signature"]
@@ -80,6 +81,41 @@ class MarkedProgram:
         read.update(variables(jaxpr.outvars))
         return [v in read for v in self._closed.jaxpr.invars]
 
+    def marks_read(self, what: str) -> set[str]:
+        """Names of the marked values that a part of the result depends on.
+
+        :param str what: the part, a key of the function's result.
+        """
+        part = self._closed.jaxpr.replace(outvars=self._outvars(what))
+        marks = {id(eqn): name for name, eqns in self._marks.items() for eqn in eqns}
+        return {marks[id(eqn)] for eqn in needed(part) if id(eqn) in marks}
+
+    def is_one_value(self, what: str) -> bool:
+        """Whether all leaves of a part are results of the same operations on the same values."""
+        jaxpr = self._part(what, ())
+        first, *others = jaxpr.outvars
+        made = {v: (eqn, i) for eqn in jaxpr.eqns for i, v in enumerate(eqn.outvars)}
+
+        def same(a, b):
+            if a is b:
+                return True
+            if isinstance(a, Literal) or isinstance(b, Literal):
+                both = isinstance(a, Literal) and isinstance(b, Literal)
+                return both and np.array_equal(a.val, b.val)
+            if a not in made or b not in made:
+                return False
+            (p, i), (q, j) = made[a], made[b]
+            if p.primitive is not q.primitive or i != j or str(p.params) != str(q.params):
+                return False
+            return len(p.invars) == len(q.invars) and all(map(same, p.invars, q.invars))
+
+        return all(same(first, other) for other in others)
+
+    @property
+    def constants(self) -> list[Any]:
+        """The arrays that the function closes over."""
+        return self._closed.consts
+
     def __call__(self, what: str, args: tuple[Any, ...], replaced: dict[str, Any]) -> Any:
         """A part of the result.
 
@@ -98,10 +134,6 @@ class MarkedProgram:
         """The operations of a part, as a jaxpr of the arguments and of the replaced values."""
         if (what, names) not in self._parts:
             jaxpr = self._closed.jaxpr
-            results = dict.fromkeys(self._shapes)
-            leaves = iter(jaxpr.outvars)
-            for key in sorted(results):
-                results[key] = [next(leaves) for _ in jax.tree.leaves(self._shapes[key])]
             replaced = [v for name in names for eqn in self._marks[name] for v in eqn.outvars]
             same = {
                 eqn.outvars[0]: eqn.invars[0]
@@ -114,12 +146,20 @@ class MarkedProgram:
                 jaxpr.replace(
                     eqns=[eqn for eqn in jaxpr.eqns if id(eqn) not in marks],
                     invars=[*jaxpr.invars, *replaced],
-                    outvars=results[what],
+                    outvars=self._outvars(what),
                 ),
                 same,
             )
             self._parts[what, names] = jaxpr.replace(eqns=needed(jaxpr))
         return self._parts[what, names]
+
+    def _outvars(self, what):
+        leaves = iter(self._closed.jaxpr.outvars)
+        results = {
+            key: [next(leaves) for _ in jax.tree.leaves(self._shapes[key])]
+            for key in sorted(self._shapes)
+        }
+        return results[what]
 
 
 def _type(aval):

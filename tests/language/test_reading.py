@@ -17,7 +17,7 @@ from numpyro_ebm.model import provenance
 from numpyro_ebm.model.reading import read_model
 
 
-def test_rows_are_free_of_the_subsampling_scale_but_keep_the_users():
+def test_rows_are_free_of_the_subsampling_scale_and_the_users_is_their_weight():
     def subsampled(data):
         with numpyro.plate("data", 10 * len(data), subsample_size=len(data)):
             v = numpyro.sample("v", dist.Normal(0.0, 1.0), obs=data)
@@ -28,7 +28,9 @@ def test_rows_are_free_of_the_subsampling_scale_but_keep_the_users():
     np.testing.assert_allclose(row_model.log_density({}, {}), expected, rtol=1e-6)
     assert row_model.num_rows == 3 and row_model.total_rows == 30
     scaled = read_model(handlers.scale(subsampled, scale=0.5), (X,))
-    np.testing.assert_allclose(scaled.log_density({}, {}), 0.5 * expected, rtol=1e-6)
+    np.testing.assert_allclose(scaled.log_density({}, {}), expected, rtol=1e-6)
+    np.testing.assert_array_equal(scaled.row_weights, [0.5] * 3)
+    assert row_model.row_weights is None
 
 
 def test_sites_of_every_shape_are_read():

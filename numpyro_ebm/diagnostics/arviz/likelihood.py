@@ -9,6 +9,7 @@ With fixed parameters it is one number a row, the same at every draw.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.diagnostics.reading import pick_marginal
@@ -39,6 +40,7 @@ def log_likelihood_of_rows(
     if given is None:
         log_normalizer = _with_error(log_normalizer)
         values = _log_densities(seen, log_normalizer) - np.asarray(log_normalizer.value, float)
+        values = np.asarray(seen.weigh(jnp.asarray(values)), float)
     elif log_normalizer is not None:
         raise ModelError("to_arviz: give `log_normalizer` or `log_likelihood`, not both.")
     else:

@@ -20,8 +20,10 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, unconstrain_fn
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.model.obs_masks import RowsObserved
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_site import placeholder
+from numpyro_ebm.posteriors.exchange.repeat import CountedOnce, check_repeated, repeat_rows
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues
 
@@ -73,7 +75,12 @@ class ExchangeTarget:
         self.by_row = by_row
         unset = _UnsetParams(model)
         self.row_model = read_with_priors(unset, args, self.kwargs, "Exchange")
-        self.row_model.model = model
+        read: Any = self.row_model.model
+        if isinstance(read, RowsObserved):  # around `unset`
+            self.model = RowsObserved(model, read.name)
+        self.row_model.model = self.model
+        if self.row_model.row_weights is not None:
+            self._count_rows()
         row_model = self.row_model
         self.prior = prior_part(model, row_model.plate)
         self.constants = {
@@ -146,6 +153,7 @@ class ExchangeTarget:
 
     def group(self, rows: jax.Array) -> jax.Array:
         """Sums of an array of shape (rows,) over the rows of each group."""
+        rows = self.row_model.weigh(rows)
         return rows if self.by_row else jnp.sum(rows)[None]
 
     def log_posterior(
@@ -166,10 +174,27 @@ class ExchangeTarget:
         if self.by_row or self.row_model.covariates:
             log_z = self.group(logsumexp(ratios, 0))
         else:
-            log_z = self.row_model.num_rows * logsumexp(ratios)[None]
+            log_z = self.group(jnp.full(self.row_model.num_rows, logsumexp(ratios)))
         return self.log_prior(z) + self.group(self.log_rows(params, self.data)) - log_z
 
     # Checks
+
+    def _count_rows(self):
+        """Repeat rows that count more than once, and leave weights of 0 and 1 to `group`."""
+        row_model, plate = self.row_model, self.row_model.plate
+        self.model = CountedOnce(self.model, plate)
+        row_model.model = self.model
+        found = repeat_rows(row_model, self.args, self.kwargs)
+        if found is None:
+            return
+        if self.by_row:
+            raise ModelError(
+                "Exchange(by_row=True): every row has parameters of its own, and some rows have "
+                "weights above 1 (`handlers.scale`). Give the rows the weight 1."
+            )
+        indices, self.args, self.kwargs = found
+        self.row_model = read_with_priors(self.model, self.args, self.kwargs, "Exchange")
+        check_repeated(row_model, self.row_model, indices)
 
     def _check(self, unset):
         row_model = self.row_model
