@@ -5,30 +5,32 @@ r"""Sum discrete latent sites out exactly.
 
 Scalar latent sites, in the data plate or in further plates, are summed by NumPyro's funsor backend:
 the sum over a plate of hidden units factorises, so that 100 units cost 100 sums of two terms and
-not one of 2^100. Binary sites with event dimensions in which log p̃ is affine, as in restricted
-Boltzmann machines, factorise as well,
+not one of 2^100, where the operations of the energy show that no unit reads another. Binary sites
+with event dimensions in which log p̃ is affine, as in restricted Boltzmann machines, factorise too,
 
 .. math:: \log \sum_{h \in \{0, 1\}^H} e^{a + b^\top h} = a + \sum_j \operatorname{softplus}(b_j),
     \qquad a = \log\tilde p(v, 0), \quad b = ∇_h \log\tilde p(v, h),
 
 for one gradient whatever H is; that it is affine is read off the operations of the energy. Other
-sites with event dimensions are enumerated jointly, state by state.
+sites with event dimensions, and units of a plate that do read one another, are enumerated jointly,
+state by state.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
-from numpyro.handlers import infer_config
-from numpyro.infer import Predictive
 
-from numpyro_ebm._compat import eval_provenance, funsor_tools
-from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.marginals.base import ExactMarginal
+from numpyro_ebm.marginals.plated_sums import (
+    coupled_sites,
+    draw_scalar_sites,
+    leaving_plates,
+    sum_scalar_sites,
+)
 from numpyro_ebm.model.finite_supports import (
     in_all_rows,
     is_binary,
@@ -79,8 +81,19 @@ class Enumerated(ExactMarginal):
                         f"The latent site '{name}' has event dimensions inside a further plate; "
                         "make them plates as well (they factorise), or all event dimensions."
                     )
+        leaving = leaving_plates(row_model)
+        if leaving:
+            return leaving
         states = self.num_states(row_model)
         if states > self.max_states:
+            why = coupled_sites(row_model)
+            if why:
+                return (
+                    f"Enumerated(): {' and '.join(sorted(set(why.values())))}, as far as its "
+                    f"operations tell, so that {sorted(why)} are summed jointly: with "
+                    f"{states:.6g} states per row, more than max_states={self.max_states}. Write "
+                    "each unit's term from that unit alone, or use `VaGES()`."
+                )
             return (
                 f"The latent sites {sorted(row_model.latent)} have {states:.6g} joint states per "
                 f"row, more than max_states={self.max_states}. If the energy is a sum over units, "
@@ -88,12 +101,12 @@ class Enumerated(ExactMarginal):
                 '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
                 "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
             )
-        return _leaving_plates(row_model)
+        return None
 
     def num_states(self, row_model: RowModel) -> float:
         if factorises(row_model):
             return 1
-        return num_joint_states(row_model, _event_sites(row_model), "Enumerated")
+        return num_joint_states(row_model, _joint_sites(row_model), "Enumerated")
 
     def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:
         if factorises(row_model):
@@ -102,15 +115,15 @@ class Enumerated(ExactMarginal):
                 row_model.sum_to_rows(_sum_event(row_model.latent[name], jax.nn.softplus(x)))
                 for name, x in logits.items()
             )
-        states = _event_states(row_model)
+        states = _joint_states(row_model)
         if not states:
-            return _sum_scalar_sites(row_model, params, values)
+            return sum_scalar_sites(row_model, params, values, _scalar_sites(row_model))
         return logsumexp(_state_log_densities(row_model, params, values, states), axis=0)
 
     def conditional(
         self, row_model: RowModel, params: Params, values: SiteValues
     ) -> Callable[[jax.Array], SiteValues]:
-        """As in the base class, for the sites with event dimensions."""
+        """As in the base class, for the sites that are enumerated jointly."""
         if factorises(row_model):
             _, logits = _unit_logits(row_model, params, values)
 
@@ -121,7 +134,7 @@ class Enumerated(ExactMarginal):
                     for key, (name, x) in zip(keys, logits.items(), strict=True)
                 }
         else:
-            states = _event_states(row_model)
+            states = _joint_states(row_model)
             log_densities = _state_log_densities(row_model, params, values, states)
 
             def draw(rng_key) -> SiteValues:
@@ -142,24 +155,16 @@ class Enumerated(ExactMarginal):
         values: SiteValues,
         num_draws: int,
     ) -> SiteValues:
-        event = _event_sites(row_model)
-        scalar = [name for name in row_model.latent if name not in event]
-        key_event = key_scalar = rng_key
+        joint, scalar = _joint_sites(row_model), _scalar_sites(row_model)
+        key_joint = key_scalar = rng_key
         if values or scalar:
-            key_event, key_scalar = jax.random.split(rng_key)
+            key_joint, key_scalar = jax.random.split(rng_key)
         draws = {}
-        if event:
-            draws = super().draw(key_event, row_model, params, values, num_draws)
+        if joint:
+            draws = super().draw(key_joint, row_model, params, values, num_draws)
         if scalar:
-            predictive = Predictive(
-                _enumerating(row_model, params, scalar),
-                {**values, **draws},
-                num_samples=num_draws,
-                infer_discrete=True,
-                parallel=True,
-            )
-            predicted = predictive(key_scalar, *row_model.args, **row_model.kwargs)
-            draws |= {name: predicted[name] for name in scalar}
+            given = {**values, **draws}
+            draws |= draw_scalar_sites(key_scalar, row_model, params, given, scalar, num_draws)
         return draws
 
 
@@ -205,92 +210,30 @@ def _sum_event(site, x):
     return jnp.sum(x, tuple(range(-site.event_dim, 0)))
 
 
-def _leaving_plates(row_model):
-    """A site of a further plate factorises only over that plate: what outside reads it, or None."""
-    latent = {name: site.value for name, site in row_model.latent.items()}
-    if all(np.ndim(site.value) - site.event_dim <= 1 for site in row_model.latent.values()):
-        return None
-    plates = {}
-
-    def run(**latent):
-        values = {**row_model.parameters, **row_model.visible_values, **latent}
-        model_trace = row_model.trace_at(values)
-        for site in filter(row_model.owns, model_trace.values()):
-            plates[site["name"]] = plates_of(site)
-        return row_model.site_log_densities(model_trace)
-
-    for term, labels in eval_provenance(run, **latent).items():
-        for name in sorted(labels):
-            outside = plates[name] - plates[term]
-            if outside:
-                return (
-                    f"Enumerated(): '{term}' reads the latent site '{name}' outside its plate(s) "
-                    f"{sorted(outside)}, so that the sum over '{name}' does not factorise. Put the "
-                    "term inside the plate, one value for each unit; or, where it couples the "
-                    "units, give them event dimensions instead of a plate, "
-                    "`Counting(event_shape=...)`, which are enumerated jointly."
-                )
-    return None
+def _joint_sites(row_model):
+    """Sites that are enumerated jointly: with event dimensions, or of units that are coupled."""
+    coupled = coupled_sites(row_model)
+    latent = row_model.latent.items()
+    return [name for name, site in latent if site.fn.event_shape or name in coupled]
 
 
-def _event_sites(row_model):
-    return [name for name, site in row_model.latent.items() if site.fn.event_shape]
+def _scalar_sites(row_model):
+    """The other sites: units that are independent of each other given the joint ones."""
+    joint = _joint_sites(row_model)
+    return [name for name in row_model.latent if name not in joint]
 
 
-def _event_states(row_model):
-    """All joint states of the latent sites with event dimensions, states leading."""
-    return joint_states(row_model, _event_sites(row_model), "Enumerated")
+def _joint_states(row_model):
+    """All joint states of these sites, states leading."""
+    return joint_states(row_model, _joint_sites(row_model), "Enumerated")
 
 
 def _state_log_densities(row_model, params, values, states):
     """log p̃ of every row at each of the ``states``, scalar latents summed out: (states, rows)."""
+    scalar = _scalar_sites(row_model)
 
     def at_state(state):
         latent = in_all_rows(row_model, state)
-        return _sum_scalar_sites(row_model, params, {**values, **latent})
+        return sum_scalar_sites(row_model, params, {**values, **latent}, scalar)
 
     return jax.vmap(at_state)(states)
-
-
-def _enumerating(row_model, values, scalar):
-    """The model at given values, its scalar discrete sites to be enumerated by NumPyro."""
-
-    def configure(site):
-        # All other sites have values, whatever their own `infer` says.
-        return {"enumerate": "parallel" if site["name"] in scalar else None}
-
-    return infer_config(row_model.substituted(values), configure)
-
-
-def _sum_scalar_sites(row_model, params, values):
-    """Sum scalar discrete sites out of the row log-joint by funsor's sum-product, per row."""
-    scalar = [name for name, site in row_model.latent.items() if not site.fn.event_shape]
-    if not scalar:
-        return row_model.log_density(params, values)
-    import funsor
-
-    enum, plate_to_enum_plate, packed_trace = funsor_tools()
-
-    num_plate_dims = max(
-        [-row_model.dim] + [np.ndim(s.value) - s.event_dim for s in row_model.latent.values()]
-    )
-
-    model = enum(_enumerating(row_model, {**params, **values}, scalar), -num_plate_dims - 1)
-    with plate_to_enum_plate():
-        model_trace = packed_trace(model).get_trace(*row_model.args, **row_model.kwargs)
-    factors, plates = [], frozenset()
-    for site in filter(row_model.owns, model_trace.values()):
-        log_prob, dim_to_name = row_model.site_log_prob(site), site["infer"]["dim_to_name"]
-        if not dim_to_name:  # a plate of size one has no name in funsor
-            log_prob = jnp.squeeze(log_prob)
-        factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))
-        plates |= plates_of(site)
-    result: Any = funsor.sum_product.sum_product(
-        funsor.ops.logaddexp,
-        funsor.ops.add,
-        factors,
-        eliminate=frozenset(scalar) | (plates - {row_model.plate}),
-        plates=plates,
-    )
-    rows = result.align((row_model.plate,)) if result.inputs else result
-    return jnp.broadcast_to(rows.data, (row_model.num_rows,))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.sites import unwrap
@@ -18,7 +19,7 @@ from numpyro_ebm.model.row_site import RowSite
 from numpyro_ebm.types import SiteValues
 
 __all__ = [
-    "finite_values",
+    "check_values",
     "grid",
     "in_all_rows",
     "is_binary",
@@ -30,12 +31,14 @@ __all__ = [
 
 
 def support_values(site: RowSite, who: str) -> np.ndarray:
-    """The values of one coordinate of a discrete site, as a NumPy array of shape (K,).
+    """The values of one coordinate of a discrete site, rising, as a NumPy array of shape (K,).
+
+    They are those of ``enumerate_support``, and may have gaps: spins of -1 and 1 have two values.
 
     :param RowSite site: the site.
     :param str who: who asks, for the error.
-    :raises ModelError: if there are infinitely many, if they are arrays, or if they are not the
-        same for all elements of the site.
+    :raises ModelError: if there are infinitely many, if they are arrays, if they are not the same
+        for all elements of the site, or if one is there twice.
     """
     fn = unwrap(site.fn)
     if isinstance(fn, Counting):
@@ -56,13 +59,24 @@ def support_values(site: RowSite, who: str) -> np.ndarray:
         ) from None
     if values.size != len(values):
         raise ModelError(f"{what} are arrays, not numbers; write it with `Counting(num_values)`.")
-    return values.ravel()
+    values = np.sort(values.ravel())
+    if np.any(values[1:] == values[:-1]):
+        raise ModelError(f"{what} are {values.tolist()}: one of them is there twice.")
+    return values
 
 
-def finite_values(site: RowSite, who: str) -> tuple[int, int]:
-    """Lowest value and number of values of one coordinate of a discrete site."""
+def check_values(site: RowSite, who: str) -> np.ndarray:
+    """The :func:`support_values` of a visible site; raises if its data have others.
+
+    A support such as ``integer_interval(-1, 1)`` holds numbers that are not among the values.
+    """
     values = support_values(site, who)
-    return int(values[0]), len(values)
+    if not_jax_tracer(site.value) and not np.all(is_there := np.isin(site.value, values)):
+        raise ModelError(
+            f"{who}: the data of the visible site '{site.name}' are not among its values, "
+            f"{values.tolist()}, in {np.sum(~is_there)} of {np.size(is_there)} places."
+        )
+    return values
 
 
 def is_binary(site: RowSite) -> bool:
@@ -137,9 +151,25 @@ def _row_shape(row_model, name):
     return tuple(shape)
 
 
-def shifted(values: jax.Array, shift: ArrayLike, lowest: int, num_values: int) -> jax.Array:
-    """Move the values lowest, …, lowest + K - 1 on by ``shift`` < K places, cyclically."""
-    dtype = jnp.result_type(values)
+def shifted(values: jax.Array, shift: ArrayLike, support: np.ndarray) -> jax.Array:
+    """Move values on by ``shift`` < K places among those of their support, cyclically.
+
+    :param values: array of values, all in the support.
+    :param shift: places, an array of integers that broadcasts against it.
+    :param support: the K values of :func:`support_values`.
+
+    **Example**
+
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from numpyro_ebm.model.finite_supports import shifted
+    >>> shifted(jnp.array([-1, 0, 5]), 1, np.array([-1, 0, 5])).tolist()
+    [0, 5, -1]
+    """
+    dtype, lowest, num_values = jnp.result_type(values), support[0], len(support)
+    if not np.array_equal(support, lowest + np.arange(num_values)):  # it has gaps
+        index = jnp.searchsorted(jnp.asarray(support, dtype), values)
+        return jnp.asarray(support, dtype)[(index + shift) % num_values]
     wide = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(int)  # no overflow
     moved = jnp.asarray(values, wide) + jnp.asarray(shift, wide)
     return jnp.where(moved >= lowest + num_values, moved - num_values, moved).astype(dtype)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.marginals.base import Marginal
-from numpyro_ebm.model.finite_supports import finite_values, shifted
+from numpyro_ebm.model.finite_supports import check_values, shifted, support_values
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.types import Params
@@ -125,7 +125,7 @@ class EnergyDiscrepancy(Objective):
         self.check_observed(row_model)
         for site in row_model.visible.values():
             if site.is_discrete:
-                finite_values(site, type(self).__name__)
+                check_values(site, type(self).__name__)
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_marginal, key_y, key_samples = jax.random.split(rng_key, 3)
@@ -154,15 +154,15 @@ class EnergyDiscrepancy(Objective):
     def _perturbed(self, rng_key, site, x):
         if not site.is_discrete:
             return x + self.noise_scale * jax.random.normal(rng_key, x.shape, x.dtype)
-        lowest, num_values = finite_values(site, type(self).__name__)
+        values = support_values(site, type(self).__name__)
         key_move, key_where = jax.random.split(rng_key)
         moves = jax.random.bernoulli(key_move, self.flip_probability, x.shape)
         if self.perturbation == "uniform":
-            shift = jax.random.randint(key_where, x.shape, 1, num_values)
-            return jnp.where(moves, shifted(x, shift, lowest, num_values), x)
+            shift = jax.random.randint(key_where, x.shape, 1, len(values))
+            return jnp.where(moves, shifted(x, shift, values), x)
         up = jax.random.bernoulli(key_where, 0.5, x.shape)
-        other = shifted(x, jnp.where(up, 1, num_values - 1), lowest, num_values)
+        other = shifted(x, jnp.where(up, 1, len(values) - 1), values)
         if self.perturbation == "ordinal":  # staying at the ends keeps the kernel symmetric
-            end = jnp.where(up, lowest + num_values - 1, lowest)
-            moves = moves & (x != end)
+            end = jnp.where(up, values[-1], values[0])
+            moves = moves & (x != end.astype(x.dtype))
         return jnp.where(moves, other, x)

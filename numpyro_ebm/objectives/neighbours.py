@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.model.finite_supports import finite_values, shifted
+from numpyro_ebm.model.finite_supports import check_values, shifted, support_values
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite
@@ -49,9 +49,9 @@ class NeighbourObjective(Objective):
                     f"'{site.name}' is continuous. Use ScoreMatching, DenoisingScoreMatching or "
                     "NCE; EnergyDiscrepancy for sites of both kinds."
                 )
-            self.check_values(site, finite_values(site, name)[1])
+            self.check_num_values(site, len(check_values(site, name)))
 
-    def check_values(self, site: RowSite, num_values: int) -> None:
+    def check_num_values(self, site: RowSite, num_values: int) -> None:
         """Raise unless a coordinate may have this many values."""
 
     @abstractmethod
@@ -102,9 +102,9 @@ class NeighbourObjective(Objective):
 
         center, num_values = [], []
         for site, size in sizes.items():
-            lowest, num = finite_values(row_model.visible[site], type(self).__name__)
-            center += [lowest + 0.5 * (num - 1)] * size
-            num_values += [num] * size
+            values = support_values(row_model.visible[site], type(self).__name__)
+            center += [0.5 * (values[0] + values[-1])] * size
+            num_values += [len(values)] * size
         center, num_values = np.array(center, jnp.result_type(float)), np.array(num_values)
         form = quadratic_form(jax.grad(log_density), center)
         if form is None:
@@ -149,9 +149,9 @@ class NeighbourObjective(Objective):
         flat, losses, start = row_model.flatten(point), [], 0
         for site, size in row_model.sizes.items():
             part = slice(start, start + size)
-            lowest, num_values = finite_values(row_model.visible[site], name)
+            values = support_values(row_model.visible[site], name)
             here = flat[:, part]
-            step = [shifted(here, k, lowest, num_values) - here for k in range(1, num_values)]
+            step = [shifted(here, k, values) - here for k in range(1, len(values))]
             if step:
                 losses.append(jnp.sum(self.coordinate_loss(log_ratios(jnp.stack(step), part)), -1))
             start += size
@@ -160,8 +160,8 @@ class NeighbourObjective(Objective):
     def _site_loss(self, site, problem, log_ratio):
         """Sum over the coordinates of one site, of shape (rows,)."""
         row_model, name = problem.row_model, site.name
-        lowest, num_values = finite_values(site, type(self).__name__)
-        if num_values == 1:
+        values = support_values(site, type(self).__name__)
+        if len(values) == 1:
             return jnp.zeros(row_model.num_rows)  # no neighbours, and nothing to learn
         rows = row_model.to_rows({name: jnp.asarray(problem.unconstrained[name])})[name]
         flat = jnp.reshape(rows, (len(rows), -1))
@@ -169,13 +169,13 @@ class NeighbourObjective(Objective):
 
         def of_coordinate(d):
             def at(shift):
-                moved = shifted(flat, shift, lowest, num_values)
+                moved = shifted(flat, shift, values)
                 moved = jnp.reshape(jnp.where(coordinates == d, moved, flat), rows.shape)
                 return log_ratio(row_model.from_rows({name: moved}))
 
-            return self.coordinate_loss(jax.vmap(at)(jnp.arange(1, num_values)))
+            return self.coordinate_loss(jax.vmap(at)(jnp.arange(1, len(values))))
 
-        batch_size = max(1, NEIGHBOURS_AT_ONCE // (num_values - 1))
+        batch_size = max(1, NEIGHBOURS_AT_ONCE // (len(values) - 1))
         if len(coordinates) <= batch_size:
             return jnp.sum(jax.vmap(of_coordinate)(coordinates), 0)
         # Too many to be kept for the backward pass, which evaluates them again.

@@ -43,7 +43,7 @@ class RatioMatching(NeighbourObjective):
     0.1875
     """
 
-    def check_values(self, site: RowSite, num_values: int) -> None:
+    def check_num_values(self, site: RowSite, num_values: int) -> None:
         if num_values > 2:
             raise ModelError(
                 f"RatioMatching is for binary sites, and the visible site '{site.name}' has "

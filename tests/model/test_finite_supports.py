@@ -9,15 +9,17 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from oracles.values import Values
 
 import numpyro_ebm as ebm
 from numpyro_ebm.model.finite_supports import (
-    finite_values,
+    check_values,
     grid,
     in_all_rows,
     is_binary,
     joint_states,
     num_joint_states,
+    shifted,
     support_values,
 )
 from numpyro_ebm.model.reading import read_model
@@ -55,11 +57,12 @@ def model(data):
         (dist.DiscreteUniform(3, 5).mask(False), [3, 4, 5]),
         (dist.Binomial(2, 0.5).expand((3, 2)), [0, 1, 2]),
         (dist.Categorical(jnp.ones(1)), [0]),
+        (Values(1, -1), [-1, 1]),
+        (Values(0, 2, 5), [0, 2, 5]),
     ],
 )
 def test_values_of_a_coordinate(fn, values):
     assert jax.jit(lambda: jnp.asarray(support_values(site(fn), "test")))().tolist() == values
-    assert finite_values(site(fn), "test") == (values[0], len(values))
     assert is_binary(site(fn)) == (values == [0, 1])
 
 
@@ -68,6 +71,7 @@ def test_values_of_a_coordinate(fn, values):
     [
         (dist.Poisson(1.0), r"test: the site 'h' \(Poisson\) has infinitely many values"),
         (OneHot(event_shape=(2,)), "are arrays, not numbers"),
+        (Values(0, 1, 1), r"are \[0, 1, 1\]: one of them is there twice"),
         (dist.Binomial(jnp.array([1, 2]), 0.5), "must be the same for all its elements"),
     ],
 )
@@ -75,6 +79,25 @@ def test_sites_without_values_of_a_coordinate(fn, message):
     with pytest.raises(ebm.ModelError, match=message):
         support_values(site(fn), "test")
     assert not is_binary(site(fn))
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2), (-1, 1), (3, 4, 7), (-0.5, 0.5), (2,)])
+@pytest.mark.parametrize("dtype", [int, float])
+def test_values_are_shifted_among_their_support(values, dtype):
+    if dtype is int and values[0] != int(values[0]):
+        return
+    support = np.array(values)
+    for shift in range(len(values)):
+        moved = shifted(jnp.asarray(support, dtype), jnp.array(shift), support)
+        assert moved.tolist() == np.roll(support, -shift).tolist()
+        assert moved.dtype == jnp.asarray(support, dtype).dtype
+
+
+def test_data_between_the_values_are_refused():
+    spins = RowSite("s", Values(-1, 1), jnp.array([-1, 0, 1]), ())
+    with pytest.raises(ebm.ModelError, match=r"test: the data .*'s'.*\[-1, 1\], in 1 of 3"):
+        check_values(spins, "test")
+    assert check_values(spins._replace(value=jnp.array([1, -1])), "test").tolist() == [-1, 1]
 
 
 def test_joint_states_of_a_row():
