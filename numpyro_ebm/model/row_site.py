@@ -103,7 +103,10 @@ def check_data(site: RowSite) -> None:
         return
     # Spins of -1 and 1 on `Counting(2)`, or a zero under a logarithm, would mislead silently.
     with jax.ensure_compile_time_eval():
-        inside = np.asarray(support(value))
+        inside = support(value)
+    if not not_jax_tracer(inside):  # its bounds depend on parameters
+        return
+    inside = np.asarray(inside)
     if not np.all(inside):
         raise ModelError(
             f"The data of the visible site '{name}' leave its support, {support}, in "

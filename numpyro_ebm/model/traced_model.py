@@ -178,7 +178,9 @@ class TracedModel:
     def check_data(self, rng_key: jax.Array, params: Params) -> None:
         """Raise if the data cannot be the values of the visible sites, as far as they are known."""
         weights = self.row_weights(rng_key, params)
-        for site in self.visible(rng_key, params).values():
+        with jax.ensure_compile_time_eval():  # bounds that the model makes are known under `jit`
+            sites = self.visible(rng_key, params)
+        for site in sites.values():
             check_data(self._counting(site, weights))
 
     def _counting(self, site, weights):

@@ -36,6 +36,28 @@ def test_sample_draws_the_joint_of_visible_and_hidden_units(grbm):
         assert np.all(np.abs(product.mean(0) - expected) < 4.5 * error)
 
 
+@pytest.mark.parametrize("values", [(0, 1, 2), (3, 4, 5)])
+def test_sample_draws_event_and_scalar_discrete_sites_together(values):
+    low = values[0]
+
+    def mixed(num_rows):
+        with numpyro.plate("data", num_rows):
+            h = numpyro.sample("h", ebm.Counting(event_shape=(2,)))
+            c = numpyro.sample("c", dist.DiscreteUniform(low, low + 2))
+            ebm.energy("E", -0.4 * h[:, 0] + 0.2 * c * h[:, 1] - 0.3 * h[:, 0] * h[:, 1] * c)
+
+    states = np.array(np.meshgrid([0, 1], [0, 1], values, indexing="ij")).reshape(3, -1)
+    a, b, c = states
+    weights = np.exp(0.4 * a - 0.2 * c * b + 0.3 * a * b * c)
+    weights = weights / weights.sum()
+    draws = ebm.sample(jax.random.key(1), ebm.fixed(mixed, {}), 4_000, num_rows=2)
+    assert set(np.unique(draws["c"])) == set(values)
+    found = np.concatenate([draws["h"], draws["c"][..., None]], -1).reshape(-1, 3)
+    for of in (lambda x: x[0], lambda x: x[1], lambda x: x[2], lambda x: x[0] * x[1] * x[2]):
+        x = of(found.T)
+        assert abs(x.mean() - weights @ of(states)) < 4.5 * x.std() / np.sqrt(len(x))
+
+
 def test_sample_draws_discrete_models_exactly():
     states = (np.arange(8)[:, None] >> np.arange(3)) & 1
     energy = -states @ [1.0, -1.0, 0.5] - 0.5 * states[:, 0] * states[:, 1]
