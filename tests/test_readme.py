@@ -14,6 +14,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "docs/quickstart.md",
     "docs/language.md",
+    "docs/checks.md",
     pytest.param("docs/marginals.md", marks=pytest.mark.slow),
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
     "docs/weights.md",
