@@ -25,6 +25,7 @@ import numpyro_ebm as ebm
 
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (
+    "test_adjusted_intervals_cover_at_their_nominal_rates[",
     "test_annealed_ising[",
     "test_annealed_supports[",
     "test_calibrated_intervals_cover_at_their_nominal_rate",

@@ -37,8 +37,11 @@ METHODS = ("sandwich", "trace", "bootstrap", "simulation")
 BATCH_SIZE = 8
 """Data sets whose gradients are taken together."""
 
-FEWEST_GROUPS = 4
-"""Rows, or groups of them, between which a spread is measured; and at least two a parameter."""
+FEWEST_GROUPS = (4, 2)
+"""Rows, or groups of them, between which a spread is measured, in all and for each parameter."""
+
+ENOUGH_ROWS = (10, 5)
+"""The same, where nobody says that they are enough."""
 
 GROUPS_A_PARAMETER = 10
 
@@ -199,17 +202,17 @@ def _labels_of_groups(groups, num_rows):
 
 def _checked_method(method, num_groups, size, groups):
     """The method; where none was asked for, by the number of rows or groups there are."""
-    enough = max(FEWEST_GROUPS, 2 * size)
+    enough, fewest = (max(num, each * size) for num, each in (ENOUGH_ROWS, FEWEST_GROUPS))
     if groups is not None and method in ("bootstrap", "simulation"):
         raise ModelError(
             f"generalized: method='{method}' takes no `groups`. Use 'sandwich' or 'trace'."
         )
     if method is None and groups is None:
         return "sandwich" if num_groups >= enough else "simulation"
-    if method != "simulation" and num_groups < enough:
+    if method != "simulation" and num_groups < fewest:
         what = "rows" if groups is None else "groups of rows"
         raise ModelError(
-            f"generalized: a calibration by the spread over {what} wants at least {enough} for "
+            f"generalized: a calibration by the spread over {what} wants at least {fewest} for "
             f"{size} parameters, and there are {num_groups}. Use method='simulation', which draws "
             "data sets of the fitted model, or pass a number as `learning_rate`."
         )
@@ -248,28 +251,25 @@ def _minimize(value_and_gradient, start):
 
 
 def _over_rows(potential, best, rng_key, num_groups, labels):
-    """Covariance J of the gradient of one row, by leaving groups of rows out.
+    """Covariance J of the gradient of one row, by giving one group of rows after another no weight.
 
-    With labels every row is left out, and what they contribute is added up by label.
+    Without labels groups are rows that follow each other.
     """
     num_rows = potential.num_rows
-    size = 1 if labels is not None else max(1, num_rows // num_groups)
-    starts = jnp.arange(num_rows // size) * size
-    rest = jnp.arange(num_rows - size)
-    gradient = jax.grad(potential.resampled())
+    if labels is None:
+        num_groups = min(num_groups, num_rows)
+        labels = np.arange(num_rows) * num_groups // num_rows
+    best, labels, num_groups = jnp.asarray(best), jnp.asarray(labels), int(np.max(labels)) + 1
+    gradient = jax.grad(potential.loss)
 
-    def without(start):
-        return gradient(jnp.asarray(best), rng_key, jnp.where(rest < start, rest, rest + size))
+    def without(group):
+        return gradient(best, rng_key, jnp.where(labels == group, 0.0, 1.0))
 
-    means = jax.jit(lambda x: jax.lax.map(without, x, batch_size=BATCH_SIZE))(starts)
+    groups = jnp.arange(num_groups)
+    means = jax.jit(lambda x: jax.lax.map(without, x, batch_size=BATCH_SIZE))(groups)
     means = np.asarray(means, float)
-    # Leaving a group out moves the mean by size / (num_rows - size) times the group's deviation.
-    sums = (num_rows - size) * (means.mean(0) - means)
-    if labels is not None:
-        rows, sums = sums, np.zeros((labels.max() + 1, sums.shape[1]))
-        np.add.at(sums, labels, rows)
-    num = len(sums)
-    return num / (num - 1) * sums.T @ sums / (len(starts) * size)
+    sums = num_rows * (means.mean(0) - means)  # over the rows of each group
+    return num_groups / (num_groups - 1) * sums.T @ sums / num_rows
 
 
 def _over_data_sets(potential, best, rng_key, values):
@@ -286,11 +286,12 @@ def _over_data_sets(potential, best, rng_key, values):
 def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resamples):
     num_rows = potential.num_rows
     prior_gradient = jax.jit(jax.grad(potential.log_prior))
-    value_and_gradient = jax.jit(jax.value_and_grad(potential.resampled()))
+    value_and_gradient = jax.jit(jax.value_and_grad(potential.loss))
     above, below, minimizers = 0.0, 0.0, []
     for key in jax.random.split(key_resample, num_resamples):
-        indices = jax.random.randint(key, (num_rows,), 0, num_rows)
-        x = _minimize(partial(value_and_gradient, rng_key=rng_key, indices=indices), best)
+        drawn = jax.random.randint(key, (num_rows,), 0, num_rows)
+        weights = jnp.zeros(num_rows).at[drawn].add(1.0)
+        x = _minimize(partial(value_and_gradient, rng_key=rng_key, weights=weights), best)
         slope = num_rows * np.asarray(at_all(x)[1], float)
         curvature = num_rows * np.trace(hessian_by_differences(lambda x: at_all(x)[1], x))
         above += slope @ np.asarray(prior_gradient(x), float) + curvature

@@ -7,6 +7,7 @@ No log Z, no sampler: the loss is one of those that learn an energy without its 
 promised is weaker than Bayes' rule: the posterior of a loss whose scale, β, has to be chosen.
 """
 
+import copy
 from typing import Any, Literal
 
 import jax
@@ -214,7 +215,8 @@ class generalized:
         for more it is a compromise, and :meth:`adjust` does the rest.
 
         ``"sandwich"``: :math:`β = d / \operatorname{tr}(H^{-1} J)` for d parameters, the closest in
-        Kullback-Leibler divergence. J is a delete-a-group jackknife over the rows.
+        Kullback-Leibler divergence. J is a jackknife that leaves groups of rows out (their weights
+        are zero; weights of the rows' own count as well).
 
         ``"simulation"``: the same, J from data sets drawn at :math:`\hat θ` by
         :func:`~numpyro_ebm.sample`. It trusts the model, and needs no more than one row (a lattice,
@@ -231,8 +233,8 @@ class generalized:
         the β whose posterior is closest to the :math:`θ_b` in Fisher divergence.
 
         :param args: arguments of the model, with all rows.
-        :param str method: one of these. If ``None``, ``"sandwich"`` where there are four rows and
-            two a parameter, and else ``"simulation"``.
+        :param str method: one of these. If ``None``, ``"sandwich"`` where there are ten rows and
+            five a parameter, and else ``"simulation"``.
         :param rng_key: key of the resampling, and of a random objective's common random numbers;
             ``jax.random.key(0)`` if ``None``.
         :param int num_resamples: groups of the jackknife (at most), simulated data sets, or
@@ -244,9 +246,8 @@ class generalized:
         :return: :class:`~numpyro_ebm.posteriors.calibration.Calibration`, kept as
             :attr:`calibration`; with ``learning_rate="calibrate"`` it is what the model uses from
             now on.
-        :raises ModelError: if the loss has no minimum, its Hessian there is not positive, there are
-            too few rows or groups for the method, or the rows of the model's arguments cannot be
-            told.
+        :raises ModelError: if the loss has no minimum, its Hessian there is not positive, or there
+            are too few rows or groups for the method.
 
         Parameters with bounded supports count in NumPyro's unconstrained coordinates.
 
@@ -317,7 +318,8 @@ class generalized:
     def closed_form(self, *args: Any, **kwargs: Any) -> GaussianPosterior:
         r"""The posterior itself where it is Gaussian: a loss quadratic in θ and a normal prior.
 
-        Score matching of every kind and KSD are quadratic in θ where the energy is linear in it.
+        Score matching of every kind and KSD are quadratic in θ where the energy is linear in it. It
+        is the posterior at β, whose draws :meth:`adjust` moves.
 
         :param args: arguments of the model.
         :param kwargs: keyword arguments of the model.
@@ -340,13 +342,17 @@ class generalized:
             problem = self._prepare(jax.random.key(0), params, args, kwargs)
             return self.objective.own_parameters(jax.random.key(0), params, problem)
 
-    def _prepare(self, rng_key, params, args, kwargs, values=None):
+    def _prepare(self, rng_key, params, args, kwargs, values=None, weights=None):
         params = {**self.guide_params, **params}
         model, guide = self.model, self.guide
         if values is not None:
             model, args = AtValues(model), (values, *args)
             guide = None if guide is None else AtValues(guide, observes=False)
         problem = self.objective.prepare(rng_key, params, model, guide, args, kwargs)
+        if weights is not None:
+            row_model = copy.copy(problem.row_model)
+            row_model.row_weights = row_model.weigh(weights)
+            problem = problem._replace(row_model=row_model)
         marginal = problem.marginal
         if marginal.needs_guide:
             if not (isinstance(marginal, VaGES) and marginal.importance_weighted):
@@ -364,9 +370,10 @@ class generalized:
             )
         return problem._replace(marginal=marginal)
 
-    def _loss(self, rng_key, params, args, kwargs, values=None):
+    def _loss(self, rng_key, params, args, kwargs, **changed):
+        """The loss; ``values`` of visible sites, or ``weights`` of rows, may be changed."""
         key_prepare, key_loss = jax.random.split(rng_key)
-        problem = self._prepare(key_prepare, params, args, kwargs, values)
+        problem = self._prepare(key_prepare, params, args, kwargs, **changed)
         return self.objective.energy_loss(key_loss, {**self.guide_params, **params}, problem)
 
     def _potential(self, args, kwargs):

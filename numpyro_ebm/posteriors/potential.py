@@ -21,7 +21,6 @@ from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
-from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["Potential", "hessian_by_differences", "own_parameter_prior"]
@@ -97,20 +96,14 @@ class Potential:
             own_parameter_prior(self._own[name]).log_prob(value) for name, value in own.items()
         )
 
-    def loss(
-        self,
-        x: jax.Array,
-        rng_key: jax.Array,
-        args: tuple[Any, ...] | None = None,
-        kwargs: dict[str, Any] | None = None,
-    ) -> jax.Array:
-        """The objective, a mean over rows."""
-        args, kwargs = (self._args, self._kwargs) if args is None else (args, kwargs)
-        return self._loss(rng_key, self.params(x), args, kwargs)
+    def loss(self, x: jax.Array, rng_key: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+        """The objective, a mean over rows; rows count as often as their ``weights``, (rows,)."""
+        params = self.params(x)
+        return self._loss(rng_key, params, self._args, self._kwargs, weights=weights)
 
     def loss_at(self, x: jax.Array, rng_key: jax.Array, values: SiteValues) -> jax.Array:
         """The objective where the visible sites have other values."""
-        return self._loss(rng_key, self.params(x), self._args, self._kwargs, values)
+        return self._loss(rng_key, self.params(x), self._args, self._kwargs, values=values)
 
     def check_all_rows(self) -> None:
         """Raise if the data plate subsamples its rows."""
@@ -121,17 +114,6 @@ class Potential:
                 "a `subsample_size`. Calibrate a model without it, and pass the number on as "
                 "`learning_rate`."
             )
-
-    def resampled(self) -> Callable[..., jax.Array]:
-        """``(x, rng_key, indices) -> loss`` over the rows with these indices."""
-        row_model = self._row_model
-        rows = row_model.num_rows - 1
-        cut = Batches(row_model, self._args, self._kwargs, rows, jax.random.key(0))
-
-        def loss(x, rng_key, indices):
-            return self.loss(x, rng_key, *cut.minibatches.batch(cut.arrays, indices[None], 0))
-
-        return loss
 
 
 def hessian_by_differences(

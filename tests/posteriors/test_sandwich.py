@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws of generalised posteriors, moved to the width of their estimator."""
 
+import contextlib
 import itertools
 
 import jax
@@ -10,8 +11,9 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.linalg
+from numpyro.handlers import mask, scale
 from numpyro.infer import MCMC, SVI, BarkerMH, Trace_ELBO
-from numpyro.infer.autoguide import AutoMultivariateNormal
+from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal
 from posterior_cases import KEY, ROWS, precision_model
 
 import numpyro_ebm as ebm
@@ -49,6 +51,9 @@ def test_the_map_has_the_covariance_that_it_should(size):
     np.testing.assert_allclose(right.matrix, np.eye(size), atol=1e-9)
     several = sandwich_map(H, J, num, beta, np.stack([0 * q, q]), np.stack([0 * Q, Q]))
     np.testing.assert_allclose(several.matrix, [flat.matrix, found.matrix])
+    x = rng.standard_normal((5, size))
+    at = [found.target + found.matrix @ (row - found.source) for row in x]
+    np.testing.assert_allclose(found(x), at)
 
 
 def linear_model(data, prior=WEAK):
@@ -140,6 +145,63 @@ def test_a_hierarchy_is_adjusted_given_what_its_rows_do_not_read(x64):
         mean = lambda width, v: width * (v * rows.mean() + draws["mu"] / 0.09)  # noqa: B023, E731
         wanted = mean(after, 1 / error) + np.sqrt(after / before) * (0 - mean(before, len(rows)))
         np.testing.assert_allclose(moved["theta"][:, g], wanted, rtol=0.02, atol=0.01)
+
+
+X = np.random.default_rng(5).standard_normal((60, 2))
+Y = X @ [1.0, -0.5] + np.random.default_rng(6).standard_t(4, 60)
+WEIGHTS = np.random.default_rng(7).gamma(2.0, 0.5, 60)
+COUNTS = jnp.arange(60) % 4 > 0
+
+
+def regression(data, mean, handlers=()):
+    theta = numpyro.sample("theta", dist.Normal(0.0, 100.0).expand([2]).to_event(1))
+    with numpyro.plate("data", len(data)), contextlib.ExitStack() as stack:
+        for handler in handlers:
+            stack.enter_context(handler)
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * (v - mean(theta)) ** 2)
+
+
+BY_INDEX = np.eye(2)[np.arange(60) // 30]
+REGRESSIONS = {  # covariates and weights of the rows, and the model
+    "closed-over covariates": (X, 1.0, lambda y: regression(y, lambda t: X @ t)),
+    "a closed-over index": (BY_INDEX, 1.0, lambda y: regression(y, lambda t: t[GROUPS])),
+    "the number of a row": (BY_INDEX, 1.0, lambda y: regression(y, lambda t: t[numbers(y)])),
+    "blocks of rows": (BY_INDEX, 1.0, lambda y: regression(y, lambda t: jnp.repeat(t, 30))),
+    "weights": (X, WEIGHTS, lambda y: regression(y, lambda t: X @ t, [scale(scale=WEIGHTS)])),
+    "a mask": (X, COUNTS * 1.0, lambda y: regression(y, lambda t: X @ t, [mask(mask=COUNTS)])),
+}
+GROUPS = np.arange(60) // 30
+
+
+def numbers(data):
+    return jnp.arange(len(data)) // 30
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_rows_are_left_out_where_they_stand(x64, name):
+    """Least squares: H = X'WX/N and J = X'W²R²X/N with the residuals R, whatever gives X and W."""
+    x, w, model = REGRESSIONS[name]
+    found = ebm.generalized(model, ebm.ScoreMatching()).calibrate(Y, method="sandwich")
+    w = np.broadcast_to(w, 60)
+    H = (w[:, None] * x).T @ x / 60
+    best = np.linalg.solve(H, x.T @ (w * Y) / 60)
+    np.testing.assert_allclose(found.point, best, rtol=1e-5)
+    np.testing.assert_allclose(found.hessian, H, atol=1e-6)
+    scores = (w * (Y - x @ best))[:, None] * x
+    np.testing.assert_allclose(found.score_covariance, scores.T @ scores / 59, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "most"), [(ebm.DenoisingScoreMatching(0.1), 1.3), (ebm.NCE(dist.Normal(0, 2)), 2)]
+)
+def test_random_objectives_keep_their_noise(x64, objective, most):
+    """To leave a row out is to draw no other noise for the rest: that would double the spread."""
+    found = ebm.generalized(linear_model, objective).calibrate(ROWS)
+    _, H, J = score_matching_by_hand(ROWS)
+    efficient = np.sqrt(np.diag(np.linalg.inv(H) @ J @ np.linalg.inv(H)) / len(ROWS))
+    ratio = found.standard_error[-2:] / efficient  # after those of the objective's own
+    assert np.all(ratio < most) and np.all(ratio > 0.9)
 
 
 def test_rows_of_a_group_count_as_one(x64):
@@ -271,8 +333,9 @@ def test_to_arviz_keeps_raw_and_adjusted_draws_apart():
 
 
 @pytest.mark.slow
-def test_draws_of_a_guide_are_adjusted():
-    """A full-rank Gaussian guide on a constrained scale, against the sandwich of its logarithm."""
+@pytest.mark.parametrize("make", [AutoMultivariateNormal, AutoLaplaceApproximation])
+def test_draws_of_a_guide_are_adjusted(make):
+    """Gaussian guides on constrained scales, against the sandwich of their logarithms."""
 
     def scale_model(data):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 10.0).expand([2]).to_event(1))
@@ -280,11 +343,11 @@ def test_draws_of_a_guide_are_adjusted():
             v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
             ebm.energy("E", 0.5 * jnp.sum((v / scale) ** 2, -1))
 
-    data = np.stack([HEAVY[:300], 0.2 * HEAVY[:300] + ROWS[:1]], 1).astype(np.float32)
-    data[:, 1] = 0.5 * data[:, 0] + np.random.default_rng(4).standard_normal(300)
+    other = 0.5 * HEAVY[:300] + np.random.default_rng(4).standard_normal(300)
+    data = np.stack([HEAVY[:300], other], 1).astype(np.float32)
     model = ebm.generalized(scale_model, ebm.ScoreMatching(), "calibrate")
     model.calibrate(data)
-    guide = AutoMultivariateNormal(model)
+    guide = make(model)
     fit = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO(16)).run(
         KEY, 3_000, data, progress_bar=False
     )
