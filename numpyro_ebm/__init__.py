@@ -20,6 +20,7 @@ from numpyro_ebm.diagnostics import (
     to_arviz,
 )
 from numpyro_ebm.errors import (
+    ConvergenceWarning,
     EmulationWarning,
     FarNoiseWarning,
     ImproperSamplingError,
@@ -49,6 +50,7 @@ __all__ = [
     "Counting",
     "EnergySVI",
     "Exchange",
+    "ConvergenceWarning",
     "EmulationWarning",
     "FarNoiseWarning",
     "ImproperSamplingError",

@@ -7,6 +7,7 @@ The ``check_...`` functions hold options to their range, with one message for ea
 from typing import Any
 
 __all__ = [
+    "ConvergenceWarning",
     "FarNoiseWarning",
     "ImproperSamplingError",
     "ModelError",
@@ -48,6 +49,10 @@ class NonFiniteLossWarning(RuntimeWarning):
     def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """Markov chains did not do their work: rows that did not move, drift, or left the support."""
 
 
 class FarNoiseWarning(RuntimeWarning):

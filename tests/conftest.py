@@ -37,6 +37,7 @@ LONGEST = (
     "test_divergent_integrals_are_found[out of",
     "test_edges_of_the_graph",
     "test_error_bars_cover_at_their_nominal_rate",
+    "test_every_support_and_kernel_with_defaults",
     "test_larger_models_with_latents[200",
     "test_loss_and_gradient_are_unbiased_for_the_other_pairs",
     "test_more_particles_take_more_of_the_bias_away",

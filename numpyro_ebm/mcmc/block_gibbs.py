@@ -139,6 +139,7 @@ class BlockGibbs(RowKernel):
     """
 
     moves_discrete = True
+    _draw_start = staticmethod(initial_values)
 
     def __init__(
         self,
@@ -187,10 +188,7 @@ class BlockGibbs(RowKernel):
         def init_one(rng_key, init_params):
             return self._init_checked(rng_key, init_params, model_args, model_kwargs, check)
 
-        if not is_prng_key(rng_key):
-            init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
-        # One compiled program: operation by operation it takes seconds.
-        state, is_proper = jax.jit(init_one)(rng_key, init_params)
+        state, is_proper = self._init_chains(init_one, rng_key, init_params)
         bad = ~jnp.isfinite(state.potential_energy)
         if not_jax_tracer(bad) and np.any(bad):
             self._check_energy(state, model_args, model_kwargs)
@@ -260,7 +258,7 @@ class BlockGibbs(RowKernel):
         key_init, key_check, rng_key = jax.random.split(rng_key, 3)
         row_model, log_density = self._target(model_args, model_kwargs)
         check_order(row_model, self._blocks, init_params)
-        z = initial_values(key_init, row_model, self._init_strategy, init_params)
+        z = self._initial_values(key_init, row_model, init_params)
         rows = row_model.to_rows(z)
         blocks = self._plan(row_model, log_density, rows)
         is_proper = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What the continuous kernels share: a step of a BlackJAX kernel on every row.
 
-Rows share one step size and one preconditioner. A new kernel on BlackJAX is a subclass of
-:class:`ChainKernel` with a ``_move`` for one row.
+Every row has its own step size; rows share the preconditioner. A new kernel on BlackJAX is a
+subclass of :class:`ChainKernel` with a ``_move`` for one row.
 """
 
 from collections.abc import Callable
@@ -112,8 +112,11 @@ class ChainKernel(AdaptiveKernel):
         """The energy of a row at its start."""
         return -chain.logdensity
 
-    def _move(self, rng_key, chain, one_row, adapt_state, i):
-        """One step of one row: a new :class:`Chain` and a :class:`StepInfo`."""
+    def _move(self, rng_key, chain, one_row, step_size, adapt_state, i):
+        """One step of one row: a new :class:`Chain` and a :class:`StepInfo`.
+
+        ``step_size`` is that of the row; ``adapt_state`` is that of all rows.
+        """
         raise NotImplementedError
 
     def _check_sites(self, row_model, dimension):
@@ -158,7 +161,7 @@ class ChainKernel(AdaptiveKernel):
             diverging=jnp.zeros(row_model.num_rows, bool),
             num_steps=jnp.array(0),
             adapt_state=self._adaptation.init(
-                jnp.asarray(self._initial_step_size(dimension), float),
+                self._initial_step_size(dimension),
                 row_model.num_rows,
                 dimension,
                 self.has_mass_matrix,
@@ -195,13 +198,16 @@ class ChainKernel(AdaptiveKernel):
             if row_model.num_rows == 1
             else jax.random.split(key_step, row_model.num_rows)
         )
+        adapted = state.adapt_state
         chains, info = jax.vmap(
-            lambda key, chain: self._move(key, chain, one_row, state.adapt_state, state.i)
-        )(keys, chains)
+            lambda key, chain, step_size: self._move(
+                key, chain, one_row, step_size, adapted, state.i
+            )
+        )(keys, chains, adapted.step_size)
         mean = jnp.mean(info.accept_prob)
         new = self._cache(state, chains, row_model)
         adapt_state = self._adaptation.update(
-            state.i, state.adapt_state, jnp.mean(info.statistic), lambda: row_model.flatten(new.z)
+            state.i, adapted, info.statistic, lambda: row_model.flatten(new.z)
         )
         return new._replace(
             i=state.i + 1,

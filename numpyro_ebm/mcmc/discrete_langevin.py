@@ -73,7 +73,7 @@ class DiscreteLangevin(AdaptiveKernel):
         adapted.
     :param bool adjusted: make the Metropolis-Hastings test. Without it (DULA) every proposal is
         taken, and the stationary law is biased: see the note.
-    :param bool adapt_step_size: adapt α in warm-up by dual averaging of the rows' mean acceptance.
+    :param bool adapt_step_size: adapt α in warm-up by dual averaging of the acceptance of each row.
         Where units hardly interact acceptance stays above the target however large α is; it is
         kept below 1,000 times the squared range of the values, where proposals no longer depend
         on it.
@@ -121,6 +121,7 @@ class DiscreteLangevin(AdaptiveKernel):
     """
 
     moves_discrete = True
+    _draw_start = staticmethod(initial_values)
     default_step_size = 0.2  # the paper's
 
     def __init__(
@@ -226,7 +227,7 @@ class DiscreteLangevin(AdaptiveKernel):
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
         row_model, log_density, values = self._target(model_args, model_kwargs)
-        z = initial_values(key_init, row_model, self._init_strategy, init_params)
+        z = self._initial_values(key_init, row_model, init_params)
         chains = self._evaluate(row_model, log_density, values, z)
         zeros = jnp.zeros(row_model.num_rows)
         state = DiscreteLangevinState(
@@ -238,7 +239,7 @@ class DiscreteLangevin(AdaptiveKernel):
             mean_accept_prob=jnp.zeros(()),
             diverging=jnp.zeros(row_model.num_rows, bool),
             adapt_state=self._adaptation.init(
-                jnp.asarray(self._initial_step_size(), float), row_model.num_rows, 0, False, None
+                self._initial_step_size(), row_model.num_rows, 0, False, None
             ),
             rng_key=rng_key,
         )
@@ -292,7 +293,7 @@ class DiscreteLangevin(AdaptiveKernel):
             key_step, chains, log_density, state.adapt_state.step_size, values
         )
         mean = jnp.mean(info.acceptance_rate)
-        adapt_state = self._adaptation.update(state.i, state.adapt_state, mean)
+        adapt_state = self._adaptation.update(state.i, state.adapt_state, info.acceptance_rate)
         if self._adapt_step_size:
             largest = 1_000.0 * max(np.ptp(x) ** 2 for x in values.values())
             largest = jnp.maximum(largest, self._initial_step_size())

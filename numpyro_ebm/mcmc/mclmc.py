@@ -151,18 +151,20 @@ class MCLMC(ChainKernel):
     def _start_row(self, rng_key, position):
         return None if self._adjusted else generate_unit_vector(rng_key, position)
 
-    def _move(self, rng_key, chain, one_row, adapt_state, i):
+    def _move(self, rng_key, chain, one_row, step_size, adapt_state, i):
         move = self._move_adjusted if self._adjusted else self._move_unadjusted
-        return move(rng_key, chain, one_row, adapt_state, i)
+        return move(rng_key, chain, one_row, step_size, adapt_state, i)
 
-    def _move_adjusted(self, rng_key, chain, one_row, adapt_state, i):
-        mean: Any = jnp.maximum(adapt_state.trajectory_length / adapt_state.step_size, 1.0)
+    def _move_adjusted(self, rng_key, chain, one_row, step_size, adapt_state, i):
+        # All rows take the same number of steps, so that none waits for another.
+        typical = jnp.exp(jnp.mean(jnp.log(adapt_state.step_size)))
+        mean: Any = jnp.maximum(adapt_state.trajectory_length / typical, 1.0)
         num_steps = jnp.clip(trajectory_length(i, mean), 1, self._max_num_steps).astype(int)
         new, info = self._kernel(
             rng_key,
             HMCState(*chain[:3]),
             one_row,
-            adapt_state.step_size,
+            step_size,
             (num_steps,),
             adapt_state.inverse_mass_matrix.astype(chain.logdensity.dtype),
         )
@@ -176,7 +178,7 @@ class MCLMC(ChainKernel):
             num_steps,
         )
 
-    def _move_unadjusted(self, rng_key, chain, one_row, adapt_state, i):
+    def _move_unadjusted(self, rng_key, chain, one_row, step_size, adapt_state, i):
         start = IntegratorState(
             chain.position, chain.memory, chain.logdensity, chain.logdensity_grad
         )
@@ -186,7 +188,7 @@ class MCLMC(ChainKernel):
             one_row,
             adapt_state.inverse_mass_matrix.astype(chain.logdensity.dtype),
             adapt_state.trajectory_length,
-            adapt_state.step_size,
+            step_size,
         )
         dimension = sum(jnp.size(x) for x in jax.tree.leaves(chain.position))
         xi = info.energy_change**2 / (dimension * self._target_energy_variance)

@@ -90,8 +90,8 @@ class ReplicaExchange(AdaptiveKernel):
         integral (``Lebesgue``); a proper base measure allows 0.
     :param float step_size: ε at β = 1, in squared units of the unconstrained sites, and ε/β
         elsewhere; the initial values where they are adapted.
-    :param bool adapt_step_size: adapt the step size of every replica in warm-up by dual averaging
-        of the rows' mean acceptance.
+    :param bool adapt_step_size: adapt the step size of every replica of every row in warm-up, by
+        dual averaging of its acceptance.
     :param bool adapt_ladder: move the inner temperatures in warm-up so that all pairs swap equally
         often; the ends stay.
     :param float target_accept_prob: the acceptance probability of moves to adapt to.
@@ -140,7 +140,7 @@ class ReplicaExchange(AdaptiveKernel):
         step_size: float | None = None,
         adapt_step_size: bool = True,
         adapt_ladder: bool = True,
-        target_accept_prob: float = 0.574,
+        target_accept_prob: float = 0.75,
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         self._ladder = parse_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
@@ -150,7 +150,7 @@ class ReplicaExchange(AdaptiveKernel):
     def get_diagnostics_str(self, state: Any) -> str:
         rates = state.mean_swap_prob
         return (
-            f"step size {state.adapt_state.step_size[0]:.2e}. "
+            f"step size {jnp.median(state.adapt_state.step_size[0]):.2e}. "
             f"acc. prob={state.mean_accept_prob:.2f}. "
             f"swap rates {jnp.min(rates):.2f} to {jnp.max(rates):.2f}"
         )
@@ -224,7 +224,9 @@ class ReplicaExchange(AdaptiveKernel):
             swap_prob=pairs,
             mean_swap_prob=pairs,
             round_trips=jnp.zeros(row_model.num_rows, int),
-            adapt_state=self._adaptation.init(self._ladder, self._initial_step_size()),
+            adapt_state=self._adaptation.init(
+                self._ladder, self._initial_step_size(), row_model.num_rows
+            ),
             rng_key=rng_key,
             **_cached(replicas, visited, row_model),
         )
@@ -240,7 +242,7 @@ class ReplicaExchange(AdaptiveKernel):
             return tempering.move(key, replica, base, likelihood, beta, step_size)
 
         # Rows inside, so that a replica of all rows is one evaluation of the plate.
-        move = jax.vmap(jax.vmap(move, (0, 0, None, None)))
+        move = jax.vmap(jax.vmap(move, (0, 0, None, 0)))
         replicas, accept = move(keys, replicas, ladder.inverse_temperatures, ladder.step_size)
 
         def swap(key, replicas, visited):
@@ -265,7 +267,7 @@ class ReplicaExchange(AdaptiveKernel):
             swap_prob=swap_prob.astype(dtype),
             mean_swap_prob=running(state.mean_swap_prob, swap_prob),
             round_trips=trips.astype(state.round_trips.dtype),
-            adapt_state=self._adaptation.update(state.i, ladder, replica_accept, lambda: swap_prob),
+            adapt_state=self._adaptation.update(state.i, ladder, accept, lambda: swap_prob),
             rng_key=rng_key,
         )
 

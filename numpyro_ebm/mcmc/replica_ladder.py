@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.mcmc.adaptation import Tuner, WindowAdaptation
+from numpyro_ebm.mcmc.adaptation import Tuner, WindowAdaptation, adapted_steps
 from numpyro_ebm.samplers.tempering import equal_rejection_ladder
 
 __all__ = ["LadderAdaptation", "LadderState", "parse_ladder"]
@@ -22,9 +22,9 @@ __all__ = ["LadderAdaptation", "LadderState", "parse_ladder"]
 class LadderState(NamedTuple):
     """Quantities that :class:`~numpyro_ebm.ReplicaExchange` adapts in warm-up.
 
-    - **step_size** - ε of every replica, (K,).
+    - **step_size** - ε of every replica and row, (K, rows).
     - **inverse_temperatures** - β of every replica, (K,), the first is 1.
-    - **tuner** - states of BlackJAX's dual averaging, (K,).
+    - **tuner** - states of BlackJAX's dual averaging, (K, rows).
     - **rejection, num_steps** - summed 1 - α of every pair in the present window, and its steps.
     """
 
@@ -75,17 +75,20 @@ class LadderAdaptation(WindowAdaptation):
     """
 
     def __init__(self, num_warmup: int, tuner: Tuner, adapt_step_size: bool, adapt_ladder: bool):
-        super().__init__(num_warmup, Tuner(*map(jax.vmap, tuner)), adapt_step_size, adapt_ladder)
+        tuner = Tuner(*(jax.vmap(jax.vmap(function)) for function in tuner))
+        super().__init__(adapted_steps(num_warmup), tuner, adapt_step_size, adapt_ladder)
 
-    def init(self, ladder: np.ndarray, step_size: float) -> LadderState:
+    def init(self, ladder: np.ndarray, step_size: float, num_rows: int) -> LadderState:
         """State at the start.
 
         :param ladder: of :func:`parse_ladder`.
         :param float step_size: ε at β = 1.
+        :param int num_rows: number of rows.
         """
         least = ladder[ladder > 0].min()  # β = 0 has the step size of the replica before it
         inverse_temperatures = jnp.asarray(ladder, float)
         step_sizes = step_size / jnp.maximum(inverse_temperatures, least)
+        step_sizes = jnp.tile(step_sizes[:, None], num_rows)
         pairs = jnp.zeros(len(ladder) - 1)
         return LadderState(
             step_sizes, inverse_temperatures, self.tuner.init(step_sizes), pairs, jnp.zeros(())
@@ -101,7 +104,8 @@ class LadderAdaptation(WindowAdaptation):
         rejection = state.rejection / jnp.maximum(state.num_steps, 1)
         ladder = equal_rejection_ladder(old, rejection)
         if self.adapt_step_size:
-            step_size = jnp.exp(jnp.interp(-ladder, -old, jnp.log(state.step_size)))
+            interpolate = jax.vmap(lambda y: jnp.interp(-ladder, -old, y), 1, 1)
+            step_size = jnp.exp(interpolate(jnp.log(state.step_size)))
             state = state._replace(step_size=step_size)
         return state._replace(
             inverse_temperatures=ladder,

@@ -20,7 +20,7 @@ from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import acceptance_tuner
-from numpyro_ebm.mcmc.start import unconstrained_values
+from numpyro_ebm.mcmc.start import MAX_DRAWS, redrawn, unconstrained_values
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import LogDensity, Model, SiteValues
@@ -44,11 +44,14 @@ class RowKernel(MCMCKernel):
     moves_discrete = False
     needs_warmup = False
 
+    _draw_start = staticmethod(unconstrained_values)  # of the sites that it moves
+
     def __init__(self, model: Model, init_strategy: Callable[..., Any]):
         self._model = model
         self._init_strategy = init_strategy
         self._num_warmup = 0
         self._sample_fn = None  # looked at by `MCMC`: whether `init` has run
+        self._redraws = False  # whether `_initial_values` draws bad rows anew
         self._traced = None  # of the model, at arguments that it was read at
 
     @property
@@ -76,12 +79,9 @@ class RowKernel(MCMCKernel):
         self._sample_fn = self._step
 
         def init_one(rng_key, init_params):
-            return self._init(rng_key, init_params, model_args, model_kwargs)
+            return self._init(rng_key, init_params, model_args, model_kwargs), None
 
-        if not is_prng_key(rng_key):
-            init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
-        # Compiled as a whole: operation by operation it takes seconds.
-        state = jax.jit(init_one)(rng_key, init_params)
+        state, _ = self._init_chains(init_one, rng_key, init_params)
         if not_jax_tracer(state.potential_energy):
             self._check_energy(state, model_args, model_kwargs)
         return state
@@ -91,7 +91,10 @@ class RowKernel(MCMCKernel):
     ) -> Any:
         if is_prng_key(state.rng_key):
             return self._step(state, model_args, model_kwargs)
-        return jax.vmap(lambda s: self._step(s, model_args, model_kwargs))(state)
+        # All chains are at the same step, so that what few steps do costs the others nothing.
+        return jax.vmap(
+            lambda s, i: self._step(s._replace(i=i), model_args, model_kwargs), (0, None)
+        )(state, state.i[0])
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> Self:
         kernel = copy.copy(self)
@@ -137,6 +140,23 @@ class RowKernel(MCMCKernel):
     def _name(self):
         return type(self).__name__
 
+    def _init_chains(self, init_one, rng_key, init_params) -> tuple[Any, Any]:
+        """A state and what comes with it, of one chain or many, with rows that can start.
+
+        Whether rows have to be drawn anew is seen from a first try; where that is traced, the loop
+        that does it is compiled in any case.
+        """
+        if not is_prng_key(rng_key):
+            init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
+        self._redraws = init_params is None and not not_jax_tracer(jax.tree.leaves(rng_key)[0])
+        # Compiled as a whole: operation by operation it takes seconds.
+        result = jax.jit(init_one)(rng_key, init_params)
+        energy = result[0].potential_energy
+        if init_params is None and not_jax_tracer(energy) and not np.all(np.isfinite(energy)):
+            self._redraws = True
+            result = jax.jit(lambda key: init_one(key, None))(rng_key)
+        return result
+
     def _check_warmup(self):
         """Raise if a warm-up of ``_num_warmup`` steps is not enough."""
 
@@ -176,7 +196,17 @@ class RowKernel(MCMCKernel):
         return row_model, log_density
 
     def _initial_values(self, rng_key, row_model, init_params):
-        return unconstrained_values(rng_key, row_model, self._init_strategy, init_params)
+        """Where the rows start: drawn until their energies are finite, if they are not given."""
+
+        def draw(key):
+            return self._draw_start(key, row_model, self._init_strategy, init_params)
+
+        if not self._redraws:
+            return draw(rng_key)
+        _, log_density = self._read(self._model, row_model.args, row_model.kwargs)
+        return redrawn(
+            rng_key, row_model, draw, lambda z: jnp.isfinite(log_density(row_model.to_rows(z)))
+        )
 
     def _check_energy(self, state, model_args, model_kwargs):
         """Say which rows and sites make the initial energy, or its gradient, not finite."""
@@ -206,6 +236,7 @@ class RowKernel(MCMCKernel):
             f"{self._name}: the energy is not finite at the initial values of {int(bad.sum())} of "
             f"{bad.size} rows (rows {shown}"
             + (f"; the terms of {sites})" if sites else ")")
+            + (f", drawn {MAX_DRAWS} times" if self._redraws else "")
             + ". Pass `init_params`, or an `init_strategy` such as "
             "`numpyro.infer.init_to_value(values=...)`."
         )
@@ -239,7 +270,7 @@ class AdaptiveKernel(RowKernel):
 
     def get_diagnostics_str(self, state: Any) -> str:
         return (
-            f"step size {jnp.mean(state.adapt_state.step_size):.2e}. "
+            f"step size {jnp.median(state.adapt_state.step_size):.2e}. "
             f"acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
         )
 
@@ -248,8 +279,12 @@ class AdaptiveKernel(RowKernel):
         return self.default_step_size if self._step_size is None else self._step_size
 
     def _tuner(self):
-        """What adapts the step size."""
-        return acceptance_tuner(self._target_accept_prob)
+        """What adapts the step size of a row.
+
+        With the default γ of 0.05 it swings so much with the acceptance of a single row that the
+        mean of its logarithm misses the target.
+        """
+        return acceptance_tuner(self._target_accept_prob, 0.2)
 
     def _check_warmup(self):
         if self.needs_warmup and not (self._adapt_step_size and self._num_warmup > 0):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial values of a chain: those of a strategy, and those that are given."""
+"""Initial values of a chain: those of a strategy, and those that are given.
+
+Rows at which the energy is not finite, behind a hard wall for one, are drawn anew, as NumPyro does
+it for NUTS.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +17,10 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
 
-__all__ = ["initial_values", "unconstrained_values"]
+__all__ = ["MAX_DRAWS", "initial_values", "redrawn", "unconstrained_values"]
+
+MAX_DRAWS = 100
+"""How often the initial values of a row are drawn until its energy is finite."""
 
 
 def initial_values(
@@ -60,6 +67,33 @@ def unconstrained_values(
     if GIBBS_SITES_KWARG in row_model.kwargs:  # Gibbs hands over constrained values
         given = {k: row_model.visible[k].transform.inv(x) for k, x in given.items()}
     return {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
+
+
+def redrawn(
+    rng_key: jax.Array,
+    row_model: RowModel,
+    draw: Callable[[jax.Array], SiteValues],
+    is_finite: Callable[[SiteValues], jax.Array],
+) -> SiteValues:
+    """Initial values whose bad rows are drawn anew, at most :data:`MAX_DRAWS` times.
+
+    :param draw: random key -> initial values of all rows.
+    :param is_finite: initial values -> whether a row can start there, (rows,).
+    """
+
+    def goes_on(carry):
+        _, _, finite, count = carry
+        return ~jnp.all(finite) & (count < MAX_DRAWS)
+
+    def again(carry):
+        key, z, finite, count = carry
+        key, key_draw = jax.random.split(key)
+        fresh = draw(key_draw)
+        z = {k: jnp.where(row_model.rows_like(finite, k, x), x, fresh[k]) for k, x in z.items()}
+        return key, z, is_finite(z), count + 1
+
+    nothing = jnp.zeros(row_model.num_rows, bool)
+    return jax.lax.while_loop(goes_on, again, (rng_key, draw(rng_key), nothing, jnp.array(0)))[1]
 
 
 def _values_of_strategy(rng_key, row_model, init_strategy):

@@ -17,6 +17,9 @@ from numpyro_ebm.types import Model
 
 __all__ = ["UnderdampedLangevin"]
 
+LEAST_ACCEPTANCE = 1e-9
+"""An acceptance probability below what a uniform number in single precision can tell from 0."""
+
 
 class UnderdampedLangevin(ChainKernel):
     r"""Underdamped Langevin dynamics on the continuous sites of an energy-based model (GHMC).
@@ -29,6 +32,8 @@ class UnderdampedLangevin(ChainKernel):
     on, so that a row runs on in its direction for a time of about 1/γ and covers ground that a
     random walk such as MALA's covers in the square of the steps. Acceptance compares with a uniform
     number that itself moves slowly, which bunches rejections and leaves long runs between them.
+    In the first steps of a warm-up both are drawn afresh: a row that comes down a steep slope would
+    keep in them what it falls, and climb again.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``.
     :param float step_size: ε, in units of time: a free coordinate moves by about ε of its scale in
@@ -36,7 +41,7 @@ class UnderdampedLangevin(ChainKernel):
     :param float friction: γ, the inverse of the time over which a momentum is forgotten, in the
         same units. Lower it where coordinates are strongly correlated: 1/γ should be about the
         largest scale of the model after preconditioning.
-    :param bool adapt_step_size: adapt ε in warm-up by dual averaging of the rows' mean acceptance.
+    :param bool adapt_step_size: adapt ε in warm-up by dual averaging of the acceptance of each row.
     :param float target_accept_prob: the acceptance probability to adapt to. It is high because a
         rejection turns the row back.
     :param bool adapt_mass_matrix: adapt a diagonal :math:`M^{-1}` in warm-up, the variances of the
@@ -105,19 +110,25 @@ class UnderdampedLangevin(ChainKernel):
     def _start_energy(self, chain):
         return -chain.logdensity + _half_square(chain.memory[0])
 
-    def _move(self, rng_key, chain, one_row, adapt_state, i):
+    def _move(self, rng_key, chain, one_row, step_size, adapt_state, i):
         # Momenta are kept in units of the preconditioner, so that they stay right when it changes.
-        whitened, slice_ = chain.memory
+        settles = i < self._adaptation.num_settling
+        whitened, slice_ = jax.lax.cond(
+            settles,
+            lambda: self._start_row(jax.random.fold_in(rng_key, 1), chain.position),
+            lambda: chain.memory,
+        )
         flat, unravel = ravel_pytree(whitened)
         scale = jnp.sqrt(adapt_state.inverse_mass_matrix).astype(flat.dtype)
-        alpha = 1 - jnp.exp(-2 * self._friction * adapt_state.step_size)
+        alpha = 1 - jnp.exp(-2 * self._friction * step_size)
         delta = alpha / 2
         state = GHMCState(
             chain.position, unravel(flat / scale), chain.logdensity, chain.logdensity_grad, slice_
         )
-        new, info = self._kernel(
-            rng_key, state, one_row, adapt_state.step_size, scale, alpha, delta
-        )
+        new, info = self._kernel(rng_key, state, one_row, step_size, scale, alpha, delta)
+        # A slice of exactly 0, one in 2²⁴, accepts whatever is proposed, and turns NaN.
+        impossible = info.is_accepted & (info.acceptance_rate < LEAST_ACCEPTANCE)
+        new = jax.tree.map(lambda x, old: jnp.where(impossible, old, x), new, state)
         momentum = unravel(ravel_pytree(new.momentum)[0] * scale)
         chain = chain._replace(
             position=new.position,

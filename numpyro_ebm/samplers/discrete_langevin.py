@@ -125,9 +125,11 @@ def build_kernel(
         choices = jnp.asarray(table.T, flat.dtype)[:, None]  # (K, 1, coordinates)
         forbidden = jnp.where(is_value.T, 0.0, -jnp.inf)[:, None]
 
+        scale = jnp.asarray(step_size)[..., None]  # of all rows, or one each
+
         def log_proposal(x, change):
             distance = (choices - x) ** 2 if differences == "gradient" else choices != x
-            logits = 0.5 * change - distance / (2 * step_size) + forbidden
+            logits = 0.5 * change - distance / (2 * scale) + forbidden
             return jax.nn.log_softmax(logits.astype(change.dtype), 0)
 
         def at(logits, index):

@@ -29,10 +29,11 @@ def test_per_row_takes_arguments_that_rows_share():
 
 def test_warm_up_windows():
     adaptation = Adaptation(200, acceptance_tuner(0.5), True, adapt_mass_matrix=True)
-    state = adaptation.init(jnp.asarray(0.1), 30, 2, True, None)
+    state = adaptation.init(0.1, 30, 2, True, None)
     rng = np.random.default_rng(0)
     sd, shift = np.array([0.1, 3.0]), 100.0 * np.arange(30)[:, None]
-    update = jax.jit(lambda i, s, x: adaptation.update(i, s, 0.5, lambda: x))
+    accept = jnp.full(30, 0.5)
+    update = jax.jit(lambda i, s, x: adaptation.update(i, s, accept, lambda: x))
     for i in range(210):
         rows = jnp.asarray(shift + sd * rng.normal(size=(30, 2)), jnp.float32)
         if i == 200:

@@ -121,10 +121,10 @@ def test_mala_is_exact_where_ula_is_not():
 def test_rows_accept_on_their_own():
     mcmc, _ = run(ebm.MALA(ebm.fixed(skewed, {})), num_samples=200, num_warmup=300, num_rows=1_000)
     accept = np.asarray(mcmc.get_extra_fields()["accept_prob"])
-    assert abs(accept.mean() - 0.574) < 0.05
+    assert abs(accept.mean() - 0.75) < 0.05
     assert accept.std(1).mean() > 0.1
     state = mcmc.last_state
-    assert state.adapt_state.step_size.shape == () and state.i == 500
+    assert state.adapt_state.step_size.shape == (1_000,) and state.i == 500
 
 
 def test_adaptation_ends_with_the_warm_up_and_can_be_switched_off():
@@ -135,10 +135,10 @@ def test_adaptation_ends_with_the_warm_up_and_can_be_switched_off():
     mcmc = MCMC(kernel, num_warmup=100, num_samples=50, progress_bar=False)
     mcmc.run(jax.random.key(0), extra_fields=("adapt_state.step_size",))
     sizes = np.asarray(mcmc.get_extra_fields()["adapt_state.step_size"])
-    assert np.ptp(sizes) == 0 and sizes[0] != 0.1
+    assert sizes.shape == (50, 20) and np.all(sizes[0] == sizes) and np.all(sizes != 0.1)
     mcmc.post_warmup_state = mcmc.last_state
     mcmc.run(jax.random.key(1))
-    np.testing.assert_allclose(mcmc.last_state.adapt_state.step_size, sizes[0])
+    np.testing.assert_array_equal(mcmc.last_state.adapt_state.step_size, sizes[0])
 
 
 @pytest.mark.parametrize("name", KERNELS)
