@@ -25,6 +25,11 @@ from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
+from numpyro_ebm.program.compilation import (
+    compiler_options,
+    constants_as_arguments,
+    run_compiled,
+)
 from numpyro_ebm.types import SiteValues
 
 __all__ = ["Calibration", "CalibrationMethod", "calibrate"]
@@ -99,7 +104,9 @@ def calibrate(
     check_integer("generalized", 2, num_resamples=num_resamples)
     potential.check_all_rows()
     key_loss, key_resample = jax.random.split(rng_key)
-    value_and_gradient = jax.jit(jax.value_and_grad(lambda x: potential.loss(x, key_loss)))
+    value_and_gradient = _compile(
+        jax.value_and_grad(lambda x: potential.loss(x, key_loss)), potential.start
+    )
     found = _minimize(value_and_gradient, potential.start)
     best, hessian, informed = _polish(value_and_gradient, found)
     block = np.ix_(informed, informed)
@@ -138,6 +145,12 @@ def calibrate(
         covariance,
         informed,
     )
+
+
+def _compile(fn, *args):
+    """A function compiled for arguments like these; data that it closes over are no constants."""
+    program, constants = constants_as_arguments(fn, *args)
+    return partial(jax.jit(program, compiler_options=compiler_options()), constants)
 
 
 def _polish(value_and_gradient, x):
@@ -266,7 +279,7 @@ def _over_rows(potential, best, rng_key, num_groups, labels):
         return gradient(best, rng_key, jnp.where(labels == group, 0.0, 1.0))
 
     groups = jnp.arange(num_groups)
-    means = jax.jit(lambda x: jax.lax.map(without, x, batch_size=BATCH_SIZE))(groups)
+    means = run_compiled(lambda x: jax.lax.map(without, x, batch_size=BATCH_SIZE), groups)
     means = np.asarray(means, float)
     sums = num_rows * (means.mean(0) - means)  # over the rows of each group
     return num_groups / (num_groups - 1) * sums.T @ sums / num_rows
@@ -279,19 +292,22 @@ def _over_data_sets(potential, best, rng_key, values):
     def at(values):
         return gradient(jnp.asarray(best), rng_key, values)
 
-    gradients = jax.jit(lambda x: jax.lax.map(at, x, batch_size=BATCH_SIZE))(values)
+    gradients = run_compiled(lambda x: jax.lax.map(at, x, batch_size=BATCH_SIZE), values)
     return potential.num_rows * np.atleast_2d(np.cov(np.asarray(gradients, float).T))
 
 
 def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resamples):
     num_rows = potential.num_rows
     prior_gradient = jax.jit(jax.grad(potential.log_prior))
-    value_and_gradient = jax.jit(jax.value_and_grad(potential.loss))
+    once = jnp.ones(num_rows)
+    value_and_gradient = _compile(
+        jax.value_and_grad(potential.loss), potential.start, rng_key, once
+    )
     above, below, minimizers = 0.0, 0.0, []
     for key in jax.random.split(key_resample, num_resamples):
         drawn = jax.random.randint(key, (num_rows,), 0, num_rows)
         weights = jnp.zeros(num_rows).at[drawn].add(1.0)
-        x = _minimize(partial(value_and_gradient, rng_key=rng_key, weights=weights), best)
+        x = _minimize(lambda x: value_and_gradient(x, rng_key, weights), best)  # noqa: B023
         slope = num_rows * np.asarray(at_all(x)[1], float)
         curvature = num_rows * np.trace(hessian_by_differences(lambda x: at_all(x)[1], x))
         above += slope @ np.asarray(prior_gradient(x), float) + curvature

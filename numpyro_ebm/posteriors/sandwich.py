@@ -28,6 +28,7 @@ import numpy as np
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.posteriors.calibration import Calibration
 from numpyro_ebm.posteriors.potential import Potential
+from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["AffineMap", "adjust_draws", "sandwich_map"]
 
@@ -94,7 +95,7 @@ def adjust_draws(
         name: jnp.reshape(jnp.asarray(samples[name]), (-1, *shape))
         for name, shape in potential.shapes.items()
     }
-    x = np.array(jax.jit(jax.vmap(potential.coordinates))(draws), float)
+    x = np.array(run_compiled(jax.vmap(potential.coordinates), draws), float)
     point, informed = calibration.point, calibration.informed
     slope, curvature = _prior_at(x, point, informed, potential)
     block = np.ix_(informed, informed)
@@ -107,7 +108,7 @@ def adjust_draws(
         curvature,
     )
     x[:, informed] = point[informed] + move(x[:, informed] - point[informed])
-    moved = jax.jit(potential.values)(jnp.asarray(x, potential.start.dtype))
+    moved = run_compiled(potential.values, jnp.asarray(x, potential.start.dtype))
     return {k: jnp.reshape(v, (*batch, *v.shape[1:])) for k, v in moved.items() if k in samples}
 
 
@@ -151,10 +152,10 @@ def _prior_at(x, point, informed, potential):
         return jax.grad(log_prior)(at), -jax.hessian(log_prior)(at)
 
     if np.all(informed):
-        found = jax.jit(along)(potential.start)
+        found = run_compiled(along, potential.start)
     else:
         rest = jnp.asarray(x, potential.start.dtype)
-        found = jax.jit(lambda rest: jax.lax.map(along, rest, batch_size=BATCH_SIZE))(rest)
+        found = run_compiled(lambda x: jax.lax.map(along, x, batch_size=BATCH_SIZE), rest)
     return tuple(np.asarray(part, float) for part in found)
 
 
