@@ -26,6 +26,7 @@ from numpyro_ebm.log_normalizers.particles import by_problem, to_particles
 from numpyro_ebm.log_normalizers.path import Path, sweep_particles
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["annealed_importance_sampling", "run_ais"]
 
@@ -59,7 +60,7 @@ def annealed_importance_sampling(
     num_particles: int,
     num_temperatures: int,
     num_sweeps: int,
-) -> jax.Array:
+) -> tuple[jax.Array, SiteValues, jax.Array]:
     """Run AIS along a refined schedule.
 
     :param rng_key: random key.
@@ -69,7 +70,8 @@ def annealed_importance_sampling(
     :param int num_particles: particles of each problem.
     :param int num_temperatures: T.
     :param int num_sweeps: sweeps at each temperature.
-    :return: log-weights, of shape (particles, problems).
+    :return: unbiased estimates of Z, as logarithms; where the particles end, and their log-weights,
+        which are these estimates: of shape (particles, problems).
     """
     key_draw, key_run = jax.random.split(rng_key)
     num = num_particles * path.num_problems
@@ -102,4 +104,5 @@ def annealed_importance_sampling(
     steps = jnp.arange(1, num_temperatures + 1)
     keys = jax.random.split(key_run, num_temperatures)
     carry, _ = lax.scan(step, (position, log_weight, start), (keys, steps))
-    return carry[1]
+    position, log_weight, _ = carry
+    return log_weight, position, log_weight

@@ -11,7 +11,7 @@ Student-t, fitted a second time to the particles of a first annealing run.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from numpyro_ebm.log_normalizers.mixture import Mixture, fit_mixture
 from numpyro_ebm.log_normalizers.particles import by_problem, log_mean_weight
 from numpyro_ebm.log_normalizers.path import Path
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule, adaptive_schedule
+from numpyro_ebm.program.derivatives import once_differentiable, without_derivatives
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 from numpyro_ebm.samplers.positions import flatten_sites
 
@@ -39,16 +40,22 @@ WIDE_WEIGHTS = 0.7, 0.15  # of the wide component of the first reference, and of
 WIDER = 1.2  # by what factor a Gaussian reference is wider than the model
 TARGET_ESS = 0.95
 
+NO_HESSIAN = (
+    "log_normalizer: an annealed estimate of log Z has no second derivatives; its first ones are "
+    "means over particles. Use method='enumerate' or 'quadrature' where they apply."
+)
+
 
 def anneal(
-    rng_key: jax.Array, integrand: Integrand, weigh: Callable[..., jax.Array], num_sweeps: int
+    rng_key: jax.Array, integrand: Integrand, weigh: Callable[..., Any], num_sweeps: int
 ) -> tuple[AnnealingSchedule, tuple[jax.Array, jax.Array, jax.Array]]:
     """log Z of every problem of a density from particles that are annealed to it.
 
     :param rng_key: random key.
     :param Integrand integrand: the density.
-    :param weigh: ``(rng_key, path, schedule) -> log-weights`` of shape (N, problems): N independent
-        unbiased estimates of Z.
+    :param weigh: ``(rng_key, path, schedule) -> (log-estimates, position, log-weights)``: N
+        independent unbiased estimates of Z, of shape (N, problems), and weighted draws of the
+        density, their weights of shape (particles, problems).
     :param int num_sweeps: sweeps at each temperature, of which finding the temperatures takes five
         at least.
     :return: the :class:`AnnealingSchedule`; and log Z, its standard error and the effective sample
@@ -78,13 +85,25 @@ def anneal(
             stages = jax.lax.scan(stage_of, plan.fitted, jax.random.split(key_schedule))[1]
             fitted, schedule = jax.tree.map(lambda x: x[-1], stages)
             path = plan.path(fitted)
-        return schedule, log_mean_weight(weigh(key_run, path, schedule))
+        log_estimates, *draws = weigh(key_run, path, schedule)
+        return schedule, log_mean_weight(log_estimates), draws
 
-    schedule, estimate = run()
+    schedule, estimate, draws = without_derivatives(run)()
     if not_jax_tracer(schedule.beta) and not np.all(np.asarray(schedule.beta[-1]) == 1):
         last = np.min(np.nan_to_num(np.asarray(schedule.beta)).max(0))
         raise _stuck_error(key_run, plan, last)
-    return schedule, estimate
+    value, mcse, ess = estimate
+    if integrand.is_traced:
+        position, log_weights = draws
+        value = _differentiable_at(plan.integrand, position, log_weights, value)
+    return schedule, (value, mcse, ess)
+
+
+def _differentiable_at(density, position, log_weights, value):
+    """log Z with the derivative E ∂ log p̃ over weighted draws in the place of that of the value."""
+    terms = by_problem(density.log_density(position), log_weights[0])
+    mean = jnp.sum(jax.nn.softmax(log_weights, 0) * terms, 0)
+    return value + once_differentiable(mean - jax.lax.stop_gradient(mean), NO_HESSIAN)
 
 
 class _Plan(NamedTuple):

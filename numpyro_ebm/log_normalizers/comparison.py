@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from numpyro_ebm._compat import find_stack_level, not_jax_tracer
 from numpyro_ebm.errors import NormalizerDisagreementWarning
@@ -28,9 +29,9 @@ def best_of(results: Sequence[LogNormalizer]) -> LogNormalizer:
     of their combined errors.
     """
     for one, other in itertools.combinations(results, 2):
-        gap = jnp.abs(jnp.subtract(one.value, other.value))
+        gap = lax.stop_gradient(jnp.abs(jnp.subtract(one.value, other.value)))
         eps = float(jnp.finfo(jnp.result_type(gap, float)).eps)
-        rounding = 100 * eps * (1 + jnp.abs(one.value))
+        rounding = 100 * eps * (1 + jnp.abs(lax.stop_gradient(one.value)))
         allowed = MOST_ERRORS * jnp.sqrt(jnp.asarray(one.mcse) ** 2 + jnp.asarray(other.mcse) ** 2)
         if not_jax_tracer(gap) and np.any(np.asarray(gap > allowed + rounding)):
             at = int(np.argmax(np.ravel(gap - allowed)))

@@ -81,7 +81,8 @@ def run_enumeration(rng_key: jax.Array, integrand: Integrand, options: Options) 
     """
     if integrand.real:
         value, num_states = _sum_gaussians(integrand)
-        if not_jax_tracer(value) and np.any(np.isnan(value)):
+        seen = jax.lax.stop_gradient(value)
+        if not_jax_tracer(seen) and np.any(np.isnan(seen)):
             raise divergence_error(
                 falling_sites(integrand), "the energy does not rise in all their directions"
             )

@@ -22,6 +22,7 @@ from numpyro_ebm.log_normalizers.divergence import divergence_error, falling_sit
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.log_normalizers.path import Path, Tuning, sweep_particles
+from numpyro_ebm.program.derivatives import without_derivatives
 from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import SiteValues
@@ -101,7 +102,7 @@ def explore(
         found = _settle(key_run, path, path.draw(key_start, num), integrand.real, is_diagonal)
         return found, _are_moderate(integrand, found.position)
 
-    found, are_moderate = run()
+    found, are_moderate = without_derivatives(run)()
     if not_jax_tracer(are_moderate):
         _check_exploration(integrand, found, np.asarray(are_moderate))
     return found

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import ImproperUniform, MaskedDistribution
 
+from numpyro_ebm._compat import Tracer
 from numpyro_ebm.language.distributions import Counting
 from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.language.sites import layers, without_masks
@@ -30,6 +31,7 @@ from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.reading import read_fixed_model, read_model
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.program.compilation import constants_as_arguments
 from numpyro_ebm.types import Model, SiteValues
 
 __all__ = ["Integrand", "read_integrand"]
@@ -71,6 +73,13 @@ class Integrand:
         marginal = exact_marginal(row_model)
         data = {name: x for name, x in self.data.items() if name in row_model.visible}
         return Integrand(row_model, self.is_shared, data, marginal)
+
+    @cached_property
+    def is_traced(self) -> bool:
+        """Whether log-densities depend on traced arrays, in which somebody may differentiate."""
+        like = self.placeholder(self.row_model.num_rows)
+        _, constants = constants_as_arguments(self.log_densities, like)
+        return any(isinstance(x, Tracer) for x in constants)
 
     @property
     def flat_real(self) -> tuple[str, ...]:

@@ -151,6 +151,7 @@ def _sum_latents(rng_key, row_model, args, kwargs, options):
         result = run_method(rng_key, integrand, None, options)
         return jnp.broadcast_to(result.value, (row_model.num_rows,)), jnp.asarray(result.mcse)
     value = jax.jit(lambda: marginal.log_density(row_model, {}, row_model.visible_values))()
-    if row_model.latent and not_jax_tracer(value) and np.any(np.isnan(value)):
+    seen = jax.lax.stop_gradient(value)
+    if row_model.latent and not_jax_tracer(seen) and np.any(np.isnan(seen)):
         raise divergence_error(row_model.latent, "its logarithm is no number in some rows")
     return value, 0.0

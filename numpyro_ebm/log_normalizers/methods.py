@@ -151,6 +151,10 @@ def log_normalizer(
 
     Works under ``jax.jit`` and ``jax.vmap`` over keys, without the checks that need values.
 
+    It may be differentiated in whatever the model holds fixed: :math:`∂_θ \log Z = E\,∂_θ \log
+    \tilde p` is exact by enumeration, that of the nodes by quadrature, and a mean over the last
+    particles by AIS and SMC, whose second derivatives raise.
+
     Reference: Neal, *Annealed importance sampling*, 2001; Del Moral, Doucet, Jasra, *Sequential
     Monte Carlo samplers*, 2006.
 
@@ -205,9 +209,10 @@ def run_method(
             why_not = why_not.removesuffix(".")
             raise ModelError(f"log_normalizer: method={name!r} does not apply: {why_not}.")
     result = METHODS[name].run(rng_key, integrand, options)
-    if not_jax_tracer(result.value) and not np.all(np.isfinite(result.value)):
+    value = jax.lax.stop_gradient(result.value)
+    if not_jax_tracer(value) and not np.all(np.isfinite(value)):
         raise ModelError(
-            f"log_normalizer: the estimate of log Z by {name!r} is {result.value}. The energy has "
+            f"log_normalizer: the estimate of log Z by {name!r} is {value}. The energy has "
             f"no finite integral over {sorted(integrand.row_model.sites)}, or is itself not finite "
             "where the model lives. Add a term that confines the sites, such as a proper base "
             "measure."

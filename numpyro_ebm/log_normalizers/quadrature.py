@@ -13,6 +13,7 @@ Reference: Trefethen, Weideman, *The exponentially convergent trapezoidal rule*,
 
 import math
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from numpyro_ebm.log_normalizers.nodes import REACH, sinh_nodes, weighted_grid
 from numpyro_ebm.log_normalizers.options import Options
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import integrable
+from numpyro_ebm.program.derivatives import without_derivatives
 from numpyro_ebm.samplers.positions import flatten_sites
 
 __all__ = ["quadrature_rank", "run_quadrature", "why_not_quadrature"]
@@ -40,6 +42,7 @@ CHUNK = 16_384  # nodes that are evaluated at once
 SUM_CHUNK = 1_024  # terms whose sum is rounded before it joins the others
 FARTHEST = 1e8  # reach of a grid that looks for mass far out, in units of the model's scale
 TOLERANCE = 1e-3  # an error that is worth a warning
+NO_MASS = 1e4  # nats below the heaviest node
 DIVERGES = 0.05  # growth of log Z far out that is no rounding error
 
 
@@ -92,6 +95,8 @@ def run_quadrature(rng_key: jax.Array, integrand: Integrand, options: Options) -
     reach, beyond = _choose_reach(integrand, cloud)
     value, change, num_nodes = _refine(integrand, cloud, reach)
     mcse = jnp.maximum(change, _rounding(value)) + beyond
+    if integrand.is_traced:
+        value = _differentiable(integrand, cloud, num_nodes, reach)
     if not_jax_tracer(mcse) and np.any(np.asarray(mcse) > TOLERANCE):
         warnings.warn(
             QuadratureWarning(
@@ -146,25 +151,55 @@ def _refine(integrand, cloud, reach):
         num_nodes = 4 * num_nodes - 3
 
 
+def _differentiable(integrand, cloud, num_nodes, reach):
+    """log Z as a function of all that the density depends on, nodes aside, of shape (problems,).
+
+    The derivative of an energy at a node without mass may be infinite, and zero times that is no
+    number: such nodes are moved to where the mass is.
+    """
+    values, _ = _evaluate(integrand, cloud, num_nodes, reach)
+    heaviest = jnp.argmax(values, 0)
+    has_mass = values > jnp.max(values, 0) - NO_MASS
+    values = _log_terms(integrand, cloud, num_nodes, reach)(has_mass, heaviest)
+    return _log_sum(jnp.where(has_mass, values, -jnp.inf))
+
+
 def _evaluate(integrand, cloud, num_nodes, reach):
     """Log-terms of the nodes of a grid, (nodes, problems), and how far out each node is."""
-    problems, dtype = integrand.num_problems, cloud.center.dtype
+    nodes, _ = _grid(integrand, num_nodes, reach)
+    values = without_derivatives(_log_terms(integrand, cloud, num_nodes, reach))()
+    distance = np.max(np.abs(nodes), -1)
+    return _without_overflow(integrand, values, distance, num_nodes), distance
+
+
+def _grid(integrand, num_nodes, reach):
     columns, log_weights = zip(*[sinh_nodes(num_nodes, reach)] * integrand.num_real, strict=True)
-    nodes, log_weights = weighted_grid(columns, log_weights)
+    return weighted_grid(columns, log_weights)
+
+
+def _log_terms(integrand, cloud, num_nodes, reach):
+    """A function that gives the log-terms of the nodes, (nodes, problems).
+
+    With the heaviest node of every problem in the place of those without mass, where these are
+    given.
+    """
+    problems, dtype = integrand.num_problems, cloud.center.dtype
+    nodes, log_weights = (jnp.asarray(x, dtype) for x in _grid(integrand, num_nodes, reach))
     _, unflatten = flatten_sites(integrand.placeholder(problems), integrand.real)
 
-    def at_node(node):
-        z, log_weight = node
-        flat = cloud.restore(jnp.repeat(z[None], problems, axis=0))
+    def at_node(node, heaviest):
+        z, log_weight, keep = node
+        z = jnp.repeat(z[None], problems, axis=0)
+        flat = cloud.restore(z if keep is None else jnp.where(keep[:, None], z, nodes[heaviest]))
         return integrand.log_density(unflatten(flat)) + log_weight + cloud.log_det
 
     @jax.jit
-    def values(nodes):
-        return jax.lax.map(at_node, nodes, batch_size=max(1, CHUNK // problems))
+    def terms(has_mass=None, heaviest=None):
+        at = partial(at_node, heaviest=heaviest)
+        batch_size = max(1, CHUNK // problems)
+        return jax.lax.map(at, (nodes, log_weights, has_mass), batch_size=batch_size)
 
-    values = values((jnp.asarray(nodes, dtype), jnp.asarray(log_weights, dtype)))
-    distance = np.max(np.abs(nodes), -1)
-    return _without_overflow(integrand, values, distance, num_nodes), distance
+    return terms
 
 
 def _log_sum(values, keep=None):

@@ -25,6 +25,7 @@ from numpyro_ebm.log_normalizers.particles import by_problem, resample, to_parti
 from numpyro_ebm.log_normalizers.path import Path, sweep_particles
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
+from numpyro_ebm.types import SiteValues
 
 __all__ = ["run_smc", "sequential_monte_carlo"]
 
@@ -58,7 +59,7 @@ def sequential_monte_carlo(
     num_particles: int,
     num_sweeps: int,
     num_replicates: int,
-) -> jax.Array:
+) -> tuple[jax.Array, SiteValues, jax.Array]:
     """Run tempered SMC along a schedule, several times.
 
     :param rng_key: random key.
@@ -67,7 +68,8 @@ def sequential_monte_carlo(
     :param int num_particles: particles of each replicate of each problem.
     :param int num_sweeps: sweeps at each temperature.
     :param int num_replicates: independent runs.
-    :return: unbiased estimates of Z, as logarithms, of shape (replicates, problems).
+    :return: unbiased estimates of Z, as logarithms, of shape (replicates, problems); where the
+        particles end, and their log-weights, of shape (particles, problems).
     """
     key_draw, key_run = jax.random.split(rng_key)
     runs = num_replicates * path.num_problems
@@ -89,5 +91,6 @@ def sequential_monte_carlo(
 
     start = jnp.array(0), key_run, position, jnp.zeros(runs, dtype)
     running = lambda state: state[0] < schedule.num_temperatures  # noqa: E731
-    total = lax.while_loop(running, step, start)[3]
-    return jnp.reshape(total, (num_replicates, path.num_problems))
+    _, _, position, total = lax.while_loop(running, step, start)
+    total = jnp.reshape(total, (num_replicates, path.num_problems))
+    return total, position, jnp.tile(total, (num_particles, 1))

@@ -8,14 +8,16 @@ Where z is a function of θ like any other, a stop that holds for one differenti
 does, and :func:`once_differentiable` refuses.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.program.compilation import constants_as_arguments
 
-__all__ = ["constant_once", "once_differentiable"]
+__all__ = ["constant_once", "once_differentiable", "without_derivatives"]
 
 
 @jax.custom_jvp
@@ -82,3 +84,28 @@ def once_differentiable(x: jax.Array, why: str) -> jax.Array:
         raise ModelError(why)
 
     return same(x)
+
+
+def without_derivatives(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` as a function whose derivatives in what it closes over are zero.
+
+    Those in its arguments stay: a Markov chain at a density with parameters needs the one and not
+    the other.
+
+    :param fn: a function of pytrees of arrays.
+    :return: the same.
+
+    **Example**
+
+    >>> import jax
+    >>> from numpyro_ebm.program.derivatives import without_derivatives
+    >>> f = lambda a, x: without_derivatives(lambda x: a * x)(x)
+    >>> [float(y) for y in jax.grad(f, (0, 1))(2.0, 3.0)]
+    [0.0, 2.0]
+    """
+
+    def stopped(*args):
+        program, constants = constants_as_arguments(fn, *args)
+        return program(jax.lax.stop_gradient(constants), *args)
+
+    return stopped
