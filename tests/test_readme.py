@@ -17,7 +17,7 @@ PAGES = [
     "docs/checks.md",
     pytest.param("docs/marginals.md", marks=pytest.mark.slow),
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
-    "docs/weights.md",
+    pytest.param("docs/weights.md", marks=pytest.mark.slow),
     pytest.param("docs/priors.md", marks=pytest.mark.slow),
     pytest.param("docs/sampling.md", marks=pytest.mark.slow),
     pytest.param("docs/normalizers.md", marks=pytest.mark.slow),

@@ -18,7 +18,8 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.language.handlers import set_visible, substitute_and_block
-from numpyro_ebm.language.sites import plates_of, unwrap
+from numpyro_ebm.language.sites import masks_of, plates_of, unwrap
+from numpyro_ebm.model.reference import Completed
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
@@ -232,7 +233,7 @@ class _scale_rows(Messenger):
     """Scale the log-densities of the sites in the data plate, row by row.
 
     Where the rows of the model have weights, these are among the scales, and take the place of the
-    user's own handlers around model and guide.
+    user's own handlers around model and guide. Sites that are observed in part are completed.
     """
 
     def __init__(self, fn, row_model, scale):
@@ -243,6 +244,9 @@ class _scale_rows(Messenger):
         row_model = self.row_model
         if msg["type"] != "sample" or row_model.plate not in plates_of(msg):
             return
+        is_masked = any(not isinstance(x, bool) for x in masks_of(msg["fn"]))
+        if is_masked and msg["name"] in row_model.obs_masked:
+            msg["fn"] = Completed(msg["fn"])
         scale = self.row_scale
         if jnp.ndim(scale):
             scale = jnp.reshape(scale, (-1,) + (1,) * (-row_model.dim - 1))

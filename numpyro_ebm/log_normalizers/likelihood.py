@@ -135,6 +135,7 @@ def log_likelihood(
             f"Give an array of shape ({row_model.num_rows},).",
         )
     inner, error = _sum_latents(key_latent, row_model, args, kwargs, Options(**own))
+    inner = inner - row_model.log_reference(row_model.visible_values)
     value = row_model.weigh(inner - log_z.value)
     if not with_error:
         return value

@@ -3,7 +3,8 @@ r"""Scalar discrete sites in plates, summed out by funsor's sum-product.
 
 .. math:: \log \sum_{h_1} \cdots \sum_{h_n} \prod_i f(h_i, v) = \sum_i \log \sum_{h_i} f(h_i, v)
 
-for the units i of a plate. It holds where no factor leaves the plate, which is refused, and none
+for the units i of a plate. It holds where no factor leaves the plate, which is refused but for the
+missing units of a site that is observed in part, and none
 reads other units inside of it (a neighbour, a mean): the axis of the units is followed through the
 operations of the model, as that of the rows is, and what is not shown to be apart is reported by
 :func:`coupled_sites`, to be enumerated jointly.
@@ -36,19 +37,27 @@ def leaving_plates(row_model: RowModel) -> str | None:
     """A site of a further plate factorises only over that plate: what outside reads it, or None."""
     if not any(_further_plates(row_model).values()):
         return None
-    terms = _term_reads(row_model)
+    for name, (term, outside) in _readers_outside(row_model, _term_reads(row_model)).items():
+        if name not in row_model.obs_masked:
+            return (
+                f"Enumerated(): '{term}' reads the latent site '{name}' outside its plate(s) "
+                f"{outside}, so that the sum over '{name}' does not factorise. Put the "
+                "term inside the plate, one value for each unit; or, where it couples the "
+                "units, give them event dimensions instead of a plate, "
+                "`Counting(event_shape=...)`, which are enumerated jointly."
+            )
+    return None
+
+
+def _readers_outside(row_model, terms):
+    """By latent site, a term that reads it outside its further plates, and which these are."""
+    found, further = {}, _further_plates(row_model)
     for term, (plates, labels) in terms.items():
         for name in sorted(labels):
-            outside = {*_further_plates(row_model)[name]} - plates.keys()
+            outside = sorted({*further[name]} - plates.keys())
             if outside:
-                return (
-                    f"Enumerated(): '{term}' reads the latent site '{name}' outside its plate(s) "
-                    f"{sorted(outside)}, so that the sum over '{name}' does not factorise. Put the "
-                    "term inside the plate, one value for each unit; or, where it couples the "
-                    "units, give them event dimensions instead of a plate, "
-                    "`Counting(event_shape=...)`, which are enumerated jointly."
-                )
-    return None
+                found.setdefault(name, (term, outside))
+    return found
 
 
 def coupled_sites(row_model: RowModel) -> dict[str, str]:
@@ -173,6 +182,9 @@ def _find_coupled(row_model):
     if not any(further.values()):
         return found
     terms = _term_reads(row_model)
+    for name, (term, _) in _readers_outside(row_model, terms).items():
+        if name in row_model.obs_masked:  # NumPyro's `obs_mask` is one of plates
+            found[name] = f"'{term}' reads all missing units of '{name}'"
     for plate in sorted({plate for axes in further.values() for plate in axes}):
         names = sorted(name for name, axes in further.items() if plate in axes)
         mixing = True

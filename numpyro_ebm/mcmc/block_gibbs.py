@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import MaskedDistribution
 from numpyro.infer import init_to_uniform
 
-from numpyro_ebm._compat import is_prng_key, mask_of, not_jax_tracer
+from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.sites import layers
 from numpyro_ebm.mcmc.block_gibbs_plan import (
     check_colors,
     check_order,
@@ -98,9 +96,6 @@ class BlockGibbs(RowKernel):
        not known yet, such as parameters that are traced by ``jax.jit``, all units that they join
        interact. Operations without a known rule (loops, convolutions, sorting) make all units
        interact that go into them; they are drawn one after the other, unless ``colors`` says more.
-
-    .. note:: Values of a real site of ``sample(..., obs_mask=...)`` that the mask replaces by data
-       are read by nothing; in ``<name>_unobserved`` they are draws of N(0, 1).
 
     .. note:: Declared colours are tried at random states before the first sweep, twenty a row, and
        refused with the first pair that is found to interact. An interaction smaller than the
@@ -208,7 +203,7 @@ class BlockGibbs(RowKernel):
     ) -> BlockGibbsState:
         row_model, log_density = self._target(model_args, model_kwargs)
         rows = row_model.to_rows(state.z)
-        return state._replace(potential_energy=-log_density(rows) - _unused(row_model, rows))
+        return state._replace(potential_energy=-log_density(rows))
 
     def get_constrain_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
@@ -238,7 +233,7 @@ class BlockGibbs(RowKernel):
                 )
 
         def log_density(rows):
-            return row_model.log_density({}, row_model.from_rows(rows)) - _unused(row_model, rows)
+            return row_model.log_density({}, row_model.from_rows(rows))
 
         return row_model, log_density
 
@@ -266,7 +261,7 @@ class BlockGibbs(RowKernel):
             if block.kind == "gaussian":
                 draws = block_gibbs.draw_block(key_check, rows, log_density, block)
                 is_proper.update({k: jnp.all(jnp.isfinite(x)) for k, x in draws.items()})
-        energy = -log_density(rows) - _unused(row_model, rows)
+        energy = -log_density(rows)
         state = BlockGibbsState(jnp.array(0), z, energy, rng_key)
         return state, is_proper
 
@@ -279,25 +274,5 @@ class BlockGibbs(RowKernel):
         chains, _ = block_gibbs.build_kernel(self.is_reversible)(
             key_step, chains, log_density, blocks
         )
-        energy = -chains.logdensity - _unused(row_model, chains.position)
+        energy = -chains.logdensity
         return BlockGibbsState(state.i + 1, row_model.from_rows(chains.position), energy, rng_key)
-
-
-def _unused(row_model, rows):
-    """Half the squares of values that the energy does not read, which makes them N(0, 1).
-
-    NumPyro's ``sample(..., obs_mask=...)`` makes a site ``<name>_unobserved`` of full shape, whose
-    values count where the mask is off. They sum to an array of shape (rows,), or to 0.
-    """
-    total = 0.0
-    for name, site in row_model.visible.items():
-        observed = name.removesuffix("unobserved") + "observed"
-        if not name.endswith("_unobserved") or observed not in row_model.observed:
-            continue
-        fn = next(fn for fn in layers(site.fn) if isinstance(fn, MaskedDistribution))
-        x = row_model.from_rows({name: rows[name]})[name]
-        mask = mask_of(fn)
-        mask = jnp.reshape(mask, jnp.shape(mask) + (1,) * site.event_dim)
-        squares = jnp.where(mask, 0.0, 0.5 * x**2)
-        total = total + row_model.sum_to_rows(jnp.sum(squares, tuple(range(-site.event_dim, 0))))
-    return total

@@ -12,6 +12,7 @@ import numpy as np
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.sites import is_energy, obs_masked, plates_of, without_masks
+from numpyro_ebm.model.reference import completed_log_prob
 from numpyro_ebm.types import Trace
 
 __all__ = ["DataPlate", "find_data_plate"]
@@ -60,12 +61,14 @@ class DataPlate:
     def site_log_prob(self, site: dict[str, Any]) -> jax.Array:
         """Log-density of a traced site, without the N/B of a subsampled data plate.
 
-        Scales and masks of rows are not part of it: see :mod:`numpyro_ebm.model.row_weights`.
+        Scales and masks of rows are not part of it: see :mod:`numpyro_ebm.model.row_weights`. Where
+        a site is observed in part, it is completed: see :mod:`numpyro_ebm.model.reference`.
         """
-        fn = site["fn"]
-        if site["name"] not in self.obs_masked:
-            fn = without_masks(fn, constant=is_energy(site))
-        log_prob, scale = fn.log_prob(site["value"]), self.scale_of_plates(site)
+        fn, scale = site["fn"], self.scale_of_plates(site)
+        if site["name"] in self.obs_masked:
+            log_prob = completed_log_prob(fn, site["value"])
+        else:
+            log_prob = without_masks(fn, constant=is_energy(site)).log_prob(site["value"])
         return log_prob if scale == 1.0 else scale * log_prob
 
     def user_scale(self, site: dict[str, Any]) -> Any:

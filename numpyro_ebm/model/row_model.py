@@ -21,6 +21,7 @@ from numpyro.handlers import substitute, trace
 
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model.data_plate import DataPlate
+from numpyro_ebm.model.reference import reference_log_prob
 from numpyro_ebm.model.row_site import RowSite
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues, Trace
@@ -112,6 +113,19 @@ class RowModel(DataPlate):
         :param rows: array of shape (..., rows); the axes in front are averaged over as well.
         """
         return jnp.mean(self.weigh(rows))
+
+    def log_reference(self, values: SiteValues) -> jax.Array | float:
+        """What elements that nothing reads add to the terms of sites, (rows,), or 0.
+
+        :param dict values: values of visible or latent sites, by name.
+        """
+        found = [
+            self.sum_to_rows(reference_log_prob(self.sites[name].fn, x))
+            for name, x in values.items()
+            if name in self.obs_masked
+        ]
+        total: Any = sum(found) if found else 0.0
+        return total
 
     def log_prior(self, params: Params) -> jax.Array:
         """log π(θ), a scalar: the log-density of all that the model states outside its plate."""

@@ -91,8 +91,10 @@ def check_data(site: RowSite) -> None:
     name, value, support = site.name, site.value, site.fn.support
     if not_jax_tracer(value) and np.isnan(np.asarray(value)).any():
         raise ModelError(
-            f"The data of the visible site '{name}' contain NaN. Drop those rows, or impute them "
-            "before training: nothing is masked in silence."
+            f"The data of the visible site '{name}' contain NaN, and nothing is masked in silence. "
+            "Leave those rows out, `numpyro.handlers.mask(mask=~jnp.isnan(data).any(-1))` around "
+            "all of the data plate; or say which elements are missing, in a plate of them, "
+            "`numpyro.sample(..., obs=data, obs_mask=~jnp.isnan(data))`."
         )
     if jnp.shape(value) != site.fn.shape():
         raise ModelError(

@@ -21,6 +21,7 @@ from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwr
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.data_plate import find_data_plate
 from numpyro_ebm.model.obs_masks import row_observed
+from numpyro_ebm.model.reference import FillUnobserved
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite, check_data, placeholder
 from numpyro_ebm.model.row_weights import RowWeights, find_weights, stand_in
@@ -86,7 +87,8 @@ class TracedModel:
     def _run(self, rng_key, data, arrays):
         here = self.arguments.with_arrays(arrays)
         prepared = substitute(seed(self.model, rng_key), data=data)
-        prepared = resolve_normalizer(substitute(prepared, substitute_fn=placeholder))
+        prepared = FillUnobserved(substitute(prepared, substitute_fn=placeholder))
+        prepared = resolve_normalizer(prepared)
         marks = _mark_values()
         with marks:
             sites = trace(prepared).get_trace(*here.args, **here.kwargs)

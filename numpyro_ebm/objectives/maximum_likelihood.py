@@ -103,7 +103,8 @@ class MaximumLikelihood(Objective):
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         here = estimate.log_density(params, problem.unconstrained)
-        _, log_det = problem.row_model.constrain(problem.unconstrained)
+        values, log_det = problem.row_model.constrain(problem.unconstrained)
+        here = here - problem.row_model.log_reference(values)
         return problem.row_model.mean(self.log_normalizer(params, problem) - here + log_det)
 
     def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> list[jax.Array]:

@@ -174,11 +174,12 @@ class normalized:
         marginal = exact_marginal(rest) if self._marginal is None else self._marginal
         marginal.check(rest, None, 1)
         total = marginal.log_density(rest, params, values)
+        total = total - row_model.log_reference(row_model.visible_values)
         if not latent:
             return total
         placeholders = {name: site.value for name, site in rest.latent.items()}
         terms = row_model.terms({**params, **values, **placeholders})
-        return total - sum(terms[name] for name in latent)
+        return total - sum(terms[name] for name in latent) + row_model.log_reference(latent)
 
 
 class NormalizedRow(dist.Distribution):

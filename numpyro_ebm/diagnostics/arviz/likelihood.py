@@ -96,6 +96,7 @@ def _log_densities(seen, log_normalizer):
         u = seen.unconstrain_visible()
         _, log_det = seen.constrain(u)
         bound = marginal.bind(jax.random.key(0), seen, None, {}, u, order=1)
-        return bound.log_density({}, u) - log_det
+        unread = seen.log_reference(seen.visible_values)
+        return bound.log_density({}, u) - log_det - unread
 
     return np.asarray(run_compiled(log_density), float)
