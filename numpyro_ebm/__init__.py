@@ -30,6 +30,7 @@ from numpyro_ebm.errors import (
     QuadratureWarning,
     ShortAuxiliaryWarning,
     UnhandledEnergyError,
+    WidthWarning,
 )
 from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
 from numpyro_ebm.language.distributions import Counting, Lebesgue
@@ -63,6 +64,7 @@ __all__ = [
     "RelaxedELBO",
     "ShortAuxiliaryWarning",
     "UnhandledEnergyError",
+    "WidthWarning",
     "auxiliary_adequacy",
     "datasets",
     "diagnostics",

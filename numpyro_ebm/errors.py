@@ -16,6 +16,7 @@ __all__ = [
     "QuadratureWarning",
     "ShortAuxiliaryWarning",
     "UnhandledEnergyError",
+    "WidthWarning",
     "check_fraction",
     "check_integer",
     "check_positive",
@@ -69,6 +70,10 @@ class NormalizerDisagreementWarning(RuntimeWarning):
 
 class EmulationWarning(RuntimeWarning):
     """A posterior lies where the emulated log Z in it is hardly known."""
+
+
+class WidthWarning(RuntimeWarning):
+    """Draws are far from the Gaussian that the adjustment of their width takes them for."""
 
 
 class ShortAuxiliaryWarning(RuntimeWarning):

@@ -283,7 +283,7 @@ class generalized:
         Beside a prior that is not flat, A and the centre count its slope and curvature as well
         (:mod:`numpyro_ebm.posteriors.sandwich`). Draws by NUTS, of a Laplace approximation or of a
         variational guide are moved alike. Widths are right where the posterior is close to a
-        Gaussian: of many rows.
+        Gaussian, of many rows; where the draws are not, ``WidthWarning`` says so.
 
         Parameters that the loss does not read, such as the mean of a hierarchy, stay as they were
         drawn, and the others are adjusted given them.

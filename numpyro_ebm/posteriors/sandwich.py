@@ -19,18 +19,25 @@ Reference: Shaby, *The open-faced sandwich adjustment for MCMC using estimating 
 2012.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm._compat import find_stack_level
+from numpyro_ebm.errors import ModelError, WidthWarning
 from numpyro_ebm.posteriors.calibration import Calibration
 from numpyro_ebm.posteriors.potential import Potential
 from numpyro_ebm.program.compilation import run_compiled
 
 __all__ = ["AffineMap", "adjust_draws", "sandwich_map"]
+
+FEWEST_DRAWS = 50
+RATIOS = (0.6, 1.6)
+MOST_SHIFT = 1.0
+"""Of draws and of the Gaussian that an affine map takes them for: deviations, and centres."""
 
 BATCH_SIZE = 64
 """Draws at which the prior's curvature is taken together."""
@@ -41,14 +48,20 @@ class AffineMap(NamedTuple):
 
     - **matrix** - A, (..., d, d).
     - **source, target** - centres of the draws and of what they become, (..., d).
+    - **root** - symmetric root of the precision that the draws should have, (..., d, d).
     """
 
     matrix: np.ndarray
     source: np.ndarray
     target: np.ndarray
+    root: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         return self.target + np.squeeze(self.matrix @ (x - self.source)[..., None], -1)
+
+    def standardize(self, x: np.ndarray) -> np.ndarray:
+        """Draws, as they should be, in coordinates in which they are N(0, I)."""
+        return np.squeeze(self.root @ (x - self.source)[..., None], -1)
 
 
 def sandwich_map(
@@ -81,9 +94,10 @@ def sandwich_map(
         np.eye(size) + spread @ curvature, np.broadcast_to(spread, before.shape)
     )
     scores = before @ after @ before
-    matrix = np.linalg.solve(before, _root(0.5 * (scores + _transpose(scores))) @ _root(before))
+    root = _root(before)
+    matrix = np.linalg.solve(before, _root(0.5 * (scores + _transpose(scores))) @ root)
     source = np.linalg.solve(before, slope[..., None])[..., 0]
-    return AffineMap(matrix, source, (after @ slope[..., None])[..., 0])
+    return AffineMap(matrix, source, (after @ slope[..., None])[..., 0], root)
 
 
 def adjust_draws(
@@ -107,9 +121,32 @@ def adjust_draws(
         slope,
         curvature,
     )
-    x[:, informed] = point[informed] + move(x[:, informed] - point[informed])
+    away = x[:, informed] - point[informed]
+    _check_gaussian(move.standardize(away))
+    x[:, informed] = point[informed] + move(away)
     moved = run_compiled(potential.values, jnp.asarray(x, potential.start.dtype))
     return {k: jnp.reshape(v, (*batch, *v.shape[1:])) for k, v in moved.items() if k in samples}
+
+
+def _check_gaussian(standardized):
+    """Warn where draws are not what the curvature at the minimiser says that they are."""
+    if len(standardized) < FEWEST_DRAWS:
+        return
+    ratios, center = standardized.std(0), np.abs(standardized.mean(0)).max()
+    lower, upper = RATIOS
+    if lower < ratios.min() and ratios.max() < upper and center < MOST_SHIFT:
+        return
+    warnings.warn(
+        WidthWarning(
+            "generalized.adjust: the draws are not those of a posterior that is close to a "
+            f"Gaussian: they are {ratios.min():.2g} to {ratios.max():.2g} times as wide as the "
+            "curvature of the loss and the prior says, and their centre is off by "
+            f"{center:.2g} deviations. Adjusted widths are rough then. Were they drawn at another "
+            "learning rate or of other data, or from chains that have not converged? Are there "
+            "few rows for the parameters, or a parameter near its bound?"
+        ),
+        stacklevel=find_stack_level(),
+    )
 
 
 def _batch_shape(samples, potential):

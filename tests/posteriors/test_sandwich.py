@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNo
 from posterior_cases import KEY, ROWS, precision_model
 
 import numpyro_ebm as ebm
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, WidthWarning
 from numpyro_ebm.posteriors.sandwich import sandwich_map
 
 HEAVY = np.random.default_rng(3).standard_t(5, 400)
@@ -105,13 +105,20 @@ def test_a_likelihood_and_a_single_parameter_are_left_alone(x64):
     """J = H up to noise for a likelihood, and β alone is right for one parameter."""
     model = ebm.generalized(precision_model, ebm.ScoreMatching(), "calibrate")
     model.calibrate(ROWS)
-    draws = {"precision": np.random.default_rng(0).gamma(50, 0.02, (2, 300))}
+    noise = np.random.default_rng(0).standard_normal((2, 300))
+    center = np.log(model.calibration.minimizer["precision"])
+    draws = {"precision": np.exp(center + model.calibration.standard_error * noise)}
     moved = model.adjust(draws)
     np.testing.assert_allclose(moved["precision"], draws["precision"], rtol=1e-3)
     narrow = ebm.generalized(precision_model, ebm.ScoreMatching(), 4 * model.learning_rate)
     narrow.calibrate(ROWS)  # its draws are half as wide as they should be
+    with pytest.warns(WidthWarning, match="times as wide"):
+        narrow.adjust(draws)
+    draws["precision"] = np.exp(center + 0.5 * model.calibration.standard_error * noise)
     moved = np.log(narrow.adjust(draws)["precision"])
     slope, _ = np.polyfit(np.ravel(np.log(draws["precision"])), np.ravel(moved), 1)
+    with pytest.warns(WidthWarning, match="off by"):
+        narrow.adjust({"precision": 2.0 * draws["precision"]})
     np.testing.assert_allclose(slope, 2.0, rtol=0.05)
 
 
