@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Whether the auxiliary chains of the exchange algorithm are long enough.
 
-.. math:: d_t = \log\tilde p(y_n; θ') - \log\tilde p(y_{n/2}; θ'), \qquad E[d_t \mid θ'] = 0
+A chain of n steps that starts at the data x is long enough if its end y has forgotten them. Three
+means vanish if it has arrived at p(· | θ') after half of its steps, and one ratio is at most 1:
 
-if a chain of n steps has arrived at p(· | θ') after half of them. One that still remembers the data
-goes on towards θ', further the further θ' is: d has a mean, or a slope in θ'.
+.. math::
+    E[\log\tilde p(y_n; θ') - \log\tilde p(y_{n/2}; θ') \mid θ'] = 0, \qquad
+    E[\log r(y_n) - \log r(y_{n/2})] = 0, \qquad
+    E[(x - \bar x) \cdot (y_n - y_{n/2})] = 0
+
+.. math:: R = \frac{E|y - y'|^2}{E|y - x|^2}
+
+with r the ratio of p̃ at θ' and at θ, and y' the fictitious data of another step. A chain that
+keeps a correlation ρ with its start has R = 1 + ρ, up to 2 for one that hardly moves; data that the
+model does not fit make R smaller.
 """
 
 import warnings
@@ -18,8 +27,10 @@ from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
 
 __all__ = ["AuxiliaryAdequacy", "auxiliary_adequacy"]
 
-P_VALUE = 1e-3  # a drift below is no chance
-MOST_SDS = 0.1  # and one beyond matters
+P_VALUE = 0.05  # of any of the three means
+MOST_SDS = 0.1  # a drift beyond matters,
+MOST_CORRELATION = 0.1  # and so does a memory of the data
+STUCK = 0.5  # beyond, no test is needed
 
 
 class AuxiliaryAdequacy(NamedTuple):
@@ -29,19 +40,29 @@ class AuxiliaryAdequacy(NamedTuple):
       end of the auxiliary chains, as a linear function of θ', in nats a row.
     - **sds** - ``drift`` in standard deviations of log p̃(y; θ') at a given θ'.
     - **statistic** - Wald statistic of no systematic change.
-    - **p_value** - of ``statistic``, by its χ² law for many draws.
     - **ratio_drift** - mean change of log p̃(y; θ') - log p̃(y; θ) over the same steps: by so many
       nats the log of the acceptance ratio still moved, on average.
     - **ratio_error** - its standard error.
-    - **is_adequate** - whether the p-value is above 0.001, or ``sds`` below 0.1.
+    - **recoil** - mean move from half way to the end along what sets the data apart from their
+      mean, in units of its square: negative while the data are being forgotten.
+    - **recoil_error** - its standard error.
+    - **correlation** - of fictitious data with the data they start at, R - 1, between 0 and 1.
+    - **accept_prob** - mean acceptance of the auxiliary chains; NaN if their kernel reports none.
+    - **p_value** - of the three means together, by Bonferroni's inequality.
+    - **is_adequate** - whether ``p_value`` is above 0.05, or both ``sds`` and ``correlation`` are
+      below 0.1; never if ``correlation`` is above 0.5.
     """
 
     drift: float
     sds: float
     statistic: float
-    p_value: float
     ratio_drift: float
     ratio_error: float
+    recoil: float
+    recoil_error: float
+    correlation: float
+    accept_prob: float
+    p_value: float
     is_adequate: bool
 
 
@@ -86,32 +107,71 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
             "the number of the block."
         )
     (trace,) = found
-    drift, sds, statistic, p_value = _systematic_change(trace)
+    drift, sds, statistic, p_drift = _systematic_change(trace)
     ratio = np.asarray(trace.log_ratio, float)
-    moved = _finite(ratio[:, :, 2] - ratio[:, :, 1]).ravel()
-    is_adequate = bool(p_value > P_VALUE or sds < MOST_SDS)
-    error = float(moved.std() / np.sqrt(moved.size))
+    ratio_drift, ratio_error, p_ratio = _mean(ratio[:, :, 2] - ratio[:, :, 1])
+    recoil, recoil_error, p_recoil = _mean(trace.recoil)
+    correlation = _correlation(trace)
+    p_value = min(1.0, 3 * min(p_drift, p_ratio, p_recoil))
+    is_small = sds < MOST_SDS and correlation < MOST_CORRELATION
     result = AuxiliaryAdequacy(
-        drift, sds, statistic, p_value, float(moved.mean()), error, is_adequate
+        drift,
+        sds,
+        statistic,
+        ratio_drift,
+        ratio_error,
+        recoil,
+        recoil_error,
+        correlation,
+        float(np.mean(trace.accept_prob)),
+        p_value,
+        bool((p_value > P_VALUE or is_small) and correlation <= STUCK),
     )
-    if not is_adequate:
-        warnings.warn(
-            ShortAuxiliaryWarning(
-                "The auxiliary chains are too short: from half way to their end log p̃(y; θ') still "
-                f"drifts by {sds:.2g} of its standard deviations (p-value {p_value:.2g}), so that "
-                "fictitious data resemble the data more than draws at θ' would, and the posterior "
-                "is wrong. Increase `num_auxiliary_steps`."
-            ),
-            stacklevel=2,
-        )
+    if not result.is_adequate:
+        warnings.warn(ShortAuxiliaryWarning(_complaint(result)), stacklevel=2)
     return result
+
+
+def _complaint(found):
+    if found.correlation > STUCK:
+        accepted = "" if np.isnan(found.accept_prob) else f" (acceptance {found.accept_prob:.2g})"
+        return (
+            "The auxiliary chains hardly move: fictitious data keep a correlation of "
+            f"{found.correlation:.2f} with the data they start at{accepted}. Where they stay, the "
+            "data cancel out of the acceptance ratio, and the draws are those of the prior. Change "
+            "the step size of the auxiliary kernel, or increase `num_auxiliary_steps`."
+        )
+    return (
+        "The auxiliary chains are too short: from half way to their end log p̃(y; θ') still drifts "
+        f"by {found.sds:.2g} of its standard deviations, the log of the acceptance ratio by "
+        f"{found.ratio_drift:.2g} ± {found.ratio_error:.1g} nats, and fictitious data keep a "
+        f"correlation of {found.correlation:.2f} with the data they start at (p-value "
+        f"{found.p_value:.2g}). They resemble the data more than draws at θ' would, and the "
+        "posterior is wrong. Increase `num_auxiliary_steps`."
+    )
+
+
+def _mean(x):
+    """Mean of what is 0 on average in each step, its standard error, and a p-value."""
+    x = _finite(np.asarray(x, float)).ravel()
+    mean, error = float(x.mean()), float(x.std(ddof=1) / np.sqrt(x.size))
+    return mean, error, float(chdtrc(1, (mean / error) ** 2)) if error > 0 else 1.0
+
+
+def _correlation(trace):
+    """R - 1, the least memory of the data with which fictitious data are so far from them."""
+    distance, spread = (
+        float(np.mean(_finite(np.asarray(x, float)))) for x in (trace.distance, trace.spread)
+    )
+    return min(max(spread / distance - 1.0, 0.0), 1.0) if distance > 0 else 1.0
 
 
 def _systematic_change(trace):
     """Regression of the change of log p̃(y; θ') from half way to the end on θ'.
 
     Every auxiliary chain is run afresh, so that given θ' the changes are independent; their
-    variance may depend on θ' (the Wald statistic has White's covariance).
+    variance may depend on θ' (the Wald statistic has White's covariance, corrected
+    for the leverage of a few draws far out, as in HC3).
     """
     density = np.asarray(trace.log_density, float)
     change = _finite(density[:, :, 2] - density[:, :, 1])
@@ -134,7 +194,8 @@ def _systematic_change(trace):
         inverse = np.linalg.pinv(x.T @ x)
         slope = inverse @ (x.T @ y)
         rest = y - x @ slope
-        covariance = inverse @ (x.T * rest**2) @ x @ inverse
+        leverage = np.minimum(np.einsum("ni,ij,nj->n", x, inverse, x), 0.99)
+        covariance = inverse @ (x.T * (rest / (1 - leverage)) ** 2) @ x @ inverse
         statistic += float(slope @ np.linalg.pinv(covariance) @ slope)
         fitted.append(x @ slope)
         left.append(rest)

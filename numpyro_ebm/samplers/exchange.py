@@ -61,7 +61,9 @@ class ExchangeInfo(NamedTuple):
     - **is_accepted** - groups that took their proposal, (groups,).
     - **is_divergent** - groups whose ratio was not a number, which are rejected, (groups,).
     - **proposal** - θ', (groups, dimension).
-    - **fictitious** - the data set y, before it crosses any bridge.
+    - **halfway, fictitious** - the data set y half way, and at the end, before it crosses any
+      bridge.
+    - **simulation** - what else the simulation of y reported.
     - **log_densities** - log p̃(y; θ') where the auxiliary chain starts (the data), half way and at
       its end, (3, groups).
     - **log_ratios** - log p̃(y; θ') - log p̃(y; θ), likewise.
@@ -71,7 +73,9 @@ class ExchangeInfo(NamedTuple):
     is_accepted: jax.Array
     is_divergent: jax.Array
     proposal: jax.Array
+    halfway: Any
     fictitious: Any
+    simulation: Any
     log_densities: jax.Array
     log_ratios: jax.Array
 
@@ -102,7 +106,8 @@ def build_kernel(num_bridges: int = 0) -> Callable[..., tuple[ExchangeChainState
 
     - ``logprior_fn(position)`` - log π(θ), (groups,),
     - ``logdensity_fn(position, data)`` - log p̃(x; θ), (groups,),
-    - ``simulate_fn(rng_key, position)`` - fictitious data of p(· | θ): half way, and at the end,
+    - ``simulate_fn(rng_key, position)`` - fictitious data of p(· | θ) half way, and at the
+      end, and anything that it reports,
     - ``step_size`` - of the proposal, (groups,), in units of
     - ``scale`` - a factor L of the proposal's covariance L Lᵀ, (groups, dimension, dimension),
     - ``gradient_fn(position)`` - gradient of an approximate log-posterior, for Langevin proposals,
@@ -134,7 +139,7 @@ def build_kernel(num_bridges: int = 0) -> Callable[..., tuple[ExchangeChainState
         back = noise + 0.5 * step * (forth + _drift(new.gradient, scale))
         proposal_ratio = 0.5 * jnp.sum(noise**2 - back**2, -1)
 
-        halfway, fictitious = simulate_fn(key_simulate, proposal)
+        halfway, fictitious, simulation = simulate_fn(key_simulate, proposal)
         at_end, at_halfway = (
             (logdensity_fn(proposal, y), logdensity_fn(old, y)) for y in (fictitious, halfway)
         )
@@ -163,7 +168,9 @@ def build_kernel(num_bridges: int = 0) -> Callable[..., tuple[ExchangeChainState
             is_accepted,
             is_divergent,
             proposal,
+            halfway,
             fictitious,
+            simulation,
             log_densities=at_new,
             log_ratios=at_new - at_old,
         )
@@ -249,7 +256,7 @@ def as_top_level_api(
 
     def simulate(rng_key, position):
         drawn = simulate_fn(rng_key, position)
-        return drawn, drawn
+        return drawn, drawn, None
 
     def one_step(rng_key, state):
         groups, dimension = state.position.shape

@@ -90,10 +90,10 @@ class FunctionSimulator:
         params: Params,
         values: SiteValues,
         keep_latent: bool = False,
-    ) -> tuple[SiteValues, SiteValues]:
+    ) -> tuple[SiteValues, SiteValues, jax.Array]:
         drawn = self.function(rng_key, params)
         drawn = {k: jnp.asarray(drawn[k]).astype(jnp.asarray(x).dtype) for k, x in values.items()}
-        return drawn, drawn
+        return drawn, drawn, jnp.ones(())
 
 
 class EnumerationSimulator:
@@ -131,7 +131,7 @@ class EnumerationSimulator:
         params: Params,
         values: SiteValues,
         keep_latent: bool = False,
-    ) -> tuple[SiteValues, SiteValues]:
+    ) -> tuple[SiteValues, SiteValues, jax.Array]:
         row_model = target.row_model
         states = joint_states(row_model, row_model.visible, ENUMERATE)
         states = {name: x.astype(jnp.result_type(values[name])) for name, x in states.items()}
@@ -144,7 +144,7 @@ class EnumerationSimulator:
         )
         chosen = jax.random.categorical(rng_key, logits, axis=0)  # (rows,)
         drawn = row_model.from_rows({name: x[chosen] for name, x in states.items()})
-        return drawn, drawn
+        return drawn, drawn, jnp.ones(())
 
 
 class _HideOutside(Messenger):
@@ -219,12 +219,13 @@ class ChainSimulator:
         params: Params,
         values: SiteValues,
         keep_latent: bool = False,
-    ) -> tuple[SiteValues, SiteValues]:
+    ) -> tuple[SiteValues, SiteValues, jax.Array]:
+        *both, accept_prob = self._run(rng_key, target, params, values, self.num_steps)
         halfway, end = (
             {k: x for k, x in drawn.items() if keep_latent or k in target.row_model.visible}
-            for drawn in self._run(rng_key, target, params, values, self.num_steps)
+            for drawn in both
         )
-        return halfway, end
+        return halfway, end, accept_prob
 
     def transition(
         self, rng_key: jax.Array, target: ExchangeTarget, params: Params, values: SiteValues
@@ -242,7 +243,7 @@ class ChainSimulator:
         return kernel
 
     def _run(self, rng_key, target, params, values, num_steps):
-        """Values half way and at the end."""
+        """Values half way and at the end, and the mean acceptance; NaN if nothing is proposed."""
         free = uncondition(
             _HideOutside(target.model, target.row_model.plate), target.row_model.visible
         )
@@ -271,7 +272,8 @@ class ChainSimulator:
         constrain = kernel.get_constrain_fn(args, kwargs)
         halfway = steps(state, num_steps // 2)
         end = steps(halfway, num_steps - num_steps // 2)
-        return tuple(dict(constrain(getattr(s, kernel.sample_field))) for s in (halfway, end))
+        drawn = [dict(constrain(getattr(s, kernel.sample_field))) for s in (halfway, end)]
+        return drawn[0], drawn[1], jnp.mean(getattr(end, "mean_accept_prob", jnp.nan))
 
 
 def _no_bridges(num_bridges, why):

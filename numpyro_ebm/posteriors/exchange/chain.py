@@ -29,11 +29,20 @@ class AuxiliaryTrace(NamedTuple):
     - **proposal** - θ', unconstrained, (dimension,).
     - **log_density** - log p̃(y; θ') a row, (3,).
     - **log_ratio** - log p̃(y; θ') - log p̃(y; θ), which enters the acceptance with a minus, (3,).
+    - **accept_prob** - mean acceptance of the auxiliary chain; NaN if its kernel reports none.
+    - **recoil** - how far y moved from half way to the end along what sets the data apart from
+      their mean, in units of its square: 0 on average for a chain that has forgotten the data.
+    - **distance** - mean square of y - x, over unconstrained coordinates.
+    - **spread** - mean square of y less the fictitious data of the step before.
     """
 
     proposal: jax.Array
     log_density: jax.Array
     log_ratio: jax.Array
+    accept_prob: jax.Array
+    recoil: jax.Array
+    distance: jax.Array
+    spread: jax.Array
 
 
 class ExchangeState(NamedTuple):
@@ -50,6 +59,7 @@ class ExchangeState(NamedTuple):
     - **mean_accept_prob** - its mean over the steps since the last phase began.
     - **diverging** - whether the last ratio was not a number, and so rejected.
     - **auxiliary** - :class:`AuxiliaryTrace` of the last step.
+    - **fictitious** - the fictitious data of the last step, unconstrained, (rows, coordinates).
     - **adapt_state** - :class:`~numpyro_ebm.posteriors.exchange.warmup.ExchangeAdaptState`.
     - **rng_key** - key of the next step.
     """
@@ -63,6 +73,7 @@ class ExchangeState(NamedTuple):
     mean_accept_prob: jax.Array
     diverging: jax.Array
     auxiliary: AuxiliaryTrace
+    fictitious: jax.Array
     adapt_state: ExchangeAdaptState
     rng_key: jax.Array
 
@@ -110,7 +121,10 @@ def start_chain(
             position if target.by_row else position[0],
             jnp.zeros((3, *per_group.shape), per_group.dtype),
             jnp.zeros((3, *per_group.shape), per_group.dtype),
+            jnp.zeros((), per_group.dtype),
+            *([per_group] * 3),
         ),
+        fictitious=target.coordinates(target.data),
         adapt_state=adapt_state,
         rng_key=rng_key,
     )
@@ -182,6 +196,9 @@ def step_chain(
         state.i, adapt_state, info.acceptance_rate, lambda: chain.position
     )
     accept_prob = _per_group(target, info.acceptance_rate)
+    x, halfway, end = map(target.coordinates, (target.data, info.halfway, info.fictitious))
+    apart = x - jnp.mean(x, 0 if len(x) > 1 else None)
+    scale = jnp.maximum(target.group_mean(apart**2), jnp.finfo(x.dtype).tiny)
     return _cache(target, state, chain)._replace(
         i=state.i + 1,
         accept_prob=accept_prob,
@@ -193,7 +210,12 @@ def step_chain(
             info.proposal if target.by_row else info.proposal[0],
             _per_group(target, info.log_densities) * target.num_groups / target.row_model.num_rows,
             _per_group(target, info.log_ratios),
+            info.simulation.astype(accept_prob.dtype),
+            _per_group(target, target.group_mean(apart * (end - halfway)) / scale),
+            _per_group(target, target.group_mean((end - x) ** 2)),
+            _per_group(target, target.group_mean((end - state.fictitious) ** 2)),
         ),
+        fictitious=end,
         adapt_state=adapt_state,
         rng_key=rng_key,
     )

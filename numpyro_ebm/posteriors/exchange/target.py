@@ -151,6 +151,23 @@ class ExchangeTarget:
         """log p̃ of a data set, (groups,)."""
         return self.group(self.log_rows(self.constrain(z), values))
 
+    def coordinates(self, values: SiteValues) -> jax.Array:
+        """A data set in unconstrained coordinates, (rows, coordinates)."""
+        sites = self.row_model.visible
+        return self.row_model.flatten(
+            {
+                name: jnp.asarray(
+                    values[name] if site.is_unconstrained else site.transform.inv(values[name]),
+                    jnp.result_type(float),
+                )
+                for name, site in sites.items()
+            }
+        )
+
+    def group_mean(self, x: jax.Array) -> jax.Array:
+        """Means of an array of shape (rows, coordinates) over each group, (groups,)."""
+        return jnp.mean(x, -1) if self.by_row else jnp.mean(x)[None]
+
     def group(self, rows: jax.Array) -> jax.Array:
         """Sums of an array of shape (rows,) over the rows of each group."""
         rows = self.row_model.weigh(rows)
