@@ -17,7 +17,7 @@ from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params
 
-__all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows"]
+__all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows", "refuse_weights"]
 
 AT_ONCE = 100
 """Particles, or draws, whose densities are evaluated together."""
@@ -43,12 +43,17 @@ def read_rows(
             f"{who}: the model observes nothing. Give its first argument, the data, as `obs=` to "
             "the visible sites."
         )
+    refuse_weights(who, row_model)
+    return row_model
+
+
+def refuse_weights(who: str, row_model: RowModel) -> None:
+    """Raise if the rows of a model have weights, for one who counts them alike."""
     if row_model.row_weights is not None:
         raise ModelError(
             f"{who} counts every row once, and `handlers.scale` or `handlers.mask` says otherwise. "
             "Drop the masked rows, and read the model without these handlers."
         )
-    return row_model
 
 
 def read_guide(who: str, guide: Model, row_model: RowModel, params: Params | None) -> Guide:

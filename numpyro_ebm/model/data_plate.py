@@ -88,7 +88,7 @@ class DataPlate:
     def by_row(self, name: str, x: Any) -> jax.Array:
         """What broadcasts against the log-density of a site, as an array of shape (rows,).
 
-        :raises ModelError: if it differs within a row.
+        :raises ModelError: if it differs within a row, or is not for as many rows.
         """
         if not self.is_by_row(x):
             raise ModelError(
@@ -97,6 +97,12 @@ class DataPlate:
                 "for whole rows, one value each. Multiply single terms of an energy inside of it, "
                 "or temper the whole of it by `numpyro_ebm.temper`; for entries that are missing "
                 "pass `obs_mask` to `numpyro.sample`."
+            )
+        if jnp.size(x) not in (1, self.num_rows):
+            raise ModelError(
+                f"`handlers.scale` or `handlers.mask` around '{name}' has {jnp.size(x)} values, "
+                f"and the plate '{self.plate}' has {self.num_rows} rows. Where rows are cut into "
+                "batches, pass weights and masks as arguments of the model, to be cut with them."
             )
         return jnp.broadcast_to(jnp.reshape(x, (-1,)), (self.num_rows,))
 

@@ -29,7 +29,7 @@ from numpyro_ebm.diagnostics.gap.weights import (
     weigh_particles,
     weigh_states,
 )
-from numpyro_ebm.diagnostics.reading import map_leading, read_guide
+from numpyro_ebm.diagnostics.reading import map_leading, read_guide, refuse_weights
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_model
@@ -222,6 +222,7 @@ def _read(model, guide, params, args, kwargs, num_particles, gradient):
         raise ModelError(
             "posterior_gap: the model observes nothing. Pass the rows as its data, after `params`."
         )
+    refuse_weights("posterior_gap", row_model)
     if not row_model.latent:
         raise ModelError("posterior_gap: the model has no latent sites, so there is no posterior.")
     missing = sorted(name for name in row_model.parameters if name not in params)

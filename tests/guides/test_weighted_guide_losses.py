@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of rows in the losses of guides, and what refuses weights."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
+
+import numpyro_ebm as ebm
+from numpyro_ebm.guides.losses import row_guide_loss
+
+ROWS = 5
+WEIGHTS = (0.5, 2.0, 1.0, 3.0, 0.25)
+
+
+def weighted(weights, mask):
+    return handlers.scale(scale=weights), handlers.mask(mask=mask)
+
+
+def model(discrete, data, weights, mask):
+    scaled, masked = weighted(weights, mask)
+    with numpyro.plate("data", len(data)), scaled, masked:
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        base = ebm.Counting() if discrete else dist.Normal(0.0, 1.0)
+        h = numpyro.sample("h", base)
+        ebm.energy("E", 0.5 * (v - h) ** 2 + 0.1 * h)
+
+
+def guide(discrete, scaled, data, weights, mask):
+    """With the handlers around it as well, as `numpyro.infer.SVI` would need them, or without."""
+    slope = numpyro.param("slope", 0.7)
+    around, masked = weighted(weights if scaled else 1.0, True)
+    with numpyro.plate("data", len(data)), around, masked:
+        v = ebm.visible("v", data)
+        fn = dist.Bernoulli(logits=slope * v) if discrete else dist.Normal(slope * v, 0.8)
+        numpyro.sample("h", fn)
+
+
+LOSSES = {
+    "Trace_ELBO": (Trace_ELBO(), False),
+    "TraceGraph_ELBO": (TraceGraph_ELBO(), True),
+    "PosteriorScore": (ebm.PosteriorScore(), False),
+    "RelaxedELBO": (ebm.RelaxedELBO(), True),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scaled", [False, True], ids=["model", "both"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_of_a_guide_is_the_weighted_sum_of_those_of_the_rows(name, scaled):
+    guide_loss, discrete = LOSSES[name]
+    here, q = partial(model, discrete), partial(guide, discrete, scaled)
+    objective = ebm.DenoisingScoreMatching(0.3, ebm.VaGES(3))
+    data = jnp.asarray(np.random.default_rng(0).normal(size=ROWS))
+    key = jax.random.key(3)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(slope, weights, mask):
+        problem = objective.prepare(key, {}, here, q, (data, weights, mask), {})
+        return row_guide_loss(guide_loss, key, {}, {"slope": slope}, problem, q)
+
+    ones = jnp.ones(ROWS)
+    rows = [loss(0.7, ones, i == jnp.arange(ROWS)) for i in range(ROWS)]
+    for weights in (ones, jnp.asarray(WEIGHTS)):
+        expected = jax.tree.map(lambda *x: jnp.tensordot(weights, jnp.stack(x), 1), *rows)  # noqa: B023
+        found = loss(0.7, weights, ones > 0)
+        np.testing.assert_allclose(jnp.stack(found), jnp.stack(expected), rtol=1e-9)
+
+
+def test_tests_of_fit_that_count_rows_alike_refuse_weights():
+    def gaussian(data, weights):
+        with numpyro.plate("data", len(data)), handlers.scale(scale=weights):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2)
+
+    with pytest.raises(ebm.ModelError, match="counts every row once"):
+        ebm.stein_test(
+            jax.random.key(0), ebm.fixed(gaussian, {}), jnp.ones(4), jnp.arange(1.0, 5.0)
+        )
+
+
+def test_weights_that_are_not_cut_with_the_rows_are_refused():
+    weights = jnp.arange(1.0, 9.0)
+
+    def gaussian(data):
+        precision = numpyro.param("precision", 1.0)
+        with numpyro.plate("data", len(data)), handlers.scale(scale=weights):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * v**2)
+
+    svi = ebm.EnergySVI(gaussian, None, numpyro.optim.Adam(0.1), ebm.ScoreMatching())
+    with pytest.raises(ebm.ModelError, match="as arguments of the model"):
+        svi.run(jax.random.key(0), 2, jnp.ones(8), batch_size=4, progress_bar=False)
