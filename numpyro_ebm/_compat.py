@@ -53,7 +53,6 @@ __all__ = [
     "eval_jaxpr",
     "eval_provenance",
     "find_stack_level",
-    "funsor_tools",
     "generate_gaussian_noise",
     "generate_unit_vector",
     "handler_stack",
@@ -90,14 +89,6 @@ def is_enumerating() -> bool:
 def is_inspected() -> bool:
     """Whether `numpyro.render_model` runs the model to see what depends on what."""
     return any(type(h).__module__ == "numpyro.infer.inspect" for h in handler_stack)
-
-
-def funsor_tools() -> tuple[Any, Any, Any]:
-    """Handlers `enum` and `plate_to_enum_plate`, and the handler that records packed traces."""
-    from numpyro.contrib.funsor import enum, plate_to_enum_plate
-    from numpyro.contrib.funsor.enum_messenger import trace
-
-    return enum, plate_to_enum_plate, trace
 
 
 def is_dropped(variable: Any) -> bool:

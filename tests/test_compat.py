@@ -11,6 +11,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.funsor import enum, plate_to_enum_plate
+from numpyro.contrib.funsor.enum_messenger import trace
 from numpyro.infer import MCMC, NUTS
 
 from numpyro_ebm import _compat
@@ -62,7 +64,6 @@ def test_numpyro_has_its_handlers_and_flags():
     with numpyro.handlers.seed(rng_seed=0):
         assert [type(x) for x in _compat.handler_stack] == [numpyro.handlers.seed]
         assert not _compat.is_enumerating()
-    enum, plate_to_enum_plate, trace = _compat.funsor_tools()
     seen = []
 
     def model():

@@ -16,21 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
-from jax.typing import ArrayLike
-from numpyro.distributions import constraints
-from numpyro.handlers import infer_config
-from numpyro.infer import Predictive
-from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import eval_provenance, funsor_tools
-from numpyro_ebm.language.sites import plates_of
+from numpyro_ebm._compat import eval_jaxpr, eval_provenance
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.program.jaxprs import needed
 from numpyro_ebm.program.row_axes import row_axes
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["coupled_sites", "draw_scalar_sites", "leaving_plates", "sum_scalar_sites"]
+
+DRAWS_AT_ONCE = 256
+"""Whose probabilities are in memory together."""
 
 
 def leaving_plates(row_model: RowModel) -> str | None:
@@ -70,7 +67,11 @@ def coupled_sites(row_model: RowModel) -> dict[str, str]:
 
 
 def sum_scalar_sites(
-    row_model: RowModel, params: Params, values: SiteValues, names: Sequence[str]
+    row_model: RowModel,
+    params: Params,
+    values: SiteValues,
+    names: Sequence[str],
+    tilts: SiteValues | None = None,
 ) -> jax.Array:
     """log p̃ of every row, scalar sites that are not :func:`coupled_sites` summed out: (rows,).
 
@@ -78,27 +79,20 @@ def sum_scalar_sites(
     :param dict params: parameter values by name.
     :param dict values: values of all other sites.
     :param names: names of the sites.
+    :param dict tilts: what is added to log p̃ at every value of some sites, arrays of the shape of
+        the site with values leading; their derivatives are posterior probabilities.
     """
     if not names:
         return row_model.log_density(params, values)
     import funsor
 
-    enum, plate_to_enum_plate, packed_trace = funsor_tools()
-
-    num_plate_dims = max(
-        [-row_model.dim] + [np.ndim(s.value) - s.event_dim for s in row_model.latent.values()]
-    )
-
-    model = enum(_enumerating(row_model, {**params, **values}, names), -num_plate_dims - 1)
-    with plate_to_enum_plate():
-        model_trace = packed_trace(model).get_trace(*row_model.args, **row_model.kwargs)
+    funsor.set_backend("jax")
     factors, plates = [], frozenset()
-    for site in filter(row_model.owns, model_trace.values()):
-        log_prob, dim_to_name = row_model.site_log_prob(site), site["infer"]["dim_to_name"]
-        if not dim_to_name:  # a plate of size one has no name in funsor
-            log_prob = jnp.squeeze(log_prob)
-        factors.append(funsor.to_funsor(log_prob, funsor.Real, dim_to_name=dim_to_name))
-        plates |= plates_of(site)
+    for array, sites, dims in _factors(row_model, params, values, names):
+        factors.append(_as_funsor(array, [*sites, *dims]))
+        plates |= {name for name in dims if name}
+    for name, tilt in (tilts or {}).items():
+        factors.append(_as_funsor(tilt, [name, *row_model.latent[name].dims]))
     result: Any = funsor.sum_product.sum_product(
         funsor.ops.logaddexp,
         funsor.ops.add,
@@ -120,6 +114,9 @@ def draw_scalar_sites(
 ) -> SiteValues:
     """Exact draws of these sites given the values of all others, draws leading.
 
+    Site by site, given those before, and the later ones summed out; those of fewer plates first,
+    given which the units of a plate are independent.
+
     :param rng_key: random key.
     :param RowModel row_model: the model.
     :param dict params: parameter values by name.
@@ -127,16 +124,78 @@ def draw_scalar_sites(
     :param names: names of the sites.
     :param int num_draws: how many draws.
     """
-    predictive = Predictive(
-        _enumerating(row_model, params, names),
-        values,
-        num_samples=num_draws,
-        infer_discrete=True,
-        parallel=True,
-    )
-    found = predictive(rng_key, *row_model.args, **row_model.kwargs)
-    supports = _counted(row_model, names)
-    return {k: jnp.asarray(supports[k])[found[k]] if k in supports else found[k] for k in names}
+    sites = {name: row_model.latent[name] for name in names}
+    supports = {name: support_values(site, "Enumerated") for name, site in sites.items()}
+    order = sorted(names, key=lambda name: len(_further_plates(row_model)[name]))
+
+    def draw(x):
+        rng_key, known = x
+        keys = jax.random.split(rng_key, len(order))
+        for i, (key, name) in enumerate(zip(keys, order, strict=True)):
+            support, value = supports[name], jnp.asarray(sites[name].value)
+
+            def total(tilt, known=known, i=i, name=name):
+                rows = sum_scalar_sites(row_model, params, known, order[i:], {name: tilt})
+                return jnp.sum(rows)
+
+            probabilities = jax.grad(total)(jnp.zeros((len(support), *value.shape)))
+            index = jax.random.categorical(key, jnp.log(probabilities), axis=0)
+            known = {**known, name: jnp.asarray(support, value.dtype)[index]}
+        return {name: known[name] for name in names}
+
+    keys = jax.random.split(rng_key, num_draws)
+    return jax.lax.map(draw, (keys, values), batch_size=DRAWS_AT_ONCE)
+
+
+# Factors
+
+
+def _factors(row_model, params, values, names):
+    """Terms as arrays over the states of the sites that they read, and over their plates.
+
+    Every term is evaluated at arrays of the shape that the sites have, all elements in one state:
+    no element reads another, so that this gives each of them.
+
+    :return: list of triples of an array, the names of its leading axes, sites, and those of the
+        others, plates or ``None``.
+    """
+    supports = {name: support_values(row_model.latent[name], "Enumerated") for name in names}
+    like = {name: jnp.asarray(row_model.latent[name].value) for name in names}
+    plates: dict[str, dict[str, int]] = {}
+    run = _traced_terms(row_model, {**params, **values}, plates)
+    closed, shape = jax.make_jaxpr(lambda scalars: run(**scalars), return_shape=True)(like)
+    results = dict(zip(sorted(shape), closed.jaxpr.outvars, strict=True))
+    read = {term: tuple(sorted(_term_reads(row_model)[term][1] & like.keys())) for term in results}
+    found = []
+    for sites in sorted(set(read.values())):
+        terms = [term for term in results if read[term] == sites]
+        part = closed.jaxpr.replace(outvars=[results[term] for term in terms])
+        part = part.replace(eqns=needed(part))
+
+        def at_state(state, part=part, sites=sites):
+            given = dict(zip(sites, state, strict=True))
+            full = {k: jnp.full_like(x, given[k]) if k in given else x for k, x in like.items()}
+            return eval_jaxpr(part, closed.consts, *jax.tree.leaves(full))
+
+        columns = [supports[name].astype(like[name].dtype) for name in sites]
+        states = [jnp.asarray(x.ravel()) for x in np.meshgrid(*columns, indexing="ij")]
+        arrays = jax.vmap(at_state)(states) if sites else at_state([])
+        for term, array in zip(terms, arrays, strict=True):
+            own = array.shape[1:] if sites else array.shape
+            names_of = {dim: name for name, dim in plates[term].items()}
+            dims = [names_of.get(dim) for dim in range(-len(own), 0)]
+            found.append((array.reshape(*map(len, columns), *own), sites, dims))
+    return found
+
+
+def _as_funsor(array, names):
+    """An array whose axes have names; those of one element need none."""
+    import funsor
+
+    named = [name for name, size in zip(names, array.shape, strict=True) if size > 1]
+    array = jnp.reshape(array, [size for size in array.shape if size > 1])
+    dims = range(-array.ndim, 0)
+    return funsor.to_funsor(array, funsor.Real, dim_to_name=dict(zip(dims, named, strict=True)))
 
 
 # Couplings
@@ -154,13 +213,13 @@ def _further_plates(row_model):
     }
 
 
-def _traced_terms(row_model, plates):
+def _traced_terms(row_model, values, plates):
     """Log-densities by site as a function of latent values, which fills their ``plates`` in."""
 
     def run(**latent):
-        values = {**row_model.parameters, **row_model.visible_values, **latent}
         found = {}
-        for site in filter(row_model.owns, row_model.trace_at(values).values()):
+        model_trace = row_model.trace_at({**values, **latent})
+        for site in filter(row_model.owns, model_trace.values()):
             frames = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
             plates[site["name"]] = frames
             found[site["name"]] = row_model.site_log_prob(site)
@@ -173,8 +232,13 @@ def _term_reads(row_model):
     """By site of the rows: its plates with their dimensions, and the latent sites that it reads."""
     plates: dict[str, dict[str, int]] = {}
     latent = {name: site.value for name, site in row_model.latent.items()}
-    read = eval_provenance(_traced_terms(row_model, plates), **latent)
-    return {term: (plates[term], labels) for term, labels in read.items()}
+    others = {**row_model.parameters, **row_model.visible_values}
+
+    def find():
+        read = eval_provenance(_traced_terms(row_model, others, plates), **latent)
+        return {term: (plates[term], labels) for term, labels in read.items()}
+
+    return row_model.remember("terms of latent sites", find)
 
 
 def _find_coupled(row_model):
@@ -206,7 +270,8 @@ def _mixing_terms(row_model, plate, axes):
     plates, order = {}, []
 
     def run(moving):
-        found = _traced_terms(row_model, plates)(**values, **moving)
+        others = {**row_model.parameters, **row_model.visible_values, **values}
+        found = _traced_terms(row_model, others, plates)(**moving)
         order[:] = [(name, jnp.ndim(x)) for name, x in found.items()]
         return list(found.values())
 
@@ -216,64 +281,3 @@ def _mixing_terms(row_model, plate, axes):
         for (name, ndim), state in zip(order, states, strict=True)
         if state is not None and state != ndim + plates[name].get(plate, 0)
     ]
-
-
-# Enumeration
-
-
-def _counted(row_model, names):
-    """Values of the sites whose support is not 0, …, K - 1, which is all that funsor counts."""
-    supports = {name: support_values(row_model.latent[name], "Enumerated") for name in names}
-    return {k: x for k, x in supports.items() if not np.array_equal(x, np.arange(len(x)))}
-
-
-def _enumerating(row_model, values, names):
-    """The model at given values, its scalar discrete sites to be enumerated by NumPyro."""
-
-    def configure(site):
-        # All other sites have values, whatever their own `infer` says.
-        return {"enumerate": "parallel" if site["name"] in names else None}
-
-    model = infer_config(row_model.substituted(values), configure)
-    return _count_values(model, _counted(row_model, names))
-
-
-class _count_values(Messenger):
-    """Sites of other values than 0, …, K - 1 as their places among these, to all handlers outside.
-
-    :param fn: a model.
-    :param dict supports: the values by name of the site.
-    """
-
-    def __init__(self, fn: Any = None, supports: Any = None):
-        self.supports = {} if supports is None else supports
-        super().__init__(fn)
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and msg["name"] in self.supports:
-            msg["fn"] = _Places(msg["fn"], self.supports[msg["name"]])
-
-    def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and msg["name"] in self.supports:
-            msg["value"] = jnp.asarray(self.supports[msg["name"]])[msg["value"]]
-
-
-class _Places(dist.Distribution):
-    """A scalar discrete distribution over the places of its values."""
-
-    support: Any = constraints.nonnegative_integer
-    has_enumerate_support = True
-
-    def __init__(self, fn: Any, values: np.ndarray):
-        self.fn, self.values = fn, values
-        super().__init__(fn.batch_shape, ())
-
-    def sample(self, key: jax.Array | None, sample_shape: tuple[int, ...] = ()) -> jax.Array:
-        return jnp.searchsorted(jnp.asarray(self.values), self.fn.sample(key, sample_shape))
-
-    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
-        return self.fn.log_prob(jnp.asarray(self.values)[jnp.asarray(value)])
-
-    def enumerate_support(self, expand: bool = True) -> jax.Array:
-        places = jnp.arange(len(self.values)).reshape((-1,) + (1,) * len(self.batch_shape))
-        return jnp.broadcast_to(places, (len(places), *self.batch_shape)) if expand else places

@@ -51,6 +51,10 @@ APART = {
     "one-hot": lambda h: jnp.sum(jax.nn.one_hot(h.astype(int), 3) * TABLE[:, None], -1),
     "transposed and back": lambda h: jnp.sin(h.T).T,
     "concatenated along the rows": lambda h: jnp.concatenate([h[:, :1], h[:, 1:]], 1) * 0.7,
+    "reshaped and back": lambda h: jnp.reshape(h, (N, 1, -1))[:, 0] ** 2,
+    "weights on the last axis": lambda h: (h.T * W).T,
+    "vmap": lambda h: jax.vmap(lambda x, w: w * x**2)(h, jnp.asarray(W)),
+    "moved axes": lambda h: jnp.moveaxis(jnp.moveaxis(h, 0, -1) * W - 0.2, -1, 0),
     "reversed weights": lambda h: W[::-1][:, None] * h,
 }
 
@@ -81,8 +85,13 @@ def read(*args):
     return row_model, marginal
 
 
-@pytest.mark.parametrize("values", [(0, 1), (-1, 2)])
-@pytest.mark.parametrize("name", [*COUPLED, *APART])
+CASES = [
+    *((name, values) for name in [*COUPLED, *APART] for values in [(0, 1), (-1, 2)]),
+    *((name, (0, 1, 2)) for name in APART),  # as many values as units
+]
+
+
+@pytest.mark.parametrize("name, values", CASES)
 def test_units_are_summed_as_their_terms_couple_them(name, values):
     term = {**COUPLED, **APART}[name]
     if name in ("table", "one-hot") and min(values) < 0:
