@@ -21,6 +21,7 @@ from numpyro_ebm.errors import ModelError, check_fraction, check_positive
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.adaptation import acceptance_tuner
 from numpyro_ebm.mcmc.start import MAX_DRAWS, redrawn, unconstrained_values
+from numpyro_ebm.mcmc.watch import Watch
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import LogDensity, Model, SiteValues
@@ -51,6 +52,8 @@ class RowKernel(MCMCKernel):
         self._init_strategy = init_strategy
         self._num_warmup = 0
         self._sample_fn = None  # looked at by `MCMC`: whether `init` has run
+        self._watch: Watch | None = None  # of a run that starts untraced
+        self._is_watched = True
         self._redraws = False  # whether `_initial_values` draws bad rows anew
         self._traced = None  # of the model, at arguments that it was read at
 
@@ -82,19 +85,31 @@ class RowKernel(MCMCKernel):
             return self._init(rng_key, init_params, model_args, model_kwargs), None
 
         state, _ = self._init_chains(init_one, rng_key, init_params)
+        self._watch = None
         if not_jax_tracer(state.potential_energy):
             self._check_energy(state, model_args, model_kwargs)
+            moves = self.leaves_invariant and not self.moves_discrete
+            self._watch = Watch(self._name, num_warmup, moves) if self._is_watched else None
         return state
 
     def sample(
         self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Any:
         if is_prng_key(state.rng_key):
-            return self._step(state, model_args, model_kwargs)
-        # All chains are at the same step, so that what few steps do costs the others nothing.
-        return jax.vmap(
-            lambda s, i: self._step(s._replace(i=i), model_args, model_kwargs), (0, None)
-        )(state, state.i[0])
+            state = self._step(state, model_args, model_kwargs)
+        else:  # all are at the same step, so that what few steps do costs the others nothing
+            state = jax.vmap(
+                lambda s, i: self._step(s._replace(i=i), model_args, model_kwargs), (0, None)
+            )(state, state.i[0])
+        if self._watch is not None:
+            self._watch.after(state, lambda: self._sums(state, model_args, model_kwargs))
+        return state
+
+    def unwatched(self) -> Self:
+        """The same kernel for a caller that looks at the draws itself."""
+        kernel = copy.copy(self)
+        kernel._is_watched = False
+        return kernel
 
     def wrap_model(self, wrapper: Callable[[Model], Model]) -> Self:
         kernel = copy.copy(self)
@@ -156,6 +171,15 @@ class RowKernel(MCMCKernel):
             self._redraws = True
             result = jax.jit(lambda key: init_one(key, None))(rng_key)
         return result
+
+    def _sums(self, state, model_args, model_kwargs):
+        """The sum of the coordinates of every row, of one chain or of many."""
+        row_model = self._read_model(self._model, model_args, model_kwargs)
+
+        def of_chain(z):
+            return jnp.sum(row_model.flatten(z), -1)
+
+        return (of_chain if is_prng_key(state.rng_key) else jax.vmap(of_chain))(state.z)
 
     def _check_warmup(self):
         """Raise if a warm-up of ``_num_warmup`` steps is not enough."""

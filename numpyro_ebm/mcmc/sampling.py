@@ -11,9 +11,12 @@ from jax import lax
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.mcmc.convergence import assess_draws, warn_of_convergence
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
+from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.types import Model, Params
 
@@ -63,6 +66,8 @@ def sample(
 
     .. note:: Draws of one chain are dependent, and separated modes may be out of its reach: for
        diagnostics run ``MCMC`` with several chains and look at R-hat and the effective sample size.
+       Warns :class:`~numpyro_ebm.ConvergenceWarning` where rows did not move or left the support,
+       and where R-hat over all chains is above 2: modes that are apart, values that run away.
 
     **Example**
 
@@ -90,6 +95,8 @@ def sample(
     if kernel is None:
         draws = exact_marginal(row_model).draw(key_latent, row_model, {}, {}, num_samples)
         return _with_deterministic(row_model, draws)
+    if isinstance(kernel, RowKernel):
+        kernel = kernel.unwatched()
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
     chain_method: Any = "vectorized" if vectorized else jax.vmap  # which NumPyro takes as well
     mcmc = MCMC(
@@ -102,6 +109,15 @@ def sample(
         progress_bar=progress_bar and vectorized,
     )
     mcmc.run(key_chains, *args, init_params=init_params, **kwargs)
+    if not_jax_tracer(rng_key):
+        grouped, fields = (
+            read(group_by_chain=True) for read in (mcmc.get_samples, mcmc.get_extra_fields)
+        )
+        sites = {name: grouped[name] for name in row_model.sites if name in grouped}
+        adjusted = getattr(kernel, "leaves_invariant", True)
+        warn_of_convergence(
+            f"sample ({_name_of(kernel)})", assess_draws(row_model, sites, fields, adjusted)
+        )
     draws = {name: x[:num_samples] for name, x in mcmc.get_samples().items()}
     missing = [name for name in row_model.sites if name not in draws]
     if missing:

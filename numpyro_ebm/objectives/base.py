@@ -99,6 +99,10 @@ class Objective(ABC):
         """What :meth:`review` wants to know at the end of a run; a pytree of arrays."""
         return None
 
+    def review_state(self, state: Any) -> None:
+        """Warn if what the objective kept says at the end of a run that it did not work."""
+        return None
+
     def review(self, statistics: Any) -> None:
         """Warn of what the statistics of a run's result show to be wrong."""
         return None

@@ -28,6 +28,7 @@ from jax.lax import stop_gradient
 from numpyro.handlers import substitute
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.marginals.base import Marginal
@@ -62,6 +63,9 @@ class ContrastiveDivergence(Objective):
         round.
     :raises ModelError: if an argument is out of range; when used, if the kernel does not fit the
         supports or has no step size, or persistent chains meet covariates or another batch size.
+
+    Warns :class:`~numpyro_ebm.ConvergenceWarning` at the end of a run whose persistent chains have
+    an R-hat of 3 or more over its last 256 rounds: ``chain_diagnostics`` has them all.
 
     Reference: Hinton 2002; Tieleman 2008.
 
@@ -255,6 +259,10 @@ class ContrastiveDivergence(Objective):
         latent = {name: x[0] for name, x in guide.draw(rng_key, params, visible, 1).items()}
         log_joint = row_model.unconstrained_log_density(params, unconstrained, latent)
         return log_joint - guide.log_density(params, visible, latent)
+
+    def review_state(self, state: Any) -> None:
+        if isinstance(state, Chains) and not_jax_tracer(state.num_rounds):
+            state.review()
 
     def chain_diagnostics(self, state: Any) -> dict[str, np.ndarray]:
         """R-hat of the persistent chains, over every fourth of the last 256 rounds of training.

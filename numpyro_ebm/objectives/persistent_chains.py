@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chains of persistent contrastive divergence, and what is remembered of their rounds."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,13 +11,17 @@ import numpy as np
 from jax import lax
 from numpyro.diagnostics import split_gelman_rubin
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm._compat import find_stack_level
+from numpyro_ebm.errors import ConvergenceWarning, ModelError
 from numpyro_ebm.types import SiteValues
 
 __all__ = ["Chains"]
 
 HISTORY, SPACING = 64, 4
 """Positions of the persistent chains that are remembered for R-hat, and the rounds between them."""
+
+R_HAT_OF_STUCK_CHAINS = 3.0
+"""R-hat over the remembered rounds above which a run warns: the chains have hardly moved."""
 
 
 class Chains(NamedTuple):
@@ -69,6 +74,28 @@ class Chains(NamedTuple):
         records = int(self.num_rounds) // SPACING
         order = np.arange(max(0, records - HISTORY), records) % HISTORY
         return np.asarray(self.history)[order]
+
+    def review(self) -> None:
+        """Warn :class:`~numpyro_ebm.ConvergenceWarning` if the chains do not come around."""
+        if int(self.num_rounds) < HISTORY * SPACING:
+            return
+        found = self.r_hat()
+        worst = max(float(np.max(x)) for x in found.values())
+        if worst < R_HAT_OF_STUCK_CHAINS:
+            return
+        visible = found["visible"]
+        stuck = int(np.sum(visible >= R_HAT_OF_STUCK_CHAINS))
+        warnings.warn(
+            ConvergenceWarning(
+                f"ContrastiveDivergence: over the last {HISTORY * SPACING} rounds R-hat of the "
+                f"persistent chains is {worst:.3g} (energy {float(found['energy']):.3g}; "
+                f"{stuck} of {visible.size} visible coordinates have {R_HAT_OF_STUCK_CHAINS:g} or "
+                "more): each stays where it is, and the gradient is not that of the likelihood. "
+                "Take more or longer steps of the kernel, lower the learning rate, or set "
+                "`reset_probability`."
+            ),
+            stacklevel=find_stack_level(),
+        )
 
     def r_hat(self) -> dict[str, np.ndarray]:
         """Split R-hat of the ``visible`` coordinates and the ``energy`` over remembered rounds.

@@ -301,8 +301,10 @@ class EnergySVI(SVI):
         result = SVIRunResult(self.get_params(state), state, jnp.asarray(losses))
         if done < num_steps:
             _warn_of_stop(result, done, num_steps)
-        elif type(self.loss).statistics is not Objective.statistics:
+            return result
+        if type(self.loss).statistics is not Objective.statistics:
             self._compiled.review(state, batches)
+        self.loss.review_state(state.objective_state)
         return result
 
     # Internal

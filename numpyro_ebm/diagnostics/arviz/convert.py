@@ -69,7 +69,9 @@ def to_arviz(
           free energy where discrete sites were summed out) and ``row_energy`` (the same by row),
           and what the kernel collected: ``lp``, ``acceptance_rate``, ``row_acceptance_rate``,
           ``diverging`` (any row), ``hamiltonian_energy``, ... and ``extra_fields`` such as
-          ``swap_prob``; ``step_size`` and ``mean_swap_prob`` are those at the end of the run;
+          ``swap_prob``; ``step_size`` (by row for kernels on rows) and ``mean_swap_prob`` are those
+          at the end of the run; ``row_frozen``, the share of the chains of a row that did not move,
+          and ``row_r_hat``. Where these are bad, it warns :class:`~numpyro_ebm.ConvergenceWarning`;
         - *posterior_predictive*: the fantasies, or with ``observed`` the run's own draws of the
           sites that are observed there;
         - *observed_data*: visible sites that were observed in the run, or in ``observed``;

@@ -13,6 +13,7 @@ from numpyro_ebm._compat import run_arguments
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.mcmc.convergence import assess_draws, warn_of_convergence
 from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model
@@ -69,11 +70,28 @@ def convert_draws(
     dims = {name: list(site.dims) for name, site in row_model.sites.items()}
     dims |= {"row_energy": [row_model.plate], "row_acceptance_rate": [row_model.plate]}
     stats = {**final, **_kernel_stats(extra, row_model.num_rows)}
+    if isinstance(posterior, MCMC):
+        stats |= _convergence(posterior.sampler, row_model, draws, extra)
+        dims |= {name: [row_model.plate] for name in ("row_r_hat", "row_frozen")}
     groups = {
         "posterior": {name: np.asarray(x) for name, x in draws.items()},
         "sample_stats": {**_energies(row_model, draws), **stats},
     }
     return Converted(groups, dims, model, row_model)
+
+
+def _convergence(kernel, row_model, draws, extra):
+    """R-hat of the rows, and which did not move, the same for all draws; and a warning."""
+    sites = {name: x for name, x in draws.items() if name in row_model.sites}
+    found = assess_draws(row_model, sites, extra, getattr(kernel, "leaves_invariant", True))
+    warn_of_convergence(f"to_arviz ({type(kernel).__name__})", found)
+    stats = {"row_frozen": found.frozen / found.num_chains}
+    if found.r_hat is not None:
+        stats["row_r_hat"] = found.r_hat
+    return {
+        name: np.broadcast_to(x, (found.num_chains, found.num_draws, len(x)))
+        for name, x in stats.items()
+    }
 
 
 def _check_run(mcmc, args, kwargs):

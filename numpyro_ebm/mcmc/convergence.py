@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Whether the chains of a run did their work: rows that did not move, drift, or left the support.
+
+.. math:: \hat R^2 = \frac{W (n - 1) / n + B / n}{W}
+
+over the halves of all chains of a row, on ranks (Vehtari, Gelman, Simpson, Carpenter, Bürkner,
+*Rank-normalization, folding, and localization*, 2021), of its energy and its coordinates. It is
+infinite for a row that did not move, and large for chains in modes that are apart, and for chains
+that run away where exp(-E) has no integral. The bound is far above what is asked of a careful run:
+it says that the draws of a chain know where they came from, not that there are few of them.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpyro.diagnostics import split_gelman_rubin
+
+from numpyro_ebm._compat import find_stack_level
+from numpyro_ebm.errors import ConvergenceWarning
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import SiteValues
+
+__all__ = ["Convergence", "assess_draws", "warn_of_convergence"]
+
+R_HAT_BOUND = 2.0
+"""Chains that forget nothing in half a run reach it; after three autocorrelation times none do."""
+
+LEAST_DRAWS = 100
+"""Draws of a row, over all its chains, from which R-hat and acceptance are judged."""
+
+LEAST_ACCEPTANCE_OF_ROW = 0.02
+
+MANY_FROZEN = 0.05
+"""Share of the chains of a row that may stay where they are, as a row of a tail does at times."""
+
+MAX_COORDINATES = 16
+"""Coordinates of a row, evenly spaced, whose R-hat is taken."""
+
+
+class Convergence(NamedTuple):
+    """What a run says of its rows.
+
+    - **num_chains, num_draws** - chains, and the draws of each.
+    - **not_finite** - draws of a row that are not finite, or whose energy is not, (rows,).
+    - **frozen** - chains of a row whose draws are all the same, (rows,).
+    - **acceptance** - mean acceptance probability, (rows,); ``None`` for a kernel without.
+    - **diverging** - share of the draws whose proposal diverged; ``None`` for a kernel without.
+    - **r_hat** - the largest split R-hat of ranks, (rows,); ``None`` for too few draws.
+    - **largest** - the largest absolute value of the draws.
+    """
+
+    num_chains: int
+    num_draws: int
+    not_finite: np.ndarray
+    frozen: np.ndarray
+    acceptance: np.ndarray | None
+    diverging: float | None
+    r_hat: np.ndarray | None
+    largest: float
+
+
+def assess_draws(
+    row_model: RowModel, draws: SiteValues, fields: dict[str, Any], adjusted: bool = True
+) -> Convergence:
+    """What the draws of all chains, and what the kernel collected beside them, say of the rows.
+
+    :param dict draws: values of the sites, (chains, draws, ...).
+    :param dict fields: ``accept_prob``, ``diverging`` and ``potential_energy``, (chains, draws,
+        rows), as far as there are.
+    :param bool adjusted: whether the kernel ever rejects.
+    """
+    rows = row_model.num_rows
+    draws = {k: x for k, x in draws.items() if not _is_partly_unread(row_model, k)}
+    real = [_by_row(row_model, k, x) for k, x in draws.items() if k in row_model.visible]
+    other = [_by_row(row_model, k, x) for k, x in draws.items() if k in row_model.latent]
+    num_chains, num_draws = np.shape(jax.tree.leaves((draws, fields))[0])[:2]
+    fields = {k: np.asarray(x) for k, x in fields.items() if np.shape(x)[2:] == (rows,)}
+    energy = [fields["potential_energy"][..., None]] if "potential_energy" in fields else []
+    bad = [~np.isfinite(x).all(-1) for x in real + energy]
+    frozen = np.zeros(rows, int)
+    if real and num_draws >= 5:
+        same = np.all([np.all(x == x[:, :1], (1, 3)) for x in real], 0)
+        frozen = same.sum(0)
+    accept = fields.get("accept_prob") if adjusted else None
+    enough = num_chains * num_draws >= LEAST_DRAWS
+    diverging = fields.get("diverging")
+    return Convergence(
+        num_chains=num_chains,
+        num_draws=num_draws,
+        not_finite=np.sum(bad, (0, 1, 2)) if bad else np.zeros(rows, int),
+        frozen=frozen,
+        acceptance=accept.mean((0, 1)) if accept is not None and enough else None,
+        diverging=None if diverging is None else float(diverging.mean()),
+        r_hat=_r_hat(real, other + energy) if enough and num_draws >= 4 else None,
+        largest=float(max([np.abs(x).max() for x in real], default=0.0)),
+    )
+
+
+def warn_of_convergence(owner: str, found: Convergence) -> None:
+    """Warn :class:`~numpyro_ebm.ConvergenceWarning`, with numbers, if rows did not do their work.
+
+    :param str owner: what drew.
+    """
+    rows, chains = len(found.frozen), found.num_chains
+    said = []
+    if found.not_finite.any():
+        said.append(
+            f"{int(found.not_finite.sum())} draws, of {_count(found.not_finite > 0, rows)}, are "
+            "not finite, or lie where the energy is not"
+        )
+    if np.any(found.frozen > MANY_FROZEN * chains):
+        of = "" if chains == 1 else f" in {int(found.frozen.max())} of {chains} chains"
+        said.append(f"{_count(found.frozen > MANY_FROZEN * chains, rows)} did not move{of}")
+    if found.acceptance is not None:
+        low = found.acceptance < LEAST_ACCEPTANCE_OF_ROW
+        if low.any():
+            said.append(
+                f"{_count(low, rows)} accept less than {LEAST_ACCEPTANCE_OF_ROW:.0%} of their "
+                f"proposals (the median row {np.median(found.acceptance):.2f})"
+            )
+    if found.r_hat is not None:
+        high = found.r_hat > R_HAT_BOUND
+        # Two halves of one chain say little of one row, and enough of a share of them.
+        if high.mean() > (0.05 if chains < 4 else 0.0):
+            said.append(
+                f"R-hat is above {R_HAT_BOUND:g} in {_count(high, rows)} (largest "
+                f"{found.r_hat.max():.1f}): chains drift, stay in modes of their own, or run away "
+                f"(the largest value is {found.largest:.3g})"
+            )
+    if not said:
+        return
+    if found.diverging:
+        said.append(f"{found.diverging:.1%} of the proposals diverged")
+    warnings.warn(
+        ConvergenceWarning(
+            f"{owner}: {'; '.join(said)}. These draws have not the law of the model. Take more "
+            "warm-up steps, start elsewhere (`init_params`), use `numpyro_ebm.ReplicaExchange` "
+            "where modes are apart, or smaller steps without a Metropolis test; if values grow "
+            "without end, exp(-E) has no integral."
+        ),
+        stacklevel=find_stack_level(),
+    )
+
+
+def _count(which, rows):
+    return f"{int(which.sum())} of {rows} rows"
+
+
+def _is_partly_unread(row_model, name):
+    """Whether a site of ``obs_mask`` has values that data replace, which may go anywhere."""
+    observed = name.removesuffix("unobserved") + "observed"
+    return name.endswith("_unobserved") and observed in row_model.observed
+
+
+def _by_row(row_model, name, x):
+    """Values of a site as (chains, draws, rows, coordinates)."""
+    site = row_model.sites[name]
+    x = np.asarray(x)
+    x = np.moveaxis(x, x.ndim + row_model.dim - site.event_dim, 2)
+    return x.reshape(*x.shape[:3], -1)
+
+
+def _r_hat(moving, others):
+    """The largest rank-normalised split R-hat of every row; what never changes must not move."""
+    found = []
+    for arrays, of_constants in ((moving, np.inf), (others, 1.0)):
+        for x in arrays:
+            picked = np.unique(np.linspace(0, x.shape[-1] - 1, MAX_COORDINATES).astype(int))
+            found.append(_split_r_hat_of_ranks(x[..., picked], of_constants).max(-1))
+    return np.max(found, 0)
+
+
+def _split_r_hat_of_ranks(x, of_constants):
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    chains, draws = x.shape[:2]
+    constant = np.all(x == x[:1, :1], (0, 1))
+    ranks = rankdata(x.reshape(chains * draws, -1), axis=0).reshape(x.shape)
+    normal = ndtri((ranks - 0.375) / (chains * draws + 0.25))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r_hat = split_gelman_rubin(normal)
+    return np.where(constant, of_constants, np.where(np.isnan(r_hat), np.inf, r_hat))

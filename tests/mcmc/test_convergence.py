@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that went wrong say so, with numbers, and right ones say nothing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+import pytest
+from kernel_cases import run, slow
+
+import numpyro_ebm as ebm
+from numpyro_ebm.mcmc.convergence import assess_draws
+from numpyro_ebm.model.reading import read_fixed_model
+
+
+def plated(energy, num_rows=30, size=2):
+    def model():
+        with numpyro.plate("data", num_rows):
+            v = numpyro.sample("v", ebm.Lebesgue((size,)))
+            ebm.energy("E", energy(v))
+
+    return ebm.fixed(model, {})
+
+
+def improper(v):
+    return -0.5 * jnp.sum(v**2, -1)
+
+
+def flat(v):
+    return 0.0 * jnp.sum(v, -1)
+
+
+def apart(v):
+    return -jnp.logaddexp(*(-20 * jnp.sum((v - m) ** 2, -1) for m in (-1.5, 1.5)))
+
+
+def quartic(v):
+    return jnp.sum(v**4, -1)
+
+
+def waits(kernel, *args, **options):
+    """A run whose looks at the chains have all come to the host."""
+    done = run(kernel, *args, **options)
+    jax.effects_barrier()
+    return done
+
+
+@pytest.mark.parametrize(
+    "energy, message",
+    [
+        (improper, r"sample \(MALA\).*(R-hat.*largest value|not finite)"),
+        slow(flat, r"R-hat is above 2 in 30 of 30 rows \(largest \d"),
+        slow(apart, r"R-hat is above 2 in 30 of 30 rows"),
+    ],
+)
+def test_sample_says_that_chains_run_away_or_stay_apart(energy, message):
+    with pytest.warns(ebm.ConvergenceWarning, match=message):
+        ebm.sample(jax.random.key(0), plated(energy), 500, kernel=ebm.MALA)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        ebm.MALA,
+        slow(ebm.MCLMC),
+        slow(ebm.ReplicaExchange),
+        slow(ebm.UnderdampedLangevin),
+    ],
+)
+def test_kernels_say_that_energies_fall_without_end(kernel):
+    with pytest.warns(ebm.ConvergenceWarning, match=r"energies still fall|not finite|grew"):
+        waits(kernel(plated(improper)), 150, 100)
+
+
+def test_steps_without_a_test_that_leave_the_support_are_told():
+    with pytest.warns(ebm.ConvergenceWarning, match=r"ULA: the energy is not finite in 30 of 30"):
+        waits(ebm.ULA(plated(quartic), step_size=1.0), 30, 0)
+    wall = plated(lambda v: jnp.where(v[:, 0] > 2, jnp.inf, 0.5 * jnp.sum(v**2, -1)))
+    with pytest.warns(ebm.ConvergenceWarning, match=r"\d+ of 30 rows, are not finite.*smaller"):
+        ebm.sample(jax.random.key(0), wall, 500, kernel=lambda m: ebm.ULA(m, 0.3))
+
+
+def test_rows_that_do_not_move_are_counted():
+    """Three rows start where no step of the given size is ever accepted."""
+    start = {"v": jnp.zeros((30, 2)).at[:3].set(50.0)}
+    kernel = ebm.MALA(plated(quartic), step_size=0.1, adapt_step_size=False)
+    with pytest.warns(ebm.ConvergenceWarning, match="MALA: 3 of 30 rows did not move in 75 steps"):
+        mcmc, draws = waits(kernel, 200, 0, init_params=start)
+    row_model = read_fixed_model(kernel.model, (), {})
+    fields = mcmc.get_extra_fields(group_by_chain=True)
+    found = assess_draws(row_model, draws, fields)
+    np.testing.assert_array_equal(found.frozen, [1] * 3 + [0] * 27)
+    assert np.all(found.acceptance[:3] < 0.01) and np.all(found.acceptance[3:] > 0.3)
+    assert np.all(np.isinf(found.r_hat[:3])) and np.all(found.r_hat[3:] < 1.5)
+    with pytest.warns(ebm.ConvergenceWarning, match=r"to_arviz \(MALA\): 3 of 30 rows did not mov"):
+        stats = ebm.to_arviz(mcmc)["sample_stats"]
+    np.testing.assert_array_equal(stats["row_frozen"].values[0, 0], [1.0] * 3 + [0.0] * 27)
+    assert stats["row_r_hat"].shape == (1, 200, 30)
+
+
+def test_right_runs_say_nothing():
+    """Warnings are errors here."""
+    model = plated(lambda v: 0.5 * jnp.sum(v**2, -1), 5)
+    mcmc, draws = waits(ebm.MALA(model), 500, 200)
+    ebm.to_arviz(mcmc)
+    ebm.sample(jax.random.key(0), model, 300, kernel=ebm.MALA)
+    found = assess_draws(
+        read_fixed_model(model, (), {}), draws, mcmc.get_extra_fields(group_by_chain=True)
+    )
+    assert found.r_hat.max() < 1.3 and not found.frozen.any() and found.diverging < 0.01
+
+
+def persistent_fit(step_size, num_steps):
+    def gaussian(data):
+        shift = numpyro.param("shift", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (v - shift) ** 2)
+
+    kernel = partial(ebm.MALA, step_size=step_size)
+    objective = ebm.ContrastiveDivergence(kernel, persistent=True)
+    svi = ebm.EnergySVI(gaussian, None, optax.sgd(0.01), objective)
+    data = jax.random.normal(jax.random.key(0), (20,))
+    return svi.run(jax.random.key(1), num_steps, data, progress_bar=False)
+
+
+def test_persistent_chains_that_do_not_move_are_told_at_the_end_of_a_run():
+    with pytest.warns(ebm.ConvergenceWarning, match=r"last 256 rounds R-hat.*1 of 1 visible"):
+        persistent_fit(1e-5, 300)
+    persistent_fit(0.5, 300)
+    persistent_fit(1e-5, 100)  # too soon to tell
