@@ -217,7 +217,20 @@ class ContrastiveDivergence(Objective):
             state = step(0, state)
         else:
             state = lax.fori_loop(0, self.num_steps, step, state)
-        return stop_gradient(dict(getattr(state, kernel.sample_field)))
+        position = stop_gradient(dict(getattr(state, kernel.sample_field)))
+        self._check_moved(kernel, row_model, position)
+        return position
+
+    def _check_moved(self, kernel, row_model, position):
+        """Raise if the kernel sums visible sites out instead of drawing them."""
+        missing, name = sorted(row_model.visible.keys() - position.keys()), type(kernel).__name__
+        if missing:
+            raise ModelError(
+                f"ContrastiveDivergence: {name} sums the visible site(s) {missing} out, and draws "
+                "no values of them to compare with the data. Draw them in a block of their own: "
+                f"`lambda model: numpyro.infer.Gibbs([({name}(model, ...), {sorted(position)}), "
+                f"(BlockGibbs(model), {missing})])`."
+            )
 
     def _log_density(self, rng_key, params, problem, position):
         """log p̃ of the negative phase, (rows,), with the right first derivative in θ."""

@@ -8,6 +8,7 @@ import numpyro
 import numpyro.distributions as dist
 import oracles
 import pytest
+from numpyro.infer import Gibbs
 from oracles import arrays
 from registry.objectives import formulas
 
@@ -142,3 +143,25 @@ def test_bad_input(make, message):
         return
     with pytest.raises(ebm.ModelError, match=message):
         make()
+
+
+def labelled(data, label):
+    slope = numpyro.param("slope", jnp.zeros(3))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        numpyro.sample("label", dist.Categorical(logits=v[:, None] * slope), obs=label)
+        ebm.energy("E", 0.5 * v**2)
+
+
+def test_a_kernel_that_sums_visible_sites_out_is_no_negative_phase():
+    data, label = jnp.asarray(REALS), jnp.arange(len(REALS)) % 3
+    params = {"slope": jnp.ones(3)}
+
+    def loss(kernel):
+        objective = ebm.ContrastiveDivergence(kernel)
+        return objective.loss(jax.random.key(0), params, labelled, None, data, label)
+
+    with pytest.raises(ebm.ModelError, match=r"MALA sums the visible site\(s\) \['label'\] out"):
+        loss(lambda model: ebm.MALA(model, step_size=0.1))
+    blocks = lambda m: Gibbs([(ebm.MALA(m, 0.1), ["v"]), (ebm.BlockGibbs(m), ["label"])])  # noqa: E731
+    assert np.isfinite(loss(blocks))
