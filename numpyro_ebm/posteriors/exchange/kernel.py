@@ -167,6 +167,7 @@ class Exchange(AdaptiveKernel):
         self._adapt_covariance = adapt_covariance
         self._num_references = num_references
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
+        self._is_watched = False  # its chain is one of parameters, and not of rows
 
     @property
     def leaves_invariant(self) -> bool:
