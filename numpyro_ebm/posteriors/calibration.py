@@ -15,7 +15,6 @@ intractable likelihood*, JASA 2023.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -24,10 +23,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.posteriors.minimum import compile_once, find_minimum, polish
 from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
 from numpyro_ebm.program.compilation import (
-    compiler_options,
-    constants_as_arguments,
     run_compiled,
 )
 from numpyro_ebm.types import SiteValues
@@ -49,10 +47,6 @@ ENOUGH_ROWS = (10, 5)
 """The same, where nobody says that they are enough."""
 
 GROUPS_A_PARAMETER = 10
-
-NEWTON_STEPS = 5
-SHORT_STEP = 0.01
-"""Of a coordinate and one, the last of Newton's steps to a minimum."""
 
 SMALLEST_RATIO = 1e-7
 """Of an eigenvalue of the gradient's covariance, in units of the Hessian, to the largest one."""
@@ -104,11 +98,11 @@ def calibrate(
     check_integer("generalized", 2, num_resamples=num_resamples)
     potential.check_all_rows()
     key_loss, key_resample = jax.random.split(rng_key)
-    value_and_gradient = _compile(
+    value_and_gradient = compile_once(
         jax.value_and_grad(lambda x: potential.loss(x, key_loss)), potential.start
     )
-    found = _minimize(value_and_gradient, potential.start)
-    best, hessian, informed = _polish(value_and_gradient, found)
+    found = find_minimum(value_and_gradient, potential.start)
+    best, hessian, informed = polish(value_and_gradient, found)
     block = np.ix_(informed, informed)
     labels, num_groups = _labels_of_groups(groups, potential.num_rows)
     method = _checked_method(method, num_groups, int(np.sum(informed)), groups)
@@ -147,36 +141,6 @@ def calibrate(
     )
 
 
-def _compile(fn, *args):
-    """A function compiled for arguments like these; data that it closes over are no constants."""
-    program, constants = constants_as_arguments(fn, *args)
-    return partial(jax.jit(program, compiler_options=compiler_options()), constants)
-
-
-def _polish(value_and_gradient, x):
-    """Minimiser and Hessian by Newton's method, and which coordinates the loss reads at all.
-
-    Where a loss falls towards infinity, its gradient is next to nothing far out, and every step of
-    Newton's is as long as the last one.
-    """
-    for _ in range(NEWTON_STEPS):
-        hessian = hessian_by_differences(lambda x: value_and_gradient(x)[1], x)
-        informed = np.any(hessian != 0, 0)  # exactly 0 where the loss does not read a coordinate
-        block = np.ix_(informed, informed)
-        _check_hessian(hessian[block])
-        gradient = np.asarray(value_and_gradient(jnp.asarray(x))[1], float)
-        step = np.zeros(len(x))
-        step[informed] = np.linalg.solve(hessian[block], gradient[informed])
-        if np.all(np.abs(step) < SHORT_STEP * (1 + np.abs(x))):
-            return x, hessian, informed
-        x = (x - step).astype(x.dtype)
-    raise ModelError(
-        "generalized: the loss has no minimum: it falls further and further, towards parameters of "
-        f"{np.abs(x).max():.3g} and beyond, as where the data are separable. Pass a number as "
-        "`learning_rate`, or use fewer parameters."
-    )
-
-
 def _check_covariance(hessian, covariance):
     """Raise where the estimator has no spread in some direction."""
     ratios = np.linalg.eigvals(np.linalg.solve(hessian, covariance)).real
@@ -185,18 +149,6 @@ def _check_covariance(hessian, covariance):
             "generalized: the gradient of the loss does not vary from row to row in some direction "
             "of the parameters, so that the spread of their estimator is not known. Use more rows, "
             "method='simulation', or pass a number as `learning_rate`."
-        )
-
-
-def _check_hessian(hessian):
-    lower = np.linalg.eigvalsh(hessian)[0] if len(hessian) else 0.0
-    if not lower > 0:
-        raise ModelError(
-            "generalized: the Hessian of the loss at its minimum is not positive (smallest "
-            f"eigenvalue {lower:.3g}): the data do not determine all parameters. Pass a number as "
-            "`learning_rate`, or fix what is not identified. (Of a hierarchy the parameters of the "
-            "rows are determined, and theirs are left to the prior, if it is centred: "
-            "`theta ~ Normal(mu, tau)`, and not `mu + tau * z`.)"
         )
 
 
@@ -241,28 +193,6 @@ def _trace_rate(hessian, covariance):
     return np.trace(hessian @ np.linalg.solve(covariance, hessian)) / np.trace(hessian)
 
 
-def _minimize(value_and_gradient, start):
-    def on_host(x):
-        value, gradient = value_and_gradient(jnp.asarray(x, start.dtype))
-        return float(value), np.asarray(gradient, float)
-
-    start = np.asarray(start)
-    scale = 1 + np.abs(on_host(start)[1]).max()
-    tolerance = scale * float(np.finfo(start.dtype).eps) ** 0.5
-    options = {"gtol": tolerance}
-    from scipy.optimize import minimize  # a quarter of a second to import
-
-    found = minimize(on_host, start, jac=True, method="BFGS", options=options)
-    if not np.isfinite(found.fun) or np.abs(found.jac).max() > 30 * tolerance:
-        raise ModelError(
-            "generalized: the loss has no minimum that a search from the middle of the priors "
-            f"finds (loss {found.fun:.4g}, gradient {np.abs(found.jac).max():.2g} after "
-            f"{found.nit} steps). Pass a number as `learning_rate`, or check that the loss is "
-            "bounded below."
-        )
-    return found.x.astype(start.dtype)
-
-
 def _over_rows(potential, best, rng_key, num_groups, labels):
     """Covariance J of the gradient of one row, by giving one group of rows after another no weight.
 
@@ -300,14 +230,14 @@ def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resa
     num_rows = potential.num_rows
     prior_gradient = jax.jit(jax.grad(potential.log_prior))
     once = jnp.ones(num_rows)
-    value_and_gradient = _compile(
+    value_and_gradient = compile_once(
         jax.value_and_grad(potential.loss), potential.start, rng_key, once
     )
     above, below, minimizers = 0.0, 0.0, []
     for key in jax.random.split(key_resample, num_resamples):
         drawn = jax.random.randint(key, (num_rows,), 0, num_rows)
         weights = jnp.zeros(num_rows).at[drawn].add(1.0)
-        x = _minimize(lambda x: value_and_gradient(x, rng_key, weights), best)  # noqa: B023
+        x = find_minimum(lambda x: value_and_gradient(x, rng_key, weights), best)  # noqa: B023
         slope = num_rows * np.asarray(at_all(x)[1], float)
         curvature = num_rows * np.trace(hessian_by_differences(lambda x: at_all(x)[1], x))
         above += slope @ np.asarray(prior_gradient(x), float) + curvature

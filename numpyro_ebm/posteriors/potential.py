@@ -117,7 +117,7 @@ class Potential:
 
 
 def hessian_by_differences(
-    gradient: Callable[..., Any], x: jax.Array, step: npt.ArrayLike | None = None
+    gradient: Callable[..., Any], x: jax.Array | np.ndarray, step: npt.ArrayLike | None = None
 ) -> np.ndarray:
     """Jacobian of a gradient by central differences, made symmetric.
 
