@@ -3,10 +3,10 @@ r"""Whether the chains of a run did their work: rows that did not move, drift, o
 
 .. math:: \hat R^2 = \frac{W (n - 1) / n + B / n}{W}
 
-over the halves of all chains of a row, on ranks (Vehtari, Gelman, Simpson, Carpenter, Bürkner,
-*Rank-normalization, folding, and localization*, 2021), of its energy and its coordinates. It is
-infinite for a row that did not move, and large for chains in modes that are apart, and for chains
-that run away where exp(-E) has no integral. The bound is far above what is asked of a careful run:
+over the halves of all chains of a row, of its energy and its coordinates: the larger one of the
+values, which sees modes that are apart, and of their ranks (Vehtari, Gelman, Simpson, Carpenter,
+Bürkner, *Rank-normalization, folding, and localization*, 2021), which sees chains that run away where
+exp(-E) has no integral. It is infinite for a row that did not move. The bound is far above what is asked of a careful run:
 it says that the draws of a chain know where they came from, not that there are few of them.
 """
 
@@ -47,7 +47,7 @@ class Convergence(NamedTuple):
     - **frozen** - chains of a row whose draws are all the same, (rows,).
     - **acceptance** - mean acceptance probability, (rows,); ``None`` for a kernel without.
     - **diverging** - share of the draws whose proposal diverged; ``None`` for a kernel without.
-    - **r_hat** - the largest split R-hat of ranks, (rows,); ``None`` for too few draws.
+    - **r_hat** - the largest split R-hat, (rows,); ``None`` for too few draws.
     - **largest** - the largest absolute value of the draws.
     """
 
@@ -163,16 +163,16 @@ def _by_row(row_model, name, x):
 
 
 def _r_hat(moving, others):
-    """The largest rank-normalised split R-hat of every row; what never changes must not move."""
+    """The largest split R-hat of every row; infinite where what should move never does."""
     found = []
     for arrays, of_constants in ((moving, np.inf), (others, 1.0)):
         for x in arrays:
             picked = np.unique(np.linspace(0, x.shape[-1] - 1, MAX_COORDINATES).astype(int))
-            found.append(_split_r_hat_of_ranks(x[..., picked], of_constants).max(-1))
+            found.append(_split_r_hat(x[..., picked], of_constants).max(-1))
     return np.max(found, 0)
 
 
-def _split_r_hat_of_ranks(x, of_constants):
+def _split_r_hat(x, of_constants):
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
@@ -180,6 +180,6 @@ def _split_r_hat_of_ranks(x, of_constants):
     constant = np.all(x == x[:1, :1], (0, 1))
     ranks = rankdata(x.reshape(chains * draws, -1), axis=0).reshape(x.shape)
     normal = ndtri((ranks - 0.375) / (chains * draws + 0.25))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r_hat = split_gelman_rubin(normal)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        r_hat = np.fmax(split_gelman_rubin(normal), split_gelman_rubin(x.astype(float)))
     return np.where(constant, of_constants, np.where(np.isnan(r_hat), np.inf, r_hat))
