@@ -5,9 +5,10 @@ r"""Whether the chains of a run did their work: rows that did not move, drift, o
 
 over the halves of all chains of a row, of its energy and its coordinates: the larger one of the
 values, which sees modes that are apart, and of their ranks (Vehtari, Gelman, Simpson, Carpenter,
-Bürkner, *Rank-normalization, folding, and localization*, 2021), which sees chains that run away where
-exp(-E) has no integral. It is infinite for a row that did not move. The bound is far above what is asked of a careful run:
-it says that the draws of a chain know where they came from, not that there are few of them.
+Bürkner, *Rank-normalization, folding, and localization*, 2021), which sees chains that run away
+where exp(-E) has no integral. It is infinite for a row that did not move. The bound is far above
+what is asked of a careful run: it says that the draws of a chain know where they came from, not
+that there are few of them.
 """
 
 import warnings
