@@ -82,7 +82,7 @@ def mala(step_size):
 
 @pytest.mark.parametrize("step_size", [1e3, 0.01])
 def test_chains_that_hardly_move_give_the_prior_and_say_so(step_size):
-    """1,000: next to no step is accepted. 0.01: all are, and 40 of them cover a tenth of the way."""
+    """1,000: few steps are accepted. 0.01: all are, and 40 of them cover a tenth of the way."""
     data = jax.random.normal(jax.random.key(0), (50, 3))
     kernel = ebm.Exchange(gaussian, mala(step_size), NUM_STEPS)
     mcmc = MCMC(kernel, num_warmup=100, num_samples=300, progress_bar=False)
