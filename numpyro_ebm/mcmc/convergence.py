@@ -94,7 +94,9 @@ def assess_draws(
         frozen=frozen,
         acceptance=accept.mean((0, 1)) if accept is not None and enough else None,
         diverging=None if diverging is None else float(diverging.mean()),
-        r_hat=_r_hat(real, other + energy) if enough and num_draws >= 4 else None,
+        r_hat=_r_hat(real + other + energy, frozen == num_chains)
+        if enough and num_draws >= 4
+        else None,
         largest=float(max([np.abs(x).max() for x in real], default=0.0)),
     )
 
@@ -163,17 +165,16 @@ def _by_row(row_model, name, x):
     return x.reshape(*x.shape[:3], -1)
 
 
-def _r_hat(moving, others):
-    """The largest split R-hat of every row; infinite where what should move never does."""
+def _r_hat(arrays, frozen):
+    """The largest split R-hat of every row; infinite where no chain moves."""
     found = []
-    for arrays, of_constants in ((moving, np.inf), (others, 1.0)):
-        for x in arrays:
-            picked = np.unique(np.linspace(0, x.shape[-1] - 1, MAX_COORDINATES).astype(int))
-            found.append(_split_r_hat(x[..., picked], of_constants).max(-1))
-    return np.max(found, 0)
+    for x in arrays:
+        picked = np.unique(np.linspace(0, x.shape[-1] - 1, MAX_COORDINATES).astype(int))
+        found.append(_split_r_hat(x[..., picked]).max(-1))
+    return np.where(frozen, np.inf, np.max(found, 0))
 
 
-def _split_r_hat(x, of_constants):
+def _split_r_hat(x):
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
@@ -183,4 +184,4 @@ def _split_r_hat(x, of_constants):
     normal = ndtri((ranks - 0.375) / (chains * draws + 0.25))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         r_hat = np.fmax(split_gelman_rubin(normal), split_gelman_rubin(x.astype(float)))
-    return np.where(constant, of_constants, np.where(np.isnan(r_hat), np.inf, r_hat))
+    return np.where(constant, 1.0, np.where(np.isnan(r_hat), np.inf, r_hat))

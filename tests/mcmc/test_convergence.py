@@ -10,6 +10,7 @@ import numpyro
 import optax
 import pytest
 from kernel_cases import run, slow
+from numpyro.distributions import constraints
 
 import numpyro_ebm as ebm
 from numpyro_ebm.mcmc.convergence import assess_draws
@@ -103,7 +104,14 @@ def test_rows_that_do_not_move_are_counted():
 
 
 def test_right_runs_say_nothing():
-    """Warnings are errors here."""
+    """Warnings are errors here; half of a Cholesky factor is always 0."""
+
+    def factors():
+        with numpyro.plate("data", 5):
+            v = numpyro.sample("v", ebm.Lebesgue((2, 2), constraints.lower_cholesky))
+            ebm.energy("E", 0.5 * jnp.sum(v**2, (-1, -2)))
+
+    ebm.sample(jax.random.key(0), ebm.fixed(factors, {}), 300)
     model = plated(lambda v: 0.5 * jnp.sum(v**2, -1), 5)
     mcmc, draws = waits(ebm.MALA(model), 500, 200)
     ebm.to_arviz(mcmc)
