@@ -139,6 +139,7 @@ FIELDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:to_arviz:numpyro_ebm.errors.ConvergenceWarning")  # too short
 @pytest.mark.filterwarnings("ignore:Some algorithms will automatically enumerate:FutureWarning")
 @pytest.mark.parametrize(
     "name",
