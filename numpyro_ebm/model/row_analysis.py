@@ -38,12 +38,12 @@ def check_rows(row_model: RowModel) -> None:
         return
     terms = _follow_terms(row_model)
     doubtful = [name for name, x in terms.items() if x.axis is MIXED]
-    looked_up = [name for name in doubtful if terms[name].note is not None]
-    for name in looked_up or (coupled_terms(row_model, doubtful) if doubtful else ()):
+    certain = [name for name in doubtful if terms[name].note is not None]
+    for name in certain or (coupled_terms(row_model, doubtful) if doubtful else ()):
         kind = "energy" if name in row_model.energies else "site"
         raise ModelError(
             f"The {kind} '{name}' of a row depends on other rows of the plate '{row_model.plate}' "
-            f"({_reason(terms[name])}, say). Rows are independent draws, and their normalizer is "
+            f"({_reason(terms[name].note)}). Rows are independent draws, and their normalizer is "
             "that of one row. Put coordinates that interact into one row, as event dimensions "
             "(`event_shape=`), and compute statistics of the data outside the model."
         )
@@ -68,10 +68,13 @@ def check_rows_alike(row_model: RowModel, who: str, remedy: str) -> None:
         )
 
 
-def _reason(rows):
-    if rows.note is None:
-        return "through a mean over the rows, or a difference of neighbours"
-    return f"it looks rows up by number, in a `{rows.note[1]}`: an index, or a sum over groups"
+def _reason(note):
+    if note is None:
+        return "by a difference of neighbours, say; found by evaluation"
+    _, name = note
+    if name.startswith(("gather", "scatter")):
+        return f"a `{name}` looks them up by number: an index, or a sum over groups"
+    return f"a `{name}` goes over them, as in a mean over the rows"
 
 
 def _follow_terms(row_model):

@@ -114,8 +114,7 @@ def _apply(eqn, operands):
         _row_place(eqn, i, x.axis, operands) for i, x in enumerate(operands) if x.axis is not None
     }
     if len(places) > 1 or MIXED in places:
-        is_lookup = eqn.primitive.name.startswith(("gather", "scatter"))
-        return mixed(operands, eqn.primitive.name if is_lookup else None)
+        return mixed(operands, eqn.primitive.name if _reads_several(eqn, operands) else None)
     free = [(i, x) for i, x in enumerate(operands) if x.axis is None]
     varies = {i: _spread(eqn, i, x) for i, x in free}
     if not places:
@@ -132,6 +131,14 @@ def _apply(eqn, operands):
         if axis in varies[i] or is_looked_up:
             differs |= x.labels
     return Rows(axis, differs=differs, note=note)
+
+
+def _reads_several(eqn, operands):
+    """Whether an operation goes over the rows, and does not only lay them out anew."""
+    if eqn.primitive.name.startswith(("gather", "scatter", "cum")):
+        return True
+    rows = [(i, x.axis) for i, x in enumerate(operands) if isinstance(x.axis, int)]
+    return any(place_of(eqn, i, axis).axes == frozenset() for i, axis in rows)
 
 
 def _row_place(eqn, operand, axis, operands):

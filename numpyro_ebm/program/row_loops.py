@@ -110,7 +110,7 @@ def _decided_by(which, x):
     if which.axis is None and STEP not in which.varies:
         return x if x.axis is not None else x._replace(labels=x.labels | which.labels)
     if which.axis is MIXED or x.axis not in (None, STEP):
-        return mixed([which, x])
+        return mixed([which._replace(note=None), x])  # so many rounds may leave rows apart
     differs = which.differs | x.differs
     for free in (which, x):
         if free.axis is None and STEP in free.varies:

@@ -9,7 +9,7 @@ rows along such an axis, they differ by more than their own values.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["COLUMNS", "COUNTS", "LOOKED_UP", "MIXED", "NEVER", "STEP", "Rows", "joined", "mixed"]
+__all__ = ["COLUMNS", "COUNTS", "READS", "MIXED", "NEVER", "STEP", "Rows", "joined", "mixed"]
 
 
 class _Special:
@@ -24,7 +24,7 @@ class _Special:
 
 MIXED: Any = _Special("MIXED")  # rows may read other rows
 STEP: Any = _Special("STEP")  # all of the array belongs to the row at which a loop over rows is
-COUNTS, NEVER, COLUMNS, LOOKED_UP = "counts", "never", "columns", "looked up"
+COUNTS, NEVER, COLUMNS, READS = "counts", "never", "columns", "reads"
 
 
 class Rows(NamedTuple):
@@ -37,8 +37,8 @@ class Rows(NamedTuple):
     - **differs** - what may tell its rows apart besides their own values, as labels.
     - **note** - what is known of its values: that they count along an axis (``COUNTS``, axis), are
       false everywhere (``NEVER``, None), or have columns that count (``COLUMNS``, (axes by column,
-      labels that only these have)); of a mixed array that rows were looked up by number
-      (``LOOKED_UP``, the operation).
+      labels that only these have)); of a mixed array which operation reads several rows for
+      certain (``READS``, its name).
     """
 
     axis: Any = None
@@ -64,16 +64,16 @@ class Rows(NamedTuple):
         return self.labels if self.axis is None and 0 in self.varies else self.differs
 
 
-def mixed(arrays: Sequence[Rows], looked_up: str | None = None) -> Rows:
+def mixed(arrays: Sequence[Rows], reads: str | None = None) -> Rows:
     """A result whose rows may read one another.
 
     :param arrays: what it was made of.
-    :param str looked_up: the operation that looked rows up by number, if one did.
+    :param str reads: the operation that reads several rows for certain, if one does.
     """
     labels = frozenset().union(*(x.differs | x.labels for x in arrays))
     notes = [x.note for x in arrays if x.axis is MIXED and x.note]
-    if looked_up is not None:
-        notes = [(LOOKED_UP, looked_up)]
+    if reads is not None:
+        notes = [(READS, reads)]
     return Rows(MIXED, differs=labels, note=notes[0] if notes else None)
 
 
