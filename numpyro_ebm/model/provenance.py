@@ -58,9 +58,10 @@ def check_model(row_model: RowModel) -> None:
         }
         row_model.arguments.update(dict.fromkeys(whole, name))
         for term in terms:
-            if term != name and whole & terms[term]:
+            if whole & terms[term]:
+                kind = "base measure of" if term == name else "energy"
                 raise ModelError(
-                    f"The energy '{term}' reads the data of the visible site '{name}' from the "
+                    f"The {kind} '{term}' reads the data of the visible site '{name}' from the "
                     "model's argument, so it would not see the noise or the samples of an "
                     f"objective. {_write_this(name)}"
                 )

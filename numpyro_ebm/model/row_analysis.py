@@ -10,8 +10,9 @@ an argument, an array that the model closes over, a parameter of every group or 
 plate, every row has a normalizer of its own.
 
 Both are read off the operations of the energy, without running it
-(:mod:`~numpyro_ebm.program.row_axes`). What that does not prove is settled by evaluation
-(:mod:`~numpyro_ebm.model.row_trials`); what stays unknown is refused, or counts as different.
+(:mod:`~numpyro_ebm.program.row_axes`). Rows that are not proved to be alike count as different.
+Where an operation only lays rows out anew, or is not known, a coupling is looked for by evaluation
+(:mod:`~numpyro_ebm.model.row_trials`).
 """
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
-from numpyro_ebm.model.row_trials import coupled_terms, row_axis_of, rows_differ
+from numpyro_ebm.model.row_trials import coupled_terms, row_axis_of
 from numpyro_ebm.program.row_axes import follow_rows
 from numpyro_ebm.program.rows import MIXED, Rows
 
@@ -48,8 +49,7 @@ def check_rows(row_model: RowModel) -> None:
             "(`event_shape=`), and compute statistics of the data outside the model."
         )
     labels = frozenset().union(*(x.apart for x in terms.values() if x.axis is not MIXED))
-    if not labels and doubtful and rows_differ(row_model):
-        labels = frozenset().union(*(terms[name].differs for name in doubtful))
+    labels |= {f"what '{name}' does with its rows, which is not followed" for name in doubtful}
     row_model.covariates = sorted(labels)
 
 

@@ -70,6 +70,8 @@ def new_variation(eqn: Any) -> frozenset[int]:
     if name in KEEPS_EQUALS or name in ELEMENTWISE or "axes" in params and name.startswith(REDUCES):
         return frozenset()
     rank = max(v.aval.ndim for v in eqn.outvars)
+    if name == "conv_general_dilated" and params["batch_group_count"] == 1:
+        return frozenset(params["dimension_numbers"].out_spec[2:])  # at the borders
     if name in ALONG_ONE or name == "stack":
         return frozenset([params[ALONG_ONE.get(name, "axis")] % rank])
     if name == "pad":
@@ -135,11 +137,15 @@ def _contract(eqn, operand, axis):
 
 
 def _convolve(eqn, operand, axis):
+    """Batches stay apart; channels of the kernel become those of the result."""
     numbers = eqn.params["dimension_numbers"]
-    is_batch = operand == 0 and axis == numbers.lhs_spec[0]
-    if is_batch and eqn.params["batch_group_count"] == 1:
-        return _at(numbers.out_spec[0])
-    return EVERYWHERE
+    if eqn.params["batch_group_count"] != 1:
+        return EVERYWHERE
+    spec = (numbers.lhs_spec, numbers.rhs_spec)[operand]
+    place = spec.index(axis)  # batch or output channels, input channels, places
+    if operand == 1:
+        return _at(numbers.out_spec[1], False) if place == 0 else GONE
+    return _at(numbers.out_spec[place], place == 0)
 
 
 def _gather(eqn, operand, axis):

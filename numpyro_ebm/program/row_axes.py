@@ -5,6 +5,7 @@ Unknown operations count as mixing the rows and as varying from row to row, so t
 reported as separate are separate, and rows that are reported as alike are alike.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ def row_axes(fn: Callable[..., Any], values: Any, axes: Sequence[int | None]) ->
     >>> row_axes(lambda v: v - v.mean(0), jnp.ones((5, 3)), [0]) == [MIXED]
     True
     """
-    return [x.axis for x in follow_rows(fn, values, [Rows(axis) for axis in axes])]
+    found = follow_rows(fn, values, [Rows(axis) for axis in axes])
+    return [x.axis if x.inner == 1 else MIXED for x in found]
 
 
 def follow_rows(fn: Callable[..., Any], values: Any, rows: Sequence[Rows]) -> list[Rows]:
@@ -110,9 +112,7 @@ def _apply(eqn, operands):
     if any(x.axis is MIXED for x in operands):
         return mixed(operands)
     differs = frozenset().union(*(x.differs for x in operands))
-    places = {
-        _row_place(eqn, i, x.axis, operands) for i, x in enumerate(operands) if x.axis is not None
-    }
+    places = {_row_place(eqn, i, x, operands) for i, x in enumerate(operands) if x.axis is not None}
     if len(places) > 1 or MIXED in places:
         return mixed(operands, eqn.primitive.name if _reads_several(eqn, operands) else None)
     free = [(i, x) for i, x in enumerate(operands) if x.axis is None]
@@ -123,14 +123,16 @@ def _apply(eqn, operands):
         if new and not labels:
             labels = frozenset([f"the operation '{eqn.primitive.name}'"])
         return Rows(None, new.union(*varies.values()), labels, note=note)
-    (axis,) = places
+    ((axis, inner),) = places
+    own = frozenset()
     if eqn.primitive.name == "gather" and operands[0].axis is not None:
-        differs -= _own_numbers(operands[1])
+        own = _own_numbers(operands[1])
+    differs -= own
     for i, x in free:
         is_looked_up = eqn.primitive.name == "gather" and i == 0 and differs
         if axis in varies[i] or is_looked_up:
-            differs |= x.labels
-    return Rows(axis, differs=differs, note=note)
+            differs |= x.labels - own
+    return Rows(axis, differs=differs, note=note, inner=inner)
 
 
 def _reads_several(eqn, operands):
@@ -141,18 +143,31 @@ def _reads_several(eqn, operands):
     return any(place_of(eqn, i, axis).axes == frozenset() for i, axis in rows)
 
 
-def _row_place(eqn, operand, axis, operands):
-    """The axis of the rows in a result, as one operand has it."""
+def _row_place(eqn, operand, rows, operands):
+    """The axis of the rows in a result, and how many elements of a row lie along it."""
+    axis, shape, result = rows.axis, eqn.invars[operand].aval.shape, eqn.outvars[0].aval.shape
     if axis is STEP:
-        return STEP
+        return STEP, 1
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is None:
+        return _reshaped(shape, result, axis, rows.inner)
     axes, is_aligned = place_of(eqn, operand, axis)
-    if eqn.primitive.name == "gather" and operand == 0 and not axes:
-        axes, is_aligned = _own_places(eqn, axis, operands[1].note)
+    if eqn.primitive.name == "gather" and operand == 0:
+        is_batch = axis in eqn.params["dimension_numbers"].operand_batching_dims
+        if rows.inner == 1 and eqn.params["slice_sizes"][axis] == 1 and not is_batch:
+            axes, is_aligned = _own_places(eqn, axis, operands[1].note)
     if axes is None or len(axes) != 1 or not is_aligned:
         return MIXED
     (place,) = axes
-    size = eqn.invars[operand].aval.shape[axis]
-    return place if eqn.outvars[0].aval.shape[place] == size else MIXED
+    return (place, rows.inner) if result[place] == shape[axis] else MIXED
+
+
+def _reshaped(before, after, axis, inner):
+    """Where a row is as many elements next to each other, after as many others, as before."""
+    num_rows = before[axis] // inner
+    for i, size in enumerate(after):
+        if math.prod(after[:i]) == math.prod(before[:axis]) and size % num_rows == 0:
+            return i, size // num_rows
+    return MIXED
 
 
 def _own_places(eqn, axis, note):
@@ -200,6 +215,9 @@ def _note(eqn, operands):
         return notes[0] if name in ("convert_element_type", "copy") else None
     if name == "lt" and kinds[0] == COUNTS and _is_zero(eqn.invars[1]):
         return NEVER, None
+    if name == "clamp" and kinds[1] == COUNTS and _is_zero(eqn.invars[0]):
+        size, high = eqn.invars[1].aval.shape[notes[1][1]], eqn.invars[2]
+        return notes[1] if isinstance(high, Literal) and np.all(high.val >= size - 1) else None
     if name == "concatenate":
         last = eqn.outvars[0].aval.ndim - 1
         widths = [v.aval.shape[last] for v in eqn.invars]
@@ -210,8 +228,8 @@ def _note(eqn, operands):
         own = frozenset().union(*(operands[i].labels for i in columns))
         return COLUMNS, (columns, own.difference(*(x.labels | x.differs for x in others)))
     if name in ("broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"):
-        place = _row_place(eqn, 0, notes[0][1], operands)
-        return None if place is MIXED else (COUNTS, place)
+        place = _row_place(eqn, 0, Rows(notes[0][1]), operands)
+        return None if place is MIXED or place[1] > 1 else (COUNTS, place[0])
     return None
 
 

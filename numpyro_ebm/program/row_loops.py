@@ -34,7 +34,9 @@ def _scan(walk: Walk, eqn: Any, operands: Sequence[Rows]) -> list[Rows]:
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
     over_rows = any(x.axis == 0 for x in xs)
-    if over_rows and any(x.axis not in (None, 0) or STEP in x.varies for x in operands):
+    if over_rows and any(
+        x.axis not in (None, 0) or x.inner > 1 or STEP in x.varies for x in operands
+    ):
         return [mixed(operands)] * len(eqn.outvars)
     labels = frozenset(["the steps of a loop"]).union(*(x.labels | x.differs for x in operands))
     own = inner.jaxpr.invars[num_consts : num_consts + num_carry]
@@ -92,6 +94,8 @@ def _while(walk: Walk, eqn: Any, operands: Sequence[Rows]) -> list[Rows]:
     start = operands[num_test + num_body :]
     carry, _ = _steady(lambda carry: walk(eqn.params["body_jaxpr"], [*body, *carry]), start)
     (stops,) = walk(eqn.params["cond_jaxpr"], [*test, *carry])
+    if stops.axis is MIXED:  # as long as the slowest row needs, in which others may be done
+        stops = stops._replace(note=None)
     return [_decided_by(stops, x) for x in carry]
 
 
@@ -110,7 +114,7 @@ def _decided_by(which, x):
     if which.axis is None and STEP not in which.varies:
         return x if x.axis is not None else x._replace(labels=x.labels | which.labels)
     if which.axis is MIXED or x.axis not in (None, STEP):
-        return mixed([which._replace(note=None), x])  # so many rounds may leave rows apart
+        return mixed([which, x])
     differs = which.differs | x.differs
     for free in (which, x):
         if free.axis is None and STEP in free.varies:

@@ -32,6 +32,8 @@ class Rows(NamedTuple):
 
     - **axis** - the axis of the rows; ``None`` if it reads none, ``MIXED`` if its rows may read
       one another.
+    - **inner** - elements of that axis that belong to one row, next to each other: more than one
+      where another axis was merged into it.
     - **varies** - of an array that reads no row: axes along which its elements may differ.
     - **labels** - of such an array: what it depends on.
     - **differs** - what may tell its rows apart besides their own values, as labels.
@@ -46,6 +48,7 @@ class Rows(NamedTuple):
     labels: frozenset[str] = frozenset()
     differs: frozenset[str] = frozenset()
     note: tuple[str, Any] | None = None
+    inner: int = 1
 
     @classmethod
     def data(cls, shape: Sequence[int], label: str) -> "Rows":
@@ -79,13 +82,13 @@ def mixed(arrays: Sequence[Rows], reads: str | None = None) -> Rows:
 
 def joined(a: Rows, b: Rows) -> Rows:
     """What holds of an array that may be either of two."""
-    if a.axis is MIXED or b.axis is MIXED or None not in (a.axis, b.axis) and a.axis != b.axis:
-        return mixed([a, b])
-    axis = b.axis if a.axis is None else a.axis
-    differs = a.differs | b.differs
-    if axis is None:
+    if a.axis is None and b.axis is None:
         return Rows(None, a.varies | b.varies, a.labels | b.labels)
+    of_rows = b if a.axis is None else a
+    differs = a.differs | b.differs
     for x in (a, b):
-        if x.axis is None and axis in x.varies:
-            differs |= x.labels
-    return Rows(axis, differs=differs)
+        if x.axis is None:
+            differs |= x.labels if of_rows.axis in x.varies else frozenset()
+        elif x.axis is MIXED or (x.axis, x.inner) != (of_rows.axis, of_rows.inner):
+            return mixed([a, b])
+    return Rows(of_rows.axis, differs=differs, inner=of_rows.inner)

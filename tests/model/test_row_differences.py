@@ -55,6 +55,8 @@ DIFFERENT = {
     "branch of a row": lambda v, a, x: lax.map(
         lambda r: lax.cond(r[1] > 0, jnp.sum, jnp.prod, r[0]), (v, OFFSETS)
     ),
+    "a kernel for every row": lambda v, a, x: jax.vmap(jnp.convolve)(v, x).max(-1),
+    "other columns by number": lambda v, a, x: v[jnp.arange(ROWS), jnp.array([0, 1, 2, 3, 0, 1])],
     "matrix function": lambda v, a, x: jnp.linalg.cholesky(SQUARE @ SQUARE.T)[:, 0] * v[:, 0],
 }
 
@@ -76,6 +78,17 @@ ALIKE = {
     ],
     "gradient": lambda v, a, x: jax.vmap(jax.grad(lambda r: jnp.sum(jnp.tanh(r @ W))))(v).sum(-1),
     "pairs": lambda v, a, x: jnp.einsum("ni,ij,nj->n", v, W @ W.T, v),
+    "rows by their numbers": lambda v, a, x: v[jnp.arange(ROWS)] @ jnp.ones(WIDTH) * a[0],
+    "one number after another": lambda v, a, x: jax.vmap(lambda i: v[i] @ W[:, 0])(
+        jnp.arange(ROWS)
+    ),
+    "convolution": lambda v, a, x: lax.conv_general_dilated(
+        v[:, None], W.T[:, None, :], (1,), "SAME", dimension_numbers=("NCH", "OIH", "NCH")
+    ).sum((1, 2)),
+    "vmapped convolution": lambda v, a, x: jax.vmap(lambda r: jnp.convolve(r, W[:, 0]))(v).max(-1),
+    "convolution by parameters": lambda v, a, x: lax.conv_general_dilated(
+        v[:, :, None], a[:, None, None], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    ).sum((1, 2)),
     "column set": lambda v, a, x: v.at[:, 1].set(a[0]).sum(-1),
 }
 

@@ -71,6 +71,8 @@ APART = {
     "transposed": lambda v: v.T[:2],
     "moved to the middle": lambda v: jnp.moveaxis(v.reshape(ROWS, 2, 2), 0, 1),
     "reshape": lambda v: v.reshape(ROWS, 2, 2).sum(-1),
+    "an axis merged into the rows": lambda v: jnp.tanh(v.reshape(-1, 2) @ W[:2]).reshape(ROWS, 6),
+    "flat and back": lambda v: jnp.sin(v.reshape(-1)).reshape(ROWS, WIDTH),
     "one more axis": lambda v: v[:, None, :, None],
     "squeeze": lambda v: v[:, :1].squeeze(-1),
     "differences along a row": lambda v: jnp.diff(v, axis=-1),
@@ -121,6 +123,11 @@ COUPLED = {
     "reversed": lambda v: v + v[::-1],
     "rolled": lambda v: v * jnp.roll(v, 1, 0),
     "sorted": lambda v: jnp.sort(v, 0),
+    "a sum over a merged axis": lambda v: v - v.reshape(-1, 2).mean(0).sum(),
+    "merged, and another way back": lambda v: v.reshape(-1, 2).T.reshape(ROWS, WIDTH),
+    "a step handed on": lambda v: lax.scan(lambda c, x: (x, x - c), jnp.zeros(2), v.reshape(-1, 2))[
+        1
+    ].reshape(ROWS, WIDTH),
     "Gram matrix": lambda v: jnp.sum(v @ v.T, -1),
     "contracted": lambda v: v @ (v.T @ v),
     "rows by number": lambda v: v[jnp.array([1, 0, 3, 2, 4])],
