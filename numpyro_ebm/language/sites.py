@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import MaskedDistribution, constraints
-from numpyro.distributions.distribution import ExpandedDistribution
+from numpyro.distributions import ExpandedDistribution, MaskedDistribution, constraints
 
 from numpyro_ebm._compat import mask_of
 from numpyro_ebm.language.distributions import Unnormalized

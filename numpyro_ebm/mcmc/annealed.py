@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annealed Langevin dynamics, for models learned by denoising."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from numpyro_ebm.mcmc.chain_kernel import LangevinState
 from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.samplers import annealed
 from numpyro_ebm.samplers.per_row import per_row
-from numpyro_ebm.types import Model, SiteValues
+from numpyro_ebm.types import Model
 
 __all__ = ["AnnealedLangevin"]
 
@@ -173,26 +172,11 @@ class AnnealedLangevin(RowKernel):
         like = (row_model.to_rows(z), level)
         return row_model, per_row(lambda rows, level: at_level(level)[1](rows), like)
 
-    def _read(self, model, model_args, model_kwargs):
+    def _read_model(self, model, model_args, model_kwargs):
         kwargs = dict(model_kwargs or {})
         if self._argument is not None:
             kwargs.setdefault(self._argument, jnp.asarray(self._levels[-1], float))
-        return super()._read(model, model_args, kwargs)
-
-    def _constraining_kwargs(self, model_kwargs):
-        if self._argument is None:
-            return model_kwargs
-        return {**(model_kwargs or {}), self._argument: jnp.asarray(self._levels[-1], float)}
-
-    def get_constrain_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        return super().get_constrain_fn(model_args, self._constraining_kwargs(model_kwargs))
-
-    def postprocess_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        return super().postprocess_fn(model_args, self._constraining_kwargs(model_kwargs))
+        return super()._read_model(model, model_args, kwargs)
 
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from numpyro.handlers import seed
-from numpyro.infer.util import constrain_fn, potential_energy, unconstrain_fn
+from numpyro.infer.util import constrain_fn, potential_energy
 
+from numpyro_ebm._compat import unconstrain_fn
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, SiteValues

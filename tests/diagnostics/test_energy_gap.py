@@ -56,7 +56,7 @@ def test_energies_under_a_bound_and_with_covariates():
     regression, x = ebm.fixed(conditional, {}), jnp.arange(3.0)
     gap = ebm.energy_gap(KEY, regression, x, {"v": jnp.tile(x + 1, (4, 1))}, x)
     np.testing.assert_allclose(gap.samples, 0.5)
-    with pytest.raises(ebm.ModelError, match="must be of the 3 rows"):
+    with pytest.raises(ebm.ModelError, match="for the 3 rows"):
         ebm.energy_gap(KEY, regression, x, {"v": jnp.ones((4, 2))}, x)
 
 

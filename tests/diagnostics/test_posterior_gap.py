@@ -182,6 +182,7 @@ def test_gap_of_continuous_latents():
     assert np.mean(narrow.pareto_k) > 0.7 > np.max(large.pareto_k)
 
 
+@pytest.mark.slow
 def test_tails_of_weights():
     """Weights that are Pareto distributed have the shape 1/α, heavy tails included."""
     from numpyro_ebm.diagnostics.gap.posterior import _pareto_shapes

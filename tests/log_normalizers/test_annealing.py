@@ -74,6 +74,7 @@ def ising_run(method, size, **options):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, options", [("ais", {"num_particles": 512}), ("smc", {"num_particles": 256})]
 )

@@ -113,6 +113,7 @@ def grbm_unrolled(steps, num_draws):
     return biases(*unrolled_gradients(system, GRBM_NAMES, make, steps, num_draws))
 
 
+@pytest.mark.slow
 def test_unrolled_steps_of_a_relaxed_guide_take_the_bias_away():
     bias = grbm_unrolled((0, 5, 50), 300)
     assert bias[0] > 0.25

@@ -73,6 +73,7 @@ def test_a_sweep_of_a_lattice_is_two_gradients():
         assert [e.params["length"] for e in scans] == [2]
 
 
+@pytest.mark.slow
 def test_the_unadjusted_proposals_are_biased_as_known():
     g, step_size = np.array([1.5, -0.7, 0.2]), 0.8
 

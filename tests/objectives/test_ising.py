@@ -48,6 +48,7 @@ def maximum_likelihood(target, bonds):
     raise AssertionError("Newton's method has not converged")
 
 
+@pytest.mark.slow
 def test_learns_an_ising_model():
     """Root mean square errors of the couplings, beside those of exact maximum likelihood."""
     rng = np.random.default_rng(0)

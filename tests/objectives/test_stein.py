@@ -164,6 +164,7 @@ def coin_guide(data):
         numpyro.sample("h", dist.Bernoulli(0.5 * jnp.ones(3)).to_event(1))
 
 
+@pytest.mark.slow
 def test_importance_sampling_from_a_coin_is_consistent_and_biased_for_few_particles():
     """IS-KSD: no guide to learn, and many particles needed."""
     system = oracles.grbm_system(num_rows=3)._replace(guide=coin_guide)
