@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Whether all rows of a fixed model share their log Z, and the model cut down to one of them.
+"""A fixed model cut down to one of its rows, where they share their log Z.
 
-.. math:: \log Z_n = \log \int\!\!\int \tilde p(v, h; θ, x_n)\, dh\, dv
-
-depends on the row n where the energy reads covariates x, or an array that the model closes over.
+Whether they do is read off the operations of the energy: :mod:`~numpyro_ebm.model.row_analysis`.
 """
 
 from collections.abc import Iterable
