@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests share: double precision, a small GRBM with closed forms in NumPy, error bars."""
 
+import gc
 import importlib.metadata
 import os
 from types import SimpleNamespace
 
 # Three quarters of the suite's time is compilation, of programs that run for a moment: compile them
-# quickly. XLA reads this when JAX is first used, which importing BlackJAX does. Flags that are set
-# already stay.
-QUICK = ["--xla_backend_optimization_level=0"]
+# quickly, and in one thread. XLA reads this when JAX is first used, which importing BlackJAX does.
+# Flags that are set already stay.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")  # unknown to later versions
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
@@ -22,6 +23,10 @@ import pytest
 from numpyro.diagnostics import effective_sample_size
 
 import numpyro_ebm as ebm
+
+# Tracing makes many small objects, and there are no cycles to speak of: look for them rarely.
+gc.freeze()
+gc.set_threshold(100_000, 20, 50)
 
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (

@@ -14,6 +14,7 @@ from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
@@ -85,7 +86,7 @@ def log_density_on_grid(
 
     def log_density():
         u = row_model.unconstrain_visible()
-        key = jax.random.key(0) if rng_key is None else rng_key
+        key = default_key() if rng_key is None else rng_key
         estimate = marginal.bind(key, row_model, reader, params, u, order=1)
         _, log_det = row_model.constrain(u)
         return estimate.log_density(params, u) - log_det

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import Marginal, choose
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
@@ -65,7 +66,7 @@ def read_guide(who: str, guide: Model, row_model: RowModel, params: Params | Non
             f"{who}: the parameters of the guide must be a dict of values by site name, such as "
             f"`fit.params`, got {type(params).__name__}."
         )
-    found = reader.parameters(jax.random.key(0), params)
+    found = reader.parameters(default_key(), params)
     missing = sorted(name for name in found if name not in params)
     if missing:
         raise ModelError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import set_visible
 from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.model.row_model import RowModel
@@ -90,7 +91,7 @@ class Guide:
             density per row.
         """
         row_model, total = self._row_model, jnp.zeros(self._row_model.num_rows)
-        for site in self.trace(jax.random.key(0), params, visible, latent).values():
+        for site in self.trace(default_key(), params, visible, latent).values():
             if site["type"] != "sample" or site["is_observed"]:
                 continue
             if not row_model.owns(site):

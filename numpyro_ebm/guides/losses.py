@@ -17,6 +17,7 @@ from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_ebm.errors import ModelError, check_positive
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import set_visible, substitute_and_block
 from numpyro_ebm.language.sites import masks_of, plates_of, unwrap
 from numpyro_ebm.model.reference import Completed
@@ -158,7 +159,7 @@ def default_guide_loss(problem: Any) -> Any:
     row_model, guide = problem.row_model, problem.guide
     if not any(site.is_discrete for site in row_model.latent.values()):
         return Trace_ELBO()
-    guide_trace = guide.trace(jax.random.key(0), {}, row_model.visible_values)
+    guide_trace = guide.trace(default_key(), {}, row_model.visible_values)
     if all(isinstance(unwrap(guide_trace[name]["fn"]), _BERNOULLI) for name in row_model.latent):
         return RelaxedELBO()
     return TraceGraph_ELBO()

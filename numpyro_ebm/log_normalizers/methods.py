@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import fixed
 from numpyro_ebm.log_normalizers.ais import run_ais
 from numpyro_ebm.log_normalizers.comparison import best_of
@@ -226,13 +227,13 @@ def run_method(
 def _run_at(name, row_model, params, num_nodes, max_states):
     """log Z(θ) by a method whose result is differentiable in the parameters of the model."""
     integrand = read_integrand(
-        jax.random.key(0),
+        default_key(),
         fixed(row_model.model, params),
         row_model.args,
         row_model.kwargs,
         is_shared=not row_model.covariates,
     )
-    return run_method(jax.random.key(0), integrand, name, Options(max_states=max_states)).value
+    return run_method(default_key(), integrand, name, Options(max_states=max_states)).value
 
 
 def _in_shape(x, shape):

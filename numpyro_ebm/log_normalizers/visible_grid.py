@@ -21,6 +21,7 @@ from jax.scipy.special import logsumexp
 
 from numpyro_ebm._compat import eval_jaxpr
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.log_normalizers.nodes import (
     NODES_AT_ONCE,
     log_sum_over_rows,
@@ -130,7 +131,7 @@ def sum_over_visible(
             row_model = resized
             at_data = jnp.broadcast_to(at_data[:1], (row_model.num_rows, at_data.shape[1]))
     rows, unconstrained = row_model.num_rows, row_model.unconstrain_visible()
-    estimate = marginal.bind(jax.random.key(0), row_model, None, params, unconstrained, order=1)
+    estimate = marginal.bind(default_key(), row_model, None, params, unconstrained, order=1)
 
     def log_density(params, flat):
         return estimate.log_density(params, row_model.unflatten(flat))

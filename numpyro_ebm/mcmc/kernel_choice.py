@@ -4,13 +4,13 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from numpyro.handlers import condition
 from numpyro.infer import Gibbs
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import integrated
 from numpyro_ebm.marginals import exact_marginal, integrable
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
@@ -128,7 +128,7 @@ def _kernel_of_discrete(model, row_model):
     z = {name: site.value for name, site in row_model.visible.items()}
     try:  # whether the energy has a gradient
         kernel = DiscreteLangevin(condition(model, z))
-        kernel.init(jax.random.key(0), 1, None, row_model.args, row_model.kwargs)
+        kernel.init(default_key(), 1, None, row_model.args, row_model.kwargs)
     except ModelError:
         return BlockGibbs
     return DiscreteLangevin

@@ -4,12 +4,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
@@ -97,7 +97,7 @@ class given(Messenger):
         }
 
         def run(**labelled):
-            prepared = substitute(seed(self.fn, jax.random.key(0)), data={**values, **labelled})
+            prepared = substitute(seed(self.fn, default_key()), data={**values, **labelled})
             model_trace = trace(resolve_normalizer(prepared)).get_trace(*args, **kwargs)
             return {name: unwrap(model_trace[name]["fn"]).energy for name in energies}
 

@@ -21,6 +21,7 @@ from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.distributions import is_real, scalar_support
 from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.model.noise_forms import (
@@ -100,7 +101,7 @@ class Noise:
                 leaves[i] = params.get(name, leaves[i])
             return jax.tree.unflatten(self._tree, leaves)
         with block():
-            return seed(substitute(self._function, data=params), jax.random.key(0))()
+            return seed(substitute(self._function, data=params), default_key())()
 
     def draw(self, rng_key: jax.Array, params: Params, num: int) -> SiteValues:
         """Unconstrained draws of the visible sites, ``num`` leading."""
@@ -158,7 +159,7 @@ class Noise:
 
     def _trace(self, data, rng_key=None):
         """Run a noise that is a NumPyro function, unseen by handlers around it."""
-        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        rng_key = default_key() if rng_key is None else rng_key
         with block():
             run = substitute(self._function, data={**self.row_model.plates, **data})
             return trace(seed(run, rng_key)).get_trace()

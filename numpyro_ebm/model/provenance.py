@@ -14,6 +14,7 @@ from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import set_visible
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params
@@ -38,7 +39,7 @@ def check_model(row_model: RowModel) -> None:
     def run(**labelled):
         again = traced.with_arrays({label: labelled[label] for label in arrays})
         own = {name: labelled[f"visible:{name}"] for name in row_model.visible}
-        observed = {name: site.value for name, site in again.visible(jax.random.key(0), {}).items()}
+        observed = {name: site.value for name, site in again.visible(default_key(), {}).items()}
         return again.evaluate("terms", {**data, **own}), observed
 
     terms, observed = eval_provenance(run, **arrays, **visible)
@@ -83,7 +84,7 @@ def check_guide(
         here = arguments.with_arrays({label: labelled[label] for label in arguments.arrays})
         values = {name: labelled[f"visible:{name}"] for name in row_model.visible}
         data = {**row_model.plates, **params}
-        prepared = seed(set_visible(substitute(guide, data=data), values), jax.random.key(0))
+        prepared = seed(set_visible(substitute(guide, data=data), values), default_key())
         guide_trace = trace(prepared).get_trace(*here.args, **here.kwargs)
         return {
             name: (site["value"], site["fn"].log_prob(site["value"]))

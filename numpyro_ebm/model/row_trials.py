@@ -12,6 +12,7 @@ from numpyro.distributions import biject_to
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.distributions import scalar_support
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite
@@ -111,7 +112,7 @@ def _at_known_values(row_model):
     for name, site in row_model.visible.items():  # a support may not have what is put for the data
         if not not_jax_tracer(site.value):
             like = jax.ShapeDtypeStruct(jnp.shape(site.value), jnp.result_type(site.value))
-            data = {**data, name: _somewhere(jax.random.key(0), like, site.fn.support)}
+            data = {**data, name: _somewhere(default_key(), like, site.fn.support)}
     return row_model.traced.at(args, kwargs, data).bind()
 
 

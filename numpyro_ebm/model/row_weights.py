@@ -20,6 +20,7 @@ import numpy as np
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.sites import is_energy, masks_of
 from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.model.row_site import RowSite, placeholder
@@ -102,7 +103,7 @@ class RowWeights:
             reads_key, *_ = self._program.reads(what, replaced)
             key, *others = args
             with keep_known():
-                key = key if reads_key else jax.random.key(0)
+                key = key if reads_key else default_key()
             with keep_known(key, others, replaced, self._program.constants):
                 by_site = self._program(what, (key, *others), replaced)
             found[what] = by_site[names[0]]

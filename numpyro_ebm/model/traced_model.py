@@ -16,6 +16,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, Tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwrap
 from numpyro_ebm.model.arguments import Arguments
@@ -75,7 +76,7 @@ class TracedModel:
         self.model, self.arguments, self.data, self._outside = model, arguments, data, outside
         self._arrays, self._needs_values = arguments.arrays, None
         self._others = {}  # programs for values of other types
-        rng_key = jax.eval_shape(lambda: jax.random.key(0))
+        rng_key = jax.eval_shape(lambda: default_key())
         try:
             self._program = MarkedProgram(self._run, rng_key, data, self._arrays)
         except NEEDS_VALUES as error:  # the model calculates with arguments in Python
@@ -153,14 +154,14 @@ class TracedModel:
     def bind(self, rng_key: jax.Array | None = None, params: Params | None = None) -> RowModel:
         """The model at the values that its sites have.
 
-        :param rng_key: key for initial values and subsampled plates; ``jax.random.key(0)`` if
+        :param rng_key: key for initial values and subsampled plates; the default key if
             ``None``.
         :param dict params: values of its parameters by name, where they are not its own; other
             names are ignored.
         :return: a :class:`~numpyro_ebm.model.row_model.RowModel`.
         :raises ModelError: if the data cannot be the values of the visible sites.
         """
-        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        rng_key = default_key() if rng_key is None else rng_key
         own = self._with_role("param", "prior")
         params = {k: x for k, x in (params or {}).items() if k in own}
         if self._has_loops or not self._program.takes(params):
@@ -198,7 +199,7 @@ class TracedModel:
 
     def priors_at(self, params: Params) -> dict[str, Any]:
         """Distributions of the parameters that have one, at values of all parameters."""
-        *_, priors = self._thaw(self._find("found", jax.random.key(0), params))
+        *_, priors = self._thaw(self._find("found", default_key(), params))
         return priors
 
     def _find(self, what, rng_key, data):

@@ -11,6 +11,7 @@ from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import Marginal, list_exact
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model.reading import read_model
@@ -241,7 +242,7 @@ class Objective(ABC):
 
     def _check_own_parameters(self, problem, param_map):
         """Names of the objective's own parameters, and of those of each network."""
-        key = jax.random.key(0)
+        key = default_key()
         shapes = jax.eval_shape(
             lambda: jax.tree.map(
                 jnp.asarray,

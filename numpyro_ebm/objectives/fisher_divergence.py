@@ -27,6 +27,7 @@ from numpyro.distributions import constraints
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
@@ -166,7 +167,7 @@ class FisherDivergence(Objective):
 
         def network(v):
             with block():
-                run = seed(substitute(self.critic, data=params), jax.random.key(0))
+                run = seed(substitute(self.critic, data=params), default_key())
                 g: Any = run(v)
             if jnp.shape(g) != jnp.shape(v):
                 raise ModelError(

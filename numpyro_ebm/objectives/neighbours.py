@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.finite_supports import check_values, shifted, support_values
 from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.model.row_model import RowModel
@@ -95,7 +96,7 @@ class NeighbourObjective(Objective):
         if row_model is None:
             return None
         own = problem._replace(row_model=row_model, unconstrained=row_model.unconstrain_visible())
-        estimate, like = self.estimate(jax.random.key(0), params, own), _as_floats(own)
+        estimate, like = self.estimate(default_key(), params, own), _as_floats(own)
 
         def log_density(flat):
             return jnp.sum(estimate.log_density(params, row_model.unflatten(flat, like)))

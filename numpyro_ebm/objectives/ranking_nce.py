@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Problem
@@ -51,7 +52,7 @@ class RankingNCE(NoiseContrast):
 
     def check_sites(self, row_model: RowModel) -> None:
         super().check_sites(row_model)
-        names = sorted(self.read_noise(row_model).parameters(jax.random.key(0)))
+        names = sorted(self.read_noise(row_model).parameters(default_key()))
         if names:
             raise ModelError(
                 f"RankingNCE: the noise has the parameter(s) {', '.join(map(repr, names))}, and "

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.posteriors.calibration import Calibration, CalibrationMethod, calibrate
 from numpyro_ebm.posteriors.potential import Potential
@@ -88,7 +89,7 @@ class Calibrated(ABC):
         :param str method: one of these. If ``None``, ``"sandwich"`` where there are ten rows and
             five a parameter, and else ``"simulation"``.
         :param rng_key: key of the resampling, and of a random objective's common random numbers;
-            ``jax.random.key(0)`` if ``None``.
+            one of the library's own if ``None``.
         :param int num_resamples: groups of the jackknife (at most), simulated data sets, or
             bootstrap samples; at least ten a parameter are taken.
         :param groups: an array (rows,) of labels: rows of one label may depend on each other (draws
@@ -109,7 +110,7 @@ class Calibrated(ABC):
         Lyddon, Holmes, Walker, *General Bayesian updating and the loss-likelihood bootstrap*,
         Biometrika 2019.
         """
-        key = jax.random.key(0) if rng_key is None else rng_key
+        key = default_key() if rng_key is None else rng_key
         potential = self._potential(args, kwargs)
         self.calibration = calibrate(
             key,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
 from numpyro_ebm.types import SiteValues
 
@@ -42,7 +43,7 @@ def gaussian_posterior(potential: Potential, learning_rate: float) -> GaussianPo
     :return: :class:`GaussianPosterior`.
     :raises ModelError: if it is not quadratic, or has no minimum.
     """
-    key = jax.random.key(0)
+    key = default_key()
     scale = learning_rate * potential.num_rows
 
     @jax.jit
@@ -54,7 +55,7 @@ def gaussian_posterior(potential: Potential, learning_rate: float) -> GaussianPo
     # Differences of the gradient of a quadratic function are exact at any distance.
     here = hessian_by_differences(gradient, start, 1.0)
     tolerance = 10 * float(jnp.finfo(start.dtype).eps) ** 0.5 * np.abs(here).max()
-    for shift in jax.random.normal(jax.random.key(1), (2, potential.size), start.dtype):
+    for shift in jax.random.normal(key, (2, potential.size), start.dtype):
         there = hessian_by_differences(gradient, start + shift, 1.0)
         if not np.abs(there - here).max() <= tolerance:
             raise ModelError(

@@ -15,6 +15,7 @@ import numpyro
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import list_exact
 from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
@@ -147,7 +148,7 @@ class generalized(Calibrated):
                         f"generalized: {self.objective!r} draws random numbers, and the model has "
                         "no random key. Run it inside of `numpyro.handlers.seed(model, rng_key)`."
                     )
-                rng_key = jax.random.key(0)
+                rng_key = default_key()
             loss = run_compiled(
                 lambda key, params: self._loss(key, params, args, kwargs),
                 rng_key,
@@ -173,7 +174,7 @@ class generalized(Calibrated):
             own = self._own_parameters(row_model, row_model.parameters, args, kwargs)
             params = {**row_model.parameters, **{k: v for k, (v, _) in own.items()}}
             closed = jax.make_jaxpr(lambda key: self._loss(key, params, args, kwargs))(
-                jax.random.key(0)
+                default_key()
             )
         key = closed.jaxpr.invars[0]
         return any(key in eqn.invars for eqn in needed(closed.jaxpr))
@@ -202,8 +203,8 @@ class generalized(Calibrated):
         if type(self.objective).own_parameters is Objective.own_parameters:
             return {}
         with isolated():
-            problem = self._prepare(jax.random.key(0), params, args, kwargs)
-            return self.objective.own_parameters(jax.random.key(0), params, problem)
+            problem = self._prepare(default_key(), params, args, kwargs)
+            return self.objective.own_parameters(default_key(), params, problem)
 
     def _prepare(self, rng_key, params, args, kwargs, values=None, weights=None):
         params = {**self.guide_params, **params}

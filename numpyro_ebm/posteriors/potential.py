@@ -21,6 +21,7 @@ from numpyro.infer.util import constrain_fn, potential_energy
 
 from numpyro_ebm._compat import unconstrain_fn
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, SiteValues
 
@@ -52,7 +53,7 @@ class Potential:
         kwargs: dict[str, Any],
     ):
         self._loss, self._row_model = loss, row_model
-        self._prior = seed(prior, jax.random.key(0))
+        self._prior = seed(prior, default_key())
         self._own = {name: jnp.asarray(value) for name, (value, _) in own.items()}
         self._args, self._kwargs = args, kwargs
         self.num_rows = row_model.total_rows

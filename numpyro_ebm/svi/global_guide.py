@@ -25,6 +25,7 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import substitute_and_block
 from numpyro_ebm.language.sites import log_prob_of, param_sites
 from numpyro_ebm.model.priors import check_priors, prior_part
@@ -103,7 +104,7 @@ def _run_prior(row_model, values, rng_key=None):
         if site["type"] == "sample" and site["value"] is None and not site["is_observed"]:
             return init_to_median(site)
 
-    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    rng_key = default_key() if rng_key is None else rng_key
     prior = seed(prior_part(row_model.model, row_model.plate), rng_key)
     prior = substitute(substitute(prior, data={**row_model.plates, **values}), substitute_fn=median)
     return trace(prior).get_trace(*row_model.args, **row_model.kwargs)
@@ -296,6 +297,6 @@ def _dependence(guide, row_model, params, inside, outside):
 
 
 def _trace(guide, row_model, data, rng_key=None):
-    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    rng_key = default_key() if rng_key is None else rng_key
     guide = seed(substitute(guide, data={**row_model.plates, **data}), rng_key)
     return trace(guide).get_trace(*row_model.args, **row_model.kwargs)

@@ -8,12 +8,12 @@ With fixed parameters it is one number a row, the same at every draw.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.diagnostics.reading import pick_marginal
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.log_normalizers import LogNormalizer
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
@@ -95,7 +95,7 @@ def _log_densities(seen, log_normalizer):
     def log_density():
         u = seen.unconstrain_visible()
         _, log_det = seen.constrain(u)
-        bound = marginal.bind(jax.random.key(0), seen, None, {}, u, order=1)
+        bound = marginal.bind(default_key(), seen, None, {}, u, order=1)
         unread = seen.log_reference(seen.visible_values)
         return bound.log_density({}, u) - log_det - unread
 

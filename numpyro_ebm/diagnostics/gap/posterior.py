@@ -31,6 +31,7 @@ from numpyro_ebm.diagnostics.gap.weights import (
 )
 from numpyro_ebm.diagnostics.reading import map_leading, read_guide, refuse_weights
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.compilation import run_compiled
@@ -237,7 +238,7 @@ def _read(model, guide, params, args, kwargs, num_particles, gradient):
             "none that are free. Pass the model itself, and its parameters in `params`."
         )
     reader = read_guide("posterior_gap", guide, row_model, params)
-    guide_trace = reader.trace(jax.random.key(0), params, row_model.visible_values)
+    guide_trace = reader.trace(default_key(), params, row_model.visible_values)
     extra = sorted(
         name
         for name, site in guide_trace.items()

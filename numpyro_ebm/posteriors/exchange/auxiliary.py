@@ -20,6 +20,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
@@ -74,7 +75,7 @@ class FunctionSimulator:
     def check(self, target: ExchangeTarget, z: SiteValues, num_bridges: int) -> None:
         _no_bridges(num_bridges, "a function of exact draws has no transitions")
         params = jax.eval_shape(target.constrain, z)
-        found = jax.eval_shape(self.function, jax.random.key(0), params)
+        found = jax.eval_shape(self.function, default_key(), params)
         shapes = {k: jnp.shape(x) for k, x in target.data.items()}
         if not isinstance(found, dict) or {k: x.shape for k, x in found.items()} != shapes:
             given = {k: x.shape for k, x in found.items()} if isinstance(found, dict) else found
@@ -204,7 +205,7 @@ class ChainSimulator:
             return self._run(rng_key, target, params, target.data, 1)
 
         try:
-            jax.eval_shape(run, jax.random.key(0))
+            jax.eval_shape(run, default_key())
         except ModelError as error:
             raise ModelError(
                 f"Exchange: {type(kernel).__name__} cannot draw fictitious data of "

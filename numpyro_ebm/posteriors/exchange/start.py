@@ -11,6 +11,7 @@ from numpyro.infer.util import initialize_model, potential_energy
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, is_prng_key
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
 from numpyro_ebm.types import Params, SiteValues
 
@@ -88,7 +89,7 @@ def _check_rows(target, z, num_tries=4):
 
     prior, rows, total = densities(flat)
     eps = 1_000 * float(jnp.finfo(flat.dtype).eps)
-    for key in jax.random.split(jax.random.key(0), num_tries):
+    for key in jax.random.split(default_key(), num_tries):
         key_rows, key_noise = jax.random.split(key)
         moves = jax.random.bernoulli(key_rows, 0.5, (len(flat), 1))
         noise = 0.1 * jax.random.normal(key_noise, flat.shape, flat.dtype)

@@ -19,6 +19,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, unconstrain_fn
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.obs_masks import RowsObserved
 from numpyro_ebm.model.priors import prior_part, read_with_priors
@@ -45,7 +46,7 @@ class _UnsetParams(Messenger):
 def complete_prior(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Model:
     """The prior part of a model, with placeholders on sites without a value."""
     row_model = read_with_priors(model, args, {} if kwargs is None else kwargs, "Exchange")
-    prior = seed(prior_part(model, row_model.plate), jax.random.key(0))
+    prior = seed(prior_part(model, row_model.plate), default_key())
     return substitute(prior, substitute_fn=placeholder)
 
 
@@ -126,7 +127,7 @@ class ExchangeTarget:
             energy: Any = potential_energy(self.prior, self.args, self.kwargs, z)
             return -energy[None]
         values = self.constrain(z)
-        prepared = substitute(seed(self.prior, jax.random.key(0)), data=values)
+        prepared = substitute(seed(self.prior, default_key()), data=values)
         model_trace = trace(prepared).get_trace(*self.args, **self.kwargs)
         total = jnp.zeros(self.num_groups)
         for name in z:
