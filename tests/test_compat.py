@@ -36,6 +36,7 @@ PROMISED_NAMES = {
     ("numpyro.primitives", "plate"),
     *(("numpyro.infer.util", name) for name in ("constrain_fn", "initialize_model", "log_density")),
     *(("numpyro.infer.util", name) for name in ("potential_energy", "transform_fn")),
+    *(("numpyro.contrib.funsor", name) for name in ("config_enumerate", "enum")),
 }
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What the continuous kernels share: a step of a BlackJAX kernel on every row.
 
-Every row has its own step size; rows share the preconditioner. A new kernel on BlackJAX is a
-subclass of :class:`ChainKernel` with a ``_move`` for one row.
+Every row has its own step size; rows share the preconditioner. A model without an energy is one
+row. A new kernel on BlackJAX is a subclass of :class:`ChainKernel` with a ``_move`` for one row.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
-from numpyro_ebm.mcmc.row_kernel import AdaptiveKernel
+from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.samplers.per_row import per_row
 from numpyro_ebm.types import Model, SiteValues
 
@@ -22,6 +22,8 @@ __all__ = ["Chain", "ChainKernel", "LangevinState", "StepInfo"]
 
 class LangevinState(NamedTuple):
     """State of the continuous kernels; fields can be collected as ``extra_fields``.
+
+    What is (rows,) here is a scalar for a model without an energy statement.
 
     - **i** - step counter, warm-up included.
     - **z** - dict of unconstrained values of the continuous sites.
@@ -77,6 +79,7 @@ class ChainKernel(AdaptiveKernel):
     """One step of a BlackJAX kernel on every row, with its warm-up."""
 
     has_mass_matrix = False
+    takes_any_model = True
 
     def __init__(
         self,
@@ -155,10 +158,10 @@ class ChainKernel(AdaptiveKernel):
             z=z,
             potential_energy=-chains.logdensity,
             z_grad=z,
-            energy=jax.vmap(self._start_energy)(chains),
-            accept_prob=jnp.zeros(row_model.num_rows),
+            energy=jnp.reshape(jax.vmap(self._start_energy)(chains), row_model.rows_shape),
+            accept_prob=jnp.zeros(row_model.rows_shape),
             mean_accept_prob=jnp.zeros(()),
-            diverging=jnp.zeros(row_model.num_rows, bool),
+            diverging=jnp.zeros(row_model.rows_shape, bool),
             num_steps=jnp.array(0),
             adapt_state=self._adaptation.init(
                 self._initial_step_size(dimension),
@@ -180,7 +183,7 @@ class ChainKernel(AdaptiveKernel):
         gradient = row_model.from_rows(chains.logdensity_grad)
         return state._replace(
             z=row_model.from_rows(chains.position),
-            potential_energy=-chains.logdensity,
+            potential_energy=-jnp.reshape(chains.logdensity, row_model.rows_shape),
             z_grad=jax.tree.map(jnp.negative, gradient),
         )
 
@@ -189,7 +192,7 @@ class ChainKernel(AdaptiveKernel):
         rng_key, key_step = jax.random.split(state.rng_key)
         chains = Chain(
             row_model.to_rows(state.z),
-            -state.potential_energy,
+            -jnp.atleast_1d(state.potential_energy),
             row_model.to_rows(jax.tree.map(jnp.negative, state.z_grad)),
             state.memory,
         )
@@ -209,12 +212,16 @@ class ChainKernel(AdaptiveKernel):
         adapt_state = self._adaptation.update(
             state.i, adapted, info.statistic, lambda: row_model.flatten(new.z)
         )
+        energy, accept_prob, diverging = (
+            jnp.reshape(x, row_model.rows_shape)
+            for x in (info.energy, info.accept_prob, info.diverging)
+        )
         return new._replace(
             i=state.i + 1,
-            energy=info.energy,
-            accept_prob=info.accept_prob,
+            energy=energy,
+            accept_prob=accept_prob,
             mean_accept_prob=running_mean(state.mean_accept_prob, mean, state.i, self._num_warmup),
-            diverging=info.diverging,
+            diverging=diverging,
             num_steps=jnp.max(info.num_steps),
             adapt_state=adapt_state,
             memory=chains.memory,

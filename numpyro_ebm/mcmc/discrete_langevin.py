@@ -22,8 +22,8 @@ from numpyro.infer import init_to_uniform
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
+from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
-from numpyro_ebm.mcmc.row_kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import RowModel

@@ -26,7 +26,8 @@ class MALA(ChainKernel):
 
     accepted or rejected row by row, so that every row is a chain with the right stationary law.
 
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param model: a model with fixed parameters, ``fixed(model, params)``; or any NumPyro model
+        without an energy statement, of which it moves all latent sites in one chain.
     :param float step_size: ε, in squared units of the unconstrained sites; the initial value where
         it is adapted.
     :param bool adapt_step_size: adapt ε in warm-up by dual averaging of the acceptance of each row.
@@ -62,6 +63,17 @@ class MALA(ChainKernel):
     ... )
     >>> mcmc.run(jax.random.key(0))
     >>> bool(abs(mcmc.get_samples()["v"].mean() - 1) < 0.1)
+    True
+
+    On an ordinary NumPyro model, whose posterior is N(0.8, 0.2):
+
+    >>> import numpyro.distributions as dist
+    >>> def normal(y):
+    ...     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+    ...     numpyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+    >>> mcmc = MCMC(ebm.MALA(normal), num_warmup=200, num_samples=2_000, progress_bar=False)
+    >>> mcmc.run(jax.random.key(1), 1.0)
+    >>> bool(abs(mcmc.get_samples()["mean"].mean() - 0.8) < 0.1)
     True
     """
 
@@ -118,7 +130,8 @@ class ULA(ChainKernel):
     variance of the draws is 1/(1 - ε/2). It is stochastic gradient Langevin dynamics with the full
     gradient.
 
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param model: a model with fixed parameters, ``fixed(model, params)``; or any NumPyro model
+        without an energy statement, of which it moves all latent sites in one chain.
     :param float step_size: ε, in squared units of the unconstrained sites. There is no acceptance
         probability to adapt it to.
     :param init_strategy: NumPyro initialisation strategy.

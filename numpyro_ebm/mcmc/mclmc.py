@@ -38,8 +38,9 @@ class MCLMC(ChainKernel):
     stationary law is right. With ``adjusted=False`` a step is one integration step, the direction
     forgets itself over the length L (the η above), and nothing is ever rejected.
 
-    :param model: a model with fixed parameters, ``fixed(model, params)``; its rows need two
-        coordinates at least.
+    :param model: a model with fixed parameters, ``fixed(model, params)``, whose rows have two
+        coordinates at least; or any NumPyro model without an energy statement, of which it moves
+        all latent sites in one chain.
     :param float step_size: ε, the length of an integration step in units of the preconditioner;
         the initial value where it is adapted.
     :param bool adjusted: whether to accept or reject.

@@ -14,8 +14,9 @@ from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import running_mean
+from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, parse_ladder
-from numpyro_ebm.mcmc.row_kernel import AdaptiveKernel
+from numpyro_ebm.model.plain_model import PlainModel
 from numpyro_ebm.samplers import tempering
 from numpyro_ebm.samplers.per_row import per_row
 from numpyro_ebm.types import Model, SiteValues
@@ -25,6 +26,8 @@ __all__ = ["LadderState", "ReplicaExchange", "ReplicaExchangeState"]
 
 class ReplicaExchangeState(NamedTuple):
     """State of :class:`ReplicaExchange`; fields can be collected as ``extra_fields``.
+
+    What is (rows,) here is a scalar for a model without an energy statement.
 
     - **i** - step counter, warm-up included.
     - **z** - dict of unconstrained values of the continuous sites at β = 1.
@@ -79,9 +82,11 @@ class ReplicaExchange(AdaptiveKernel):
 
     The energies are tempered as :class:`~numpyro_ebm.temper` does, the base measures b are not.
     Where discrete sites are summed out, it is their sum that is raised to β,
-    :math:`p_β ∝ b^{1-β} p^β` with b the sum without energies.
+    :math:`p_β ∝ b^{1-β} p^β` with b the sum without energies. Of an ordinary model the observed
+    sites and the factors are tempered, and its priors are not.
 
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param model: a model with fixed parameters, ``fixed(model, params)``; or any NumPyro model
+        without an energy statement, of which it moves all latent sites in one chain.
     :param inverse_temperatures: the ladder β, decreasing from 1. By default ``num_replicas`` from 1
         to ``min_inverse_temperature``, evenly spaced in their logarithms.
     :param int num_replicas: K, if no ladder is given.
@@ -129,6 +134,8 @@ class ReplicaExchange(AdaptiveKernel):
     >>> mcmc.last_state.mean_swap_prob.shape
     (3,)
     """
+
+    takes_any_model = True
 
     def __init__(
         self,
@@ -189,8 +196,9 @@ class ReplicaExchange(AdaptiveKernel):
                 "0, or give the sites a proper base measure, `numpyro.sample(name, dist.Normal(0, "
                 "10))`."
             )
-        if row_model.latent:
-            _, base = self._read(temper(self._model, 0.0), model_args, model_kwargs)
+        hot = self._hot_model(row_model)
+        if hot is not None:
+            _, base = self._read(hot, model_args, model_kwargs)
             return row_model, per_row(base), per_row(lambda rows: log_density(rows) - base(rows))
 
         def terms(rows) -> tuple[Any, Any]:
@@ -202,6 +210,12 @@ class ReplicaExchange(AdaptiveKernel):
 
         return row_model, per_row(lambda rows: terms(rows)[0]), per_row(lambda rows: terms(rows)[1])
 
+    def _hot_model(self, row_model):
+        """The model at β = 0; ``None`` where its terms tell the base and the rest apart."""
+        if isinstance(row_model, PlainModel):
+            return row_model.without_data(self._model)
+        return temper(self._model, 0.0) if row_model.latent else None
+
     def _init(self, rng_key, init_params, model_args, model_kwargs):
         key_init, rng_key = jax.random.split(rng_key)
         row_model, base, likelihood = self._target(model_args, model_kwargs)
@@ -212,18 +226,18 @@ class ReplicaExchange(AdaptiveKernel):
 
         positions = jax.vmap(start)(jax.random.split(key_init, num_replicas))
         replicas = _evaluate_replicas(positions, base, likelihood)
-        pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(row_model.num_rows)
+        pairs, rows = jnp.zeros(num_replicas - 1), jnp.zeros(row_model.rows_shape)
         visited = jnp.zeros((num_replicas, row_model.num_rows), bool)
         return ReplicaExchangeState(
             i=jnp.array(0),
             accept_prob=rows,
             mean_accept_prob=jnp.zeros(()),
-            diverging=jnp.zeros(row_model.num_rows, bool),
+            diverging=rows != 0,
             num_steps=jnp.array(1),
             replica_accept_prob=jnp.zeros(num_replicas),
             swap_prob=pairs,
             mean_swap_prob=pairs,
-            round_trips=jnp.zeros(row_model.num_rows, int),
+            round_trips=jnp.zeros(row_model.rows_shape, int),
             adapt_state=self._adaptation.init(
                 self._ladder, self._initial_step_size(), row_model.num_rows
             ),
@@ -252,7 +266,9 @@ class ReplicaExchange(AdaptiveKernel):
         keys = jax.random.split(key_swap, row_model.num_rows)
         replicas, visited, swap_prob, _ = swap(keys, replicas, visited)
         new_phase = (state.i == 0) | (state.i == self._num_warmup)
-        trips = jnp.where(new_phase, 0, state.round_trips) + visited[0]
+        shape = row_model.rows_shape
+        cold_accept = jnp.reshape(accept[0], shape)
+        trips = jnp.where(new_phase, 0, state.round_trips) + jnp.reshape(visited[0], shape)
         visited = visited.at[0].set(False).at[-1].set(True)
         replica_accept, swap_prob = jnp.mean(accept, 1), jnp.mean(swap_prob, 1)
         dtype = state.accept_prob.dtype
@@ -260,9 +276,9 @@ class ReplicaExchange(AdaptiveKernel):
         return state._replace(
             **_cached(replicas, visited, row_model),
             i=state.i + 1,
-            accept_prob=accept[0].astype(dtype),
+            accept_prob=cold_accept.astype(dtype),
             mean_accept_prob=running(state.mean_accept_prob, replica_accept[0]),
-            diverging=accept[0] == 0.0,
+            diverging=cold_accept == 0.0,
             replica_accept_prob=replica_accept.astype(dtype),
             swap_prob=swap_prob.astype(dtype),
             mean_swap_prob=running(state.mean_swap_prob, swap_prob),
@@ -281,7 +297,7 @@ def _cached(replicas, visited, row_model) -> dict[str, Any]:
     """What the state holds of its replicas, by field."""
     cold = jax.tree.map(lambda x: x[0], replicas)
     gradient = jax.tree.map(lambda g, h: -g - h, cold.logprior_grad, cold.loglikelihood_grad)
-    energy = -cold.logprior - cold.loglikelihood
+    energy = -jnp.reshape(cold.logprior + cold.loglikelihood, row_model.rows_shape)
     return {
         "z": row_model.from_rows(cold.position),
         "potential_energy": energy,

@@ -4,7 +4,8 @@ r"""What all kernels on the rows of a fixed model share: NumPyro's protocol for 
 Every row of the data plate is a chain of its own: accepting or rejecting all rows together, as a
 kernel on the whole plate does, fails once there are more than a few. Rows share one evaluation of
 the model. Unobserved discrete sites are summed out exactly, as NumPyro's HMC does, unless the
-kernel or another block of ``numpyro.infer.Gibbs`` draws them.
+kernel or another block of ``numpyro.infer.Gibbs`` draws them. An ordinary NumPyro model is one
+chain over all its latent sites (:mod:`numpyro_ebm.model.plain_model`).
 """
 
 import copy
@@ -14,19 +15,19 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
-from numpyro_ebm.errors import ModelError, check_fraction, check_positive
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
-from numpyro_ebm.mcmc.adaptation import acceptance_tuner
 from numpyro_ebm.mcmc.start import MAX_DRAWS, redrawn, unconstrained_values
 from numpyro_ebm.mcmc.watch import Watch
+from numpyro_ebm.model.plain_model import PlainModel, read_plain_model
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
-from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import LogDensity, Model, SiteValues
 
-__all__ = ["AdaptiveKernel", "RowKernel"]
+__all__ = ["RowKernel"]
 
 
 class RowKernel(MCMCKernel):
@@ -38,12 +39,14 @@ class RowKernel(MCMCKernel):
     - **is_reversible** - whether they are reversible with respect to it.
     - **moves_discrete** - whether it draws discrete sites; otherwise they are summed out.
     - **needs_warmup** - whether it has to be adapted before it can be used.
+    - **takes_any_model** - whether it runs on models without an energy statement as well.
     """
 
     leaves_invariant = True
     is_reversible = False
     moves_discrete = False
     needs_warmup = False
+    takes_any_model = False
 
     _draw_start = staticmethod(unconstrained_values)  # of the sites that it moves
 
@@ -89,7 +92,9 @@ class RowKernel(MCMCKernel):
         if not_jax_tracer(state.potential_energy):
             self._check_energy(state, model_args, model_kwargs)
             moves = self.leaves_invariant and not self.moves_discrete
-            self._watch = Watch(self._name, num_warmup, moves) if self._is_watched else None
+            unit = self._read_model(self._model, model_args, model_kwargs).unit
+            watch = Watch(self._name, num_warmup, moves, unit)
+            self._watch = watch if self._is_watched else None
         return state
 
     def sample(
@@ -184,18 +189,26 @@ class RowKernel(MCMCKernel):
     def _check_warmup(self):
         """Raise if a warm-up of ``_num_warmup`` steps is not enough."""
 
-    def _read_model(self, model, model_args, model_kwargs) -> RowModel:
-        """The row model; the kernel's own is traced once for arguments of the same shapes."""
+    def _read_model(self, model, model_args, model_kwargs) -> Any:
+        """The row model; the kernel's own is traced once for arguments of the same shapes.
+
+        A model without an energy is a :class:`~numpyro_ebm.model.plain_model.PlainModel`, of one
+        row.
+        """
         known = self._traced and self._traced.rebound(model, model_args, model_kwargs)
         if known is not None:
             return bind_fixed(known)
+        if self.takes_any_model:
+            plain = read_plain_model(model, model_args, model_kwargs)
+            if plain is not None:
+                return plain
         row_model = read_fixed_model(model, model_args, model_kwargs)
         if model is self._model:
             self._traced = row_model.traced
         return row_model
 
-    def _read(self, model, model_args, model_kwargs) -> tuple[RowModel, LogDensity]:
-        """The row model, its marginal, and the row log-density of unconstrained rows."""
+    def _read(self, model, model_args, model_kwargs) -> tuple[Any, LogDensity]:
+        """The row model, and the row log-density of unconstrained rows."""
         row_model = self._read_model(model, model_args, model_kwargs)
         if not row_model.visible:
             raise ModelError(
@@ -203,6 +216,8 @@ class RowKernel(MCMCKernel):
                 "discrete. Use `numpyro_ebm.DiscreteLangevin`, `numpyro_ebm.BlockGibbs`, "
                 "`numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`, which chooses one."
             )
+        if isinstance(row_model, PlainModel):
+            return row_model, row_model.log_density
         try:
             marginal = exact_marginal(row_model)
         except ModelError as error:
@@ -225,7 +240,7 @@ class RowKernel(MCMCKernel):
         def draw(key):
             return self._draw_start(key, row_model, self._init_strategy, init_params)
 
-        if not self._redraws:
+        if not self._redraws or isinstance(row_model, PlainModel):  # NumPyro redraws by itself
             return draw(rng_key)
         _, log_density = self._read(self._model, row_model.args, row_model.kwargs)
         return redrawn(
@@ -235,7 +250,6 @@ class RowKernel(MCMCKernel):
     def _check_energy(self, state, model_args, model_kwargs):
         """Say which rows and sites make the initial energy, or its gradient, not finite."""
         bad = ~np.isfinite(np.asarray(state.potential_energy))
-        where = np.argwhere(bad)
         if not bad.any():
             gradients = {k: ~np.isfinite(np.asarray(g)) for k, g in state.z_grad.items()}
             broken = [name for name, g in gradients.items() if g.any()]
@@ -247,72 +261,21 @@ class RowKernel(MCMCKernel):
                     "`init_params`."
                 )
             return
-        z = state.z
-        for _ in range(bad.ndim - 1):  # vectorised chains lead: look at the first bad one
-            z = {name: x[where[0][0]] for name, x in z.items()}
         row_model, _ = self._read(self._model, model_args, model_kwargs)
-        values, _ = row_model.constrain(z)
-        terms = row_model.terms(values)
+        z, where = state.z, np.argwhere(bad)
+        for _ in range(bad.ndim - len(row_model.rows_shape)):  # chains lead: look at a bad one
+            z = {name: x[where[0][0]] for name, x in z.items()}
+        with numpyro.validation_enabled(False):  # of values that are not finite
+            values, _ = row_model.constrain(z)
+            terms = row_model.terms(values)
         sites = [k for k, x in terms.items() if not np.all(np.isfinite(np.asarray(x)))]
-        rows = sorted({int(row) for row in where[:, -1]})
+        rows = sorted({int(row[-1]) if len(row) else 0 for row in where})
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         raise ModelError(
             f"{self._name}: the energy is not finite at the initial values of {int(bad.sum())} of "
-            f"{bad.size} rows (rows {shown}"
+            f"{bad.size} {row_model.unit} ({row_model.unit} {shown}"
             + (f"; the terms of {sites})" if sites else ")")
             + (f", drawn {MAX_DRAWS} times" if self._redraws else "")
             + ". Pass `init_params`, or an `init_strategy` such as "
             "`numpyro.infer.init_to_value(values=...)`."
         )
-
-
-class AdaptiveKernel(RowKernel):
-    """A kernel with a step size, which its warm-up may adapt to an acceptance probability."""
-
-    default_step_size = 0.1
-
-    def __init__(
-        self,
-        model: Model,
-        step_size: float | None,
-        init_strategy: Callable[..., Any],
-        adapt_step_size: bool,
-        target_accept_prob: float | None,
-    ):
-        if step_size is not None:
-            check_positive(self._name, step_size=step_size)
-        if target_accept_prob is not None:
-            check_fraction(self._name, target_accept_prob=target_accept_prob)
-        self._step_size = step_size
-        self._adapt_step_size = adapt_step_size
-        self._target_accept_prob: Any = target_accept_prob  # `None` where a kernel finds its own
-        super().__init__(model, init_strategy)
-
-    @property
-    def needs_warmup(self) -> bool:
-        return self._step_size is None
-
-    def get_diagnostics_str(self, state: Any) -> str:
-        return (
-            f"step size {jnp.median(state.adapt_state.step_size):.2e}. "
-            f"acc. prob={jnp.mean(state.mean_accept_prob):.2f}"
-        )
-
-    def _initial_step_size(self, dimension=1):
-        """The step size at the start, for rows of so many coordinates."""
-        return self.default_step_size if self._step_size is None else self._step_size
-
-    def _tuner(self):
-        """What adapts the step size of a row.
-
-        With the default γ of 0.05 it swings so much with the acceptance of a single row that the
-        mean of its logarithm misses the target.
-        """
-        return acceptance_tuner(self._target_accept_prob, 0.2)
-
-    def _check_warmup(self):
-        if self.needs_warmup and not (self._adapt_step_size and self._num_warmup > 0):
-            raise ModelError(
-                f"{self._name}: without warm-up adaptation (`num_warmup` > 0 and "
-                "`adapt_step_size=True`) pass a `step_size`."
-            )

@@ -14,6 +14,7 @@ from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.plain_model import PlainModel
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
 
@@ -48,7 +49,7 @@ def initial_values(
 
 def unconstrained_values(
     rng_key: jax.Array,
-    row_model: RowModel,
+    row_model: RowModel | PlainModel,
     init_strategy: Callable[..., Any],
     init_params: Params | None,
 ) -> SiteValues:
@@ -56,6 +57,8 @@ def unconstrained_values(
 
     :raises ModelError: if values are given of what is no unobserved site.
     """
+    if isinstance(row_model, PlainModel):
+        return row_model.start(rng_key, init_strategy, init_params)
     values = _values_of_strategy(rng_key, row_model, init_strategy)
     z = {name: site.transform.inv(values[name]) for name, site in row_model.visible.items()}
     if init_params is None:

@@ -35,7 +35,8 @@ class UnderdampedLangevin(ChainKernel):
     In the first steps of a warm-up both are drawn afresh: a row that comes down a steep slope would
     keep in them what it falls, and climb again.
 
-    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param model: a model with fixed parameters, ``fixed(model, params)``; or any NumPyro model
+        without an energy statement, of which it moves all latent sites in one chain.
     :param float step_size: ε, in units of time: a free coordinate moves by about ε of its scale in
         the preconditioner. The initial value where it is adapted.
     :param float friction: γ, the inverse of the time over which a momentum is forgotten, in the

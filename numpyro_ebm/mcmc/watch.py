@@ -35,10 +35,11 @@ class Watch:
     :param str owner: the name of the kernel.
     :param int num_warmup: length of its warm-up.
     :param bool moves: whether a row that stays where it is has been rejected.
+    :param str unit: what moves by itself: "rows", or "chains" of a model without rows.
     """
 
-    def __init__(self, owner: str, num_warmup: int, moves: bool):
-        self.owner, self.num_warmup, self.moves = owner, num_warmup, moves
+    def __init__(self, owner: str, num_warmup: int, moves: bool, unit: str = "rows"):
+        self.owner, self.num_warmup, self.moves, self.unit = owner, num_warmup, moves, unit
         self.last: tuple[int, NDArray[Any], NDArray[Any], float] | None = None
 
     def after(self, state: Any, sums: Callable[[], jax.Array]) -> None:
@@ -63,8 +64,8 @@ class Watch:
         t, energy, largest = int(t), np.asarray(energy, float), float(largest)
         if t not in TIMES:  # under a `vmap` of the user's every step comes here
             return
-        energy = energy.reshape(-1, energy.shape[-1])  # (chains, rows)
-        sums = np.asarray(sums).reshape(energy.shape)
+        shape = (-1, energy.shape[-1]) if self.unit == "rows" else (1, -1)  # (chains, rows)
+        energy, sums = energy.reshape(shape), np.asarray(sums).reshape(shape)
         said = self._compare(t, energy, sums, largest)
         self.last = t, energy, sums, largest
         if said:
@@ -81,13 +82,14 @@ class Watch:
     def _compare(self, t, energy, sums, largest):
         bad = ~np.isfinite(energy)
         if bad.any():
-            return f"the energy is not finite in {bad.any(0).sum()} of {bad.shape[1]} rows"
+            return f"the energy is not finite in {bad.any(0).sum()} of {bad.shape[1]} {self.unit}"
         if self.last is None or t <= self.last[0] or self.last[1].shape != energy.shape:
             return ""
         before, old, old_sums, old_largest = self.last
         frozen = (sums == old_sums).mean(0) > MANY_FROZEN
         if self.moves and t - before >= LONG_ENOUGH and frozen.any():
-            return f"{frozen.sum()} of {len(frozen)} rows did not move in {t - before} steps"
+            what = f"{frozen.sum()} of {len(frozen)} {self.unit}"
+            return f"{what} did not move in {t - before} steps"
         falls = energy.size >= MANY_ENERGIES and (energy < old).mean() > 0.95
         if falls and np.median(old - energy) > 1:
             return (

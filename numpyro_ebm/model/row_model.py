@@ -152,6 +152,13 @@ class RowModel(DataPlate):
         """The model at given parameters and site values, its energies allowed to evaluate."""
         return resolve_normalizer(substitute(self.model, data={**self.plates, **data}))
 
+    unit = "rows"
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """The shape of what has one value a row."""
+        return (self.num_rows,)
+
     @property
     def sites(self) -> dict[str, RowSite]:
         """All visible and latent sites."""

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import Delta, biject_to, constraints
+from numpyro.distributions import Delta, ImproperUniform, biject_to, constraints
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import Counting, Lebesgue, is_real, scalar_support
+from numpyro_ebm.language.distributions import Counting, is_real, scalar_support
 from numpyro_ebm.language.sites import unwrap
 
 __all__ = ["RowSite", "check_data", "placeholder"]
@@ -57,7 +57,7 @@ class RowSite(NamedTuple):
     @property
     def is_flat(self) -> bool:
         """Whether the base measure is constant, so that only energies can shape the site."""
-        return isinstance(unwrap(self.fn), Lebesgue | Counting)
+        return isinstance(unwrap(self.fn), ImproperUniform | Counting)
 
     @property
     def is_unconstrained(self) -> bool:

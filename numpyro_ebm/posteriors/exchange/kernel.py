@@ -18,7 +18,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.mcmc.row_kernel import AdaptiveKernel
+from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.posteriors.exchange.auxiliary import make_auxiliary
 from numpyro_ebm.posteriors.exchange.chain import (
     AuxiliaryTrace,
