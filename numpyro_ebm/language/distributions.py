@@ -136,6 +136,11 @@ class Counting(dist.Distribution):
     pytree_aux_fields = ("num_values",)
     has_enumerate_support = True
 
+    @property
+    def has_rsample(self) -> bool:
+        """Never: NumPyro would say so of a distribution without parameters."""
+        return False
+
     def __init__(
         self,
         num_values: int = 2,

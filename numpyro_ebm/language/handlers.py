@@ -18,6 +18,7 @@ from numpyro_ebm.types import Params
 __all__ = [
     "resolve_normalizer",
     "fixed",
+    "refuse_energies_in_loops",
     "integrated",
     "substitute_and_block",
     "uncondition",
@@ -38,8 +39,32 @@ class resolve_normalizer(Messenger):
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        refuse_energies_in_loops(msg)
         if msg["type"] == NORMALIZER:
             msg["value"] = self.who
+
+
+def refuse_energies_in_loops(msg: dict[str, Any]) -> None:
+    """Let the energies in the bodies of a NumPyro `scan` or `cond` say that they cannot be there.
+
+    NumPyro runs these bodies hidden from all handlers, so that no one could answer for log Z.
+
+    :param dict msg: a message to a handler, as `process_message` receives it.
+    """
+    if msg["type"] == "control_flow":
+        msg["args"] = tuple(_refuse_energies(x) if callable(x) else x for x in msg["args"])
+
+
+class _refuse_energies(Messenger):
+    def process_message(self, msg):
+        if msg["type"] == NORMALIZER:
+            raise ModelError(
+                "An energy in the body of `numpyro.contrib.control_flow.scan` or `cond` is out of "
+                "reach: the normalizer is that of a whole row. State it outside, "
+                "`numpyro_ebm.energy(name, value)`, with a value calculated by `jax.lax.scan`, "
+                "`jax.lax.cond` or `jnp.where`, and the visible sites as arrays with an event "
+                "dimension for the steps."
+            )
 
 
 class set_visible(Messenger):
@@ -161,6 +186,7 @@ class fixed(Messenger):
             self._check_latent()
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        refuse_energies_in_loops(msg)
         if msg["type"] == NORMALIZER:
             msg["value"] = "fixed"
             msg["stop"] = True

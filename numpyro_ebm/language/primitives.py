@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two statements that numpyro-ebm adds to NumPyro's language: ``energy`` and ``visible``."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpyro
@@ -15,7 +15,7 @@ from numpyro_ebm.language.distributions import Unnormalized
 
 T = TypeVar("T", bound=ArrayLike)
 
-__all__ = ["energy", "visible"]
+__all__ = ["always_observed", "energy", "visible"]
 
 NORMALIZER = "energy_normalizer"
 """Type of the message by which an energy asks the handlers around it whether log Z is resolved."""
@@ -105,7 +105,20 @@ def visible(name: str, value: T) -> T:
     return apply_stack(message)["value"]
 
 
-class _ShapeOfPlates(Messenger):
+class always_observed(Messenger):
+    """Refuse to let `uncondition` draw a statement that is a density and no data."""
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            raise ModelError(
+                f"`numpyro.handlers.uncondition` takes the density '{msg['name']}' for data and "
+                "would draw it, and the visible sites from their base measure. To make visible "
+                "sites latent leave the data out of the arguments of the model; to draw them: "
+                "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)`."
+            )
+
+
+class _ShapeOfPlates(always_observed):
     """Compare the shape of one energy with the plates around it, before they broadcast it."""
 
     def __init__(self, shape):
@@ -114,7 +127,10 @@ class _ShapeOfPlates(Messenger):
 
     def postprocess_message(self, msg):
         # The innermost handler post-processes last, after all plates have added their frames.
-        if msg["type"] != "sample" or is_enumerating():
+        if msg["type"] != "sample":
+            return
+        super().postprocess_message(msg)
+        if is_enumerating():
             return
         frames = msg["cond_indep_stack"]
         expected = [1] * max((-frame.dim for frame in frames), default=0)

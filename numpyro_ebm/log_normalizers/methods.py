@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from numpyro.handlers import substitute
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
@@ -226,9 +227,10 @@ def run_method(
 
 def _run_at(name, row_model, params, num_nodes, max_states):
     """log Z(θ) by a method whose result is differentiable in the parameters of the model."""
+    here = substitute(row_model.model, data=row_model.plates)  # the rows of this subsample
     integrand = read_integrand(
         default_key(),
-        fixed(row_model.model, params),
+        fixed(here, params),
         row_model.args,
         row_model.kwargs,
         is_shared=not row_model.covariates,

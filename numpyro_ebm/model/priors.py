@@ -20,6 +20,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import mask_of
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.handlers import refuse_energies_in_loops
 from numpyro_ebm.language.primitives import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
 from numpyro_ebm.model.arguments import Arguments
@@ -65,9 +66,13 @@ class OutsidePlate(Messenger):
     def __init__(self, fn: Model | None = None, plate: str = "data", keep: Iterable[str] = ()):
         self.plate, self.keep = plate, frozenset(keep)
         self.params, self.values, self.indices = {}, {}, None
+        self._stated: set[str] = set()  # as sample sites: a reparameterisation calculates some
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        refuse_energies_in_loops(msg)
+        if msg["type"] == "sample":
+            self._stated.add(msg["name"])
         if msg["type"] == NORMALIZER:
             msg["value"], msg["stop"] = "prior", True
         elif msg["type"] in ("sample", "deterministic") and self._hides(msg):
@@ -78,7 +83,8 @@ class OutsidePlate(Messenger):
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["name"] == self.plate:
             self.indices = msg["value"]
-        elif msg["type"] in ("param", "sample"):  # observed ones too: a handler may condition them
+        elif msg["type"] == "param" or msg.get("name") in self._stated:
+            # Observed ones too: a handler may condition them.
             kept = self.values if self._is_inside(msg) else self.params
             kept[msg["name"]] = msg["value"]
 

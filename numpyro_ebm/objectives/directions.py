@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.objectives.base import Problem
-from numpyro_ebm.program.derivatives import constant_once
+from numpyro_ebm.program.derivatives import constant_once, half_value
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["draw_like", "each", "half_square", "second_derivative"]
@@ -84,4 +84,4 @@ def half_square(
         lambda u: estimate.log_density(params, u), (unconstrained,), (constant_once(direction),)
     )
     inner = along + constant_once(problem.row_model.row_dot(z, offset))
-    return inner - 0.5 * constant_once(inner)
+    return half_value(inner)

@@ -14,7 +14,7 @@ from numpyro_ebm.errors import check_integer
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import draw_like, each, half_square, second_derivative
-from numpyro_ebm.program.derivatives import constant_once
+from numpyro_ebm.program.derivatives import constant_once, half_value
 from numpyro_ebm.types import Params
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
@@ -114,8 +114,7 @@ def _sliced_half_square(params, estimate, problem, direction):
     along_b = jax.jvp(
         lambda u: estimate.log_density(params, u), (problem.unconstrained,), (direction,)
     )[1]
-    product = constant_once(along_a) * along_b
-    return product - 0.5 * constant_once(product)
+    return half_value(constant_once(along_a) * along_b)
 
 
 def _basis(problem):

@@ -28,7 +28,7 @@ from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
-from numpyro_ebm.program.derivatives import constant_once
+from numpyro_ebm.program.derivatives import constant_once, half_value
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["KernelSteinDiscrepancy"]
@@ -168,7 +168,7 @@ class KernelSteinDiscrepancy(Objective):
         # κ is bilinear in the scores of its sides: one derivative of log p̃ along z gives both.
         _, along = jax.jvp(lambda u: estimate.log_density(params, u), (point,), (z,))
         total = jnp.sum(along)
-        return constant_once(rest - total) + 2.0 * total
+        return constant_once(rest) + 2.0 * half_value(total)
 
     def _scale(self, square_distances, counts):
         """1/ℓ², with pairs that count so often, or once if that is ``None``."""

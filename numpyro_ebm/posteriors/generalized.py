@@ -11,21 +11,29 @@ import copy
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpyro
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
+from numpyro_ebm.language.primitives import always_observed
 from numpyro_ebm.marginals import list_exact
 from numpyro_ebm.marginals.common_random_numbers import CommonRandomNumbers
 from numpyro_ebm.marginals.vages import VaGES
-from numpyro_ebm.model.priors import isolated, prior_part, read_with_priors, run_prior
+from numpyro_ebm.model.enumerated_values import EnumeratedValues
+from numpyro_ebm.model.priors import (
+    data_plate,
+    isolated,
+    prior_part,
+    read_with_priors,
+    run_prior,
+)
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.posteriors.calibrated import Calibrated
 from numpyro_ebm.posteriors.conjugate import GaussianPosterior, gaussian_posterior
 from numpyro_ebm.posteriors.potential import Potential, own_parameter_prior
 from numpyro_ebm.posteriors.simulated_rows import AtValues
-from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.program.jaxprs import needed
 from numpyro_ebm.types import Model, Params
 
@@ -135,12 +143,14 @@ class generalized(Calibrated):
                 learning_rate = self.calibrate(*args, **kwargs).learning_rate
         row_model = read_with_priors(self.model, args, kwargs, "generalized")
         params, _, indices = run_prior(self.model, args, kwargs, row_model.plate)
+        params = {name: params[name] for name in row_model.parameters}
+        _check_one_batch(row_model, indices)
         own = {}
         for name, (value, _) in self._own_parameters(row_model, params, args, kwargs).items():
             own[name] = numpyro.sample(name, own_parameter_prior(value))
         rng_key = numpyro.prng_key()
-        if row_model.num_rows != row_model.total_rows:
-            params = {**params, row_model.plate: indices}
+        values = EnumeratedValues.find({**params, **own}, row_model, "generalized")
+        at = {row_model.plate: indices} if row_model.num_rows != row_model.total_rows else {}
         with isolated():
             if rng_key is None:
                 if self.is_random(*args, **kwargs):
@@ -149,12 +159,14 @@ class generalized(Calibrated):
                         "no random key. Run it inside of `numpyro.handlers.seed(model, rng_key)`."
                     )
                 rng_key = default_key()
-            loss = run_compiled(
-                lambda key, params: self._loss(key, params, args, kwargs),
-                rng_key,
-                {**params, **own},
-            )
-        numpyro.factor(SITE, -learning_rate * row_model.total_rows * loss)
+            loss = values.map(lambda params: self._loss(rng_key, {**params, **at}, args, kwargs))
+        # The share of a row, so that NumPyro sees the plate: it enumerates left of those it sees.
+        share = values.place(-learning_rate * loss)
+        share = jnp.expand_dims(share, tuple(range(jnp.ndim(share), 1)))
+        shape = (row_model.num_rows,) + (1,) * (-1 - row_model.dim)
+        share = jnp.broadcast_to(share, jnp.broadcast_shapes(jnp.shape(share), shape))
+        with data_plate(row_model, indices), always_observed():
+            numpyro.factor(SITE, share)
 
     def loss(self, rng_key: jax.Array, params: Params, *args: Any, **kwargs: Any) -> jax.Array:
         """The objective at given parameters, a mean over rows.
@@ -261,6 +273,18 @@ def _check_objective(objective):
             f"data alone: it has chains or networks of its own, or a gradient and no value. Use "
             f"{SERVE}."
         )
+
+
+def _check_one_batch(row_model, indices):
+    """Raise where other rows are asked for than one batch: a loss is of all of them together."""
+    if jnp.size(indices) == row_model.num_rows:
+        return
+    raise ModelError(
+        f"generalized: the plate '{row_model.plate}' has {row_model.num_rows} rows and was given "
+        f"{jnp.size(indices)}. Who does that, as the `taylor_proxy` of HMCECS, wants likelihoods "
+        "of single rows, and a loss has none. Use HMCECS without a proxy, NUTS without a "
+        "`subsample_size`, or `normalized`, which has them."
+    )
 
 
 def _check_learning_rate(learning_rate):

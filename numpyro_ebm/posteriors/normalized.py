@@ -6,22 +6,25 @@ r"""Exact posteriors of an energy's parameters, where log Z(θ) can be computed.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from jax import lax
 from jax.typing import ArrayLike
 from numpyro.handlers import scale
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
+from numpyro_ebm.language.primitives import always_observed
 from numpyro_ebm.log_normalizers.methods import METHODS
 from numpyro_ebm.marginals import ExactMarginal, exact_marginal
+from numpyro_ebm.model.enumerated_values import EnumeratedValues
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_analysis import check_rows_alike
-from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["NormalizedRow", "normalized"]
@@ -128,24 +131,32 @@ class normalized:
         if self._marginal is None:
             kept = [name for name, site in row_model.latent.items() if not site.is_discrete]
         params, latent, indices = run_prior(model, args, kwargs, row_model.plate, kept)
+        params = {name: params[name] for name in row_model.parameters}
+        values = EnumeratedValues.find({**params, **latent}, row_model, "normalized")
         with isolated():
             if row_model.num_rows != row_model.total_rows:  # the rows of this subsample
-                row_model = read_model(model, args, kwargs, {**params, row_model.plate: indices})
-            params = {name: params[name] for name in row_model.parameters}
-
-            def evaluate(params, latent):
-                log_z = self._log_z(row_model, params)
-                return self._log_density(row_model, params, latent) - log_z, log_z
-
-            rows, log_z = run_compiled(evaluate, params, latent)
-        _observe(row_model, indices, rows)
-        mcse = getattr(self.log_normalizer, "mcse", None)
-        if mcse is not None:
-            times: Any = row_model.weigh(jnp.ones(row_model.num_rows))
-            times = row_model.total_rows * jnp.mean(times) if jnp.ndim(log_z) == 0 else times
-            variance = jnp.sum((times * mcse(params)) ** 2)
+                own = {name: values.one[name] for name in row_model.parameters}
+                at = {**own, row_model.plate: indices}
+                row_model = read_model(model, args, kwargs, at)
+            rows, variance = values.map(partial(self._rows, row_model))
+        _observe(row_model, indices, values, rows)
+        if variance is not None:
+            variance = values.place(variance)
             numpyro.deterministic("log_normalizer_error", jnp.sqrt(variance))
             numpyro.factor("log_normalizer_doubt", -0.5 * variance)
+
+    def _rows(self, row_model, values):
+        """Log-likelihood of the rows, and the variance of their sum if Z is an estimate."""
+        params = {name: values[name] for name in row_model.parameters}
+        latent = {name: values[name] for name in row_model.latent if name in values}
+        log_z = self._log_z(row_model, params)
+        rows = self._log_density(row_model, params, latent) - log_z
+        mcse = getattr(self.log_normalizer, "mcse", None)
+        if mcse is None:
+            return rows, None
+        times: Any = row_model.weigh(jnp.ones(row_model.num_rows))
+        times = row_model.total_rows * jnp.mean(times) if jnp.ndim(log_z) == 0 else times
+        return rows, jnp.sum((times * mcse(params)) ** 2)
 
     def _log_z(self, row_model, params):
         if callable(self.log_normalizer):
@@ -187,7 +198,7 @@ class NormalizedRow(dist.Distribution):
 
     Made by :class:`normalized`; not a distribution to write into a model.
 
-    :param rows: the log-likelihood of the rows.
+    :param rows: the log-likelihood of the rows; axes left of the plates are enumerated.
     :param fn: the base measure of the site.
     """
 
@@ -196,7 +207,8 @@ class NormalizedRow(dist.Distribution):
 
     def __init__(self, rows: jax.Array, fn: Any, *, validate_args: bool | None = None):
         self.rows, self._support = rows, fn.support
-        super().__init__(fn.batch_shape, fn.event_shape, validate_args=validate_args)
+        batch_shape: Any = lax.broadcast_shapes(jnp.shape(rows), fn.batch_shape)
+        super().__init__(batch_shape, fn.event_shape, validate_args=validate_args)
 
     @dist.constraints.dependent_property
     def support(self) -> Any:
@@ -213,23 +225,20 @@ class NormalizedRow(dist.Distribution):
         )
 
 
-def _observe(row_model, indices, rows):
+def _observe(row_model, indices, values, rows):
     """Add the log-likelihood of the rows to the model, scaled and masked as in the model."""
     weighted: Any = nullcontext()
     if row_model.row_weights is not None:
         counts = row_model.row_weights > 0
         rows = jnp.where(counts, rows, 0.0)
         weights = jnp.where(counts, row_model.row_weights, 1.0)  # NumPyro's scales are positive
-        weighted = scale(scale=_in_place(weights, row_model.dim))
+        weighted = scale(scale=jnp.reshape(weights, (-1,) + (1,) * (-1 - row_model.dim)))
     with data_plate(row_model, indices), weighted:
         if any(len(site.dims) > 1 + site.event_dim for site in row_model.visible.values()):
             # Sites of further plates do not have one value a row.
-            numpyro.factor(row_model.energies[0], _in_place(rows, row_model.dim))
+            with always_observed():
+                numpyro.factor(row_model.energies[0], values.place(rows, row_model.dim))
             return
         for i, (name, site) in enumerate(row_model.visible.items()):
-            mine = _in_place(rows if i == 0 else jnp.zeros_like(rows), row_model.dim)
+            mine = values.place(rows if i == 0 else jnp.zeros_like(rows), row_model.dim)
             numpyro.sample(name, NormalizedRow(mine, site.fn), obs=site.value)
-
-
-def _in_place(rows, dim):
-    return jnp.reshape(rows, (-1,) + (1,) * (-1 - dim))

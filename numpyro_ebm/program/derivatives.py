@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Values whose derivatives of the first order are estimators: what those of the second are.
 
-With z(θ) an array and ⊥ a stop of gradients, ``z · f(θ) - ½ ⊥[z · f(θ)]`` has the value and the
-gradient of ½f² where z = ⊥f, for the price of one reverse pass; and the Hessian of something else.
+With z(θ) an array and ⊥ a stop of gradients, ``z · f(θ)`` has twice the value and the gradient of
+½f² where z = ⊥f, for the price of one reverse pass (:func:`half_value` takes half of the value
+alone); and the Hessian of something else.
 Where z is a function of θ like any other, a stop that holds for one differentiation only,
 :func:`constant_once`, gives all its derivatives. Where z is an estimate independent of f nothing
 does, and :func:`once_differentiable` refuses.
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.compilation import constants_as_arguments
 
-__all__ = ["constant_once", "once_differentiable", "without_derivatives"]
+__all__ = ["constant_once", "half_value", "once_differentiable", "without_derivatives"]
 
 
 @jax.custom_jvp
@@ -30,10 +31,8 @@ def constant_once(x: Any) -> Any:
     **Example**
 
     >>> import jax
-    >>> from numpyro_ebm.program.derivatives import constant_once
-    >>> def half_square(x):
-    ...     product = constant_once(x) * x
-    ...     return product - 0.5 * constant_once(product)
+    >>> from numpyro_ebm.program.derivatives import constant_once, half_value
+    >>> half_square = lambda x: half_value(constant_once(x) * x)
     >>> f, df = half_square, jax.grad(half_square)
     >>> float(f(3.0)), float(df(3.0)), float(jax.grad(df)(3.0))
     (4.5, 3.0, 1.0)
@@ -44,6 +43,23 @@ def constant_once(x: Any) -> Any:
 @constant_once.defjvp
 def _(primals, tangents):
     return primals[0], jax.tree.map(jnp.zeros_like, tangents[0])
+
+
+@jax.custom_jvp
+def half_value(x: jax.Array) -> jax.Array:
+    r"""x / 2 with the first derivative of x.
+
+    It is ``x - constant_once(x) / 2``, also where x is infinite.
+
+    :param x: a floating point array.
+    :return: the same shape.
+    """
+    return 0.5 * x
+
+
+@half_value.defjvp
+def _(primals, tangents):
+    return 0.5 * primals[0], tangents[0]
 
 
 def once_differentiable(x: jax.Array, why: str) -> jax.Array:

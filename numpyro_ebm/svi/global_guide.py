@@ -21,7 +21,12 @@ from jax.lax import stop_gradient
 from numpyro.distributions import Delta
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import init_to_median
-from numpyro.infer.autoguide import AutoLaplaceApproximation
+from numpyro.infer.autoguide import (
+    AutoDAIS,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoSemiDAIS,
+)
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError, UnhandledEnergyError
@@ -33,6 +38,9 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["Draw", "GlobalGuide", "check_supports", "start_at_median"]
+
+READ_THE_DENSITY = (AutoDAIS, AutoLaplaceApproximation, AutoSemiDAIS)
+"""Guides whose draws depend on the density of the model that they are made of."""
 
 PARAM, SITE = "param:", "site:"
 """Before the names of sites whose influence is traced."""
@@ -152,11 +160,7 @@ class GlobalGuide(NamedTuple):
         """
         if guide is None:
             return None
-        if isinstance(guide, AutoLaplaceApproximation):
-            raise ModelError(
-                "EnergySVI: AutoLaplaceApproximation would take the curvature of the prior alone. "
-                "Use AutoMultivariateNormal, or AutoDelta for the mode."
-            )
+        _check_kind(guide)
         try:
             # An AutoGuide remembers the values of its first run, which must not be tracers. As that
             # run is slow, one operation at a time, h is not drawn in it.
@@ -226,6 +230,19 @@ class GlobalGuide(NamedTuple):
             return None
         constants = {**draw.sites, **{name: params[name] for name in self.parameters}}
         return substitute_and_block(self.guide, stop_gradient(constants))
+
+
+def _check_kind(guide):
+    for part in guide if isinstance(guide, AutoGuideList) else (guide,):
+        if part is not guide:
+            _check_kind(part)
+        elif isinstance(part, READ_THE_DENSITY):
+            raise ModelError(
+                f"EnergySVI: {type(part).__name__} looks at the density of its own model, and "
+                "would see the prior alone: the rows are the objective's. Use "
+                "AutoMultivariateNormal or another guide that only draws, AutoDelta for the mode, "
+                f"or `numpyro.infer.SVI` with {type(part).__name__}(generalized(model, objective))."
+            )
 
 
 def _check_names(row_model, inside, outside):

@@ -94,7 +94,8 @@ def test_the_gradient_of_a_loss_is_that_of_its_value(x64, name):
         for k, site in model_trace.items()
         if k in params
     )
-    term = model_trace["generalized_loss"]["fn"].log_prob(model_trace["generalized_loss"]["value"])
+    site = model_trace["generalized_loss"]
+    term = jnp.sum(site["fn"].log_prob(site["value"]))
     np.testing.assert_allclose(potential(params), prior + term, rtol=1e-9)
     if guide is None and not model.is_random(data):
         loss = objective.loss(KEY, params, base, None, data)
