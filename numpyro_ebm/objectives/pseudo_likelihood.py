@@ -4,9 +4,10 @@ r"""Pseudo-likelihood: every coordinate given all others.
 .. math:: \log p(x_d = a \mid x_{-d}; θ) = \log\tilde p(a, x_{-d}; θ)
     - \log\sum_b \tilde p(b, x_{-d}; θ)
 
-No sampler and no tuning: the first choice for discrete data, at the price of one evaluation of the
-energy for every neighbour. It is blind to what single coordinates cannot tell: the weights of modes
-that differ in many coordinates.
+No sampler and no tuning: the first choice for discrete data. All conditionals of a row come from one
+gradient where the energy is a sum of products of tables of single sites, as nearly all discrete
+energies are, however they are written; otherwise from an evaluation for every neighbour. It is
+blind to what single coordinates cannot tell: the weights of modes that differ in many coordinates.
 """
 
 import jax
@@ -26,6 +27,11 @@ class PseudoLikelihood(NeighbourObjective):
     :math:`\operatorname{softplus}\big(\log\tilde p(\bar x^d) - \log\tilde p(x)\big)` with
     :math:`\bar x^d` the row with bit d flipped. Consistent, and exact where coordinates are
     independent; less efficient than maximum likelihood where they are strongly coupled.
+
+    Lookups, one-hot codes, comparisons, products and sums over pairs or more of them, adjacency
+    matrices, `vmap` and `scan` are seen through, with any parameters, at rows that differ too
+    (:mod:`numpyro_ebm.program.multi_affine`). A maximum or a nonlinear function over many sites is
+    not, nor are latent sites; a log message at level INFO says so.
 
     :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :raises ModelError: when used, if a visible site is continuous or has infinitely many values, or

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm._compat import Tracer
+from numpyro_ebm.program.jaxprs import applied
 
 __all__ = ["Constant", "evaluate_now", "evaluate_later", "keep_known", "known"]
 
@@ -44,9 +45,7 @@ def keep_known(*inputs: Any) -> AbstractContextManager[Any]:
 def evaluate_now(eqn: Any, arguments: Sequence[Any]) -> list[np.ndarray]:
     """The results of one operation at these values, as NumPy arrays."""
     with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
-        outputs = eqn.primitive.bind(*map(jnp.asarray, arguments), **eqn.params)
-    outputs = outputs if eqn.primitive.multiple_results else [outputs]
-    return [np.asarray(x) for x in outputs]
+        return [np.asarray(x) for x in applied(eqn, [*map(jnp.asarray, arguments)])]
 
 
 def evaluate_later(eqn: Any, operands: Sequence[Constant]) -> list[Constant]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm._compat import ClosedJaxpr, Literal, eval_jaxpr, is_dropped
+from numpyro_ebm._compat import ClosedJaxpr, Literal, is_dropped
 
 __all__ = [
     "CUSTOM_RULES",
@@ -27,6 +27,7 @@ __all__ = [
     "keeps_values",
     "needed",
     "renamed",
+    "scan_parts",
     "vanishes",
     "variables",
     "without_repeats",
@@ -125,12 +126,25 @@ def constants_of(fn: Callable[..., Any], *args: Any) -> list[Any]:
     return found
 
 
-def applied(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """The results of one operation of a jaxpr, on these operands."""
-    pairs = zip(eqn.invars, operands, strict=True)
-    given = {v: x for v, x in pairs if not isinstance(v, Literal)}
-    one = jaxpr.replace(eqns=[eqn], constvars=(), invars=list(given), outvars=eqn.outvars)
-    return eval_jaxpr(one, (), *given.values())
+def applied(eqn: Any, operands: Sequence[Any], **changes: Any) -> list[Any]:
+    """The results of one operation of a jaxpr, on these operands.
+
+    :param changes: parameters of the operation with other values.
+    """
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*operands, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried from step to step."""
+    # Slices have an axis less inside; versions of JAX differ in how they count them otherwise.
+    arguments = zip(eqn.invars, eqn.params["jaxpr"].jaxpr.invars, strict=True)
+    results = zip(eqn.outvars, eqn.params["jaxpr"].jaxpr.outvars, strict=True)
+    num_xs = sum(v.aval.ndim > u.aval.ndim for v, u in arguments)
+    num_carry = sum(v.aval.ndim == u.aval.ndim for v, u in results)
+    return len(eqn.invars) - num_xs - num_carry, num_carry
 
 
 def called(eqn: Any) -> Any:
@@ -256,7 +270,7 @@ def _evaluate_with_zeros(closed, args):
             other = -other if vanished[0] and name == "sub" else other
             return [jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
         pairs = zip(eqn.invars, operands, strict=True)
-        return applied(closed.jaxpr, eqn, [_zeros(v) if x is None else x for v, x in pairs])
+        return applied(eqn, [_zeros(v) if x is None else x for v, x in pairs])
 
     return interpret(closed, apply, args)
 

@@ -9,6 +9,7 @@ product with a diagonal matrix becomes a scaling. H of the energy :math:`-s^\top
 :math:`J + J^\top` times a number, without a product of matrices.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def quadratic_form(
     None [[0.0, 4.0], [4.0, 0.0]]
     """
     point = np.broadcast_to(center, (len(center), len(center)))
-    identity = Diagonal(np.ones(len(center), point.dtype))
+    identity = Selection(np.ones(len(center), point.dtype), np.arange(len(center)), center.shape)
     slope = jax.make_jaxpr(gradient)(point)
     derivative = jax.make_jaxpr(lambda t: jax.jvp(gradient, (point,), (t,))[1])(point)
     try:
@@ -58,23 +59,51 @@ def quadratic_form(
         return None
     if H is None:
         H = jnp.zeros_like(point)
-    if isinstance(H, Diagonal):
-        H = jnp.diag(H.vector)
+    if isinstance(H, Selection):
+        H = H.dense()
     return None if b is None else b[0], H
 
 
 class NoSimpleForm(Exception):
-    """Raised for an operation whose result on a diagonal matrix is not known to be simple."""
+    """Raised for an operation on a diagonal matrix, or the like, whose result is not simple."""
 
 
-class Diagonal:
-    """A diagonal matrix, with a row for each axis."""
+class Selection:
+    """A matrix with one entry in a row, such as a diagonal one; a row may be of any shape.
 
-    def __init__(self, vector: Any):
-        self.vector = vector
+    :param vector: the entries, of shape (rows,).
+    :param place: where in the row each of them is, as an index into its elements, (rows,).
+    :param shape: the shape of a row.
+    """
+
+    def __init__(self, vector: Any, place: np.ndarray, shape: tuple[int, ...]):
+        self.vector, self.place, self.shape = vector, place, shape
+
+    def with_vector(self, vector: Any) -> "Selection":
+        """Other entries in the same places."""
+        return Selection(vector, self.place, self.shape)
 
     def __neg__(self):
-        return Diagonal(-self.vector)
+        return self.with_vector(-self.vector)
+
+    def dense(self) -> jax.Array:
+        """The matrix as an array of shape (rows, *shape)."""
+        size, rows = math.prod(self.shape), len(self.place)
+        flat = jnp.zeros((rows, size), self.vector.dtype)
+        flat = flat.at[np.arange(rows), self.place].set(self.vector)
+        return jnp.reshape(flat, (rows, *self.shape))
+
+    def entries_of(self, x: Any) -> Any:
+        """The elements of another array in the same places."""
+        if isinstance(x, Selection):
+            if not np.array_equal(x.place, self.place):
+                raise NoSimpleForm
+            return x.vector
+        if np.ndim(x) == 0:
+            return x
+        rows = len(self.place)
+        flat = jnp.reshape(jnp.broadcast_to(x, (rows, *self.shape)), (rows, -1))
+        return flat[np.arange(rows), self.place]
 
 
 def _evaluate_structured(closed, args):
@@ -89,69 +118,118 @@ def _evaluate_structured(closed, args):
         if any(vanished) and name in ADDITIONS:
             other = operands[0] if vanished[1] else operands[1]
             other = -other if vanished[0] and name == "sub" else other
-            is_diagonal = isinstance(other, Diagonal)
+            is_diagonal = isinstance(other, Selection)
             return [other if is_diagonal else jnp.broadcast_to(other, eqn.outvars[0].aval.shape)]
-        if any(isinstance(x, Diagonal) for x in operands):
-            return [_of_diagonals(eqn, operands)]
+        if any(isinstance(x, Selection) for x in operands):
+            return [_of_selections(eqn, operands)]
         operands = [
             np.zeros(v.aval.shape, v.aval.dtype) if x is None else x
             for v, x in zip(eqn.invars, operands, strict=True)
         ]
         if not all(map(not_jax_tracer, operands)):
-            return applied(closed.jaxpr, eqn, operands)
+            return applied(eqn, operands)
         with jax.ensure_compile_time_eval():
-            return [_or_none(x) for x in applied(closed.jaxpr, eqn, operands)]
+            return [_or_none(x) for x in applied(eqn, operands)]
 
     return interpret(closed, apply, args, _or_none)
 
 
-def _of_diagonals(eqn, operands):
-    """One operation on at least one diagonal matrix."""
-    name = eqn.primitive.name
-    x, y = [*operands, None][:2]
-    both = isinstance(x, Diagonal) and isinstance(y, Diagonal)
-    if name in ("neg", "copy", "convert_element_type", "transpose"):
-        vector = (-x if name == "neg" else x).vector
-        return Diagonal(vector.astype(eqn.outvars[0].aval.dtype))
+def _of_selections(eqn, operands):
+    """One operation on at least one matrix with an entry in a row."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    which = 0 if isinstance(operands[0], Selection) else 1
+    own, other = operands[which], operands[1 - which] if len(operands) > 1 else None
+    if name in ("neg", "copy", "convert_element_type"):
+        return own.with_vector((-own.vector if name == "neg" else own.vector).astype(out.dtype))
+    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"):
+        return _rows_reshaped(eqn, own)
     if name == "reduce_sum":
-        return x.vector if len(eqn.params["axes"]) == 1 else jnp.sum(x.vector)
+        return _summed(own, eqn.params["axes"])
+    if name in (*ADDITIONS, "mul", "div") and out.shape != (len(own.place), *own.shape):
+        raise NoSimpleForm  # it is repeated along an axis
     if name in ADDITIONS:
-        if both:
-            return Diagonal(ADDITIONS[name](x.vector, y.vector))
-        x, y = (jnp.diag(z.vector) if isinstance(z, Diagonal) else z for z in (x, y))
-        return ADDITIONS[name](x, y)
+        if isinstance(other, Selection):
+            return own.with_vector(ADDITIONS[name](operands[0].vector, own.entries_of(operands[1])))
+        return ADDITIONS[name](*(x.dense() if isinstance(x, Selection) else x for x in operands))
     if name == "mul":
-        return Diagonal(_along(x) * _along(y))
-    if name == "div" and not isinstance(y, Diagonal):
-        return Diagonal(x.vector / _along(y))
+        return own.with_vector(own.vector * own.entries_of(other))
+    if name == "div" and which == 0:
+        return own.with_vector(own.vector / own.entries_of(other))
     if name == "dot_general":
-        (left, right), batch = eqn.params["dimension_numbers"]
-        if len(left) == 1 and batch == ((), ()):
-            if both:
-                return Diagonal(_along(x) * _along(y))
-            if isinstance(x, Diagonal):
-                return jnp.moveaxis(_scaled(y, x.vector, right[0]), right[0], 0)
-            return jnp.moveaxis(_scaled(x, y.vector, left[0]), left[0], -1)
-        vector: Any = y if isinstance(x, Diagonal) else x
-        if not left and batch == ((0,), (0,)) and np.ndim(vector) == 1:  # it scales the rows
-            return Diagonal(_along(x) * _along(y))
+        return _contracted(eqn, operands, which)
     raise NoSimpleForm
 
 
-def _along(x):
-    """The diagonal of a matrix, an axis of length one repeated; vectors and numbers as they are."""
-    if isinstance(x, Diagonal):
-        return x.vector
-    if np.ndim(x) > 2:
+def _rows_reshaped(eqn, own):
+    """Rows stay rows, and the elements of a row keep their order."""
+    out, name, rows = eqn.outvars[0].aval.shape, eqn.primitive.name, len(own.place)
+    if name == "transpose" and own.shape == (rows,) and np.array_equal(own.place, np.arange(rows)):
+        return own  # the matrix is symmetric
+    moves = name == "transpose" and sum(size > 1 for size in own.shape) > 1
+    first = eqn.params.get("permutation", eqn.params.get("broadcast_dimensions", (0,)))[0]
+    is_same = out[:1] == (rows,) and math.prod(out[1:]) == math.prod(own.shape)
+    if not is_same or moves or first != 0:
         raise NoSimpleForm
-    if np.ndim(x) < 2:
-        return x
-    return jnp.diagonal(jnp.broadcast_to(x, (max(x.shape), max(x.shape))))
+    return Selection(own.vector, own.place, out[1:])
 
 
-def _scaled(x, factor, axis):
-    """An array times a vector along one of its axes."""
-    return factor.reshape([-1 if i == axis else 1 for i in range(np.ndim(x))]) * x
+def _summed(own, axes):
+    if 0 in axes:
+        if len(axes) == 1 + len(own.shape):
+            return jnp.sum(own.vector)
+        if len(axes) > 1:
+            raise NoSimpleForm
+        return jnp.reshape(jnp.sum(own.dense(), 0), own.shape)
+    return _summed_over(own, axes, own.vector)
+
+
+def _summed_over(own, axes, vector):
+    """The matrix summed over axes of its rows, with these entries."""
+    kept = [i for i in range(len(own.shape)) if i + 1 not in axes]
+    shape = tuple(own.shape[i] for i in kept)
+    if not shape:
+        return vector
+    index = np.unravel_index(own.place, own.shape)
+    place = np.asarray(np.ravel_multi_index([index[i] for i in kept], shape))
+    return Selection(vector, place, shape)
+
+
+def _contracted(eqn, operands, which):
+    """The rows or columns of the other factor, scaled."""
+    contracted, batch = eqn.params["dimension_numbers"]
+    own, other = operands[which], operands[1 - which]
+    axes, others = contracted[which], contracted[1 - which]
+    if isinstance(other, Selection):
+        is_plain = axes == others == (1,) and own.shape == other.shape == (len(own.place),)
+        if is_plain and not batch[0]:
+            return own.with_vector(own.vector * own.entries_of(other))
+        raise NoSimpleForm
+    if not axes and batch == ((0,), (0,)) and np.ndim(other) == 1:  # it scales the rows
+        return own.with_vector(own.vector * other)
+    if batch != ((), ()) or not axes:
+        raise NoSimpleForm
+    if 0 in axes:
+        if axes != (0,):
+            raise NoSimpleForm
+        # Columns of a product with the transposed matrix.
+        is_diagonal = own.shape == own.place.shape and np.array_equal(
+            own.place, np.arange(len(own.place))
+        )
+        if not is_diagonal:
+            raise NoSimpleForm
+        index = (own.place,)
+    else:
+        index = np.unravel_index(own.place, own.shape)
+        index = tuple(index[i - 1] for i in axes)
+        if np.ndim(other) == len(others):  # a weight for each element
+            weights = jnp.transpose(other, others)[index]
+            return _summed_over(own, axes, own.vector * weights)
+        if any(size > 1 and i + 1 not in axes for i, size in enumerate(own.shape)):
+            raise NoSimpleForm
+    rows = jnp.moveaxis(jnp.asarray(other), others, range(len(others)))[index]
+    rows = jnp.reshape(own.vector, (-1, *[1] * (rows.ndim - 1))) * rows
+    out = eqn.outvars[0].aval.shape
+    return jnp.reshape(rows if which == 0 else jnp.moveaxis(rows, 0, -1), out)
 
 
 def _or_none(x):

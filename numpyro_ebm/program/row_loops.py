@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from numpyro_ebm.program.jaxprs import scan_parts
 from numpyro_ebm.program.rows import MIXED, STEP, Rows, joined, mixed
 
 __all__ = ["LOOPS"]
@@ -25,12 +26,7 @@ def _steady(step, carry):
 def _scan(walk: Walk, eqn: Any, operands: Sequence[Rows]) -> list[Rows]:
     """A loop over another axis than the rows, or over the rows, one at a time."""
     inner = eqn.params["jaxpr"]
-    # Slices have an axis less inside; versions of JAX differ in how they count them otherwise.
-    arguments = zip(eqn.invars, inner.jaxpr.invars, strict=True)
-    results = zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
-    num_xs = sum(v.aval.ndim > u.aval.ndim for v, u in arguments)
-    num_carry = sum(v.aval.ndim == u.aval.ndim for v, u in results)
-    num_consts = len(operands) - num_xs - num_carry
+    num_consts, num_carry = scan_parts(eqn)
     consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
     xs = operands[num_consts + num_carry :]
     over_rows = any(x.axis == 0 for x in xs)

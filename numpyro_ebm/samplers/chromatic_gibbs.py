@@ -14,20 +14,17 @@ Reference: Gonzalez, Low, Gretton, Guestrin, *Parallel Gibbs sampling: from colo
 junction trees*, AISTATS 2011.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from numpy.typing import ArrayLike
 
+from numpyro_ebm.program.multi_affine import value_table
 from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
 
-__all__ = ["draw_coloured", "find_interaction", "value_table"]
+__all__ = ["draw_coloured", "find_interaction"]
 
 MAX_DEGREE = 8  # polynomials up to here are differenced through their gradient
 MAX_BATCH = 4_000_000  # coordinates of candidates that are weighed at once
@@ -202,20 +199,6 @@ def find_interaction(
     _, second = narrow(row, x, y, second, first)
     pair = int(jnp.argmax(first)), int(jnp.argmax(second))
     return min(pair), max(pair)
-
-
-def value_table(
-    position: Mapping[str, Any], values: Mapping[str, ArrayLike]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values of every coordinate of some sites, padded to (coordinates, K), and their mask."""
-    num_values = max(np.size(x) for x in values.values())
-    table, is_value = [], []
-    for name, x in values.items():
-        x, size = np.asarray(x), np.prod(position[name].shape[1:], dtype=int)
-        padded = np.concatenate([x, np.repeat(x[-1:], num_values - len(x))])
-        table.append(np.tile(padded, (size, 1)))
-        is_value.append(np.tile(np.arange(num_values) < len(x), (size, 1)))
-    return np.concatenate(table), np.concatenate(is_value)
 
 
 def _polynomial_logits(log_density, flat, moving, table, block):

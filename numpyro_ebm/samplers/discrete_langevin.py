@@ -29,7 +29,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import SamplingAlgorithm, build_sampling_algorithm
-from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH, value_table
+from numpyro_ebm.program.multi_affine import value_table
+from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
 

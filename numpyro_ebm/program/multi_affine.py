@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Functions of finite states that are affine in the indicators of every coordinate.
+
+.. math:: f(x) = g(X), \quad X_{ck} = [x_c = k], \qquad
+    f(x^{c \to k}) - f(x) = \frac{∂g}{∂X_{ck}} - \frac{∂g}{∂X_{c x_c}}
+
+Nearly all energies of discrete sites are of this kind: whatever reads one coordinate is a table
+over its states, and tables of different coordinates are multiplied and summed. Then one gradient of
+g is what every coordinate would change at every state, exactly, at any degree.
+
+That f is a polynomial in tables follows from the operations of its program. That no coordinate
+meets itself, :math:`∂^2 g / ∂X_c^2 = 0`, is an identity between polynomials, which is tried at
+random indicators and random parameters: a polynomial that is not zero is zero there with
+probability zero.
+
+Reference: the identity test, Schwartz, *Fast probabilistic algorithms for verification of
+polynomial identities*, Journal of the ACM 1980.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from numpyro_ebm._compat import Tracer
+from numpyro_ebm.program.quadratic import quadratic_form
+from numpyro_ebm.program.state_rules import StateWalker
+from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, constant
+
+__all__ = ["MultiAffine", "multi_affine", "value_table"]
+
+AT_ONCE = 2_000_000  # indicators of the points at which the identity is tried together
+MOST_INDICATORS = 4_096  # of a row, for a matrix of second derivatives to be written down
+SIGNS: tuple[Callable[..., Any], ...] = (lambda x: x, np.abs, lambda x: -np.abs(x))
+"""What is tried for random parameters: some have to be positive, others are used by their sign."""
+
+
+def multi_affine(
+    fn: Callable[..., jax.Array],
+    args: Any,
+    rows: Mapping[str, Any],
+    values: Mapping[str, ArrayLike],
+) -> "MultiAffine | None":
+    """A function of the states of rows in the form above, where it can be shown to have it.
+
+    :param fn: ``(args, rows) -> (rows,)``, row by row; it is traced, not run.
+    :param args: pytree of parameters: it is shown for all their values. What ``fn`` closes over
+        counts with its values, or as a parameter where these are not known (under `jit`).
+    :param dict rows: arrays (or shapes with dtypes) of shape (rows, ...) by site.
+    :param dict values: the possible values of one coordinate of each site, of shape (states,).
+    :return: the :class:`MultiAffine`; ``None`` where it cannot be shown.
+
+    **Example**
+
+    >>> import jax, jax.numpy as jnp
+    >>> from numpyro_ebm.program.multi_affine import multi_affine
+    >>> def potts(J, x):
+    ...     o = jax.nn.one_hot(x["s"], 3)
+    ...     return jnp.einsum("nia,ab,nib->n", o[:, 1:], J, o[:, :-1])
+    >>> J, x = jnp.arange(9.0).reshape(3, 3), jnp.array([[0, 2, 1]])
+    >>> form = multi_affine(potts, J, {"s": x}, {"s": [0, 1, 2]})
+    >>> form.degree, form.is_affine
+    (2, True)
+    >>> slopes = jax.grad(lambda X: jnp.sum(form(J, X)))(form.indicators(x))
+    >>> (slopes[0, 1] - slopes[0, 1, 2]).tolist()  # the middle one at 0, 1, and 2 as it is
+    [-8.0, -4.0, 0.0]
+    >>> multi_affine(lambda J, x: jnp.max(x["s"], -1) * 1.0, J, {"s": x}, {"s": [0, 1, 2]})
+    """
+    try:
+        form = MultiAffine(fn, args, rows, values)
+        form.prove()
+    except NotMultiAffine:
+        return None
+    return form if form.is_affine or form.degree == 2 else None
+
+
+class MultiAffine:
+    """A function of the states of rows, at relaxed indicators. Made by :func:`multi_affine`.
+
+    - **values** - the values of every coordinate of a row, (coordinates, states), the last one
+      repeated where a site has fewer.
+    - **is_state** - which of them are states, of the same shape.
+    - **is_binary** - whether all coordinates have two states. Then the indicators of a row are
+      those of the second state, (coordinates,), and else (coordinates, states).
+    - **degree** - a bound of its degree in the indicators.
+    - **is_affine** - whether it is affine in every coordinate; if not it has degree two.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., jax.Array],
+        args: Any,
+        rows: Mapping[str, Any],
+        values: Mapping[str, ArrayLike],
+    ):
+        self._shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in rows.items()}
+        self.num_rows = next(iter(self._shapes.values())).shape[0]
+        self.values, self.is_state = value_table(rows, {name: values[name] for name in rows})
+        self.is_binary = self.values.shape[1] == 2 and bool(np.all(self.is_state))
+        self._shape = self.values.shape[:1] if self.is_binary else self.values.shape
+        self._args = jax.tree.map(jnp.asarray, args)
+        names = list(rows)
+        self._closed = jax.make_jaxpr(lambda a, *xs: fn(a, dict(zip(names, xs, strict=True))))(
+            self._args, *self._shapes.values()
+        )
+        self.degree, self.is_affine = 0, False
+
+    def __call__(self, args: Any, indicators: jax.Array) -> jax.Array:
+        """The function at relaxed indicators.
+
+        :param args: its arguments.
+        :param indicators: of shape (rows, coordinates, states), or (rows, coordinates) where all
+            coordinates have two states; of any number of rows if the program is that of one row.
+        :return: array of shape (rows,).
+        """
+        return self._rows(args, self._closed.consts, indicators)
+
+    def indicators(self, flat: jax.Array) -> jax.Array:
+        """The indicators of states.
+
+        :param flat: values of the coordinates, site after site, of shape (rows, coordinates).
+        """
+        values = jnp.asarray(self.values, flat.dtype)
+        if self.is_binary:
+            return jnp.asarray(flat == values[:, 1], float)
+        return jnp.asarray((flat[..., None] == values) & self.is_state, float)
+
+    def secants(self, args: Any, indicators: jax.Array) -> jax.Array | None:
+        """What a change of state adds to the function, for every coordinate at once.
+
+        The difference between two states of a coordinate is that of their secants, exactly: where
+        the function is affine they are its gradient, and else its gradient without what a
+        coordinate adds to its own.
+
+        :param args: its arguments.
+        :param indicators: of states, as :meth:`indicators` returns them.
+        :return: an array of their shape; ``None`` where the function is not affine, and the matrix
+            of its second derivatives has no simple form.
+        """
+        form = self.coefficients(args)
+        if form is None and not self.is_affine:
+            return None
+        if form is None:
+            return jax.grad(lambda x: jnp.sum(self(args, x)))(indicators)
+        b, H = form
+        flat = jnp.reshape(indicators, (len(indicators), -1))
+        slopes = flat @ H if b is None else b + flat @ H
+        return jnp.reshape(slopes, indicators.shape)
+
+    def coefficients(self, args: Any) -> tuple[jax.Array | None, jax.Array] | None:
+        """b, which may be ``None`` for zeros, and H, of secants that are ``b + X H``.
+
+        ``None`` where the degree is higher, or H has no simple form
+        (:func:`~numpyro_ebm.program.quadratic.quadratic_form`).
+        """
+        size = math.prod(self._shape)
+        if self.degree > 2 or self.num_rows > 1 or size > MOST_INDICATORS:
+            return None
+
+        def log_density(flat):
+            return jnp.sum(self(args, jnp.reshape(flat, (-1, *self._shape))))
+
+        form = quadratic_form(jax.grad(log_density), np.zeros(size, jnp.result_type(float)))
+        if form is None or self.is_affine:
+            return form
+        b, H = form
+        own = np.kron(np.eye(len(self.values)), np.ones((size // len(self.values),) * 2))
+        half = 0.5 * jnp.diagonal(H)
+        return half if b is None else b + half, H * (1.0 - own).astype(H.dtype)
+
+    def logits(self, slopes: jax.Array) -> jax.Array:
+        """The function at all states of each coordinate, up to a constant: (..., states).
+
+        :param slopes: its gradient in the indicators. States that a site does not have have -inf.
+        """
+        if self.is_binary:
+            return jnp.stack([jnp.zeros_like(slopes), slopes], -1)
+        return jnp.where(self.is_state, slopes, -jnp.inf)
+
+    def prove(self) -> None:
+        """Find the degree, and whether the function is affine in every coordinate.
+
+        :raises NotMultiAffine: if its operations do not tell.
+        """
+        own = jax.ShapeDtypeStruct((self.num_rows, *self._shape), jnp.result_type(float))
+        jax.eval_shape(self, self._args, own)
+        self.is_affine = self._has_constant_slopes()
+
+    def _rows(self, args, consts, indicators):
+        if self.num_rows == 1:
+            return jax.vmap(lambda x: self._walk(args, consts, x[None])[0])(indicators)
+        return self._walk(args, consts, indicators)
+
+    def _walk(self, args, consts, indicators):
+        size, width = self.values.shape
+        indicators = jnp.reshape(indicators, (-1, *self._shape[1:]))
+        walker = StateWalker(Relaxation(indicators, width))
+        inputs, start = [], 0
+        for like in self._shapes.values():
+            number = math.prod(like.shape[1:])
+            labels = np.arange(self.num_rows)[:, None] * size + start + np.arange(number)
+            labels = np.asarray(labels.reshape(1, *like.shape), np.int32)
+            table = self.values[start : start + number].T.astype(like.dtype)
+            table = np.broadcast_to(table.reshape(width, 1, *like.shape[1:]), (width, *like.shape))
+            inputs.append(walker.of_table(labels, partial(np.asarray, table)))
+            start += number
+        closed = self._closed.replace(consts=list(consts))
+        (result,) = walker.walk(closed, [*map(constant, jax.tree.leaves(args)), *inputs])
+        self.degree = result.degree
+        return result.relaxed()
+
+    def _has_constant_slopes(self):
+        """Whether no slope changes along its own coordinate, at random points and parameters."""
+        found = []
+        leaves, structure = jax.tree.flatten(self._args)
+        both = [*leaves, *self._closed.consts]
+        is_random = [i < len(leaves) or isinstance(x, Tracer) for i, x in enumerate(both)]
+
+        def slopes(drawn, point, direction, step):
+            drawn = iter(drawn)
+            values = [next(drawn) if r else x for r, x in zip(is_random, both, strict=True)]
+            args = jax.tree.unflatten(structure, values[: len(leaves)])
+            fn = lambda x: self._walk(args, values[len(leaves) :], x)  # noqa: E731
+            return self._slopes(fn, point, direction, step)
+
+        rng = np.random.default_rng(72)
+        point, direction = rng.normal(size=(2, self.num_rows, *self._shape))
+        with jax.ensure_compile_time_eval():  # inside of `jit` too
+            compiled = jax.jit(slopes)
+            for change in SIGNS:
+                own = [x for x, r in zip(both, is_random, strict=True) if r]
+                drawn = [change(_random_like(rng, x)) for x in own]
+                before, after = map(
+                    np.asarray, compiled(drawn, point, direction, 2.0 + rng.normal())
+                )
+                if np.all(np.isfinite(before)) and np.all(np.isfinite(after)):
+                    size = np.sqrt(np.mean(before**2))
+                    allowed = 1e-4 * (abs(before) + abs(after)) + 1e-5 * size
+                    found.append(bool(np.all(abs(after - before) <= allowed)))
+        if not found:
+            raise NotMultiAffine  # infinite values, to which no number is added
+        return all(found)
+
+    def _slopes(self, fn, point, direction, step):
+        """Slopes along directions of every coordinate, at two of its points each."""
+
+        def of_coordinate(i):
+            own = jnp.zeros(self._shape).at[i].set(1.0) * direction
+            slope = lambda x: jax.jvp(fn, (x,), (own,))[1]  # noqa: E731
+            return slope(point), slope(point + step * own)
+
+        number = len(self.values)
+        batch_size = min(number, max(1, AT_ONCE // max(1, point.size)))
+        return jax.lax.map(of_coordinate, jnp.arange(number), batch_size=batch_size)
+
+
+def value_table(
+    position: Mapping[str, Any], values: Mapping[str, ArrayLike]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values of every coordinate of some sites, padded to (coordinates, K), and their mask."""
+    num_values = max(np.size(x) for x in values.values())
+    table, is_value = [], []
+    for name, x in values.items():
+        x, size = np.asarray(x), np.prod(position[name].shape[1:], dtype=int)
+        padded = np.concatenate([x, np.repeat(x[-1:], num_values - len(x))])
+        table.append(np.tile(padded, (size, 1)))
+        is_value.append(np.tile(np.arange(num_values) < len(x), (size, 1)))
+    return np.concatenate(table), np.concatenate(is_value)
+
+
+def _random_like(rng, x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise NotMultiAffine  # an integer parameter is not one of a polynomial
+    return rng.normal(size=x.shape).astype(x.dtype)

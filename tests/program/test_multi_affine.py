@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Discrete energies in one form: every change of one site from one gradient, against evaluation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from discrete_energies import MEETS_ITSELF, NOT_TAKEN, TAKEN, Energy
+
+from numpyro_ebm.program.multi_affine import multi_affine
+
+
+def rows_of(energy: Energy, num_rows, seed=1):
+    values = np.asarray(energy.values)
+    index = np.random.default_rng(seed).integers(0, len(values), (num_rows, energy.size))
+    return jnp.asarray(values[index])
+
+
+def form_of(energy, num_rows):
+    x, params = rows_of(energy, num_rows), jax.tree.map(jnp.asarray, energy.params)
+    fn = lambda p, rows: energy.fn(p, rows["x"])  # noqa: E731
+    return multi_affine(fn, params, {"x": x}, {"x": energy.values})
+
+
+def changes(energy, params, x):
+    """log p̃ with one coordinate at another state, (rows, coordinates, states), by evaluation."""
+
+    @jax.jit
+    def at(i, value):
+        return energy.fn(params, x.at[:, i].set(value))
+
+    here = energy.fn(params, x)
+    columns = [[at(i, jnp.asarray(v)) - here for v in energy.values] for i in range(energy.size)]
+    return np.moveaxis(np.asarray(columns), -1, 0)
+
+
+BOTH = [(name, 1) for name in TAKEN] + [
+    pytest.param(name, 6, marks=[pytest.mark.slow] if i % 6 else []) for i, name in enumerate(TAKEN)
+]
+
+
+@pytest.mark.parametrize("name, num_rows", BOTH)
+def test_one_gradient_is_every_change(x64, name, num_rows):
+    energy, x = TAKEN[name], rows_of(TAKEN[name], 6)
+    params = jax.tree.map(jnp.asarray, energy.params)
+    form = form_of(energy, num_rows)
+    assert form is not None and form.is_affine and form.degree <= max(energy.degree, 2)
+    indicators = form.indicators(x)
+
+    @jax.jit
+    def own(p):
+        slopes = jax.grad(lambda X: jnp.sum(form(p, X)))(indicators)
+        return form(p, indicators), form.logits(slopes)
+
+    value, logits = own(params)
+    np.testing.assert_allclose(value, energy.fn(params, x), atol=1e-10)
+    here = np.argmax(np.asarray(x)[..., None] == np.asarray(energy.values), -1)
+    found = logits - np.take_along_axis(np.asarray(logits), here[..., None], -1)
+    np.testing.assert_allclose(found, changes(energy, params, x), atol=1e-10)
+
+
+@pytest.mark.parametrize("name", MEETS_ITSELF)
+def test_a_site_that_meets_itself_is_found(name):
+    form = form_of(MEETS_ITSELF[name], 1)
+    assert form is not None and not form.is_affine and form.degree == 2
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_is_not_shown_is_not_taken(name):
+    assert form_of(NOT_TAKEN[name], 1) is None
