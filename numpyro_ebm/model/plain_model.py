@@ -20,6 +20,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, eval_provenance, unconstrain_fn
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.sites import is_energy, log_prob_of, obs_masked
 from numpyro_ebm.model.reference import Completed
 from numpyro_ebm.model.row_site import RowSite, placeholder
@@ -40,7 +41,7 @@ def read_plain_model(
     :param dict kwargs: its keyword arguments.
     :raises ModelError: if no continuous site is latent, or a plate is subsampled.
     """
-    prepared = substitute(seed(model, jax.random.key(0)), substitute_fn=placeholder)
+    prepared = substitute(seed(model, default_key()), substitute_fn=placeholder)
     kwargs = {} if kwargs is None else kwargs
     try:
         sites = trace(_StopAtEnergy(prepared)).get_trace(*args, **kwargs)
@@ -74,7 +75,7 @@ class PlainModel:
         self._check(sites)
         held = {k: s["value"] for k, s in sites.items() if s["type"] in ("param", "mutable")}
         self._model = substitute(model, data=held)
-        self._seeded = seed(self._model, jax.random.key(0))
+        self._seeded = seed(self._model, default_key())
         masked = [name for name in obs_masked(sites) if name in self.visible]
         self._density: Model = _Complete(self._seeded, masked) if masked else self._seeded
         if self.summed:

@@ -4,8 +4,8 @@ r"""Pseudo-likelihood: every coordinate given all others.
 .. math:: \log p(x_d = a \mid x_{-d}; θ) = \log\tilde p(a, x_{-d}; θ)
     - \log\sum_b \tilde p(b, x_{-d}; θ)
 
-No sampler and no tuning: the first choice for discrete data. All conditionals of a row come from one
-gradient where the energy is a sum of products of tables of single sites, as nearly all discrete
+No sampler and no tuning: the first choice for discrete data. All conditionals of a row come from
+one gradient where the energy is a sum of products of tables of single sites, as nearly all discrete
 energies are, however they are written; otherwise from an evaluation for every neighbour. It is
 blind to what single coordinates cannot tell: the weights of modes that differ in many coordinates.
 """
