@@ -6,10 +6,13 @@ r"""Draws with every default, for every support, kernel and number of rows, besi
 
 One line a run: the mean of a statistic over what ``ebm.sample`` returns, its right value, and the
 difference in standard errors, z. A row of a chain is one independent unit: the errors are those of
-the means of the units. ``--json`` writes the figures.
+the means of the units. ``--json`` adds a line of figures to a file after every run, with what
+``ConvergenceWarning`` looked at, and leaves out the runs that are in it; ``--table`` prints the
+file as a table instead.
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -24,6 +27,7 @@ import numpyro
 from numpyro.distributions import constraints
 
 import numpyro_ebm as ebm
+from numpyro_ebm.mcmc import sampling
 
 NUM_CHAINS = 100
 
@@ -118,12 +122,12 @@ def model_of(support, num_rows):
     return ebm.fixed(model, {})
 
 
-def measure(support, kernel, num_rows, seed=0, num_samples=1_000):
+def measure(support, kernel, num_rows, seed=0, num_samples=1_000, **options):
     """The mean, its standard error over rows of chains, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         draws = ebm.sample(
-            jax.random.key(seed), model_of(support, num_rows), num_samples, kernel=kernel
+            jax.random.key(seed), model_of(support, num_rows), num_samples, kernel=kernel, **options
         )
     values = np.asarray(support.statistic(draws["v"]), float)
     units = values.reshape(NUM_CHAINS, -1, num_rows).mean(1).ravel()
@@ -131,33 +135,92 @@ def measure(support, kernel, num_rows, seed=0, num_samples=1_000):
     return units.mean(), units.std() / len(units) ** 0.5, said
 
 
+def looked_at(*args, **options):
+    """As :func:`measure`, and the worst figures of a row that a warning is made of."""
+    found, assess = [], sampling.assess_draws
+
+    def watched(*args):
+        found.append(assess(*args))
+        return found[-1]
+
+    sampling.assess_draws = watched
+    try:
+        *values, said = measure(*args, **options)
+    finally:
+        sampling.assess_draws = assess
+    (look,) = found
+    return {
+        "mean": float(values[0]),
+        "error": float(values[1]),
+        "said": said,
+        "r_hat": float(look.r_hat.max()),
+        "frozen": float(look.frozen.max() / look.num_chains),
+        "acceptance": None if look.acceptance is None else float(look.acceptance.min()),
+        "not_finite": int(look.not_finite.sum()),
+    }
+
+
+def read(path):
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    cells = [json.loads(line) for line in lines]
+    return {(x["support"], x["kernel"], x["rows"]): x for x in cells}
+
+
+def print_table(cells):
+    rows = sorted({key[2] for key in cells})
+    print("| support | " + " | ".join(KERNELS) + " |")
+    print("|---" * (1 + len(KERNELS)) + "|")
+    for name in SUPPORTS:
+        entries = []
+        for kernel in KERNELS:
+            here = [cells.get((name, kernel, n)) for n in rows]
+            entries.append(", ".join("" if x is None else verdict(x) for x in here))
+        print(f"| `{name}` | " + " | ".join(entries) + " |")
+
+
+def verdict(cell):
+    return f"{cell['z']:.1f}" + " (warned)" * bool(cell["said"])
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Draws with every default")
     parser.add_argument("--supports", nargs="+", choices=SUPPORTS, default=list(SUPPORTS))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--json", help="file of figures, one line a run")
+    parser.add_argument("--table", action="store_true", help="print the file as a table")
     options = parser.parse_args()
-    figures, missed = [], 0
-    for name in options.supports:
-        support = SUPPORTS[name]
-        for kernel in options.kernels:
-            for rows in options.rows:
-                start = time.perf_counter()
-                found, error, said = measure(support, KERNELS[kernel], rows, options.seed)
-                z = (found - support.expected) / error
-                missed += abs(z) >= 4 and not said
-                print(
-                    f"{name:24s} {kernel:20s} {rows:4d} rows: {found:8.4f} for "
-                    f"{support.expected:8.4f}, z {z:6.2f}{', warned' * bool(said)} "
-                    f"({time.perf_counter() - start:.0f} s)",
-                    flush=True,
-                )
-                figures.append([name, kernel, rows, found, error, float(z), said])
-    print(f"{len(figures)} runs; silent with |z| of 4 or more: {missed}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    done = read(options.json) if options.json else {}
+    if options.table:
+        print_table(done)
+        return
+    missed = 0
+    for rows, kernel, name in itertools.product(options.rows, options.kernels, options.supports):
+        cell = done.get((name, kernel, rows))
+        if cell is None:
+            cell = run_cell(name, kernel, rows, options.seed)
+            if options.json:
+                with open(options.json, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(cell) + "\n")
+        missed += abs(cell["z"]) >= 4 and not cell["said"]
+    print(f"silent with |z| of 4 or more: {missed}")
+
+
+def run_cell(name, kernel, rows, seed):
+    start, support = time.perf_counter(), SUPPORTS[name]
+    jax.clear_caches()
+    figures = looked_at(support, KERNELS[kernel], rows, seed)
+    z = (figures["mean"] - support.expected) / figures["error"]
+    seconds = time.perf_counter() - start
+    print(
+        f"{name:24s} {kernel:20s} {rows:4d} rows: {figures['mean']:8.4f} for "
+        f"{support.expected:8.4f}, z {z:6.2f}{', warned' * bool(figures['said'])} "
+        f"({seconds:.0f} s)",
+        flush=True,
+    )
+    cell = {"support": name, "kernel": kernel, "rows": rows, "seed": seed, "z": float(z)}
+    return {**cell, **figures, "seconds": round(seconds)}
 
 
 if __name__ == "__main__":

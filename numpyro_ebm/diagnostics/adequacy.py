@@ -13,9 +13,15 @@ means vanish if it has arrived at p(· | θ') after half of its steps, and one r
 
 with r the ratio of p̃ at θ' and at θ, and y' the fictitious data of another step. A chain that
 keeps a correlation ρ with its start has R = 1 + ρ, up to 2 for one that hardly moves; data that the
-model does not fit make R smaller.
+model does not fit make R smaller, and few data that lie at their mean make it larger. There
+the movement
+
+.. math:: M = E\Big[\frac{2 |y_n - y_{n/2}|^2}{|y_n - y_{n/2}|^2 + |y_n - y'|^2}\Big]
+
+decides: 1 for a chain that forgets in half of its steps, 0.4 or less for one that hardly moves.
 """
 
+import logging
 import warnings
 from typing import NamedTuple
 
@@ -23,14 +29,20 @@ import numpy as np
 from numpyro.infer import MCMC
 from scipy.special import chdtrc
 
+from numpyro_ebm.diagnostics.prior_widths import prior_widths
 from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
 
 __all__ = ["AuxiliaryAdequacy", "auxiliary_adequacy"]
 
+logger = logging.getLogger(__name__)
+
 P_VALUE = 0.05  # of any of the three means
 MOST_SDS = 0.1  # a drift beyond matters,
 MOST_CORRELATION = 0.1  # and so does a memory of the data
-STUCK = 0.5  # beyond, no test is needed
+STUCK = 0.5  # beyond, no test is needed, unless the movement is
+LEAST_MOVEMENT = 0.75  # or more: right runs of tests/posteriors/test_adequacy.py have 0.87 to 1.01,
+# steps of a sixtieth of the right size 0.48 to 0.53, and frozen chains up to 0.03
+AS_WIDE = 0.8  # as the prior: of the median parameter
 
 
 class AuxiliaryAdequacy(NamedTuple):
@@ -47,10 +59,17 @@ class AuxiliaryAdequacy(NamedTuple):
       mean, in units of its square: negative while the data are being forgotten.
     - **recoil_error** - its standard error.
     - **correlation** - of fictitious data with the data they start at, R - 1, between 0 and 1.
+    - **movement** - M, how far y moves from half way to the end beside the way to that of another
+      step: about 1, or less for a chain that is stuck.
     - **accept_prob** - mean acceptance of the auxiliary chains; NaN if their kernel reports none.
+    - **step_size** - the median of their step sizes; NaN if their kernel has none.
+    - **widths** - dict of the widths of the posterior in units of those of the prior, of every
+      parameter (the central 68 % of either): 1 where the data say nothing, and where the auxiliary
+      chains stay at the data.
     - **p_value** - of the three means together, by Bonferroni's inequality.
     - **is_adequate** - whether ``p_value`` is above 0.05, or both ``sds`` and ``correlation`` are
-      below 0.1; never if ``correlation`` is above 0.5.
+      below 0.1; never if ``movement`` is below 0.75 and ``correlation`` above 0.5, or above 0.1
+      and the median of the ``widths`` above 0.8.
     """
 
     drift: float
@@ -61,7 +80,10 @@ class AuxiliaryAdequacy(NamedTuple):
     recoil: float
     recoil_error: float
     correlation: float
+    movement: float
     accept_prob: float
+    step_size: float
+    widths: dict[str, np.ndarray]
     p_value: float
     is_adequate: bool
 
@@ -99,21 +121,24 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     True
     """
     fields = mcmc.get_extra_fields(group_by_chain=True)
-    found = [x for name, x in fields.items() if name.split(".")[-1] == "auxiliary"]
+    found = [(name, x) for name, x in fields.items() if name.split(".")[-1] == "auxiliary"]
     if len(found) != 1:
         raise ModelError(
             f"auxiliary_adequacy: needs one field `auxiliary`, and the run collected {list(fields)}"
             '. Under `Gibbs` pass `extra_fields=["block_states.0.auxiliary"]` to `mcmc.run`, with '
             "the number of the block."
         )
-    (trace,) = found
+    ((name, trace),) = found
     drift, sds, statistic, p_drift = _systematic_change(trace)
     ratio = np.asarray(trace.log_ratio, float)
     ratio_drift, ratio_error, p_ratio = _mean(ratio[:, :, 2] - ratio[:, :, 1])
     recoil, recoil_error, p_recoil = _mean(trace.recoil)
-    correlation = _correlation(trace)
+    correlation, movement = _correlation(trace), _movement(trace)
+    widths = prior_widths(mcmc, _block(mcmc.sampler, name))
     p_value = min(1.0, 3 * min(p_drift, p_ratio, p_recoil))
     is_small = sds < MOST_SDS and correlation < MOST_CORRELATION
+    most = MOST_CORRELATION if _median(widths) > AS_WIDE else STUCK
+    is_stuck = correlation > most and movement < LEAST_MOVEMENT
     result = AuxiliaryAdequacy(
         drift,
         sds,
@@ -123,23 +148,53 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
         recoil,
         recoil_error,
         correlation,
+        movement,
         float(np.mean(trace.accept_prob)),
+        float(np.mean(trace.step_size)),
+        widths,
         p_value,
-        bool((p_value > P_VALUE or is_small) and correlation <= STUCK),
+        bool((p_value > P_VALUE or is_small) and not is_stuck),
     )
     if not result.is_adequate:
-        warnings.warn(ShortAuxiliaryWarning(_complaint(result)), stacklevel=2)
+        said = f"{_complaint(result, is_stuck)}{_sentence(widths)}"
+        warnings.warn(ShortAuxiliaryWarning(said), stacklevel=2)
+    elif _median(widths) > AS_WIDE:
+        logger.info(
+            "auxiliary_adequacy: the auxiliary chains move (%.2f), and the data say little.%s",
+            movement,
+            _sentence(widths),
+        )
     return result
 
 
-def _complaint(found):
-    if found.correlation > STUCK:
+def _block(kernel, field):
+    """The kernel of a field of the state, which may be that of a block of ``Gibbs``."""
+    for part in field.split("."):
+        kernel = kernel.blocks[int(part)][0] if part.isdigit() else kernel
+    return kernel
+
+
+def _median(widths):
+    return np.median(np.concatenate([np.ravel(x) for x in widths.values()]))
+
+
+def _sentence(widths):
+    """A posterior as wide as its prior, in words."""
+    if _median(widths) <= AS_WIDE:
+        return ""
+    ratios = ", ".join(f"{np.median(x):.2f} for '{name}'" for name, x in widths.items())
+    return f" The draws are as wide as the prior, by a ratio of {ratios}."
+
+
+def _complaint(found, is_stuck):
+    if is_stuck:
         accepted = "" if np.isnan(found.accept_prob) else f" (acceptance {found.accept_prob:.2g})"
         return (
             "The auxiliary chains hardly move: fictitious data keep a correlation of "
             f"{found.correlation:.2f} with the data they start at{accepted}. Where they stay, the "
-            "data cancel out of the acceptance ratio, and the draws are those of the prior. Change "
-            "the step size of the auxiliary kernel, or increase `num_auxiliary_steps`."
+            "data cancel out of the acceptance ratio, and the draws are those of the prior. Let "
+            "the warm-up find the step size of the auxiliary kernel (`adapt_step_size=True`, "
+            "`num_warmup` > 0), or increase `num_auxiliary_steps`."
         )
     return (
         "The auxiliary chains are too short: from half way to their end log p̃(y; θ') still drifts "
@@ -164,6 +219,12 @@ def _correlation(trace):
         float(np.mean(_finite(np.asarray(x, float)))) for x in (trace.distance, trace.spread)
     )
     return min(max(spread / distance - 1.0, 0.0), 1.0) if distance > 0 else 1.0
+
+
+def _movement(trace):
+    """M, a mean of what is bounded: a few long jumps are no movement."""
+    moved, spread = (_finite(np.asarray(x, float)) for x in (trace.movement, trace.spread))
+    return float(np.mean(2 * moved / np.maximum(moved + spread, np.finfo(float).tiny)))
 
 
 def _systematic_change(trace):

@@ -2,6 +2,7 @@
 """What the tests of posteriors share."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,21 @@ def run(kernel, *args, num_samples=200, num_warmup=100, seed=0, fields=(), **opt
     )
     mcmc.run(jax.random.key(seed), *args, extra_fields=fields, init_params=init_params)
     return mcmc
+
+
+class Ran:
+    """What is asked of NumPyro's MCMC: fields and unconstrained draws, chains leading."""
+
+    def __init__(self, kernel: Any, args: Any, trace: Any, z: Any):
+        self.sampler, self._args, self._kwargs = kernel, args, {}
+        self.trace, self.z = trace, z
+
+    def get_extra_fields(self, group_by_chain):
+        return {"auxiliary": self.trace}
+
+    def get_samples(self):
+        constrain = jax.vmap(self.sampler.get_constrain_fn(self._args, {}))
+        return constrain({k: jnp.reshape(x, (-1, *x.shape[2:])) for k, x in self.z.items()})
 
 
 NUM_GROUPS, NUM_UNITS = 6, 30

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auxiliary chains that are too short, and those that are not: how often the verdict is right."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from exchange_cases import ising
-from numpyro.infer import MCMC
+from exchange_cases import LATTICES, Ran, bonds, ising, lattice_sums, on_grid
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, NUTS, Gibbs
+from scipy import stats
+from scipy.special import logsumexp
 
 import numpyro_ebm as ebm
 
@@ -55,42 +61,148 @@ def verdicts(name, auxiliary, num_runs, num_steps=NUM_STEPS, num_draws=300):
 
         def step(state, _):
             state = kernel.sample(state, args, {})
-            return state, state.auxiliary
+            return state, (state.auxiliary, state.z)
 
         return jax.lax.scan(step, kernel.init(key, 0, None, args, {}), None, num_draws)[1]
 
     keys = jax.random.split(jax.random.key(1), num_runs)
     traces = jax.jit(lambda keys: jax.lax.map(run, keys, batch_size=20))(keys)
-    for i in range(num_runs):
-        trace = jax.tree.map(lambda x, i=i: x[i][None], traces)
-        yield ebm.auxiliary_adequacy(Run(trace))
-
-
-class Run:
-    """What is asked of NumPyro's MCMC."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def get_extra_fields(self, group_by_chain):
-        return {"auxiliary": self.trace}
+    for i, key in enumerate(keys):
+        trace, z = jax.tree.map(lambda x, i=i: x[i][None], traces)
+        run: Any = Ran(kernel, data(key), trace, z)
+        yield ebm.auxiliary_adequacy(run)
 
 
 def mala(step_size):
     return lambda model: ebm.MALA(model, step_size=step_size)
 
 
+DATA = jax.random.normal(jax.random.key(11), (50, 3))
+
+
+def run(auxiliary, model=gaussian, data=DATA, num_warmup=150, num_samples=300, **options):
+    kernel = ebm.Exchange(model, auxiliary, NUM_STEPS, **options)
+    mcmc = MCMC(kernel, num_warmup=num_warmup, num_samples=num_samples, progress_bar=False)
+    mcmc.run(jax.random.key(12), data)
+    return mcmc
+
+
 @pytest.mark.parametrize("step_size", [1e3, 0.01])
 def test_chains_that_hardly_move_give_the_prior_and_say_so(step_size):
     """1,000: few steps are accepted. 0.01: all are, and 40 of them cover a tenth of the way."""
-    data = jax.random.normal(jax.random.key(0), (50, 3))
-    kernel = ebm.Exchange(gaussian, mala(step_size), NUM_STEPS)
-    mcmc = MCMC(kernel, num_warmup=100, num_samples=300, progress_bar=False)
-    mcmc.run(jax.random.key(1), data)
+    mcmc = run(lambda m: ebm.MALA(m, step_size, adapt_step_size=False))
     with pytest.warns(ebm.ShortAuxiliaryWarning, match="hardly move.*draws are those of the prior"):
         found = ebm.auxiliary_adequacy(mcmc)
-    assert not found.is_adequate and found.correlation > 0.5
+    assert not found.is_adequate and found.correlation > 0.5 and found.movement < 0.7
     assert (found.accept_prob < 0.2) == (step_size > 1)
+    assert found.step_size == pytest.approx(step_size)
+    # Frozen chains give back the prior, and the width says it; the others only widen.
+    right = stats.gamma(2 + 75, scale=1 / (1 + float(jnp.sum(DATA**2)) / 2)).std()
+    prior = np.ptp(stats.gamma(2).interval(0.68)) / 2
+    assert found.widths["precision"] > (0.6 if step_size > 1 else 1.2 * right / prior)
+
+
+def assert_right(mcmc, name, mean, sd):
+    """Within 4 standard errors, and the auxiliary chains move."""
+    found = ebm.auxiliary_adequacy(mcmc)
+    assert found.movement > 0.75 and found.correlation < 0.2, found
+    draws = mcmc.get_samples(group_by_chain=True)[name]
+    error = sd / effective_sample_size(np.asarray(draws)) ** 0.5
+    assert abs(draws.mean() - mean) < 4 * error
+    return found
+
+
+def right_gaussian(data):
+    exact = stats.gamma(2 + data.size / 2, scale=1 / (1 + float(jnp.sum(data**2)) / 2))
+    return exact.mean(), exact.std()
+
+
+@pytest.mark.parametrize("step_size", [1e3, 1e-3])
+def test_the_warmup_lets_a_frozen_auxiliary_move(step_size):
+    mcmc = run(mala(step_size))
+    found = assert_right(mcmc, "precision", *right_gaussian(DATA))
+    assert found.is_adequate
+    assert 0.1 < found.step_size < 2
+    mean, sd = right_gaussian(DATA)
+    exact = stats.gamma((mean / sd) ** 2, scale=sd**2 / mean)
+    ratio = np.ptp(exact.interval(0.68)) / np.ptp(stats.gamma(2).interval(0.68))
+    assert found.widths["precision"] == pytest.approx(ratio, rel=0.35)
+    assert f"auxiliary: step size {found.step_size:.2g}" in mcmc.sampler.get_diagnostics_str(
+        mcmc.last_state
+    )
+
+
+SCALES = jnp.repeat(jnp.array([0.1, 10.0]), 25)
+
+
+def two_scales(data):
+    """Rows whose scales are a hundred apart: no step size serves both."""
+    precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * (v / SCALES) ** 2)
+
+
+FROZEN = {
+    "a class": (ebm.MALA, gaussian, DATA, {}),
+    "momentum": (lambda m: ebm.UnderdampedLangevin(m, 1e3), gaussian, DATA, {}),
+    "NUTS": (lambda m: NUTS(m, step_size=1e-4, max_tree_depth=3), gaussian, DATA, {}),
+    "replicas": (ebm.ReplicaExchange, gaussian, DATA, {}),
+    "bridges": (
+        mala(1e3),
+        gaussian,
+        DATA,
+        {"proposal": "langevin", "num_bridges": 3, "num_references": 10},
+    ),
+    "rows apart": (mala(1e3), two_scales, DATA[:, 0] * SCALES, {}),
+    "a block of Gibbs": (lambda m: Gibbs([(ebm.MALA(m, 1e3), ["v"])]), gaussian, DATA, {}),
+}
+
+
+short = pytest.mark.filterwarnings("ignore::numpyro_ebm.ShortAuxiliaryWarning")
+
+
+@short  # a right run in twenty, and 40 steps are few for spins
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_warmup_tunes_what_any_auxiliary_adapts(name):
+    auxiliary, model, data, options = FROZEN[name]
+    standard = DATA[:, :1] if model is two_scales else DATA
+    mcmc = run(auxiliary, model, data, 300, 1_000, **options)
+    assert_right(mcmc, "precision", *right_gaussian(standard))
+
+
+@short
+@pytest.mark.slow
+def test_the_warmup_tunes_an_auxiliary_of_spins():
+    data = jnp.asarray(LATTICES[3])
+    states, sums = lattice_sums(3)
+    total = float(jnp.sum(bonds(2.0 * data - 1.0)))
+    mean, sd = on_grid(
+        lambda b: b * total - len(data) * logsumexp(b[:, None] * sums, axis=1), 1e-4, 1 - 1e-4
+    )
+    mcmc = run(lambda m: ebm.DiscreteLangevin(m, step_size=1e-3), ising, data, 300, 1_000)
+    assert_right(mcmc, "beta", mean, sd)
+
+
+def test_a_posterior_as_wide_as_its_prior_is_noted_and_no_fault_if_chains_move(caplog):
+    """One row far from telling anything: a Gamma(2, 1) prior on a precision that is scaled away."""
+
+    def silent(data):
+        precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((3,)), obs=data)
+            ebm.energy("E", 0.5 * (1 + 0.01 * precision) * jnp.sum(v**2, -1))
+
+    def draws(key, params):
+        return {"v": jax.random.normal(key, (50, 3)) / jnp.sqrt(1 + 0.01 * params["precision"])}
+
+    mcmc = run(draws, silent, num_samples=1_000)
+    with caplog.at_level("INFO", "numpyro_ebm.diagnostics.adequacy"):
+        found = ebm.auxiliary_adequacy(mcmc)
+    assert found.is_adequate and 0.8 < found.widths["precision"] < 1.25
+    assert "as wide as the prior, by a ratio of" in caplog.text
+    assert np.isnan(found.step_size)
 
 
 @pytest.mark.parametrize("name", ["Gaussian", "regression"])

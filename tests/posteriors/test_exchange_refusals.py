@@ -13,6 +13,7 @@ from exchange_cases import (
     LATTICES,
     MALA,
     NUM_UNITS,
+    Ran,
     gaussian,
     gaussian_rows,
     ising,
@@ -37,33 +38,31 @@ def critical_lattice(size=6, num_sweeps=300):
 def test_adequacy_tells_one_step_at_a_critical_lattice_from_a_hundred():
     data = critical_lattice()
 
-    class Run:  # what is asked of NumPyro's MCMC
-        def __init__(self, num_steps):
-            kernel = ebm.Exchange(ising, ebm.BlockGibbs, num_steps, step_size=0.8)
+    def run(num_steps):
+        kernel = ebm.Exchange(ising, ebm.BlockGibbs, num_steps, step_size=0.8)
 
-            def one(key):
-                state = kernel.init(key, 0, {"beta": jnp.zeros(())}, (data,), {})
+        def one(key):
+            state = kernel.init(key, 0, {"beta": jnp.zeros(())}, (data,), {})
 
-                def step(state, _):
-                    state = kernel.sample(state, (data,), {})
-                    return state, state.auxiliary
+            def step(state, _):
+                state = kernel.sample(state, (data,), {})
+                return state, (state.auxiliary, state.z)
 
-                return jax.lax.scan(step, state, None, 200)[1]
+            return jax.lax.scan(step, state, None, 200)[1]
 
-            self.trace = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4))
+        traces = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4))
+        return Ran(kernel, (data,), *traces)
 
-        def get_extra_fields(self, group_by_chain):
-            return {"auxiliary": self.trace}
-
+    short = run(1)
     with pytest.warns(ebm.ShortAuxiliaryWarning, match="num_auxiliary_steps"):
-        found = ebm.auxiliary_adequacy(Run(1))
+        found = ebm.auxiliary_adequacy(short)
     assert not found.is_adequate and found.sds > 1 and found.p_value < 1e-10
     assert found.ratio_drift > 5 * found.ratio_error
-    found = ebm.auxiliary_adequacy(Run(100))
+    found = ebm.auxiliary_adequacy(run(100))
     assert found.is_adequate and found.sds < 0.1 and found.p_value > 1e-3
-    Run.get_extra_fields = lambda self, group_by_chain: {"energy": 0.0}
+    short.get_extra_fields = lambda group_by_chain: {"energy": 0.0}
     with pytest.raises(ebm.ModelError, match="needs one field.*'energy'"):
-        ebm.auxiliary_adequacy(Run(1))
+        ebm.auxiliary_adequacy(short)
 
 
 def flat_prior(data):
@@ -163,7 +162,6 @@ REFUSED = {
     "latent": (real_latent, ebm.BlockGibbs, {}, V, "'h'.*given.*Gibbs"),
     "bare MALA on spins": (ising, ebm.MALA, {}, S, "MALA cannot draw.*'s'.*discrete"),
     "MALA on spins": (ising, MALA, {}, S, "MALA cannot draw.*'s'.*discrete"),
-    "MALA without step": (gaussian, ebm.MALA, {}, V, "step_size.*lambda model"),
     "Gibbs on quartic": (quartic, ebm.BlockGibbs, {}, V, "BlockGibbs cannot draw.*'v'"),
     "ULA": (gaussian, lambda m: ebm.ULA(m, 0.1), {}, V, "ULA without a Metropolis"),
     "DULA": (
@@ -225,6 +223,8 @@ def test_options_out_of_range_are_refused(options, message):
 def test_what_the_warmup_needs_is_refused_before_it_starts():
     with pytest.raises(ebm.ModelError, match="step_size"):
         ebm.Exchange(gaussian, gaussian_rows).init(jax.random.key(0), 0, None, (V,), {})
+    with pytest.raises(ebm.ModelError, match="MALA cannot draw.*step_size.*lambda model"):
+        ebm.Exchange(gaussian, ebm.MALA, step_size=1.0).init(jax.random.key(0), 0, None, (V,), {})
     kernel = ebm.Exchange(gaussian, gaussian_rows, proposal="langevin", num_references=20)
     with pytest.raises(ebm.ModelError, match="at least 84"):
         kernel.init(jax.random.key(0), 50, None, (V,), {})

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.mcmc.adaptation import running_mean
+from numpyro_ebm.posteriors.exchange.auxiliary_chain import AuxiliaryWarmup
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
 from numpyro_ebm.posteriors.exchange.warmup import ExchangeAdaptation, ExchangeAdaptState
 from numpyro_ebm.samplers import exchange
@@ -30,8 +31,10 @@ class AuxiliaryTrace(NamedTuple):
     - **log_density** - log p̃(y; θ') a row, (3,).
     - **log_ratio** - log p̃(y; θ') - log p̃(y; θ), which enters the acceptance with a minus, (3,).
     - **accept_prob** - mean acceptance of the auxiliary chain; NaN if its kernel reports none.
+    - **step_size** - median of its step sizes; NaN if its kernel has none.
     - **recoil** - how far y moved from half way to the end along what sets the data apart from
       their mean, in units of its square: 0 on average for a chain that has forgotten the data.
+    - **movement** - mean square of its move from half way to the end.
     - **distance** - mean square of y - x, over unconstrained coordinates.
     - **spread** - mean square of y less the fictitious data of the step before.
     """
@@ -40,7 +43,9 @@ class AuxiliaryTrace(NamedTuple):
     log_density: jax.Array
     log_ratio: jax.Array
     accept_prob: jax.Array
+    step_size: jax.Array
     recoil: jax.Array
+    movement: jax.Array
     distance: jax.Array
     spread: jax.Array
 
@@ -61,6 +66,7 @@ class ExchangeState(NamedTuple):
     - **auxiliary** - :class:`AuxiliaryTrace` of the last step.
     - **fictitious** - the fictitious data of the last step, unconstrained, (rows, coordinates).
     - **adapt_state** - :class:`~numpyro_ebm.posteriors.exchange.warmup.ExchangeAdaptState`.
+    - **auxiliary_adapt_state** - what the auxiliary kernel adapts; ``None`` if nothing.
     - **rng_key** - key of the next step.
     """
 
@@ -75,6 +81,7 @@ class ExchangeState(NamedTuple):
     auxiliary: AuxiliaryTrace
     fictitious: jax.Array
     adapt_state: ExchangeAdaptState
+    auxiliary_adapt_state: Any
     rng_key: jax.Array
 
     @property
@@ -88,6 +95,7 @@ def start_chain(
     z: SiteValues,
     target: ExchangeTarget,
     adaptation: ExchangeAdaptation,
+    auxiliary: Any,
     num_references: int,
 ) -> ExchangeState:
     """The first state of a chain.
@@ -95,6 +103,7 @@ def start_chain(
     :param dict z: unconstrained values of the parameters.
     :param ExchangeTarget target: the posterior.
     :param ExchangeAdaptation adaptation: of its proposal.
+    :param auxiliary: what draws the fictitious data.
     :param int num_references: data sets that warm-up is to draw, 0 for a random walk.
     """
     position = target.flatten(z)
@@ -121,11 +130,12 @@ def start_chain(
             position if target.by_row else position[0],
             jnp.zeros((3, *per_group.shape), per_group.dtype),
             jnp.zeros((3, *per_group.shape), per_group.dtype),
-            jnp.zeros((), per_group.dtype),
-            *([per_group] * 3),
+            *([jnp.zeros((), per_group.dtype)] * 2),
+            *([per_group] * 4),
         ),
         fictitious=target.coordinates(target.data),
         adapt_state=adapt_state,
+        auxiliary_adapt_state=auxiliary.start(rng_key, target, z, adaptation.num_warmup),
         rng_key=rng_key,
     )
     return _cache(target, state, chain)
@@ -159,16 +169,17 @@ def step_chain(
     position = target.flatten(state.z)
     rng_key, key_step = jax.random.split(state.rng_key)
     is_paused = adaptation.at(state.i, "is_paused")
+    warmup = AuxiliaryWarmup(adaptation.num_warmup, state.i, state.auxiliary_adapt_state)
 
     def simulate(rng_key, position):
         position = jnp.where(is_paused, adapt_state.reference, position)
         params = target.constrain(unflatten(position))
         keep_latent = num_bridges > 0  # the chain continues from its latent sites
-        return auxiliary.simulate(rng_key, target, params, target.data, keep_latent)
+        return auxiliary.simulate(rng_key, target, params, target.data, warmup, keep_latent)
 
     def transition(rng_key, position, data):
         params = target.constrain(unflatten(position))
-        return auxiliary.transition(rng_key, target, params, data)
+        return auxiliary.transition(rng_key, target, params, data, warmup)
 
     groups = (target.num_groups,)
     chain = exchange.ExchangeChainState(
@@ -196,6 +207,7 @@ def step_chain(
         state.i, adapt_state, info.acceptance_rate, lambda: chain.position
     )
     accept_prob = _per_group(target, info.acceptance_rate)
+    report = info.simulation
     x, halfway, end = map(target.coordinates, (target.data, info.halfway, info.fictitious))
     apart = x - jnp.mean(x, 0 if len(x) > 1 else None)
     scale = jnp.maximum(target.group_mean(apart**2), jnp.finfo(x.dtype).tiny)
@@ -210,13 +222,16 @@ def step_chain(
             info.proposal if target.by_row else info.proposal[0],
             _per_group(target, info.log_densities) * target.num_groups / target.row_model.num_rows,
             _per_group(target, info.log_ratios),
-            info.simulation.astype(accept_prob.dtype),
+            jnp.asarray(report.accept_prob, accept_prob.dtype),
+            jnp.asarray(report.step_size, accept_prob.dtype),
             _per_group(target, target.group_mean(apart * (end - halfway)) / scale),
+            _per_group(target, target.group_mean((end - halfway) ** 2)),
             _per_group(target, target.group_mean((end - x) ** 2)),
             _per_group(target, target.group_mean((end - state.fictitious) ** 2)),
         ),
         fictitious=end,
         adapt_state=adapt_state,
+        auxiliary_adapt_state=report.adapt_state,
         rng_key=rng_key,
     )
 

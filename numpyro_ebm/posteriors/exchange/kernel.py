@@ -54,8 +54,9 @@ class Exchange(AdaptiveKernel):
 
         - a kernel class, ``BlockGibbs``, or a function of *one* argument from a model to a kernel,
           ``lambda model: MALA(model, step_size=0.1)``; its chains start at the data and take
-          ``num_auxiliary_steps`` steps. The kernel must leave the model's law invariant, and has no
-          warm-up.
+          ``num_auxiliary_steps`` steps. The kernel must leave the model's law invariant. What it
+          adapts, it adapts over the warm-up of this one, from the step size given; with
+          ``adapt_step_size=False``, or without a warm-up, that stays.
         - ``"enumerate"``: exact draws of discrete rows, by weighing all their states.
         - a function of *two* arguments ``(rng_key, params)`` that returns exact draws, a dict of
           arrays of the shapes of the data by site name; ``params`` are the parameters that this
@@ -197,6 +198,16 @@ class Exchange(AdaptiveKernel):
         kwargs = {} if model_kwargs is None else model_kwargs
         return lambda z: constrain_fn(prior, model_args, kwargs, z, return_deterministic=True)
 
+    def get_diagnostics_str(self, state: Any) -> str:
+        trace = state.auxiliary
+        shown = super().get_diagnostics_str(state)
+        moved = [
+            f"{what} {jnp.mean(x):.2g}"
+            for what, x in (("step size", trace.step_size), ("acc. prob", trace.accept_prob))
+            if not jnp.any(jnp.isnan(x))
+        ]
+        return f"{shown} (auxiliary: {', '.join(moved)})" if moved else shown
+
     # Internal
 
     def _target(self, model_args, model_kwargs):
@@ -241,9 +252,9 @@ class Exchange(AdaptiveKernel):
         key_init, rng_key = jax.random.split(rng_key)
         target = self._target(model_args, model_kwargs)
         z = initial_parameters(key_init, target, self._init_strategy, init_params)
-        self._auxiliary.check(target, z, self._num_bridges)
-        num_references = self._num_of_references(target)
-        return start_chain(rng_key, z, target, self._adaptation(target, z), num_references)
+        self._auxiliary.check(target, z, self._num_bridges, self._num_warmup)
+        adaptation, num = self._adaptation(target, z), self._num_of_references(target)
+        return start_chain(rng_key, z, target, adaptation, self._auxiliary, num)
 
     def _step(self, state, model_args, model_kwargs):
         target = self._target(model_args, model_kwargs)
