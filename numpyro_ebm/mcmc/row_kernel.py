@@ -88,13 +88,9 @@ class RowKernel(MCMCKernel):
             return self._init(rng_key, init_params, model_args, model_kwargs), None
 
         state, _ = self._init_chains(init_one, rng_key, init_params)
-        self._watch = None
         if not_jax_tracer(state.potential_energy):
             self._check_energy(state, model_args, model_kwargs)
-            moves = self.leaves_invariant and not self.moves_discrete
-            unit = self._read_model(self._model, model_args, model_kwargs).unit
-            watch = Watch(self._name, num_warmup, moves, unit)
-            self._watch = watch if self._is_watched else None
+        self._start_watch(state, num_warmup, model_args, model_kwargs)
         return state
 
     def sample(
@@ -106,9 +102,7 @@ class RowKernel(MCMCKernel):
             state = jax.vmap(
                 lambda s, i: self._step(s._replace(i=i), model_args, model_kwargs), (0, None)
             )(state, state.i[0])
-        if self._watch is not None:
-            self._watch.after(state, lambda: self._sums(state, model_args, model_kwargs))
-        return state
+        return self._watched(state, model_args, model_kwargs)
 
     def unwatched(self) -> Self:
         """The same kernel for a caller that looks at the draws itself."""
@@ -159,6 +153,20 @@ class RowKernel(MCMCKernel):
     @property
     def _name(self):
         return type(self).__name__
+
+    def _start_watch(self, state, num_warmup, model_args, model_kwargs):
+        """Watch the run that begins, unless its start is traced: then nobody would read of it."""
+        self._watch = None
+        if self._is_watched and not_jax_tracer(state.potential_energy):
+            moves = self.leaves_invariant and not self.moves_discrete
+            unit = self._read_model(self._model, model_args, model_kwargs).unit
+            self._watch = Watch(self._name, num_warmup, moves, unit)
+
+    def _watched(self, state, model_args, model_kwargs):
+        """A state that the watch, if there is one, has looked at."""
+        if self._watch is not None:
+            self._watch.after(state, lambda: self._sums(state, model_args, model_kwargs))
+        return state
 
     def _init_chains(self, init_one, rng_key, init_params) -> tuple[Any, Any]:
         """A state and what comes with it, of one chain or many, with rows that can start.
