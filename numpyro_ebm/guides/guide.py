@@ -11,6 +11,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import set_visible
 from numpyro_ebm.language.sites import param_sites
+from numpyro_ebm.language.supports import check_drawn
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params, SiteValues, Trace
 
@@ -57,7 +58,10 @@ class Guide:
         return param_sites(guide_trace)
 
     def check(self, guide_trace: Trace) -> None:
-        """Every latent site of the model must be drawn by the guide, inside the data plate."""
+        """Every latent site of the model must be drawn by the guide, and nothing else.
+
+        :raises ModelError: naming the site; also if it is drawn on another support.
+        """
         missing = [name for name in self._row_model.latent if name not in guide_trace]
         if missing:
             raise ModelError(
@@ -65,7 +69,18 @@ class Guide:
                 "the model. A guide is a NumPyro function q(h | v) that samples each of them "
                 "under the same name and in the same plates."
             )
+        row_model = self._row_model
+        for name, site in row_model.latent.items():
+            check_drawn(guide_trace[name], site.fn, site.value)
+        known = {*row_model.sites, *row_model.parameters}
         for name, site in guide_trace.items():
+            is_latent = site["type"] == "sample" and not site["is_observed"]
+            if is_latent and name not in known and not site["infer"].get("is_auxiliary"):
+                raise ModelError(
+                    f"The guide draws '{name}', which is no site of the model (its latent sites "
+                    f"are {sorted(row_model.latent)}). Rename it, or mark it by "
+                    '`infer={"is_auxiliary": True}` if other draws of the guide are made of it.'
+                )
             if site["type"] == "mutable":
                 raise ModelError(f"The guide has the mutable site '{name}'; it must be stateless.")
 
@@ -88,7 +103,7 @@ class Guide:
         """log q(h | v) per row, of shape (rows,), at given latent values.
 
         :raises ModelError: if a site of the guide lies outside the data plate, for then q has no
-            density per row.
+            density per row, or is none of the model's.
         """
         row_model, total = self._row_model, jnp.zeros(self._row_model.num_rows)
         for site in self.trace(default_key(), params, visible, latent).values():
@@ -97,7 +112,14 @@ class Guide:
             if not row_model.owns(site):
                 raise ModelError(
                     f"The guide draws '{site['name']}' outside the data plate '{row_model.plate}', "
-                    "so that q(h | v) has no density per row, which is needed here."
+                    "so that q(h | v) has no density per row, which is needed here. Draw it inside "
+                    f'of `numpyro.plate("{row_model.plate}", ...)`.'
+                )
+            if site["name"] not in row_model.latent:
+                raise ModelError(
+                    f"The guide draws '{site['name']}' beside {sorted(row_model.latent)}, and the "
+                    "density of these alone is needed here, to weigh particles. Make them of "
+                    "a distribution with a density, such as a `TransformedDistribution`."
                 )
             total = total + row_model.sum_to_rows(site["fn"].log_prob(site["value"]))
         return total

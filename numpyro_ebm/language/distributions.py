@@ -23,6 +23,7 @@ from numpyro_ebm.errors import (
     UnhandledEnergyError,
     check_integer,
 )
+from numpyro_ebm.language.questions import who_resolves
 
 __all__ = ["Counting", "Lebesgue", "Unnormalized"]
 
@@ -53,6 +54,26 @@ def lowest_value(support: Any) -> int:
     return int(getattr(scalar_support(support), "lower_bound", 0))
 
 
+def speak_for(fn: Any) -> None:
+    """Let an energy answer for the base measure of a site, which is then silent itself."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if isinstance(fn, Lebesgue | Counting) and fn.handled_by is None:
+        fn.handled_by = "energy"
+
+
+def check_resolved(base: Any, proper: str) -> None:
+    """Raise if the density of a flat base measure is asked where no energy shapes its site."""
+    if base.handled_by is None:
+        raise UnhandledEnergyError(
+            f"The density of a site with the base measure {type(base).__name__}(event_shape="
+            f"{base.event_shape}) is asked, and the model states no energy for it. A "
+            "`numpyro.factor` in its place would forget log Z of the parameters. State "
+            "`numpyro_ebm.energy(name, value)` in its plate and resolve it (`fixed`, `normalized`, "
+            f"`generalized`, an objective); where a flat prior is meant, write `{proper}`."
+        )
+
+
 class Lebesgue(dist.ImproperUniform):
     r"""Lebesgue measure: the flat base measure of a continuous site.
 
@@ -64,6 +85,8 @@ class Lebesgue(dist.ImproperUniform):
         ``event_shape``.
     :raises ImproperSamplingError: when sampled. Draws of an energy-based model come from MCMC
         (:func:`~numpyro_ebm.sample`), never from its base measure.
+    :raises UnhandledEnergyError: when its density is asked in a model without an energy, a
+        ``numpyro.factor`` in its place.
 
     **Example**
 
@@ -72,6 +95,8 @@ class Lebesgue(dist.ImproperUniform):
     >>> ebm.Lebesgue(event_shape=(2,)).log_prob(jnp.ones((3, 2)))
     Array([0., 0., 0.], dtype=float32)
     """
+
+    pytree_aux_fields = ("handled_by",)
 
     def __init__(
         self,
@@ -91,9 +116,11 @@ class Lebesgue(dist.ImproperUniform):
                 f"Lebesgue: the support {support} needs an `event_shape` of at least "
                 f"{support.event_dim} dimension(s), got {event_shape}."
             )
+        self.handled_by = who_resolves()
         super().__init__(support, tuple(batch_shape), event_shape, validate_args=validate_args)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
+        check_resolved(self, "dist.ImproperUniform(support, (), event_shape)")
         batch_shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         flat = jnp.zeros(lax.broadcast_shapes(batch_shape, self.batch_shape))
         if is_real(self.support):
@@ -121,6 +148,7 @@ class Counting(dist.Distribution):
     :param int num_values: K, the number of values of one coordinate; 2 unless given.
     :param tuple event_shape: shape of one element of the site.
     :raises ModelError: if ``num_values`` is not an integer of at least 2.
+    :raises UnhandledEnergyError: as :class:`Lebesgue`.
 
     .. note:: ``sample`` draws uniformly: it only serves NumPyro's MCMC kernels to initialise a
        chain. ``Predictive``, which would report such draws, is stopped by the energy statement.
@@ -133,7 +161,7 @@ class Counting(dist.Distribution):
     """
 
     arg_constraints = {}
-    pytree_aux_fields = ("num_values",)
+    pytree_aux_fields = ("num_values", "handled_by")
     has_enumerate_support = True
 
     @property
@@ -150,7 +178,7 @@ class Counting(dist.Distribution):
         validate_args: bool | None = None,
     ):
         check_integer("Counting", 2, num_values=num_values)
-        self.num_values = num_values
+        self.num_values, self.handled_by = num_values, who_resolves()
         super().__init__(
             tuple(batch_shape), _shape(event_shape, "Counting"), validate_args=validate_args
         )
@@ -168,6 +196,7 @@ class Counting(dist.Distribution):
         return jax.random.randint(key, self.shape(sample_shape), 0, self.num_values)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
+        check_resolved(self, "dist.DiscreteUniform(0, num_values - 1)")
         batch_shape = jnp.shape(value)[: jnp.ndim(value) - self.event_dim]
         return jnp.zeros(lax.broadcast_shapes(batch_shape, self.batch_shape))
 

@@ -11,7 +11,7 @@ from numpyro.primitives import Messenger, plate
 
 from numpyro_ebm._compat import handler_stack, not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.primitives import INVERSE_TEMPERATURE, NORMALIZER
+from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of
 from numpyro_ebm.types import Params
 

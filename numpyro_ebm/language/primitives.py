@@ -9,19 +9,14 @@ from jax.typing import ArrayLike
 from numpyro.handlers import trace
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import apply_stack, handler_stack, is_enumerating, is_inspected
+from numpyro_ebm._compat import apply_stack, handler_stack, is_enumerating
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
-from numpyro_ebm.language.distributions import Unnormalized
+from numpyro_ebm.language.distributions import Unnormalized, speak_for
+from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, ask, who_resolves
 
 T = TypeVar("T", bound=ArrayLike)
 
 __all__ = ["always_observed", "energy", "visible"]
-
-NORMALIZER = "energy_normalizer"
-"""Type of the message by which an energy asks the handlers around it whether log Z is resolved."""
-
-INVERSE_TEMPERATURE = "energy_inverse_temperature"
-"""Type of the message by which an energy asks the handlers around it for a factor."""
 
 
 def energy(name: str, value: ArrayLike) -> None:
@@ -60,12 +55,13 @@ def energy(name: str, value: ArrayLike) -> None:
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         value = value.astype(jnp.result_type(float))
-    inverse_temperature = apply_stack(_question(INVERSE_TEMPERATURE, lambda: None))["value"]
+    inverse_temperature = ask(INVERSE_TEMPERATURE)
     if inverse_temperature is not None:
         value = inverse_temperature * value
     parameters = _free_parameters()
-    handled_by = apply_stack(_question(NORMALIZER, _under_inspection))["value"]
-    fn = Unnormalized(value, name, parameters, handled_by)
+    fn = Unnormalized(value, name, parameters, who_resolves())
+    for site in _recorded_sites():
+        speak_for(site.get("fn"))
     with _ShapeOfPlates(jnp.shape(value)):
         numpyro.sample(name, fn, obs=fn.sample(None), infer={"is_auxiliary": True})
     if numpyro.get_mask() is False:
@@ -144,16 +140,6 @@ class _ShapeOfPlates(always_observed):
                 "Sum over event dimensions only, as in `jnp.sum(..., -1)`; a scalar would be "
                 "counted once for every element of the plate."
             )
-
-
-def _question(kind, default):
-    """A message to the handlers around an energy; its value is ``default()`` if none sets one."""
-    return {"type": kind, "fn": default, "args": (), "kwargs": {}, "value": None}
-
-
-def _under_inspection():
-    """`render_model` evaluates densities for their dependencies, and never uses their values."""
-    return "inspection" if is_inspected() else None
 
 
 def _recorded_sites():

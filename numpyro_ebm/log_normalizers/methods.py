@@ -133,7 +133,8 @@ def log_normalizer(
     :param int num_sweeps: moves at each temperature, 1 for AIS and 5 for SMC if ``None``: a step of
         MALA for real sites, a draw of every block of sites with simple conditionals.
     :param int num_temperatures: of AIS. SMC finds its own.
-    :param int num_replicates: independent runs of SMC.
+    :param int num_replicates: independent runs of SMC; its ``mcse`` is widened to Student's
+        quantile for as many.
     :param int max_states: the most states that are enumerated.
     :param kwargs: keyword arguments of the model.
     :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer` with ``value``, ``mcse``, ``ess``

@@ -19,7 +19,7 @@ from jax.scipy.special import logsumexp
 from numpyro_ebm._compat import systematic
 from numpyro_ebm.types import SiteValues
 
-__all__ = ["by_problem", "log_mean_weight", "resample", "to_particles"]
+__all__ = ["by_problem", "log_mean_weight", "resample", "student_factor", "to_particles"]
 
 
 def by_problem(x: jax.Array, like: Any) -> jax.Array:
@@ -55,6 +55,13 @@ def log_mean_weight(log_weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     ess = jnp.exp(2 * total - logsumexp(2 * log_weights, 0))
     mcse = jnp.sqrt(jnp.maximum(num / ess - 1, 0.0) / (num - 1))
     return total - math.log(num), mcse, ess
+
+
+def student_factor(num: int) -> float:
+    """By how much a standard error from ``num`` values is too small for a 95 % interval."""
+    from scipy.stats import norm, t
+
+    return float(t.ppf(0.975, num - 1) / norm.ppf(0.975))
 
 
 def resample(

@@ -8,8 +8,10 @@ Particles follow the path from the reference q to :math:`\tilde p`: they are wei
 and moved. Temperatures and tuning come from a first run, see
 :mod:`numpyro_ebm.log_normalizers.schedule`, and are then held fixed, so that :math:`\hat Z` is
 unbiased whatever the number of particles: independent runs are averaged, and their spread is the
-standard error. Its logarithm is too small in expectation (Jensen). Use it where the moves mix; AIS
-needs fewer particles where every row has a log Z of its own.
+standard error. They are few, so that it is widened by the ratio of the 97.5 % quantiles of
+Student's law and the normal law: ± 1.96 of it cover at their rate. The logarithm of the estimate is
+too small in expectation (Jensen). Use it where the moves mix; AIS needs fewer particles where every
+row has a log Z of its own.
 
 Reference: Del Moral, Doucet, Jasra, *Sequential Monte Carlo samplers*, JRSSB 2006.
 """
@@ -21,7 +23,12 @@ from jax import lax
 from numpyro_ebm.log_normalizers.annealing import anneal
 from numpyro_ebm.log_normalizers.integrand import Integrand
 from numpyro_ebm.log_normalizers.options import Options
-from numpyro_ebm.log_normalizers.particles import by_problem, resample, to_particles
+from numpyro_ebm.log_normalizers.particles import (
+    by_problem,
+    resample,
+    student_factor,
+    to_particles,
+)
 from numpyro_ebm.log_normalizers.path import Path, sweep_particles
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
@@ -48,6 +55,7 @@ def run_smc(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNo
         )
 
     schedule, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps)
+    mcse = mcse * student_factor(options.num_replicates)
     diagnostics = {"num_temperatures": schedule.num_temperatures}
     return LogNormalizer(value, mcse, ess * num_particles, "smc", "below", diagnostics)
 

@@ -11,7 +11,7 @@ from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import resolve_normalizer
-from numpyro_ebm.language.primitives import NORMALIZER
+from numpyro_ebm.language.questions import NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
 from numpyro_ebm.model.priors import isolated
 from numpyro_ebm.types import Model

@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import mask_of
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.handlers import refuse_energies_in_loops
-from numpyro_ebm.language.primitives import NORMALIZER
+from numpyro_ebm.language.questions import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.reading import read_model

@@ -89,12 +89,14 @@ def check_data(site: RowSite) -> None:
     :raises ModelError: if they contain NaN, have another shape or leave the support.
     """
     name, value, support = site.name, site.value, site.fn.support
-    if not_jax_tracer(value) and np.isnan(np.asarray(value)).any():
+    if not_jax_tracer(value) and not np.isfinite(np.asarray(value)).all():
+        what = "NaN" if np.isnan(np.asarray(value)).any() else "infinite values"
         raise ModelError(
-            f"The data of the visible site '{name}' contain NaN, and nothing is masked in silence. "
-            "Leave those rows out, `numpyro.handlers.mask(mask=~jnp.isnan(data).any(-1))` around "
-            "all of the data plate; or say which elements are missing, in a plate of them, "
-            "`numpyro.sample(..., obs=data, obs_mask=~jnp.isnan(data))`."
+            f"The data of the visible site '{name}' contain {what}, and nothing is masked in "
+            "silence. Leave those rows out, `numpyro.handlers.mask(mask="
+            "jnp.isfinite(data).all(-1))` around all of the data plate; or say which elements are "
+            "missing, in a plate of them, "
+            "`numpyro.sample(..., obs=data, obs_mask=jnp.isfinite(data))`."
         )
     if jnp.shape(value) != site.fn.shape():
         raise ModelError(

@@ -33,6 +33,7 @@ from numpyro_ebm.errors import ModelError, UnhandledEnergyError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import substitute_and_block
 from numpyro_ebm.language.sites import log_prob_of, param_sites
+from numpyro_ebm.language.supports import check_drawn
 from numpyro_ebm.model.priors import check_priors, prior_part
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params, SiteValues
@@ -179,6 +180,8 @@ class GlobalGuide(NamedTuple):
         }
         outside = {name: site for name, site in samples.items() if name not in inside}
         _check_names(row_model, inside, outside)
+        for name in row_model.priors.keys() & outside.keys():
+            check_drawn(outside[name], row_model.priors[name], row_model.parameters[name])
         if not row_model.priors.keys() & outside.keys():
             return None
         found = {name: site["value"] for name, site in first.items() if site["type"] == "param"}

@@ -209,6 +209,12 @@ def _ask(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs
         of_networks.append(parameters.add(found, network.name))
     own_key = jax.random.fold_in(key_model, 1)
     parameters.add(objective.own_parameters(own_key, {**values, **theta}, problem))
+    unknown = sorted(init_params.keys() - {*values, *row_model.parameters})
+    if unknown:
+        raise ModelError(
+            f"EnergySVI: `init_params` names {unknown}; the parameters are "
+            f"{sorted({*values, *row_model.parameters})}."
+        )
     penalised = [name for name in values if name in row_model.priors]
     return values, _Traced(
         parameters.constraints, penalised, of_guide, of_networks, posterior, plan, guide_loss

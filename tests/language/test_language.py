@@ -2,6 +2,7 @@
 """The language: energies that must be handled, base measures, `fixed`, and what a model may say."""
 
 import pickle
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -324,3 +325,38 @@ def test_tempering_does_not_answer_for_the_normalizer():
 def test_temperatures_that_are_none(inverse_temperature):
     with pytest.raises(ebm.ModelError, match="inverse_temperature"):
         ebm.temper(lambda: None, inverse_temperature)
+
+
+@pytest.mark.parametrize("base", [ebm.Lebesgue, ebm.Counting])
+@pytest.mark.parametrize("num_rows", [None, 3])
+def test_a_flat_measure_without_an_energy_raises(base, num_rows):
+    """A `factor` in the place of the energy would forget log Z."""
+    x = jnp.ones(() if num_rows is None else (num_rows,), int)
+
+    def with_factor():
+        theta = numpyro.sample("theta", dist.Gamma(2.0, 1.0))
+        with nullcontext() if num_rows is None else numpyro.plate("data", num_rows):
+            v = numpyro.sample("v", base(), obs=x)
+            numpyro.factor("E", -0.5 * theta * v**2)
+
+    message = f"base measure {base.__name__}.*states no energy.*factor"
+    with pytest.raises(ebm.UnhandledEnergyError, match=message):
+        log_density(with_factor, (), {}, {"theta": 1.0})
+    kernel = NUTS(with_factor)
+    with pytest.raises(ebm.UnhandledEnergyError, match=message):
+        kernel.init(jax.random.key(3), 10, None, (), {})
+
+
+def test_an_energy_answers_for_its_flat_measures():
+    """The error of an energy comes before, and a density that is resolved has none."""
+
+    def model():
+        with numpyro.plate("data", 2), handlers.mask(mask=True):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=jnp.ones(2))
+            h = numpyro.sample("h", ebm.Counting(), obs=jnp.ones(2, int))
+            ebm.energy("E", numpyro.param("b", 1.0) * v * h)
+
+    with pytest.raises(ebm.UnhandledEnergyError, match=r"The energy 'E'.*log Z\(b\)"):
+        log_density(model, (), {}, {})
+    assert log_density(ebm.fixed(model, {"b": 2.0}), (), {}, {})[0] == -4.0
+    assert ebm.Counting().log_prob(1) == 0.0  # outside of a model nobody is asked

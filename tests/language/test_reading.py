@@ -213,6 +213,9 @@ def test_models_that_cannot_be_read(model, message):
 def test_nan_in_the_data():
     with pytest.raises(ebm.ModelError, match="'v' contain NaN"):
         read_model(gaussian, (X.at[0].set(jnp.nan),))
+    for value in (jnp.inf, -jnp.inf):
+        with pytest.raises(ebm.ModelError, match="'v' contain infinite values.*isfinite"):
+            read_model(gaussian, (X.at[0].set(value),))
 
 
 def latent_model(data):

@@ -17,7 +17,7 @@ from oracles import jit
 import numpyro_ebm as ebm
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.mixture import fit_mixture
-from numpyro_ebm.log_normalizers.particles import log_mean_weight
+from numpyro_ebm.log_normalizers.particles import log_mean_weight, student_factor
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +242,15 @@ def test_a_fitted_mixture_is_normalised():
     entropy = -np.sum(np.exp(log_prob + log_weights) * log_prob)
     error = float(jnp.std(draws)) / math.sqrt(20_000)
     assert float(jnp.mean(draws)) == pytest.approx(-entropy, abs=4 * error)
+
+
+@pytest.mark.parametrize("num", [2, 4, 8, 16])
+def test_intervals_of_few_replicates_cover(num):
+    """Log-normal estimates of spread s have the mean exp(s²/2); 1.96 errors are 95 %."""
+    spread, repeats = 0.05, 40_000
+    draws = spread * np.random.default_rng(num).normal(size=(num, repeats))
+    value, mcse, _ = (np.asarray(x) for x in log_mean_weight(jnp.asarray(draws)))
+    off = abs(value - spread**2 / 2)
+    covered = (off < 1.96 * student_factor(num) * mcse).mean()
+    assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / repeats) + 0.002
+    assert (off < 1.96 * mcse).mean() < 0.94  # as it was
