@@ -4,7 +4,7 @@ PYTHON ?= python
 JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
 
-.PHONY: install lint format test slow docs bench ci clean
+.PHONY: install lint format test slow mutants docs bench ci clean
 
 install:  ## the package, editable, with every tool, and the commit hooks
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -24,6 +24,9 @@ test:  ## the default suite, with the docstring examples
 
 slow:  ## the long-running laws, the longest too
 	$(PYTHON) -m pytest -n 2 -m slow
+
+mutants:  ## faults of one line, planted in a copy: fails where the tests see fewer than 95%
+	$(PYTHON) tests/mutants/plant.py
 
 docs:  ## the manual, in docs/_build/html
 	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -55,9 +55,43 @@ LONGEST = (
 )
 
 
+# Laws over many members of which the default run takes some, one of each kind: those whose name in
+# brackets holds one of these words. The others are slow.
+MEMBERS = {
+    "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "FisherD", "[NCE", "Pseudo"),
+    "test_every_row_has_its_own_normalizer": ("argument]", "in a closure", "the plate's index]"),
+    "test_value_and_gradient_are_the_formula": ("[SM-", "[DSM-", "median-", "-Exact"),
+    "test_loss_and_gradient_are_unbiased": ("SM-VaGES]", "weighted", "RBF", "DSM-VaGES, cont"),
+    "test_the_gradient_of_a_loss_is_that_of_its_value": (
+        *("[ScoreM", "[NCE", "[MaximumL", "Pseudo", "KSD", "Kernel"),
+    ),
+    "test_a_loss_is_the_weighted_sum_of_those_of_the_rows": (
+        *("[ScoreM", "Kernel", "[NCE", "Flow", "Fisher", "Contrastive", "[MaximumL", "Pseudo"),
+    ),
+    "test_a_fit_traces_its_model_five_times_at_most": ("[all", "batches", "an ELBO", "posterior]"),
+    "test_a_chain_traces_its_model_four_times_at_most": ("[MALA]", "Replica", "Block"),
+    "test_normalized_is_the_likelihood_under_the_same_handlers": ("both", "masked"),
+    "test_bi_level_objectives_train_a_step": ("BiDSM",),
+    "test_stationary_law_is_that_of_enumeration": ("Gibbs-lattice", "Gibbs-potts", "Langevin-ord"),
+    "test_sampling.py::test_chain_methods": ("vectorized",),
+    "test_bad_models": ("[MALA]", "[MCLMC]", "Annealed"),
+    "test_kernels.py::test_protocol": ("[MALA]", "[MCLMC]", "Replica", "Annealed", "[Under"),
+    "test_moments_of_asymmetric_and_correlated_targets": ("float64",),
+    "test_value_and_both_gradients_are_unbiased": ("Exact-True", "Enumerated-False", "VaGES-True"),
+    "test_the_energy_descends_and_the_flow_ascends": ("function-3", "distribution"),
+    "test_chains_that_hardly_move_give_the_prior_and_say_so": ("[0.01]",),
+    "test_a_posterior_outside_of_the_design_is_found_out": ("[-3.0]",),
+    "test_rows_are_left_out_where_they_stand": ("covariates", "blocks", "weights"),
+}
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are picked by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
+        law, _, member = item.nodeid.partition("[")
+        words = next((words for name, words in MEMBERS.items() if law.endswith(name)), None)
+        if member and words and not any(word in "[" + member for word in words):
+            item.add_marker(pytest.mark.slow)
         is_slow = item.get_closest_marker("slow") is not None
         if is_slow and any(name in item.nodeid for name in LONGEST):
             item.add_marker(pytest.mark.longest)

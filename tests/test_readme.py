@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    "docs/quickstart.md",
     "docs/language.md",
     "docs/checks.md",
+    pytest.param("docs/quickstart.md", marks=pytest.mark.slow),
     pytest.param("docs/marginals.md", marks=pytest.mark.slow),
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
     pytest.param("docs/weights.md", marks=pytest.mark.slow),

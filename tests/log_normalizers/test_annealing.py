@@ -15,9 +15,12 @@ from numpyro.distributions import constraints
 from oracles import jit
 
 import numpyro_ebm as ebm
+from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.mixture import fit_mixture
 from numpyro_ebm.log_normalizers.particles import log_mean_weight, student_factor
+from numpyro_ebm.log_normalizers.path import Path
+from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +257,18 @@ def test_intervals_of_few_replicates_cover(num):
     covered = (off < 1.96 * student_factor(num) * mcse).mean()
     assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / repeats) + 0.002
     assert (off < 1.96 * mcse).mean() < 0.94  # as it was
+
+
+def test_weights_of_particles_that_stay_are_the_ratio_of_the_ends():
+    """Whatever the temperatures: the powers of p̃ / q on the way add to the first one."""
+    path = Path(
+        lambda position: (-position["x"], 2.0 * position["x"]),
+        lambda rng_key, num: {"x": jnp.arange(float(num))},
+        real=(),
+        blocks=(),
+        precondition=None,
+    )
+    schedule = AnnealingSchedule(jnp.array([[0.0], [0.1], [0.6], [1.0]]), None, jnp.array(3))
+    for num_temperatures in (3, 7):
+        weights, *_ = annealed_importance_sampling(KEY, path, schedule, 5, num_temperatures, 2)
+        np.testing.assert_allclose(weights[:, 0], 3.0 * np.arange(5), rtol=1e-6)

@@ -65,7 +65,7 @@ def test_bits_that_are_missing_are_summed_out():
         objective = ebm.MaximumLikelihood()
         return objective.loss(key, {"strength": strength}, network, None, BITS, MASK)
 
-    found = jax.value_and_grad(loss)(strength)
+    found = jax.jit(jax.value_and_grad(loss))(strength)
     right = jax.value_and_grad(lambda x: -jnp.mean(expected_of_bits(x)))(strength)
     np.testing.assert_allclose(found, right, rtol=1e-7)
 
@@ -107,6 +107,7 @@ def test_coordinates_that_are_missing_are_integrated_out():
     rows = ebm.log_likelihood(key, model, SEEN, MASK, method="enumerate")
     np.testing.assert_allclose(rows, expected_of_normal(1.3)[0], rtol=1e-6, atol=1e-6)
 
+    @jax.jit
     def loss(scale):
         return ebm.ScoreMatching().loss(key, {"scale": scale}, gaussian, None, SEEN, MASK)
 

@@ -12,6 +12,7 @@ import pytest
 from jax.nn import softplus
 
 import numpyro_ebm as ebm
+from numpyro_ebm.objectives.directions import draw_like
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -161,3 +162,16 @@ def test_the_guide_is_fitted_at_the_noised_values():
     assert not np.allclose(noised, v, atol=0.05)
     for value in seen:
         np.testing.assert_array_equal(value, noised)
+
+
+def test_rows_count_for_the_guide_by_the_inverse_of_their_level():
+    objective = ebm.MultiscaleDenoisingScoreMatching(None, min_noise_scale=0.2, max_noise_scale=2.0)
+    problem = objective.prepare(KEY, params64(), event_units, None, (jnp.asarray(DATA),), {})
+    levels, noise = problem.noise
+    np.testing.assert_allclose(problem.row_weights, 1.0 / levels)
+    np.testing.assert_allclose(problem.unconstrained["v"], DATA + levels[:, None] * noise["v"])
+
+
+def test_sites_have_noise_of_their_own():
+    noise = draw_like(jax.random.normal, KEY, {"a": jnp.zeros(4_000), "b": jnp.zeros(4_000)})
+    assert abs(np.corrcoef(noise["a"], noise["b"])[0, 1]) < 4 / np.sqrt(4_000)

@@ -165,3 +165,5 @@ def test_overlap_is_one_where_noise_and_model_are_the_same(ratio):
         return objective.overlap(KEY, params, problem)
 
     np.testing.assert_allclose(overlap(params), 1.0, rtol=1e-9)
+    found = objective.log_normalizer(KEY, params, one_dimensional, None, data[:200])
+    np.testing.assert_allclose(found.ess, 200 * ratio, rtol=1e-6)  # no draw counts for more

@@ -209,11 +209,11 @@ def test_derivatives_of_every_order(x64):
     def loss(p, data=data):
         return ebm.MaximumLikelihood().loss(jax.random.key(0), {"p": p}, gaussian, None, data)
 
-    for wrap in (lambda f: f, jax.jit):
+    third = lambda slope: jax.jacfwd(jax.grad(slope))  # noqa: E731
+    for wrap in (lambda f: f, jax.jit):  # compiled as a whole, or a part of what is
         slope = jax.grad(wrap(loss))
-        np.testing.assert_allclose(slope(2.0), 2.5 - 0.25, rtol=1e-6)
-        np.testing.assert_allclose(wrap(jax.grad(slope))(2.0), 0.125, rtol=1e-6)
-        np.testing.assert_allclose(wrap(jax.jacfwd(jax.grad(slope)))(2.0), -0.125, rtol=1e-6)
+        derivatives = jax.jit(lambda p: (slope(p), jax.grad(slope)(p), third(slope)(p)))  # noqa: B023
+        np.testing.assert_allclose(derivatives(2.0), (2.5 - 0.25, 0.125, -0.125), rtol=1e-6)
     many = jax.vmap(jax.grad(loss))(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(many, [2.0, 2.25], rtol=1e-6)
     np.testing.assert_allclose(jax.grad(loss, 1)(2.0, data), data, rtol=1e-6)

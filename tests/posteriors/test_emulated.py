@@ -62,12 +62,16 @@ def test_an_emulated_normalizer_weighs_noise_and_refuses():
     rng = np.random.default_rng(0)
     x = rng.uniform(-2, 2, (80, 1))
     errors, at, scores = np.full(80, 0.1), np.linspace(-1.8, 1.8, 7)[:, None], []
+    left_out = []
     for _ in range(8):
         y = np.sin(2 * x[:, 0]) + errors * rng.standard_normal(80)
-        found, error = jax.vmap(fit_emulator(x, y, errors).predict)(at)
+        emulator = fit_emulator(x, y, errors)
+        found, error = jax.vmap(emulator.predict)(at)
+        left_out.append(emulator.left_out)
         scores.append((found - np.sin(2 * at[:, 0])) / error)
         assert np.all(error < 0.1)  # neighbours help
     assert 0.7 < np.std(scores) < 1.4
+    assert abs(np.std(left_out) - 1.0) < 4 / np.sqrt(2 * 8 * 80)  # of the noise alone
     with pytest.raises(ModelError, match="coefficients"):
         ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design=6)
     with pytest.raises(ModelError, match="no values for \\['field'\\]"):

@@ -286,6 +286,7 @@ def test_priors_have_to_be_there_and_proper(make):
             density(make(lambda data, p=prior: precision_model(data, p)), {"precision": 1.0}, ROWS)
 
 
+@pytest.mark.slow
 def test_laplace_sees_the_curvature_of_a_quadrature():
     variances = []
     for method in ("enumerate", "quadrature"):

@@ -211,6 +211,24 @@ def test_random_objectives_keep_their_noise(x64, objective, most):
     assert np.all(ratio < most) and np.all(ratio > 0.8)  # of nine keys: from 0.87 to 1.70
 
 
+@pytest.mark.parametrize("num_groups", [20, 57])
+def test_rows_are_left_out_in_groups_where_there_are_many(x64, num_groups):
+    """More rows than groups, as of every real data set: J from the sums over blocks of rows."""
+    found = ebm.generalized(linear_model, ebm.ScoreMatching()).calibrate(
+        HEAVY, method="sandwich", num_resamples=num_groups
+    )
+    best, H, _ = score_matching_by_hand(HEAVY)
+    score = best[0] - best[1] * HEAVY
+    blocks = np.array_split(np.stack([score, -HEAVY * score - 1], -1), num_groups)
+    sums = np.array([block.sum(0) for block in blocks])
+    expected = num_groups * np.cov(sums.T) / len(HEAVY)
+    if 400 % num_groups == 0:
+        np.testing.assert_allclose(found.score_covariance, expected, rtol=1e-4)
+    else:  # blocks of seven and eight rows stand at other places
+        spread = np.sqrt(np.diag(found.score_covariance) / np.diag(expected))
+        np.testing.assert_allclose(spread, 1.0, atol=0.3)
+
+
 def test_rows_of_a_group_count_as_one(x64):
     """Every row three times over tells nothing new."""
     prior = dist.Normal(0.0, 100.0).expand([2]).to_event(1)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers that diagnostics report, and not only their shapes and ranges."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from diagnostic_cases import GAUSSIAN
+from numpyro.infer import MCMC
+
+import numpyro_ebm as ebm
+from numpyro_ebm.diagnostics import fisher
+from numpyro_ebm.diagnostics.arviz.draws import _kernel_stats
+from numpyro_ebm.diagnostics.gap.posterior import _pareto_shapes
+from numpyro_ebm.log_normalizers import smc
+from numpyro_ebm.log_normalizers.options import Options
+
+KEY = jax.random.key(6)
+
+
+def test_the_effective_sample_size_of_smc_counts_particles(monkeypatch):
+    """Replicates are weighed against each other; each has all its particles."""
+    found = SimpleNamespace(num_temperatures=3), (jnp.array(1.0), jnp.array(0.1), jnp.array(7.0))
+    monkeypatch.setattr(smc, "anneal", lambda *args: found)
+    result = smc.run_smc(KEY, None, Options(num_particles=100))
+    assert result.ess == 700.0 and result.mcse == 0.1
+
+
+def test_statistics_of_rows_are_brought_together():
+    """The log-density of a draw is the sum over its rows, its acceptance their mean."""
+    by_row = np.arange(30.0).reshape(2, 3, 5)
+    found = _kernel_stats({"potential_energy": by_row, "accept_prob": by_row / 30}, 5)
+    np.testing.assert_allclose(found["lp"], -by_row.sum(-1))
+    np.testing.assert_allclose(found["acceptance_rate"], by_row.mean(-1) / 30)
+    np.testing.assert_allclose(found["row_acceptance_rate"], by_row / 30)
+    assert _kernel_stats({"diverging": by_row == 7}, 5)["diverging"].tolist() == [
+        [False, True, False],
+        [False, False, False],
+    ]
+
+
+def test_pareto_shapes_are_those_of_the_tails():
+    """exp(k e) of an exponential e has a Pareto tail of shape k; one for each row."""
+    rng = np.random.default_rng(0)
+    shapes = np.array([0.2, 0.6, 0.9])
+    found = np.asarray(_pareto_shapes(jnp.asarray(shapes * rng.exponential(size=(4_000, 3)))))
+    np.testing.assert_allclose(found, shapes, atol=0.2)
+    few = np.asarray(_pareto_shapes(jnp.asarray(shapes * rng.exponential(size=(60, 3)))))
+    assert few.shape == (3,) and np.all(np.abs(few - shapes) < 0.6)
+
+
+def test_the_error_of_a_fisher_divergence_is_that_of_its_mean(monkeypatch):
+    rng = np.random.default_rng(0)
+    linear, square = 1.0 + rng.normal(size=50), rng.exponential(size=50)
+    monkeypatch.setattr(fisher, "_train", lambda *args: [(0.1, 10, 1.0, {}), (0.4, 20, 1.5, {})])
+    monkeypatch.setattr(fisher, "_critic_terms", lambda *a, **k: tuple(map(jnp.array, terms)))
+    terms = linear, square
+    found = ebm.fisher_divergence(KEY, GAUSSIAN, jnp.asarray(rng.normal(size=500)))
+    by_row = 1.5 * linear - 0.5 * 1.5**2 * square
+    assert found.num_steps == 20 and found.scale == 1.5
+    assert found.value == pytest.approx(by_row.mean(), rel=1e-5)
+    assert found.standard_error == pytest.approx(by_row.std(ddof=1) / np.sqrt(50), rel=1e-4)
+
+
+def test_the_scale_of_a_critic_is_the_best_one():
+    """s E[linear] - s² E[square] / 2 is highest at their ratio."""
+    terms = jnp.array([1.0, 2.0, 6.0]), jnp.array([1.0, 1.0, 4.0])
+    fit = SimpleNamespace(state=None, params={})
+    looks = fisher._train(lambda *a, **k: fit, lambda params: terms, None, 100, 4)
+    assert [look[1] for look in looks] == [25, 50, 75, 100]
+    for value, _, scale, _ in looks:
+        assert scale == pytest.approx(3.0 / 2.0) and value == pytest.approx(0.5 * 3.0**2 / 2.0)
+
+
+def test_round_trips_are_counted():
+    """Without energies every swap is accepted, so that walkers go round by turns."""
+
+    def model():
+        with numpyro.plate("data", 2):
+            x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+            ebm.energy("E", 0.0 * x)
+
+    num_steps, place = 40, np.arange(4)
+    kernel = ebm.ReplicaExchange(
+        ebm.fixed(model, {}), np.linspace(1.0, 0.1, 4), step_size=0.1, adapt_ladder=False
+    )
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=num_steps, progress_bar=False)
+    mcmc.run(KEY, extra_fields=("round_trips", "swap_prob"))
+    trips, was_hot, expected = 0, np.zeros(4, bool), []
+    for i in range(num_steps):
+        for low in range(i % 2, 3, 2):
+            place[[low, low + 1]] = place[[low + 1, low]]
+        trips += was_hot[place[0]]
+        was_hot[place[0]] = False
+        was_hot[place[-1]] = True
+        expected.append(trips)
+    fields = mcmc.get_extra_fields()
+    np.testing.assert_array_equal(fields["round_trips"], np.array(expected)[:, None] + [0, 0])
+    np.testing.assert_allclose(fields["swap_prob"], 1.0)
+    assert trips > 3

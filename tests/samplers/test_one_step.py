@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What single steps draw, before a test makes up for it or many steps hide it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from numpyro_ebm.samplers import annealed, discrete_langevin
+
+NUM = 40_000
+
+
+@pytest.mark.parametrize("differences", ["gradient", "exact"])
+def test_a_proposal_of_discrete_langevin_is_that_of_the_paper(differences):
+    """log q(y | x) is (log p̃(y) - log p̃(x)) / 2 - (y - x)² / 2α, for three values from 0."""
+    values = {"s": np.arange(3)}
+
+    def log_density(x):
+        return 1.2 * x["s"][:, 0]
+
+    kernel = discrete_langevin.build_kernel(False, differences)
+    position = {"s": jnp.zeros((NUM, 1), int)}
+    state = discrete_langevin.init(position, log_density, values, differences)
+    step = jax.jit(lambda key: kernel(key, state, log_density, 0.8, values)[0].position["s"])
+    found = np.bincount(np.ravel(step(jax.random.key(3))), minlength=3) / NUM
+    x = np.arange(3.0)
+    distance = x**2 if differences == "gradient" else 1.0 * (x > 0)
+    p = np.asarray(jax.nn.softmax(0.6 * x - distance / 1.6))
+    assert np.all(np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / NUM))
+
+
+def test_an_annealed_run_starts_at_its_own_scale():
+    """With steps of no size it ends where it started."""
+    kernel = annealed.build_kernel(1)
+    levels, steps = jnp.array([1.0, 2.0]), jnp.array([1e-12, 1e-12])
+
+    def log_density(x, level):
+        return -0.5 * level * jnp.sum(x**2)
+
+    state = annealed.init(jnp.zeros(NUM), log_density, levels)
+    new, _ = kernel(jax.random.key(3), state, log_density, levels, steps, 2.5)
+    assert np.std(new.position) == pytest.approx(2.5, rel=0.02)

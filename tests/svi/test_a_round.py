@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of what a round does, its random numbers, and when it stops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.handlers import scale
+from numpyro.infer import Trace_ELBO
+
+import numpyro_ebm as ebm
+from numpyro_ebm.objectives.base import AuxiliaryNetwork, Objective
+
+DATA = jnp.arange(4.0)
+
+
+def model(data):
+    b = numpyro.param("b", jnp.zeros(()))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Lebesgue())
+        ebm.energy("E", 0.5 * (v - h) ** 2 + 0.5 * h**2 + b * v)
+
+
+def guide(data):
+    loc = numpyro.param("loc", jnp.zeros(()))
+    with numpyro.plate("data", len(data)):
+        numpyro.sample("h", dist.Normal(loc + 0.5 * ebm.visible("v", data), 1.0))
+
+
+class OfGuide:
+    """A loss of the guide, of its parameter and a key."""
+
+    can_infer_discrete = True
+
+    def __init__(self, loss):
+        self.loss_of = loss
+
+    def rows(self, rng_key, params, guide_params, problem):
+        return self.loss_of(rng_key, guide_params["loc"]) + jnp.zeros(problem.row_model.num_rows)
+
+
+class OfParams(Objective):
+    """An objective that is a function of the parameters alone."""
+
+    def __init__(self, loss, networks=()):
+        super().__init__(ebm.VaGES())
+        self.loss_of, self.networks = loss, networks
+
+    def energy_loss(self, rng_key, params, problem):
+        return self.loss_of(params)
+
+
+def noise(rng_key, x):
+    """Its gradient is a random number."""
+    return x * jax.random.normal(rng_key)
+
+
+def rounds(objective, num=1, **options):
+    """The parameters after one round, for some keys."""
+    svi = ebm.EnergySVI(model, guide, optax.sgd(1.0), objective, **options)
+    state = svi.init(jax.random.key(3), DATA)
+    keys = jax.random.split(jax.random.key(4), num)
+
+    def one(key):
+        return svi.get_params(svi.update(state._replace(rng_key=key), DATA)[0])
+
+    return jax.jit(jax.vmap(one))(keys)
+
+
+def test_the_energy_sees_the_guide_after_its_step():
+    objective = OfParams(lambda params: params["b"] * jax.lax.stop_gradient(params["loc"]))
+    slope = OfGuide(lambda _, loc: 2.0 * loc)
+    found = rounds(objective, guide_loss=slope, guide_optim=optax.sgd(1.0))
+    np.testing.assert_allclose([found["loc"][0], found["b"][0]], [-2.0, 2.0])
+
+
+def test_steps_of_a_round_have_keys_of_their_own():
+    """A sum of three standard normal numbers, and not three times the same; of players as well."""
+    players = [
+        AuxiliaryNetwork(
+            name,
+            lambda rng_key, problem, name=name: {name: (jnp.zeros(()), dist.constraints.real)},
+            lambda rng_key, params, own, problem, name=name: noise(rng_key, own[name]),
+            optax.sgd(1.0),
+            3,
+        )
+        for name in ("first", "second")
+    ]
+    objective = OfParams(lambda params: params["b"], players)
+    found = rounds(
+        objective, 1_000, guide_loss=OfGuide(noise), guide_optim=optax.sgd(1.0), num_guide_steps=3
+    )
+    sums = np.stack([found[name] for name in ("loc", "first", "second")])
+    error = 3 * np.sqrt(2 / 1_000)
+    np.testing.assert_allclose(np.cov(sums), 3 * np.eye(3), atol=4.5 * error)
+
+
+def test_a_loss_of_inf_with_a_finite_gradient_stops_the_run():
+    objective = OfParams(lambda params: params["b"] + jnp.where(params["b"] < -2.5, jnp.inf, 0.0))
+    svi = ebm.EnergySVI(model, guide, optax.sgd(1.0), objective)
+    with pytest.warns(ebm.NonFiniteLossWarning, match="step 4 of 10"):
+        fit = svi.run(jax.random.key(3), 10, DATA, progress_bar=False)
+    assert fit.params["b"] == -3.0 and fit.losses[-1] == np.inf
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_scale_around_the_guide_of_a_parameter_counts(factor):
+    """E_q log q of a normal guide is -log sd + const.: its gradient in log sd is the factor."""
+
+    def with_prior(data):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (v - m) ** 2)
+
+    def q(data):
+        sd = jnp.exp(numpyro.param("log_sd", jnp.array(-1.0)))
+        with scale(scale=factor):
+            numpyro.sample("m", dist.Normal(0.2, sd))
+
+    svi = ebm.EnergySVI(with_prior, q, optax.sgd(1.0), ebm.ScoreMatching())
+    state = svi.init(jax.random.key(3), DATA)
+
+    @jax.jit
+    @jax.vmap
+    def moved(key):
+        return svi.get_params(svi.update(state._replace(rng_key=key), DATA)[0])["log_sd"]
+
+    # The loss is a mean over 4 rows; its terms in sd: 4 rows of sd²/2, of the prior sd²/2.
+    expected = -1.0 + (factor - 5.0 * np.exp(-2.0)) / 4
+    found = np.asarray(moved(jax.random.split(jax.random.key(5), 4_000)))
+    assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(len(found))
+
+
+def test_the_loss_of_a_guide_is_a_mean_over_rows():
+    """Of `Trace_ELBO` in closed form, at the mean of the guide."""
+    objective = OfParams(lambda params: params["b"])
+    found = rounds(objective, 2_000, guide_loss=Trace_ELBO(), guide_optim=optax.sgd(1.0))["loc"]
+    # -E log p + log q has the gradient 2 (loc + v / 2) - v = 0 at loc = 0.
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(2_000)
+    np.testing.assert_allclose(np.var(found), 4 / len(DATA), rtol=0.2)
