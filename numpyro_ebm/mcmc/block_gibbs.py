@@ -85,9 +85,11 @@ class BlockGibbs(RowKernel):
     Runs under NumPyro's ``MCMC``, with all its chain methods, and as a block of ``Gibbs`` beside
     :class:`~numpyro_ebm.MALA` or ``NUTS``. A Gaussian block of D coordinates whose energy is a sum
     over coordinates (no ``v @ A @ v``) costs two evaluations of the energy and its gradient, any
-    other one D evaluations and a Cholesky factor per row; a Bernoulli block costs one. D units of K
-    values with C colours cost C (K - 1) gradients if the energy is quadratic in them, else the
-    D K evaluations that they cost one by one, in C batches. :meth:`plan` tells which it is.
+    other one D evaluations and a Cholesky factor per row; a Bernoulli block costs one. Units of any
+    number of values with C colours cost C gradients where the energy is a sum of products of tables
+    of single units, however it is written; units that all interact, in pairs, one product of
+    matrices for all of them. Else D units of K values cost the D K evaluations that they cost one
+    by one, in C batches. :meth:`plan` tells which it is (its ``form``).
 
     .. note:: The energy's operations are all that is looked at. A base measure
        ``Bernoulli(probs=...)`` hides its degree behind checks, and its units are weighed one by

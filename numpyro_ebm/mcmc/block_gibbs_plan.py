@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.mcmc.discrete_form import discrete_form
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers.chromatic_gibbs import find_interaction
@@ -101,6 +102,9 @@ def plan_blocks(
         apart = colors and set(names) & set(colors)
         for part in [(name,) for name in names] if apart else [names]:
             plan.append(plan_block(log_density, rows, part, values, colors))
+    if any(block.kind in ("coloured", "sequential") for block in plan):
+        form = discrete_form(row_model, values)
+        plan = [block if block.kind == "gaussian" else block._replace(form=form) for block in plan]
     return plan
 
 

@@ -23,6 +23,7 @@ from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
+from numpyro_ebm.mcmc.discrete_form import discrete_form
 from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.finite_supports import support_values
@@ -79,9 +80,10 @@ class DiscreteLangevin(AdaptiveKernel):
         on it.
     :param float target_accept_prob: the acceptance probability to adapt to.
     :param str differences: ``"gradient"`` takes the energy's gradient, one evaluation a step, for
-        binary and ordinal units; ``"exact"`` evaluates the energy at every value of every unit
-        (D (K - 1) evaluations a step, in batches) and prices any change of value alike,
-        :math:`1 / 2α`, for nominal units and for energies that have no gradient.
+        binary and ordinal units; ``"exact"`` prices any change of value alike,
+        :math:`1 / 2α`, for nominal units and for energies that have no gradient. It takes a
+        gradient as well where the energy is a sum of products of tables of single units, as for
+        :class:`~numpyro_ebm.PseudoLikelihood`, and else D (K - 1) evaluations, in batches.
     :param init_strategy: NumPyro initialisation strategy.
     :raises ModelError: if an option is out of its range, or ``step_size`` is missing where there is
         no warm-up; from ``init``, if the model has free parameters, continuous sites, no discrete
@@ -248,7 +250,8 @@ class DiscreteLangevin(AdaptiveKernel):
     def _evaluate(self, row_model, log_density, values, z):
         rows = row_model.to_rows(z)
         if self._differences == "exact":
-            return discrete_langevin.init(rows, log_density, values, "exact")
+            form = discrete_form(row_model, values)
+            return discrete_langevin.init(rows, log_density, values, "exact", form)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter(
@@ -289,8 +292,9 @@ class DiscreteLangevin(AdaptiveKernel):
         chains = discrete_langevin.DiscreteLangevinChainState(
             row_model.to_rows(state.z), -state.potential_energy, state.differences
         )
+        form = discrete_form(row_model, values) if self._differences == "exact" else None
         chains, info = self._kernel(
-            key_step, chains, log_density, state.adapt_state.step_size, values
+            key_step, chains, log_density, state.adapt_state.step_size, values, form
         )
         mean = jnp.mean(info.acceptance_rate)
         adapt_state = self._adaptation.update(state.i, state.adapt_state, info.acceptance_rate)

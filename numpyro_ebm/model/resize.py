@@ -27,7 +27,8 @@ SIZES = ("limit_indices", "new_sizes", "shape", "sizes", "slice_sizes")
 def with_rows(row_model: RowModel, num_rows: int) -> RowModel | None:
     """The same model of a row, with another number of them.
 
-    Arguments with a row each repeat their first one; only the visible sites read them.
+    Arguments with a row each repeat their first one; only the visible sites read them. Where that
+    does not do, numbers among the arguments that are the number of rows are changed as well.
 
     :param RowModel row_model: the model, read; its energy reads no covariates.
     :param int num_rows: how many rows are wanted.
@@ -44,14 +45,20 @@ def with_rows(row_model: RowModel, num_rows: int) -> RowModel | None:
             return x
         return jnp.broadcast_to(x[:1], (num_rows, *x.shape[1:]))
 
-    args, kwargs = jax.tree.map(first_row, (row_model.args, row_model.kwargs))
-    try:
-        other = read_model(row_model.model, args, kwargs, row_model.parameters)
-    except Exception:  # the model may be written for its number of rows
-        return None
-    if (other.num_rows, other.total_rows) != (num_rows, num_rows) or other.covariates:
-        return None
-    return other if _is_same_of_a_row(row_model, other) else None
+    def number(x):
+        return num_rows if type(x) is int and x == row_model.num_rows else first_row(x)
+
+    for change in (first_row, number):
+        args, kwargs = jax.tree.map(change, (row_model.args, row_model.kwargs))
+        try:
+            other = read_model(row_model.model, args, kwargs, row_model.parameters)
+        except Exception:  # the model may be written for its number of rows
+            continue
+        if (other.num_rows, other.total_rows) != (num_rows, num_rows) or other.covariates:
+            continue
+        if _is_same_of_a_row(row_model, other):
+            return other
+    return None
 
 
 def _is_same_of_a_row(row_model, other):

@@ -18,7 +18,7 @@ polynomial identities*, Journal of the ACM 1980.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, constan
 __all__ = ["MultiAffine", "multi_affine", "value_table"]
 
 AT_ONCE = 2_000_000  # indicators of the points at which the identity is tried together
+MOST_OF_ALL_ROWS = 3_000_000  # indicators, where rows are not of one program
 MOST_INDICATORS = 4_096  # of a row, for a matrix of second derivatives to be written down
 SIGNS: tuple[Callable[..., Any], ...] = (lambda x: x, np.abs, lambda x: -np.abs(x))
 """What is tried for random parameters: some have to be positive, others are used by their sign."""
@@ -52,7 +53,8 @@ def multi_affine(
     :param args: pytree of parameters: it is shown for all their values. What ``fn`` closes over
         counts with its values, or as a parameter where these are not known (under `jit`).
     :param dict rows: arrays (or shapes with dtypes) of shape (rows, ...) by site.
-    :param dict values: the possible values of one coordinate of each site, of shape (states,).
+    :param dict values: the possible values of one coordinate, of shape (states,), of each site
+        with finitely many. It is shown for all values of the others.
     :return: the :class:`MultiAffine`; ``None`` where it cannot be shown.
 
     **Example**
@@ -89,6 +91,7 @@ class MultiAffine:
       those of the second state, (coordinates,), and else (coordinates, states).
     - **degree** - a bound of its degree in the indicators.
     - **is_affine** - whether it is affine in every coordinate; if not it has degree two.
+    - **names** - the sites of the coordinates, one after the other.
     """
 
     def __init__(
@@ -100,7 +103,11 @@ class MultiAffine:
     ):
         self._shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in rows.items()}
         self.num_rows = next(iter(self._shapes.values())).shape[0]
-        self.values, self.is_state = value_table(rows, {name: values[name] for name in rows})
+        self.names = [name for name in rows if name in values]
+        self._others = [name for name in rows if name not in values]
+        self.values, self.is_state = value_table(rows, {name: values[name] for name in self.names})
+        if self.num_rows * self.values.size > MOST_OF_ALL_ROWS:
+            raise NotMultiAffine  # its tables would not fit
         self.is_binary = self.values.shape[1] == 2 and bool(np.all(self.is_state))
         self._shape = self.values.shape[:1] if self.is_binary else self.values.shape
         self._args = jax.tree.map(jnp.asarray, args)
@@ -110,15 +117,30 @@ class MultiAffine:
         )
         self.degree, self.is_affine = 0, False
 
-    def __call__(self, args: Any, indicators: jax.Array) -> jax.Array:
+    def __call__(self, args: Any, indicators: jax.Array, others: Any = None) -> jax.Array:
         """The function at relaxed indicators.
 
         :param args: its arguments.
         :param indicators: of shape (rows, coordinates, states), or (rows, coordinates) where all
             coordinates have two states; of any number of rows if the program is that of one row.
+        :param dict others: values of the other sites, (rows, ...).
         :return: array of shape (rows,).
         """
-        return self._rows(args, self._closed.consts, indicators)
+        consts, others = self._closed.consts, {name: others[name] for name in self._others}
+
+        def one(x, others):
+            alone = {name: v[None] for name, v in others.items()}
+            return self._walk(args, consts, x[None], alone)[0]
+
+        if self.num_rows == 1:
+            return jax.vmap(one)(indicators, others)
+        return self._walk(args, consts, indicators, others)
+
+    def coordinates(self, names: Iterable[str]) -> np.ndarray:
+        """The numbers of the coordinates of some sites, one after the other."""
+        sizes = {name: math.prod(self._shapes[name].shape[1:]) for name in self.names}
+        starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+        return np.concatenate([starts[name] + np.arange(sizes[name]) for name in names])
 
     def indicators(self, flat: jax.Array) -> jax.Array:
         """The indicators of states.
@@ -130,7 +152,7 @@ class MultiAffine:
             return jnp.asarray(flat == values[:, 1], float)
         return jnp.asarray((flat[..., None] == values) & self.is_state, float)
 
-    def secants(self, args: Any, indicators: jax.Array) -> jax.Array | None:
+    def secants(self, args: Any, indicators: jax.Array, others: Any = None) -> jax.Array | None:
         """What a change of state adds to the function, for every coordinate at once.
 
         The difference between two states of a coordinate is that of their secants, exactly: where
@@ -139,6 +161,7 @@ class MultiAffine:
 
         :param args: its arguments.
         :param indicators: of states, as :meth:`indicators` returns them.
+        :param dict others: values of the other sites, (rows, ...).
         :return: an array of their shape; ``None`` where the function is not affine, and the matrix
             of its second derivatives has no simple form.
         """
@@ -146,7 +169,7 @@ class MultiAffine:
         if form is None and not self.is_affine:
             return None
         if form is None:
-            return jax.grad(lambda x: jnp.sum(self(args, x)))(indicators)
+            return jax.grad(lambda x: jnp.sum(self(args, x, others)))(indicators)
         b, H = form
         flat = jnp.reshape(indicators, (len(indicators), -1))
         slopes = flat @ H if b is None else b + flat @ H
@@ -159,7 +182,7 @@ class MultiAffine:
         (:func:`~numpyro_ebm.program.quadratic.quadratic_form`).
         """
         size = math.prod(self._shape)
-        if self.degree > 2 or self.num_rows > 1 or size > MOST_INDICATORS:
+        if self.degree > 2 or self.num_rows > 1 or self._others or size > MOST_INDICATORS:
             return None
 
         def log_density(flat):
@@ -188,25 +211,24 @@ class MultiAffine:
         :raises NotMultiAffine: if its operations do not tell.
         """
         own = jax.ShapeDtypeStruct((self.num_rows, *self._shape), jnp.result_type(float))
-        jax.eval_shape(self, self._args, own)
+        jax.eval_shape(self, self._args, own, self._shapes)
         self.is_affine = self._has_constant_slopes()
 
-    def _rows(self, args, consts, indicators):
-        if self.num_rows == 1:
-            return jax.vmap(lambda x: self._walk(args, consts, x[None])[0])(indicators)
-        return self._walk(args, consts, indicators)
-
-    def _walk(self, args, consts, indicators):
+    def _walk(self, args, consts, indicators, others):
         size, width = self.values.shape
         indicators = jnp.reshape(indicators, (-1, *self._shape[1:]))
         walker = StateWalker(Relaxation(indicators, width))
         inputs, start = [], 0
-        for like in self._shapes.values():
+        for name, like in self._shapes.items():
+            if name in self._others:
+                inputs.append(constant(others[name]))
+                continue
             number = math.prod(like.shape[1:])
             labels = np.arange(self.num_rows)[:, None] * size + start + np.arange(number)
             labels = np.asarray(labels.reshape(1, *like.shape), np.int32)
             table = self.values[start : start + number].T.astype(like.dtype)
-            table = np.broadcast_to(table.reshape(width, 1, *like.shape[1:]), (width, *like.shape))
+            table = table.reshape(width, 1, *like.shape[1:])
+            table = np.broadcast_to(table, (width, *like.shape))
             inputs.append(walker.of_table(labels, partial(np.asarray, table)))
             start += number
         closed = self._closed.replace(consts=list(consts))
@@ -217,15 +239,15 @@ class MultiAffine:
     def _has_constant_slopes(self):
         """Whether no slope changes along its own coordinate, at random points and parameters."""
         found = []
-        leaves, structure = jax.tree.flatten(self._args)
-        both = [*leaves, *self._closed.consts]
-        is_random = [i < len(leaves) or isinstance(x, Tracer) for i, x in enumerate(both)]
+        own, structure = jax.tree.flatten((self._args, {k: self._shapes[k] for k in self._others}))
+        both = [*own, *self._closed.consts]
+        is_random = [i < len(own) or isinstance(x, Tracer) for i, x in enumerate(both)]
 
         def slopes(drawn, point, direction, step):
             drawn = iter(drawn)
             values = [next(drawn) if r else x for r, x in zip(is_random, both, strict=True)]
-            args = jax.tree.unflatten(structure, values[: len(leaves)])
-            fn = lambda x: self._walk(args, values[len(leaves) :], x)  # noqa: E731
+            args, others = jax.tree.unflatten(structure, values[: len(own)])
+            fn = lambda x: self._walk(args, values[len(own) :], x, others)  # noqa: E731
             return self._slopes(fn, point, direction, step)
 
         rng = np.random.default_rng(72)
@@ -233,8 +255,8 @@ class MultiAffine:
         with jax.ensure_compile_time_eval():  # inside of `jit` too
             compiled = jax.jit(slopes)
             for change in SIGNS:
-                own = [x for x, r in zip(both, is_random, strict=True) if r]
-                drawn = [change(_random_like(rng, x)) for x in own]
+                likes = [x for x, r in zip(both, is_random, strict=True) if r]
+                drawn = [change(_random_like(rng, x)) for x in likes]
                 before, after = map(
                     np.asarray, compiled(drawn, point, direction, 2.0 + rng.normal())
                 )

@@ -5,9 +5,10 @@ r"""Gibbs sampling colour by colour: discrete coordinates that do not interact a
     \quad \text{for every colour } C \text{ in turn}
 
 A lattice with interactions of neighbours has two colours, the fields of a checkerboard, so that a
-sweep is two steps whatever its size is. Where log π is a polynomial the conditionals of all
-coordinates of a colour come from one gradient, or a few; otherwise every value of every coordinate
-is weighed by an evaluation of log π, all those of a colour side by side. It is the coloured case of
+sweep is two steps whatever its size is. Where log π is affine in the indicators of each coordinate
+the conditionals of a colour come from one gradient, where it is a polynomial in the values from a
+few; otherwise every value of every coordinate is weighed by an evaluation of log π, all those of a
+colour side by side. It is the coloured case of
 :mod:`numpyro_ebm.samplers.block_gibbs`, which finds the colours and holds the kernel.
 
 Reference: Gonzalez, Low, Gretton, Guestrin, *Parallel Gibbs sampling: from colored fields to thin
@@ -21,6 +22,7 @@ from jax import lax
 
 from numpyro_ebm.program.multi_affine import value_table
 from numpyro_ebm.samplers.gibbs_blocks import Block
+from numpyro_ebm.samplers.indicator_gibbs import conditional_logits
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
 
@@ -81,11 +83,16 @@ def draw_coloured(
     def log_density(x):
         return logdensity_fn({**position, **unflatten(x)})
 
-    if block.degree <= MAX_DEGREE:
+    if block.form is not None or block.degree <= MAX_DEGREE:
 
         def draw_color(flat, color):
             moving = jnp.asarray(colors) == color
-            logits = _polynomial_logits(log_density, flat.astype(dtype), moving, table, block)
+            if block.form is not None:
+                logits = conditional_logits(block.form, {**position, **unflatten(flat)})
+                own = block.form.coordinates(block.names)
+                logits = jnp.moveaxis(logits[:, own, : len(values)], -1, 0)
+            else:
+                logits = _polynomial_logits(log_density, flat.astype(dtype), moving, table, block)
             return jnp.where(moving, choose(logits, values, noise, forbidden), flat), None
 
         return unflatten(lax.scan(draw_color, flat, np.unique(colors), reverse=backwards)[0])

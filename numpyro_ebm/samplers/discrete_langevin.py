@@ -13,7 +13,8 @@ Without it (DULA) the law is biased, by an amount that vanishes with α for quad
 
 ``differences="gradient"`` takes the values for points on a line, :math:`d = (x_i' - x_i)^2`: right
 for binary and ordinal coordinates. ``differences="exact"`` evaluates every :math:`Δ_i(k)` and has
-:math:`d = 1[x_i' \ne x_i]`: for nominal values, and for densities without a gradient.
+:math:`d = 1[x_i' \ne x_i]`: for nominal values, and for densities without a gradient. Where
+log π is affine in the indicators of each coordinate they are one gradient as well.
 
 Reference: Zhang, Liu, Liu, *A Langevin-like sampler for discrete distributions*, ICML 2022.
 """
@@ -29,8 +30,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import SamplingAlgorithm, build_sampling_algorithm
-from numpyro_ebm.program.multi_affine import value_table
+from numpyro_ebm.program.multi_affine import MultiAffine, value_table
 from numpyro_ebm.samplers.chromatic_gibbs import MAX_BATCH
+from numpyro_ebm.samplers.indicator_gibbs import conditional_logits
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
 
@@ -75,6 +77,7 @@ def init(
     logdensity_fn: LogDensity,
     values: Mapping[str, npt.ArrayLike],
     differences: Literal["gradient", "exact"] = "gradient",
+    form: MultiAffine | None = None,
 ) -> DiscreteLangevinChainState:
     """State of the chains at a position.
 
@@ -82,6 +85,8 @@ def init(
     :param logdensity_fn: maps such a dict to log π of shape (rows,), row by row.
     :param dict values: the possible values of one coordinate, of shape (K,), by name.
     :param str differences: "gradient" or "exact".
+    :param form: log π in the indicators of all sites in alphabetical order, where it is known:
+        exact differences then cost a gradient.
     """
     names = sorted(position)  # compiled functions sort dicts as well
     flat, unflatten = flatten_sites(position, names)
@@ -95,6 +100,11 @@ def init(
         logdensity, pullback = jax.vjp(log_density, flat.astype(dtype))
         (gradient,) = pullback(jnp.ones_like(logdensity))
         change = gradient * (jnp.asarray(table.T, dtype)[:, None] - flat)
+    elif form is not None:
+        logdensity = log_density(flat)
+        logits = jnp.moveaxis(conditional_logits(form, position), -1, 0)
+        here = jnp.where(table.T[:, None] == flat, logits, -jnp.inf)
+        change = logits - jnp.max(here, 0)
     else:
         logdensity = log_density(flat)
         coordinates = jnp.broadcast_to(jnp.arange(flat.shape[1]), table.T.shape)
@@ -113,13 +123,15 @@ def init(
 def build_kernel(
     adjusted: bool = True, differences: Literal["gradient", "exact"] = "gradient"
 ) -> Callable[..., tuple[DiscreteLangevinChainState, DiscreteLangevinInfo]]:
-    """Build the kernel ``(rng_key, state, logdensity_fn, step_size, values) -> (state, info)``.
+    """Build the kernel ``(rng_key, state, logdensity_fn, step_size, values, form)``.
+
+    It returns ``(state, info)``; ``form`` is that of :func:`init`.
 
     :param bool adjusted: whether to make the Metropolis-Hastings test.
     :param str differences: "gradient" or "exact".
     """
 
-    def kernel(rng_key, state, logdensity_fn, step_size, values):
+    def kernel(rng_key, state, logdensity_fn, step_size, values, form=None):
         names = sorted(state.position)
         flat, unflatten = flatten_sites(state.position, names)
         table, is_value = value_table(state.position, {name: values[name] for name in names})
@@ -140,7 +152,7 @@ def build_kernel(
         forward = log_proposal(flat, state.differences)
         index = jax.random.categorical(key_proposal, forward, axis=0)  # (rows, coordinates)
         proposal = jnp.take_along_axis(jnp.broadcast_to(choices, forward.shape), index[None], 0)[0]
-        new = init(unflatten(proposal), logdensity_fn, values, differences)
+        new = init(unflatten(proposal), logdensity_fn, values, differences, form)
         is_divergent = ~jnp.isfinite(new.logdensity)
         if differences == "gradient":
             is_divergent |= ~jnp.all(jnp.isfinite(new.differences), (0, 2))

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
+from numpyro_ebm.program.multi_affine import MultiAffine
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.samplers.gaussian_conditional import why_not_gaussian
 from numpyro_ebm.samplers.positions import flatten_sites
@@ -40,6 +41,8 @@ class Block(NamedTuple):
     - **is_diagonal** - whether a Gaussian's coordinates are independent.
     - **colors** - of a coloured block: the colour of every coordinate, of shape (coordinates,).
     - **degree** - of a coloured block: a bound of the degree of log π in its coordinates.
+    - **form** - log π in the indicators of all discrete sites, where it is known; of the density
+      that is drawn from, and no other.
     """
 
     names: tuple[str, ...]
@@ -48,6 +51,7 @@ class Block(NamedTuple):
     is_diagonal: bool = False
     colors: np.ndarray | None = None
     degree: float = np.inf
+    form: MultiAffine | None = None
 
 
 def plan_block(
