@@ -198,6 +198,8 @@ class BlockGibbs(RowKernel):
                 )
         if self._colors and check and not_jax_tracer(state.potential_energy):
             self._check_colors(rng_key, state, model_args, model_kwargs)
+        self._num_warmup = num_warmup
+        self._start_watch(state, num_warmup, model_args, model_kwargs)
         return state
 
     def refresh(

@@ -15,6 +15,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.diagnostics import split_gelman_rubin
 
@@ -36,6 +37,11 @@ LEAST_ACCEPTANCE_OF_ROW = 0.02
 MANY_FROZEN = 0.05
 """Share of the chains of a row that may stay where they are, as a row of a tail does at times."""
 
+LARGEST_ERROR = 100.0
+"""Nats of rounding of an energy, 1e9 in float32: chains that run away come there first."""
+
+BATCH_OF_DRAWS = 100
+
 MAX_COORDINATES = 16
 """Coordinates of a row, evenly spaced, whose R-hat is taken."""
 
@@ -45,6 +51,8 @@ class Convergence(NamedTuple):
 
     - **num_chains, num_draws** - chains, and the draws of each.
     - **not_finite** - draws of a row that are not finite, or whose energy is not, (rows,).
+    - **unresolved** - draws of a row whose energy is so large that a float knows it to
+      ``LARGEST_ERROR`` nats or worse: no ratio of two of them means anything, (rows,).
     - **frozen** - chains of a row whose draws are all the same, (rows,).
     - **acceptance** - mean acceptance probability, (rows,); ``None`` for a kernel without.
     - **diverging** - share of the draws whose proposal diverged; ``None`` for a kernel without.
@@ -55,6 +63,7 @@ class Convergence(NamedTuple):
     num_chains: int
     num_draws: int
     not_finite: np.ndarray
+    unresolved: np.ndarray
     frozen: np.ndarray
     acceptance: np.ndarray | None
     diverging: float | None
@@ -78,7 +87,8 @@ def assess_draws(
     other = [_by_row(row_model, k, x) for k, x in draws.items() if k in row_model.latent]
     num_chains, num_draws = np.shape(jax.tree.leaves((draws, fields))[0])[:2]
     fields = {k: np.asarray(x) for k, x in fields.items() if np.shape(x)[2:] == (rows,)}
-    energy = [fields["potential_energy"][..., None]] if "potential_energy" in fields else []
+    energy = _energy(row_model, draws, fields)
+    large = [np.abs(x[..., 0]) * np.finfo(x.dtype).eps > LARGEST_ERROR for x in energy]
     bad = [~np.isfinite(x).all(-1) for x in real + energy]
     frozen = np.zeros(rows, int)
     if real and num_draws >= 5:
@@ -91,6 +101,7 @@ def assess_draws(
         num_chains=num_chains,
         num_draws=num_draws,
         not_finite=np.sum(bad, (0, 1, 2)) if bad else np.zeros(rows, int),
+        unresolved=np.sum(large, (0, 1, 2)) if large else np.zeros(rows, int),
         frozen=frozen,
         acceptance=accept.mean((0, 1)) if accept is not None and enough else None,
         diverging=None if diverging is None else float(diverging.mean()),
@@ -112,6 +123,12 @@ def warn_of_convergence(owner: str, found: Convergence) -> None:
         said.append(
             f"{int(found.not_finite.sum())} draws, of {_count(found.not_finite > 0, rows)}, are "
             "not finite, or lie where the energy is not"
+        )
+    if found.unresolved.any():
+        said.append(
+            f"{int(found.unresolved.sum())} draws, of {_count(found.unresolved > 0, rows)}, have "
+            f"energies that floats know to {LARGEST_ERROR:g} nats or worse (the largest value is "
+            f"{found.largest:.3g})"
         )
     if np.any(found.frozen > MANY_FROZEN * chains):
         of = "" if chains == 1 else f" in {int(found.frozen.max())} of {chains} chains"
@@ -155,6 +172,23 @@ def _is_partly_unread(row_model, name):
     """Whether a site of ``obs_mask`` has values that data replace, which may go anywhere."""
     observed = name.removesuffix("unobserved") + "observed"
     return name.endswith("_unobserved") and observed in row_model.observed
+
+
+def _energy(row_model, draws, fields):
+    """A list of the energies of the draws, (chains, draws, rows, 1), or of nothing.
+
+    A kernel made of blocks collects none, and they are evaluated.
+    """
+    if "potential_energy" in fields:
+        return [fields["potential_energy"][..., None]]
+    if set(draws) != set(row_model.sites):
+        return []
+    shape = np.shape(jax.tree.leaves(draws)[0])[:2]
+    flat = {k: jnp.reshape(x, (-1, *np.shape(x)[2:])) for k, x in draws.items()}
+    log_density = jax.lax.map(
+        lambda values: row_model.log_density({}, values), flat, batch_size=BATCH_OF_DRAWS
+    )
+    return [-np.asarray(log_density).reshape(*shape, -1, 1)]
 
 
 def _by_row(row_model, name, x):

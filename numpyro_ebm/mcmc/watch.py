@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numpyro_ebm.errors import ConvergenceWarning
-from numpyro_ebm.mcmc.convergence import MANY_FROZEN
+from numpyro_ebm.mcmc.convergence import LARGEST_ERROR, MANY_FROZEN
 
 __all__ = ["Watch"]
 
@@ -61,12 +61,13 @@ class Watch:
         )
 
     def _look(self, t, energy, sums, largest):
+        eps = np.finfo(np.asarray(energy).dtype).eps
         t, energy, largest = int(t), np.asarray(energy, float), float(largest)
         if t not in TIMES:  # under a `vmap` of the user's every step comes here
             return
         shape = (-1, energy.shape[-1]) if self.unit == "rows" else (1, -1)  # (chains, rows)
         energy, sums = energy.reshape(shape), np.asarray(sums).reshape(shape)
-        said = self._compare(t, energy, sums, largest)
+        said = self._compare(t, energy, sums, largest, eps)
         self.last = t, energy, sums, largest
         if said:
             warnings.warn(
@@ -79,10 +80,17 @@ class Watch:
                 stacklevel=2,
             )
 
-    def _compare(self, t, energy, sums, largest):
+    def _compare(self, t, energy, sums, largest, eps):
         bad = ~np.isfinite(energy)
         if bad.any():
             return f"the energy is not finite in {bad.any(0).sum()} of {bad.shape[1]} {self.unit}"
+        large = np.abs(energy) * eps > LARGEST_ERROR
+        if large.any():
+            return (
+                f"the energies of {large.any(0).sum()} of {large.shape[1]} {self.unit} are so "
+                f"large, {np.abs(energy).max():.3g}, that floats know them to {LARGEST_ERROR:g} "
+                f"nats or worse (the largest unconstrained value is {largest:.3g})"
+            )
         if self.last is None or t <= self.last[0] or self.last[1].shape != energy.shape:
             return ""
         before, old, old_sums, old_largest = self.last

@@ -11,6 +11,7 @@ import optax
 import pytest
 from kernel_cases import run, slow
 from numpyro.distributions import constraints
+from numpyro.infer import Gibbs
 
 import numpyro_ebm as ebm
 from numpyro_ebm.mcmc.convergence import assess_draws
@@ -40,6 +41,9 @@ def apart(v):
 
 def quartic(v):
     return jnp.sum(v**4, -1)
+
+
+GRBM = {"W": jnp.ones((2, 4)), "b": jnp.zeros(2), "c": -jnp.ones(4), "scale": jnp.ones(2)}
 
 
 def waits(kernel, *args, **options):
@@ -83,6 +87,65 @@ def test_steps_without_a_test_that_leave_the_support_are_told():
     wall = plated(lambda v: jnp.where(v[:, 0] > 2, jnp.inf, 0.5 * jnp.sum(v**2, -1)))
     with pytest.warns(ebm.ConvergenceWarning, match=r"\d+ of 30 rows, are not finite.*smaller"):
         ebm.sample(jax.random.key(0), wall, 500, kernel=lambda m: ebm.ULA(m, 0.3))
+
+
+def coupled(num_rows=30):
+    """Both conditionals are N(1.2 times the other, 1), and no joint law has them."""
+
+    def model():
+        with numpyro.plate("data", num_rows):
+            x = numpyro.sample("x", ebm.Lebesgue())
+            y = numpyro.sample("y", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * x**2 + 0.5 * y**2 - 1.2 * x * y)
+
+    return ebm.fixed(model, {})
+
+
+def mixed(num_rows=30):
+    """A quartic and a spin, for a block each."""
+
+    def model():
+        with numpyro.plate("data", num_rows):
+            x = numpyro.sample("x", ebm.Lebesgue())
+            s = numpyro.sample("s", ebm.Counting(2))
+            ebm.energy("E", x**4 - 0.1 * s * x)
+
+    return ebm.fixed(model, {})
+
+
+@pytest.mark.parametrize("options", [{}, {"num_chains": 4, "chain_method": "vectorized"}])
+def test_conditionals_without_a_joint_law_are_told(options):
+    with pytest.warns(ebm.ConvergenceWarning, match="BlockGibbs: the energies (still|of)"):
+        waits(ebm.BlockGibbs(coupled()), 30, 10, **options)
+
+
+@pytest.mark.parametrize("first", [0, slow(1)])
+def test_blocks_of_gibbs_are_watched(first):
+    model = mixed()
+    kernels = [
+        (ebm.MALA(model, step_size=1e4, adapt_step_size=False), ["x"]),
+        (ebm.BlockGibbs(model, [["s"]]), ["s"]),
+    ]
+    with pytest.warns(ebm.ConvergenceWarning, match="MALA: 30 of 30 rows did not move in 75"):
+        waits(Gibbs([kernels[first], kernels[1 - first]]), 110, 0)
+
+
+@pytest.mark.slow
+def test_blocks_of_gibbs_that_run_away_are_told():
+    model = coupled()
+    blocks = [(ebm.MALA(model), ["x"]), (ebm.BlockGibbs(model, [["y"]]), ["y"])]
+    with pytest.warns(ebm.ConvergenceWarning, match="(MALA|BlockGibbs): the energ(y|ies) "):
+        waits(Gibbs(blocks), 120, 50)
+    with pytest.warns(ebm.ConvergenceWarning, match="sample"):
+        ebm.sample(jax.random.key(0), model, 300, kernel=Gibbs(blocks))
+
+
+def test_right_sweeps_say_nothing():
+    """Warnings are errors here."""
+    waits(ebm.BlockGibbs(ebm.fixed(ebm.models.grbm, GRBM)), 450, 20, num_rows=30)
+    model = mixed()
+    blocks = [(ebm.MALA(model), ["x"]), (ebm.BlockGibbs(model, [["s"]]), ["s"])]
+    waits(Gibbs(blocks), 150, 100)
 
 
 def test_rows_that_do_not_move_are_counted():

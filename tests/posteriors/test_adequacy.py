@@ -69,8 +69,8 @@ def verdicts(name, auxiliary, num_runs, num_steps=NUM_STEPS, num_draws=300):
     traces = jax.jit(lambda keys: jax.lax.map(run, keys, batch_size=20))(keys)
     for i, key in enumerate(keys):
         trace, z = jax.tree.map(lambda x, i=i: x[i][None], traces)
-        run: Any = Ran(kernel, data(key), trace, z)
-        yield ebm.auxiliary_adequacy(run)
+        ran: Any = Ran(kernel, data(key), trace, z)
+        yield ebm.auxiliary_adequacy(ran)
 
 
 def mala(step_size):
