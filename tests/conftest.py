@@ -82,6 +82,13 @@ MEMBERS = {
     "test_chains_that_hardly_move_give_the_prior_and_say_so": ("[0.01]",),
     "test_a_posterior_outside_of_the_design_is_found_out": ("[-3.0]",),
     "test_rows_are_left_out_where_they_stand": ("covariates", "blocks", "weights"),
+    "test_exchange.py::test_the_posterior_is_the_exact_one": ("gaussian-exact", "ising3"),
+    "test_chains_that_move_are_adequate": ("regression",),
+    "test_a_thousand_rows_are_a_thousand_chains": ("Underdamped",),
+    "test_kernels.py::test_blocks_of_gibbs": ("Underdamped",),
+    "test_the_divergence_of_a_gaussian": ("[3.0]",),
+    "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
+    "test_discrete.py::test_minimal_at_the_truth": ("ising", "latents"),
 }
 
 

@@ -196,6 +196,7 @@ def test_unrolled_equals_steps_written_out(num_steps):
             np.testing.assert_allclose(jacobian[row], jacobians[row, state], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_unrolled_to_the_end_is_the_exact_marginal_from_any_guide():
     """A loss without randomness finds the posterior, and keeps to it as θ moves."""
     system = wrong_grbm_guide(12)

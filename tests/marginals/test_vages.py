@@ -102,6 +102,7 @@ def vages_of_all_pairs(system, params):
     return [np.asarray(x).reshape(16, 16, *x.shape[1:]) for x in out]
 
 
+@pytest.mark.slow
 def test_bias_grows_like_the_square_root_of_the_divergence():
     """Expectations over pairs of particles are exact sums over the library's estimates."""
     rng = np.random.default_rng(1)

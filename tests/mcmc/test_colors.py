@@ -27,7 +27,7 @@ def test_declared_colors_are_used_and_tried():
     kernel = ebm.BlockGibbs(model, colors={"s": np.arange(6) % 2})
     assert kernel.plan()[0].colors.tolist() == [0, 1] * 3
     law = Law(lambda s: -0.8 * np.sum(s * np.roll(s, 1, -1), -1) - s @ FIELD[:6], 2, 6, "")
-    assert abs(law.z_score(last(kernel, 20_000, 0, 25).z["s"])) < 4.5
+    assert abs(law.z_score(last(kernel, 10_000, 0, 15).z["s"])) < 4.5
     wrong = ebm.BlockGibbs(model, colors={"s": np.array([0, 1, 0, 1, 1, 2])})
     with pytest.raises(ebm.ModelError, match=r"units \(3,\) and \(4,\) of 's'.*interact"):
         last(wrong, 3, 0, 1)

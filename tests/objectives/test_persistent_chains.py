@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import oracles
 import pytest
 from divergence_cases import (
@@ -167,6 +168,27 @@ def test_as_many_steps_are_taken_as_are_asked_for(num_steps):
         chains = objective.init_state(KEY, {"depth": 1.0}, problem) if persistent else None
         moved = objective.advance(KEY, {"depth": 1.0}, problem, chains)[0].noise["v"]
         np.testing.assert_array_equal(moved, data + steps)
+
+
+def test_chains_start_at_the_data_and_at_latents_of_the_guide():
+    """Unconstrained: the latents are positive."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue(support=dist.constraints.positive))
+            ebm.energy("E", 0.5 * (v - h) ** 2 + h**4)
+
+    def guide(data):
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.LogNormal(2.0 + ebm.visible("v", data), 1e-6))
+
+    data = jnp.arange(3.0)
+    objective = ebm.ContrastiveDivergence(Stay, 1, ebm.VaGES())
+    problem = objective.prepare(KEY, {}, model, guide, (data,), {})
+    start = objective.advance(KEY, {}, problem, None)[0].noise
+    np.testing.assert_allclose(start["v"], data)
+    np.testing.assert_allclose(start["h"], 2.0 + data, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model", [rbm, rbm_plated])

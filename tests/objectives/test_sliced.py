@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliced score matching in one dimension, where all slices are the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+
+import numpyro_ebm as ebm
+
+
+@pytest.mark.parametrize("variance_reduction", [True, False])
+@pytest.mark.parametrize("num_slices", [1, 3])
+def test_in_one_dimension_it_is_score_matching(x64, num_slices, variance_reduction):
+    """The mean of p² v² / 2 - p, whatever the signs, and its derivative in p."""
+    v, p = np.array([0.3, -1.2, 2.0]), 1.4
+
+    def gaussian(data):
+        precision = numpyro.param("p", 1.0)
+        with numpyro.plate("data", len(data)):
+            x = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * x**2)
+
+    objective = ebm.SlicedScoreMatching(num_slices, variance_reduction=variance_reduction)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(p):
+        return objective.loss(jax.random.key(3), {"p": p}, gaussian, None, jnp.asarray(v))
+
+    second = np.mean(v**2)
+    np.testing.assert_allclose(loss(p), (0.5 * p**2 * second - p, p * second - 1), rtol=1e-9)
