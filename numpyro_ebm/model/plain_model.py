@@ -113,6 +113,11 @@ class PlainModel:
         energy = potential_energy(self._density, self.args, self.kwargs, z, enum=enumerates)
         return -jnp.reshape(energy, (1,))
 
+    def log_density_at(self, values: SiteValues) -> jax.Array:
+        """log p(z) at values on the supports, a scalar."""
+        z = unconstrain_fn(self._seeded, self.args, self.kwargs, values)
+        return self.log_density(self.to_rows(z))[0]
+
     def without_data(self, model: Model) -> Model:
         """The model without its observed sites and factors: what is left is its prior.
 

@@ -20,7 +20,7 @@ from numpyro_ebm.diagnostics.arviz.groups import Likelihood, to_data
 from numpyro_ebm.diagnostics.arviz.likelihood import (
     log_likelihood_of_rows,
 )
-from numpyro_ebm.diagnostics.arviz.posteriors import kind_of_posterior, posterior_to_arviz
+from numpyro_ebm.diagnostics.arviz.posteriors import is_of_parameters, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.types import Model
@@ -43,8 +43,8 @@ def to_arviz(
     :param posterior: an ``MCMC`` that has run on a fixed energy-based model; the dict of draws that
         :func:`~numpyro_ebm.sample` returned; the fit that ``EnergySVI.run`` returned; or an
         ``MCMC`` over parameters, by :class:`~numpyro_ebm.normalized`,
-        :class:`~numpyro_ebm.generalized` or an exchange kernel: it takes no further arguments, and
-        has a log-likelihood only if it is ``normalized``.
+        :class:`~numpyro_ebm.generalized`, an exchange kernel or of an ordinary model: it takes no
+        further arguments, and has a log-likelihood only if it is ``normalized`` or ordinary.
     :param model: the model of the draws, ``fixed(model, params)``; read off the kernel for
         ``MCMC``. For a fit, the model that was trained.
     :param args: arguments of the model, for draws and fits.
@@ -59,7 +59,9 @@ def to_arviz(
     :param kwargs: keyword arguments of the model, for draws and fits.
     :return: ``arviz.InferenceData`` (ArviZ before 1) or ``xarray.DataTree`` (ArviZ 1), with groups
 
-        - *posterior*: the draws, with dimensions named after plates and sites. For a fit by
+        - *posterior*: the draws, with dimensions named after plates and sites, those of
+          deterministic sites where it is known which axis is that of the rows. ArviZ 1 has dots for
+          the "/" of ``scope`` in names. For a fit by
           persistent contrastive divergence: the visible sites of its chains in the rounds that
           are remembered (every fourth), one chain a row; for any other fit: its parameters, as
           one draw. Draws by ``generalized(..., learning_rate="calibrate")`` are adjusted to the
@@ -67,11 +69,15 @@ def to_arviz(
         - *posterior_raw*: those draws as they were, to which *sample_stats* belong;
         - *sample_stats*: ``energy`` (the sum over rows of E minus the log base measure, in nats; a
           free energy where discrete sites were summed out) and ``row_energy`` (the same by row),
-          and what the kernel collected: ``lp``, ``acceptance_rate``, ``row_acceptance_rate``,
+          ``lp`` (the log-density in unconstrained coordinates, up to log Z), and what the kernel
+          collected: ``acceptance_rate``, ``row_acceptance_rate``,
           ``diverging`` (any row), ``hamiltonian_energy``, ... and ``extra_fields`` such as
           ``swap_prob``; ``step_size`` (by row for kernels on rows) and ``mean_swap_prob`` are those
           at the end of the run; ``row_frozen``, the share of the chains of a row that did not move,
-          and ``row_r_hat``. Where these are bad, it warns :class:`~numpyro_ebm.ConvergenceWarning`;
+          and ``row_r_hat``. Where these are bad, it warns :class:`~numpyro_ebm.ConvergenceWarning`.
+          What ``arviz.bfmi`` and ``plot_energy`` read is ``energy``: under NumPyro's HMC and NUTS
+          it is the Hamiltonian if the run collected it (``extra_fields=("energy",)``), otherwise
+          that of the positions, and so the ratio tells how far it moves from draw to draw;
         - *posterior_predictive*: the fantasies, or with ``observed`` the run's own draws of the
           sites that are observed there;
         - *observed_data*: visible sites that were observed in the run, or in ``observed``;
@@ -108,7 +114,7 @@ def to_arviz(
     >>> dict(idata["log_likelihood"]["v"].sizes)
     {'chain': 1, 'draw': 50, 'data': 5}
     """
-    if isinstance(posterior, MCMC) and kind_of_posterior(posterior.sampler):
+    if isinstance(posterior, MCMC) and is_of_parameters(posterior):
         return posterior_to_arviz(posterior, (model, *args, *kwargs), observed, fantasies)
     if isinstance(posterior, SVIRunResult):
         converted = convert_fit(posterior, model, args, kwargs)
@@ -146,7 +152,17 @@ def _read_observed(converted, observed, args, kwargs):
             raise ModelError(
                 f"to_arviz: the run itself observed {sorted(row_model.observed)}; drop `observed`."
             )
-        return read_model(model, (observed, *args[1:]), kwargs)
+        try:
+            return read_model(model, (observed, *args[1:]), kwargs)
+        except (TypeError, ValueError) as error:
+            if row_model is None or np.shape(observed)[:1] == (row_model.num_rows,):
+                raise
+            raise ModelError(
+                f"to_arviz: the model cannot be read at `observed`, of shape {np.shape(observed)}, "
+                "beside the other arguments of the run. Covariates belong to the rows of the run: "
+                "give `observed` as many, or convert draws with the arguments of those rows, "
+                f"`to_arviz(draws, model, observed, covariates)`. ({error})"
+            ) from error
     if row_model is not None:
         return read_model(model, args, kwargs) if row_model.observed else None
     if model is None:

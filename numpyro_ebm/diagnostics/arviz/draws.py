@@ -15,7 +15,9 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.convergence import assess_draws, warn_of_convergence
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.model.row_trials import row_axis_of
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.program.row_axes import row_axes
 from numpyro_ebm.types import Model
 
 __all__ = ["convert_draws"]
@@ -68,6 +70,7 @@ def convert_draws(
         raise ModelError("to_arviz: give the model of the draws, `to_arviz(draws, model)`.")
     row_model = read_fixed_model(model, args, kwargs)
     dims = {name: list(site.dims) for name, site in row_model.sites.items()}
+    dims |= _deterministic_dims(row_model, draws)
     dims |= {"row_energy": [row_model.plate], "row_acceptance_rate": [row_model.plate]}
     stats = {**final, **_kernel_stats(extra, row_model.num_rows)}
     if isinstance(posterior, MCMC):
@@ -94,6 +97,27 @@ def _convergence(kernel, row_model, draws, extra):
     }
 
 
+def _deterministic_dims(row_model, draws):
+    """Dimensions of deterministic sites whose axis of rows is known from how they are made."""
+    values = {name: site.value for name, site in row_model.sites.items()}
+    shapes = jax.eval_shape(lambda: row_model.deterministic({}, values))
+    names = sorted(shapes)
+
+    def replay(values):
+        found = row_model.deterministic({}, values)
+        return [found[name] for name in names]
+
+    axes = [row_axis_of(row_model.sites[k], values[k], row_model) for k in sorted(values)]
+    dims = {}
+    for name, axis in zip(names, row_axes(replay, values, axes), strict=True):
+        if name in draws and isinstance(axis, int):
+            rest = (f"{name}_dim_{i}" for i in range(shapes[name].ndim - 1))
+            dims[name] = [
+                row_model.plate if i == axis else next(rest) for i in range(shapes[name].ndim)
+            ]
+    return dims
+
+
 def _check_run(mcmc, args, kwargs):
     if mcmc.last_state is None:
         raise ModelError("to_arviz: this MCMC has not been run.")
@@ -113,14 +137,19 @@ def _energies(row_model, draws):
     row_model = row_model.with_latent([name for name in row_model.latent if name not in given])
     marginal = exact_marginal(row_model)
 
-    def negative_log_density(values):
-        return -marginal.log_density(row_model, {}, values)
+    def log_densities(values):
+        u = {k: site.transform.inv(values[k]) for k, site in row_model.visible.items()}
+        log_density, (_, log_det) = (
+            marginal.log_density(row_model, {}, values),
+            row_model.constrain(u),
+        )
+        return log_density, log_density + log_det
 
     shape = jnp.shape(next(iter(given.values())))[:2]
     flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *jnp.shape(x)[2:])), given)
-    rows = run_compiled(lambda x: lax.map(negative_log_density, x, batch_size=ENERGY_BATCH), flat)
-    rows = np.asarray(rows).reshape(*shape, -1)
-    return {"energy": rows.sum(-1), "row_energy": rows}
+    found = run_compiled(lambda x: lax.map(log_densities, x, batch_size=ENERGY_BATCH), flat)
+    rows, lp = (np.asarray(x).reshape(*shape, -1) for x in found)
+    return {"energy": -rows.sum(-1), "row_energy": -rows, "lp": lp.sum(-1)}
 
 
 def _kernel_stats(extra, num_rows):
@@ -132,6 +161,8 @@ def _kernel_stats(extra, num_rows):
         name, x = _name(path), np.asarray(x)
         x = -x if name == "lp" else x
         by_row = x.ndim == 3 and x.shape[2] == num_rows
+        if name == "hamiltonian_energy" and x.ndim == 2:  # of all rows together, as ArviZ has it
+            name = "energy"
         if by_row and name == "acceptance_rate":
             stats["row_acceptance_rate"] = x
         stats[name] = BY_ROW[name](x, -1) if by_row and name in BY_ROW else x

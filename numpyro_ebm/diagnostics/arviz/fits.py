@@ -32,7 +32,9 @@ def convert_fit(
     params = {name: np.asarray(x) for name, x in fit.params.items()}
     groups, dims = {"training": {"loss": np.asarray(fit.losses)}}, {}
     if model is not None:
-        model = fixed(model, fit.params)
+        given = read_model(model, args, kwargs, may_observe_outside=True).parameters.keys()
+        # A guide over parameters has parameters of its own: those of the model are not fixed.
+        model = fixed(model, fit.params) if given <= fit.params.keys() else model
     elif args or kwargs:
         raise ModelError("to_arviz: arguments of the model need the model, `to_arviz(fit, model)`.")
     rounds = chains.remembered() if isinstance(chains, Chains) else ()

@@ -8,7 +8,7 @@ import numpy as np
 
 from numpyro_ebm.model.row_model import RowModel
 
-__all__ = ["Converted", "Likelihood", "add_group", "to_data"]
+__all__ = ["Converted", "Likelihood", "add_group", "is_tree", "path_free", "to_data"]
 
 
 class Converted(NamedTuple):
@@ -72,9 +72,25 @@ def _convert(groups, dims):
     with warnings.catch_warnings():
         # A guess at transposed axes, wrong for the many persistent chains of a fit.
         warnings.filterwarnings("ignore", "More chains|Found chain dimension", UserWarning)
-        if int(az.__version__.split(".")[0]) < 1:
+        if not is_tree():
             return az.from_dict(**groups, dims=dims)
+        groups = {
+            group: {path_free(k): x for k, x in found.items()} for group, found in groups.items()
+        }
+        dims = {path_free(name): list(map(path_free, found)) for name, found in dims.items()}
         return az.from_dict(groups, dims=dims)
+
+
+def is_tree() -> bool:
+    """Whether the installed ArviZ is one whose data are a tree, with "/" between its nodes."""
+    import arviz as az
+
+    return int(az.__version__.split(".")[0]) >= 1
+
+
+def path_free(name: str) -> str:
+    """A name that is no path in a tree: that of a site in a ``scope``, with dots."""
+    return name.replace("/", ".")
 
 
 def add_group(data: Any, name: str, group: Any) -> None:

@@ -37,6 +37,13 @@ def log_likelihood_of_rows(
             "to_arviz: a log-likelihood is one of observed rows, and there are none. Pass "
             "`observed=rows` (or the model's data, for a fit)."
         )
+    if seen.priors:
+        raise ModelError(
+            f"to_arviz: a log-likelihood is one at values of the parameters {sorted(seen.priors)}, "
+            "of which the guide of this fit has a law. Draw them with `numpyro.infer.Predictive("
+            "guide, params=fit.params, num_samples=...)`, hold them by `numpyro_ebm.fixed`, and "
+            "give that model."
+        )
     if given is None:
         log_normalizer = _with_error(log_normalizer)
         values = _log_densities(seen, log_normalizer) - np.asarray(log_normalizer.value, float)

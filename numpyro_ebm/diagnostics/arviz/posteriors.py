@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posteriors of parameters as ArviZ data: a log-likelihood only where log Z was in it."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from numpyro.infer import MCMC
+from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import find_stack_level, run_arguments
-from numpyro_ebm.diagnostics.arviz.groups import add_group
+from numpyro_ebm.diagnostics.arviz.groups import add_group, is_tree, path_free
 from numpyro_ebm.errors import EmulationWarning, ModelError
+from numpyro_ebm.model.plain_model import read_plain_model
+from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.types import Model
 
-__all__ = ["kind_of_posterior", "posterior_to_arviz"]
+__all__ = ["is_of_parameters", "kind_of_posterior", "posterior_to_arviz"]
 
 MOST_ERROR = 0.5
 """Nats of the log-likelihood that an emulated log Z may be wrong by at most draws."""
@@ -26,6 +33,16 @@ def kind_of_posterior(kernel: Any) -> str | None:
     :return: ``"likelihood"``, ``"loss"``, ``"exchange"``, or ``None`` if the kernel draws rows.
     """
     return next((owner.posterior_kind for owner in _owners(kernel)), None)
+
+
+def is_of_parameters(mcmc: MCMC) -> bool:
+    """Whether a run is one over parameters, or of an ordinary model, and not over rows."""
+    if kind_of_posterior(mcmc.sampler):
+        return True
+    model = getattr(mcmc.sampler, "model", None)
+    if mcmc.last_state is None or model is None:
+        return False
+    return read_plain_model(model, *run_arguments(mcmc)) is not None
 
 
 def _owners(kernel):
@@ -52,9 +69,10 @@ def posterior_to_arviz(
         )
     if mcmc.last_state is None:
         raise ModelError("to_arviz: this MCMC has not been run.")
-    has_likelihood = kind_of_posterior(mcmc.sampler) == "likelihood"
+    kind = kind_of_posterior(mcmc.sampler)
+    has_likelihood = kind in ("likelihood", None)
     _check_emulation(mcmc.get_samples().get("log_normalizer_error"))
-    idata = az.from_numpyro(mcmc, log_likelihood=has_likelihood)
+    idata = az.from_numpyro(_path_free(mcmc), log_likelihood=has_likelihood)
     if "observed_data" in _groups(idata):
         # Energies, losses and factors are observed sites without a value; of several visible sites
         # the first has the log-likelihood of the row.
@@ -65,16 +83,71 @@ def posterior_to_arviz(
             data = _dataset(idata["log_likelihood"])
             others = [k for k in data.data_vars if k not in empty][1:]
             _replace(idata, "log_likelihood", data.drop_vars([*others, *empty], errors="ignore"))
-    owner = next(_owners(mcmc.sampler))
+    if kind != "exchange":
+        _add_densities(idata, mcmc)
+    owner = next(_owners(mcmc.sampler), None)
     if getattr(owner, "is_adjusted", False):
         _adjust(idata, owner, mcmc)
     return idata
+
+
+class _PathFree(Messenger):
+    """Rename the sites and plates of a model, as handlers outside see it."""
+
+    def __init__(self, fn: Model):
+        self._own = []  # of the messages that are under way
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        frames = msg.get("cond_indep_stack", [])
+        self._own.append({k: msg[k] for k in ("name", "cond_indep_stack") if k in msg})
+        if "name" in msg:
+            msg["name"] = path_free(msg["name"])
+        if frames:
+            msg["cond_indep_stack"] = [x._replace(name=path_free(x.name)) for x in frames]
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        msg.update(self._own.pop())  # handlers inside come next
+
+
+def _path_free(mcmc):
+    """A run whose names are no paths, where they would be."""
+    draws = mcmc.get_samples()
+    if not is_tree() or not any("/" in name for name in draws):
+        return mcmc
+
+    def get_samples(**options):
+        return {path_free(name): x for name, x in mcmc.get_samples(**options).items()}
+
+    renamed = copy.copy(mcmc)
+    renamed.sampler = SimpleNamespace(model=_PathFree(mcmc.sampler.model))
+    renamed.get_samples = get_samples
+    return renamed
+
+
+def _add_densities(idata, mcmc):
+    """``lp`` of all draws, and the energy of their positions where the run collected no other."""
+    stats = _dataset(idata["sample_stats"])
+    model, (args, kwargs) = mcmc.sampler.model, run_arguments(mcmc)
+    if "lp" not in stats:
+        plain = read_plain_model(model, args, kwargs)
+        draws = mcmc.get_samples()
+        values = {name: draws[name] for name in plain.visible if name in draws} if plain else {}
+        if plain is None or len(values) < len(plain.visible) or plain.summed.keys() & draws.keys():
+            return  # blocks of `Gibbs` draw what is summed out here
+        lp = run_compiled(lambda x: lax.map(lambda v: plain.log_density_at(v), x), values)
+        lp = np.asarray(lp).reshape(mcmc.num_chains, -1)
+        stats = stats.assign(lp=(("chain", "draw"), lp))
+    if "energy" not in stats:
+        stats = stats.assign(energy=-stats["lp"])
+    _replace(idata, "sample_stats", stats)
 
 
 def _adjust(idata, model, mcmc):
     """Draws at the width of their estimator as *posterior*, those of the run as *posterior_raw*."""
     args, kwargs = run_arguments(mcmc)
     found = model.adjust(mcmc.get_samples(group_by_chain=True), *args, **kwargs)
+    found = {path_free(k) if is_tree() else k: x for k, x in found.items()}
     raw = _dataset(idata["posterior"])
     adjusted = raw.drop_vars([name for name in raw.data_vars if name not in found])
     adjusted = adjusted.assign({k: (raw[k].dims, np.asarray(found[k])) for k in adjusted.data_vars})
