@@ -16,7 +16,9 @@ import numpy as np
 from numpyro_ebm._compat import Literal, ShapedArray, not_jax_tracer
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
-from numpyro_ebm.program.jaxprs import needed
+from numpyro_ebm.program.axis_maps import place_of
+from numpyro_ebm.program.jaxprs import called, needed
+from numpyro_ebm.program.row_loops import LOOPS
 
 __all__ = ["with_rows"]
 
@@ -56,7 +58,7 @@ def with_rows(row_model: RowModel, num_rows: int) -> RowModel | None:
             continue
         if (other.num_rows, other.total_rows) != (num_rows, num_rows) or other.covariates:
             continue
-        if _is_same_of_a_row(row_model, other):
+        if _row_shapes(other) == _row_shapes(row_model) and _is_same_of_a_row(row_model, other):
             return other
     return None
 
@@ -95,6 +97,8 @@ class _Comparison:
                 return False
             if not self.parameters(p.primitive.name, p.params, q.params):
                 return False
+            if called(p) is None and p.primitive.name not in LOOPS and not _keeps_rows(p, q):
+                return False
             twin.update(zip(p.outvars, q.outvars, strict=True))
         return _all(atom, a.outvars, b.outvars)
 
@@ -119,6 +123,20 @@ class _Comparison:
             return a == b or a * self.m == b * self.n
         # Rules of derivatives are new objects in every program; they follow from its operations.
         return callable(a) or hasattr(a, "call_wrapped") or _equal(a, b)
+
+
+def _keeps_rows(p, q):
+    """Whether an operation leaves the axes whose sizes differ, the rows, as they are."""
+    for operand, (x, y) in enumerate(zip(p.invars, q.invars, strict=True)):
+        for axis, (a, b) in enumerate(zip(x.aval.shape, y.aval.shape, strict=True)):
+            if a != b and not place_of(p, operand, axis).axes:
+                return False
+    return True
+
+
+def _row_shapes(row_model):
+    values = row_model.to_rows({name: site.value for name, site in row_model.sites.items()})
+    return {name: jnp.shape(x)[1:] for name, x in values.items()}
 
 
 def _all(fn, xs, ys):

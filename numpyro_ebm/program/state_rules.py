@@ -129,7 +129,7 @@ class StateWalker:
         name, axes = eqn.primitive.name, eqn.params["axes"]
         labels = None if x.labels is None else _common_labels(x.labels, axes)
         relaxed = None
-        if name == "reduce_sum" and keeps_values(eqn):
+        if name == "reduce_sum" and keeps_values(eqn) and not _may_wrap_around(eqn):
             relaxed = lambda: evaluate_floats(eqn, [x.relaxed()])[0]  # noqa: E731
         elif labels is None and name == "reduce_prod":
             number = math.prod(eqn.invars[0].aval.shape[i] for i in axes)
@@ -148,6 +148,8 @@ class StateWalker:
 
     def _contract(self, eqn, operands):
         """Products that are summed."""
+        if _may_wrap_around(eqn):
+            raise NotMultiAffine
         first, second = operands
         relaxed = lambda: evaluate_floats(eqn, [x.relaxed() for x in operands])[0]  # noqa: E731
         labels = self._contracted_labels(eqn, operands)
@@ -221,6 +223,8 @@ class StateWalker:
         name, params = eqn.primitive.name, eqn.params
         degrees = [x.degree for x in operands]
         is_float = not is_integer(eqn.outvars[0])
+        if _may_wrap_around(eqn):
+            return None
         relaxed = lambda: evaluate_floats(eqn, [x.relaxed() for x in operands])[0]  # noqa: E731
         if name in LINEAR and keeps_values(eqn) and eqn.outvars[0].aval.dtype != bool:
             return relaxed, max(degrees)
@@ -277,6 +281,12 @@ class StateWalker:
         """Whether a table of elements that read so many coordinates is written down."""
         pairs = self.relaxation.num_states**2
         return len(labels) < 2 or (len(labels) == 2 and labels[0].size * pairs <= MAX_ENTRIES)
+
+
+def _may_wrap_around(eqn):
+    """Whether the result holds integers of few bits, which are added and multiplied modulo 2ᵇ."""
+    dtype = eqn.outvars[0].aval.dtype
+    return is_integer(eqn.outvars[0]) and dtype.kind != "b" and dtype.itemsize < 4
 
 
 def _common_labels(labels, axes, keep=False):

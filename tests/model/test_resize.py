@@ -67,6 +67,10 @@ OTHER = {
     ),
     "counts to twice its rows": lambda v: jnp.sum(v**2, -1) * jnp.arange(2.0 * len(v))[: len(v)],
     "draws for every row": lambda v: jnp.sum((v - jax.random.normal(KEY, v.shape)) ** 2, -1),
+    "sums ones over its rows": lambda v: jnp.sum(v**2, -1) * jnp.sum(jnp.ones(len(v))),
+    "multiplies ones over its rows": lambda v: (
+        jnp.sum(v**2, -1) * (jnp.ones(len(v)) @ jnp.ones(len(v)))
+    ),
     "is made for four rows": lambda v: jnp.sum(v**2, -1).reshape(4),
 }
 
@@ -104,6 +108,20 @@ def test_an_argument_that_is_as_long_as_the_data_is_not_taken_for_rows():
     row_model = read_model(model, (DATA, weights))
     assert not row_model.covariates
     assert with_rows(row_model, 7) is None  # repeating its first row would be another model
+
+
+def spins(num_rows=4, num_sites=3):
+    with numpyro.plate("data", num_rows):
+        s = numpyro.sample("s", ebm.Counting(2, (num_sites,)))
+        ebm.energy("E", jnp.sum(s, -1) * 0.5)
+
+
+@pytest.mark.parametrize("num_sites", [3, 4])
+def test_a_number_of_rows_may_be_an_argument(num_sites):
+    """Another number that is the same is another model."""
+    other = with_rows(read_model(spins, (), dict(num_rows=4, num_sites=num_sites)), 1)
+    assert (other is None) == (num_sites == 4)
+    assert other is None or other.sites["s"].value.shape == (1, 3)
 
 
 def test_latent_sites_are_resized_along():

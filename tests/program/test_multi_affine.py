@@ -68,3 +68,13 @@ def test_a_site_that_meets_itself_is_found(name):
 @pytest.mark.parametrize("name", NOT_TAKEN)
 def test_what_is_not_shown_is_not_taken(name):
     assert form_of(NOT_TAKEN[name], 1) is None
+
+
+def test_small_integers_wrap_around_as_they_do():
+    """2 · 2 · 100 is 144 in eight bits."""
+    x = jnp.asarray([[2, 2], [1, 2]], jnp.uint8)
+    fn = lambda p, rows: p * (rows["x"][:, 0] * rows["x"][:, 1] * np.uint8(100))  # noqa: E731
+    form = multi_affine(fn, jnp.array(1.0), {"x": x}, {"x": (0, 1, 2)})
+    assert form is not None
+    found = form(jnp.array(1.0), form.indicators(x))
+    np.testing.assert_allclose(found, [144.0, 200.0])
