@@ -62,10 +62,11 @@ def energy(name: str, value: ArrayLike) -> None:
     fn = Unnormalized(value, name, parameters, who_resolves())
     for site in _recorded_sites():
         speak_for(site.get("fn"))
-    with _ShapeOfPlates(jnp.shape(value)):
+    statement = _ShapeOfPlates(jnp.shape(value))
+    with statement:
         numpyro.sample(name, fn, obs=fn.sample(None), infer={"is_auxiliary": True})
     if numpyro.get_mask() is False:
-        _forbid_forward_draws(name)
+        _forbid_forward_draws(name, statement.plates)
 
 
 def visible(name: str, value: T) -> T:
@@ -119,13 +120,14 @@ class _ShapeOfPlates(always_observed):
 
     def __init__(self, shape):
         super().__init__()
-        self.shape = shape
+        self.shape, self.plates = shape, set()
 
     def postprocess_message(self, msg):
         # The innermost handler post-processes last, after all plates have added their frames.
         if msg["type"] != "sample":
             return
         super().postprocess_message(msg)
+        self.plates = {frame.name for frame in msg["cond_indep_stack"]}
         if is_enumerating():
             return
         frames = msg["cond_indep_stack"]
@@ -160,14 +162,14 @@ def _free_parameters():
     )
 
 
-def _forbid_forward_draws(name):
+def _forbid_forward_draws(name, plates):
     # `seed` gives a random key to sites that have no value: these were drawn forward.
     drawn = [
         site["name"]
         for site in _recorded_sites()
         if site["type"] == "sample"
         and not site["is_observed"]
-        and site["cond_indep_stack"]
+        and any(frame.name in plates for frame in site["cond_indep_stack"])
         and site["kwargs"].get("rng_key") is not None
     ]
     if drawn:

@@ -59,7 +59,7 @@ class EnumeratedValues:
                 axes[name] = shape[:extra] + (1,) * num_plates
         if not axes:
             return cls(values, set(), (), depth)
-        found = jnp.broadcast_shapes(*axes.values())
+        found: Any = jnp.broadcast_shapes(*axes.values())
         if any(size > 1 for size in found[-depth:]):
             raise ModelError(
                 f"{who}: the values of {sorted(axes)} are enumerated along an axis of a plate. Say "

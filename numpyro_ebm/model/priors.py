@@ -66,13 +66,13 @@ class OutsidePlate(Messenger):
     def __init__(self, fn: Model | None = None, plate: str = "data", keep: Iterable[str] = ()):
         self.plate, self.keep = plate, frozenset(keep)
         self.params, self.values, self.indices = {}, {}, None
-        self._stated: set[str] = set()  # as sample sites: a reparameterisation calculates some
+        self._asked: dict[int, tuple[str, str, bool]] = {}  # before handlers around change it
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         refuse_energies_in_loops(msg)
-        if msg["type"] == "sample":
-            self._stated.add(msg["name"])
+        if msg["type"] in ("param", "plate", "sample"):
+            self._asked[id(msg)] = msg["type"], msg["name"], self._is_inside(msg)
         if msg["type"] == NORMALIZER:
             msg["value"], msg["stop"] = "prior", True
         elif msg["type"] in ("sample", "deterministic") and self._hides(msg):
@@ -81,12 +81,12 @@ class OutsidePlate(Messenger):
                 msg["value"] = placeholder(msg)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "plate" and msg["name"] == self.plate:
+        kind, name, is_inside = self._asked.pop(id(msg), (None, "", False))
+        if kind == "plate" and name == self.plate:
             self.indices = msg["value"]
-        elif msg["type"] == "param" or msg.get("name") in self._stated:
-            # Observed ones too: a handler may condition them.
-            kept = self.values if self._is_inside(msg) else self.params
-            kept[msg["name"]] = msg["value"]
+        elif kind in ("param", "sample"):  # observed ones too: a handler may condition them
+            kept = self.values if is_inside else self.params
+            kept[name] = msg["value"]
 
     def _is_inside(self, msg):
         return self.plate in plates_of(msg)

@@ -10,6 +10,7 @@ from numpyro.distributions import Delta, ImproperUniform, biject_to, constraints
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.distributions import Counting, is_real, scalar_support
 from numpyro_ebm.language.sites import unwrap
 
@@ -78,7 +79,10 @@ def placeholder(site: dict[str, Any]) -> jax.Array | None:
     if fn.support.is_discrete:
         lowest = getattr(scalar_support(fn.support), "lower_bound", 0)
         return jnp.full(fn.shape(), lowest, dtype=jnp.result_type(int))
-    transform = biject_to(fn.support)
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError:  # a sphere, until it is reparameterised
+        return fn.sample(default_key())
     return transform(jnp.zeros(transform.inverse_shape(fn.shape())))
 
 

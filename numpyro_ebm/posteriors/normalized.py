@@ -233,11 +233,10 @@ def _observe(row_model, indices, values, rows):
         rows = jnp.where(counts, rows, 0.0)
         weights = jnp.where(counts, row_model.row_weights, 1.0)  # NumPyro's scales are positive
         weighted = scale(scale=jnp.reshape(weights, (-1,) + (1,) * (-1 - row_model.dim)))
-    with data_plate(row_model, indices), weighted:
+    with data_plate(row_model, indices), weighted, always_observed():
         if any(len(site.dims) > 1 + site.event_dim for site in row_model.visible.values()):
             # Sites of further plates do not have one value a row.
-            with always_observed():
-                numpyro.factor(row_model.energies[0], values.place(rows, row_model.dim))
+            numpyro.factor(row_model.energies[0], values.place(rows, row_model.dim))
             return
         for i, (name, site) in enumerate(row_model.visible.items()):
             mine = values.place(rows if i == 0 else jnp.zeros_like(rows), row_model.dim)
