@@ -3,6 +3,7 @@ r"""Draws with every default, for every support, kernel and number of rows, besi
 
     python benchmarks/supports.py                  # 12 supports x 4 kernels x 3 numbers of rows
     python benchmarks/supports.py --kernels MALA --rows 50 --supports ordered_vector
+    python benchmarks/supports.py --starved --rows 50   # steps and warm-ups that are wrong
 
 One line a run: the mean of a statistic over what ``ebm.sample`` returns, its right value, and the
 difference in standard errors, z. A row of a chain is one independent unit: the errors are those of
@@ -113,6 +114,18 @@ KERNELS = {
 ROWS = (1, 50, 400)
 
 
+def held(step_size):
+    """MALA of a step size that stays, after a short warm-up, and options of ``sample``."""
+    return lambda model: ebm.MALA(model, step_size, adapt_step_size=False), {"num_warmup": 100}
+
+
+STEPS = (0.001, 0.005, 0.02, 0.05, 1.0, 2.0, 5.0, 50.0)
+STARVED = {f"step {step:g}": held(step) for step in STEPS} | {
+    f"warm-up {num}": (ebm.MALA, {"num_warmup": num}) for num in (10, 20, 40)
+}
+"""What :class:`~numpyro_ebm.ConvergenceWarning` is to find; not all of them are wrong."""
+
+
 def model_of(support, num_rows):
     def model():
         with numpyro.plate("data", num_rows):
@@ -174,7 +187,7 @@ def print_table(cells):
         entries = []
         for kernel in KERNELS:
             here = [cells.get((name, kernel, n)) for n in rows]
-            entries.append(", ".join("" if x is None else verdict(x) for x in here))
+            entries.append(", ".join("—" if x is None else verdict(x) for x in here))
         print(f"| `{name}` | " + " | ".join(entries) + " |")
 
 
@@ -186,6 +199,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draws with every default")
     parser.add_argument("--supports", nargs="+", choices=SUPPORTS, default=list(SUPPORTS))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--starved", action="store_true", help="runs that may be wrong instead")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file of figures, one line a run")
@@ -196,7 +210,8 @@ def main():
         print_table(done)
         return
     missed = 0
-    for rows, kernel, name in itertools.product(options.rows, options.kernels, options.supports):
+    kernels = list(STARVED) if options.starved else options.kernels
+    for rows, kernel, name in itertools.product(options.rows, kernels, options.supports):
         cell = done.get((name, kernel, rows))
         if cell is None:
             cell = run_cell(name, kernel, rows, options.seed)
@@ -210,7 +225,8 @@ def main():
 def run_cell(name, kernel, rows, seed):
     start, support = time.perf_counter(), SUPPORTS[name]
     jax.clear_caches()
-    figures = looked_at(support, KERNELS[kernel], rows, seed)
+    move, settings = STARVED[kernel] if kernel in STARVED else (KERNELS[kernel], {})
+    figures = looked_at(support, move, rows, seed, **settings)
     z = (figures["mean"] - support.expected) / figures["error"]
     seconds = time.perf_counter() - start
     print(

@@ -27,15 +27,24 @@ from numpyro_ebm.types import SiteValues
 __all__ = ["Convergence", "assess_draws", "warn_of_convergence"]
 
 R_HAT_BOUND = 2.0
-"""Chains that forget nothing in half a run reach it; after three autocorrelation times none do."""
+"""Chains that forget nothing in half a run reach it; after three autocorrelation times none do.
+
+``benchmarks/supports.py``, 100 chains of ten draws: 133 runs with defaults, all with means within
+3.2 standard errors, have a largest R-hat of 0.99 to 1.58, and none warns. Of 45 runs with
+``--starved --rows 50`` 25 have means 4 or more errors off; their R-hat is 2.02 or more, and all
+warn. Of the 20 others 18 have at most 1.76, and the two that warn (8.2, 7.3) are right by chance.
+"""
 
 LEAST_DRAWS = 100
 """Draws of a row, over all its chains, from which R-hat and acceptance are judged."""
 
 LEAST_ACCEPTANCE_OF_ROW = 0.02
+"""For what R-hat is too few draws to see. In the same runs with defaults the least is 0.69; of the
+25 wrong ones 9 are below, and the others have up to 1, where steps are too small."""
 
 MANY_FROZEN = 0.05
-"""Share of the chains of a row that may stay where they are, as a row of a tail does at times."""
+"""Share of the chains of a row that may stay where they are, as a row of a tail does at times. In
+the same runs it is at most 0.01 with defaults, and 0.15 to 1 in 17 of the 25 wrong ones."""
 
 LARGEST_ERROR = 100.0
 """Nats of rounding of an energy, 1e9 in float32: chains that run away come there first."""

@@ -39,6 +39,15 @@ def test_every_support_and_kernel_with_defaults(name, kernel, num_rows):
     assert_right(name, kernel, num_rows)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::numpyro_ebm.ConvergenceWarning")
+@pytest.mark.parametrize("setting", supports.STARVED)
+def test_runs_of_wrong_steps_or_short_warmups_are_right_or_warn(setting):
+    support, (kernel, options) = supports.SUPPORTS["positive"], supports.STARVED[setting]
+    found, error, said = supports.measure(support, kernel, 50, 7, **options)
+    assert abs(found - support.expected) < 4 * error or said
+
+
 def scales(num_rows=30):
     """Rows with precisions from 1e-2 to 1e6."""
     precision = jnp.geomspace(1e-2, 1e6, num_rows)
