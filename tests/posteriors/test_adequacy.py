@@ -2,6 +2,7 @@
 """Auxiliary chains that are too short, and those that are not: how often the verdict is right."""
 
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 import numpyro_ebm as ebm
+from numpyro_ebm.diagnostics import adequacy
 
 NUM_STEPS = 40
 
@@ -51,7 +53,8 @@ MODELS = {
 
 
 def verdicts(name, auxiliary, num_runs, num_steps=NUM_STEPS, num_draws=300):
-    """Judgements of runs on data sets of their own."""
+    """Judgements of runs on data sets of their own, by the trace alone: draws of the prior take
+    a second a run."""
     model, data = MODELS[name]
     kernel = ebm.Exchange(model, auxiliary, num_steps, step_size=0.3)
     kernel.init(jax.random.key(0), 0, None, data(jax.random.key(0)), {})
@@ -70,7 +73,9 @@ def verdicts(name, auxiliary, num_runs, num_steps=NUM_STEPS, num_draws=300):
     for i, key in enumerate(keys):
         trace, z = jax.tree.map(lambda x, i=i: x[i][None], traces)
         ran: Any = Ran(kernel, data(key), trace, z)
-        yield ebm.auxiliary_adequacy(ran)
+        with mock.patch.object(adequacy, "prior_widths", lambda *_: {"": np.zeros(())}):
+            found = ebm.auxiliary_adequacy(ran)
+        yield found
 
 
 def mala(step_size):
