@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions on the sites of a trace, whatever wraps their distributions."""
 
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from numpyro.handlers import mask, scale, seed, trace
 
 import numpyro_ebm as ebm
 from numpyro_ebm.language.sites import is_energy, layers, plates_of, unwrap
+from numpyro_ebm.model.reading import read_model
 
 
 def test_sites_of_a_wrapped_model():
@@ -32,3 +35,51 @@ def test_layers_of_a_distribution():
     assert [type(x).__name__ for x in layers(wrapped)] == kinds
     assert unwrap(wrapped) is normal
     assert unwrap(normal) is normal
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 4), (5, 4), (4, 1)])
+def test_an_energy_that_would_be_broadcast_is_refused(shape):
+    def model():
+        with numpyro.plate("data", 4):
+            ebm.energy("E", jnp.zeros(shape))
+
+    with pytest.raises(ebm.ModelError, match="'E'"):
+        trace(seed(ebm.fixed(model, {}), jax.random.key(3))).get_trace()
+
+
+def test_a_site_of_units_alone_is_no_latent_of_the_rows():
+    """Rows are the plate that all energies share, and not any of their plates."""
+
+    def model():
+        data, units = numpyro.plate("data", 4, dim=-1), numpyro.plate("units", 3, dim=-2)
+        with units:
+            w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with data:
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=jnp.zeros(4))
+            ebm.energy("E", 0.5 * v**2)
+            with units:
+                ebm.energy("of units", w * v)
+
+    with pytest.raises(ebm.ModelError, match="'w'"):
+        trace(seed(ebm.fixed(model, {}), jax.random.key(3))).get_trace()
+
+
+def test_a_row_that_does_not_count_may_be_no_number():
+    def model(data):
+        with numpyro.plate("data", len(data)), mask(mask=jnp.array([True, False])):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2)
+
+    row_model = read_model(model, (jnp.ones(2),), {})
+    assert row_model.weigh(jnp.array([3.0, jnp.nan])).tolist() == [3.0, 0.0]
+
+
+def test_a_row_counts_where_all_masks_around_it_say_so():
+    outer, inner = jnp.array([True, True, False]), jnp.array([True, False, True])
+
+    def model(data):
+        with numpyro.plate("data", 3), mask(mask=outer), mask(mask=inner):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2)
+
+    assert read_model(model, (jnp.ones(3),), {}).row_weights.tolist() == [1.0, 0.0, 0.0]

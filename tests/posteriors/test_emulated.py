@@ -76,3 +76,40 @@ def test_an_emulated_normalizer_weighs_noise_and_refuses():
         ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design=6)
     with pytest.raises(ModelError, match="no values for \\['field'\\]"):
         ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design={"beta": jnp.ones(20)})
+
+
+def test_the_emulator_is_a_gaussian_process_over_a_quadratic(x64):
+    """Universal kriging by the book, at new points and at each point from all the others."""
+    from numpyro_ebm.posteriors.emulator import fit_emulator
+
+    rng = np.random.default_rng(1)
+    points, errors = rng.uniform(-2, 2, (9, 1)), rng.uniform(0.05, 0.2, 9)
+    values = np.sin(2 * points[:, 0]) + errors * rng.standard_normal(9)
+    emulator = fit_emulator(points, values, errors)
+    x = (points[:, 0] - float(emulator.center[0])) / float(emulator.scale[0])
+    basis = lambda x: np.stack([np.ones_like(x), x, x**2], -1)  # noqa: E731
+
+    def cov(a, b):
+        gap = (a[:, None] - b) / float(emulator.length_scales[0])
+        return float(emulator.amplitude) ** 2 * np.exp(-0.5 * gap**2)
+
+    def predicted(at, keep):
+        x_in, y, B = x[keep], values[keep], basis(x[keep])
+        inverse = np.linalg.inv(cov(x_in, x_in) + np.diag(errors[keep] ** 2))
+        gram = np.linalg.inv(B.T @ inverse @ B)
+        k, coefficients = cov(at, x_in) @ inverse, gram @ B.T @ inverse @ y
+        rest = basis(at) - k @ B
+        mean = basis(at) @ coefficients + k @ (y - B @ coefficients)
+        variance = np.diag(cov(at, at) - k @ cov(x_in, at) + rest @ gram @ rest.T)
+        return mean, variance
+
+    new = np.array([-2.5, 0.3, 1.9])
+    found, error = jax.vmap(emulator.predict)(jnp.asarray(new[:, None]))
+    z = (new - float(emulator.center[0])) / float(emulator.scale[0])
+    mean, variance = predicted(z, np.arange(9))
+    np.testing.assert_allclose(found, mean, rtol=1e-6)
+    np.testing.assert_allclose(error, np.sqrt(variance), rtol=1e-6)
+    for i in range(9):
+        mean, variance = predicted(x[[i]], np.delete(np.arange(9), i))
+        expected = (values[i] - mean) / np.sqrt(variance + errors[i] ** 2)
+        np.testing.assert_allclose(emulator.left_out[i], expected[0], rtol=1e-6)
