@@ -16,6 +16,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import fisher
 from numpyro_ebm.diagnostics.arviz.draws import _kernel_stats
 from numpyro_ebm.diagnostics.gap.posterior import _pareto_shapes
+from numpyro_ebm.diagnostics.stein import _signs
 from numpyro_ebm.log_normalizers import smc
 from numpyro_ebm.log_normalizers.options import Options
 
@@ -102,3 +103,25 @@ def test_round_trips_are_counted():
     np.testing.assert_array_equal(fields["round_trips"], np.array(expected)[:, None] + [0, 0])
     np.testing.assert_allclose(fields["swap_prob"], 1.0)
     assert trips > 3
+
+
+def test_energies_of_draws_are_sums_over_rows():
+    def model():
+        with numpyro.plate("data", 3):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * v**2 + v)
+
+    v = np.random.default_rng(0).normal(size=(5, 3))
+    stats = ebm.to_arviz({"v": v}, ebm.fixed(model, {})).sample_stats
+    by_row = 0.5 * v**2 + v
+    np.testing.assert_allclose(np.asarray(stats["row_energy"])[0], by_row, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(stats["energy"])[0], by_row.sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(stats["lp"])[0], -by_row.sum(-1), rtol=1e-5)
+
+
+def test_signs_of_a_wild_bootstrap_go_on():
+    """A chain of signs that turns with the given probability."""
+    signs = np.asarray(_signs(KEY, 2_000, 30, 0.1, jnp.float32))
+    assert set(np.unique(signs)) == {-1.0, 1.0} and abs(signs.mean()) < 0.05
+    for lag, expected in ((1, 0.8), (2, 0.64)):
+        assert np.mean(signs[:, lag:] * signs[:, :-lag]) == pytest.approx(expected, abs=0.02)

@@ -2,7 +2,7 @@
 """Plant the faults of ``mutants.toml``, one at a time, and tell which of them the tests see.
 
 python tests/mutants/plant.py                     all of them, by default marks
-python tests/mutants/plant.py samplers mcmc/      those of files whose path holds one of these words
+python tests/mutants/plant.py samplers mcmc/      those whose file or line holds one of these words
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("mutants.toml")
-SECONDS = 900
+SECONDS = 1_800
 """A run that takes longer has seen the fault: it does not end."""
 
 
@@ -74,26 +75,34 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> None:
         sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
 
 
-def is_seen(mutant: Mutant, tree: Path) -> bool:
-    """Whether one of its tests fails in a copy of the tree.
+def status(tree: Path, tests: Iterable[str]) -> int | None:
+    """0 where the tests pass, 1 where one fails, ``None`` where they do not end.
 
-    :raises RuntimeError: if the tests cannot be run.
+    :raises RuntimeError: if they cannot be run.
     """
+    process = FORKS.Process(target=run_tests, args=(tree, tuple(tests)))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
+        return None
+    report = (tree / "report.txt").read_text(encoding="utf-8")
+    if process.exitcode == 2 and "during collection" in report:  # it cannot even be imported
+        return 1
+    if process.exitcode in (0, 1):
+        return process.exitcode
+    raise RuntimeError(f"pytest ended with {process.exitcode}:\n{report[-2000:]}")
+
+
+def is_seen(mutant: Mutant, tree: Path) -> bool:
+    """Whether one of its tests fails in a copy of the tree."""
     path = tree / "numpyro_ebm" / mutant.file
     source = path.read_text(encoding="utf-8")
     path.write_text(mutant.planted(source), encoding="utf-8")
-    process = FORKS.Process(target=run_tests, args=(tree, mutant.tests))
-    process.start()
-    process.join(SECONDS)
-    path.write_text(source, encoding="utf-8")
-    if process.is_alive():
-        process.kill()
-        return True
-    report = (tree / "report.txt").read_text(encoding="utf-8")
-    failed_to_import = process.exitcode == 2 and "during collection" in report
-    if process.exitcode in (0, 1) or failed_to_import:
-        return process.exitcode != 0
-    raise RuntimeError(f"{mutant} ended with {process.exitcode}:\n{report[-2000:]}")
+    try:
+        return status(tree, mutant.tests) != 0
+    finally:
+        path.write_text(source, encoding="utf-8")
 
 
 def main(words: list[str]) -> int:
@@ -101,7 +110,7 @@ def main(words: list[str]) -> int:
     everything = read_mutants()
     for mutant in everything:  # a stale list is found before anything runs
         mutant.planted((ROOT / "numpyro_ebm" / mutant.file).read_text(encoding="utf-8"))
-    mutants = [m for m in everything if not words or any(word in m.file for word in words)]
+    mutants = [m for m in everything if not words or any(w in f"{m.file} {m.old}" for w in words)]
     planted, killed = Counter(), Counter()
     FORKS.set_forkserver_preload(["scipy.stats", "numpyro.contrib.funsor", "arviz", "pytest"])
     with tempfile.TemporaryDirectory() as folder:
@@ -109,6 +118,9 @@ def main(words: list[str]) -> int:
         for name in ("numpyro_ebm", "tests"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", tree)
+        tests = sorted({test for mutant in mutants for test in mutant.tests})
+        if status(tree, tests) != 0:  # who fails anyway sees nothing
+            raise RuntimeError((tree / "report.txt").read_text(encoding="utf-8")[-5000:])
         for mutant in mutants:
             start = time.perf_counter()
             seen = is_seen(mutant, tree)
