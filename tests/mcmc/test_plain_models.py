@@ -281,7 +281,8 @@ def test_elements_that_nothing_reads_have_a_law():
     ):
         for power, expected in zip((1, 2), moments, strict=True):
             means = (x**power).mean(1)
-            assert abs(means.mean() - expected) < 4 * means.std() / np.sqrt(len(means))
+            error = means.std() / np.sqrt(len(means))
+            assert abs(means.mean() - expected) < 4 * error < 0.3  # flat ones would go anywhere
 
 
 @pytest.mark.slow
