@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public names of NumPyro that are no tools on a model, and why; the others are in `tools.py`."""
+"""Public names of NumPyro that are no tools on a model, and why; see `numpyro_tools.py`."""
 
 BASE = "a base class"
-MODULE = "a module; its names are here or in `tools.py`"
+MODULE = "a module; its names are here or in `numpyro_tools.py`"
 RUNS = "runs a tool; part of the laws of those"
 PART = "a part of the other names of its module"
 READS = "tells which site depends on which; the sites of a route are those of its docstring"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpyro.contrib
 import pytest
 from registry.not_tools import NOT_TOOLS
-from registry.tools import (
+from registry.numpyro_tools import (
     ELBOS,
     GUIDES,
     HANDLERS,
@@ -49,7 +49,7 @@ def public_names(name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", MODULES + CONTRIBUTED)
 def test_every_public_name_is_a_tool_or_is_not(module):
-    """A name that NumPyro adds is entered in `registry/tools.py`, or in `registry/not_tools.py`."""
+    """A name that NumPyro adds is entered in `numpyro_tools.py` or in `not_tools.py`."""
     if module in NOT_TOOLS:
         return
     prefix = module + "." if module.startswith("contrib.") else ""

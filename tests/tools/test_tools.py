@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from numpyro.infer import SVI, Trace_ELBO
-from registry.tools import SAME, TOOLS, Nothing, Refused
+from registry.numpyro_tools import SAME, TOOLS, Nothing, Refused
 from tools import laws
 from tools.peers import CASES, DATA, ROUTES, pair
 
