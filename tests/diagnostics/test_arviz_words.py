@@ -10,7 +10,7 @@ import optax
 import pytest
 from numpyro.distributions import constraints
 from numpyro.handlers import scope
-from numpyro.infer import HMC, MCMC, NUTS
+from numpyro.infer import AIES, HMC, MCMC, NUTS, BarkerMH
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from scipy import stats
 
@@ -40,13 +40,13 @@ def positive(num_rows=3):
         ebm.energy("E", jnp.sum(v - 2 * jnp.log(v), -1))
 
 
-def run(kernel, *args, extra_fields=(), **kwargs):
+def run(kernel, *args, extra_fields=(), chain_method="vectorized", num_chains=2, **kwargs):
     mcmc = MCMC(
         kernel,
         num_warmup=30,
         num_samples=20,
-        num_chains=2,
-        chain_method="vectorized",
+        num_chains=num_chains,
+        chain_method=chain_method,
         progress_bar=False,
     )
     mcmc.run(jax.random.key(4), *args, extra_fields=extra_fields, **kwargs)
@@ -70,6 +70,19 @@ def test_energy_of_parameters_under_the_default_fields_of_hmc():
     np.testing.assert_allclose(found["lp"].values, lp, rtol=1e-4)
     np.testing.assert_allclose(found["energy"].values, -lp, rtol=1e-4)
     az.bfmi(idata)
+
+
+@pytest.mark.parametrize("kernel, method", [(BarkerMH, "sequential"), (AIES, "vectorized")])
+def test_kernels_without_statistics(kernel, method):
+    model = ebm.normalized(bayesian, "enumerate")
+    mcmc = run(kernel(model), jnp.asarray(DATA), chain_method=method, num_chains=6)
+    idata = ebm.to_arviz(mcmc)
+    theta = as_dict(idata["posterior"])["precision"].values
+    lp = stats.gamma(2).logpdf(theta) + np.log(theta)
+    lp += stats.norm.logpdf(DATA, 0, theta[..., None] ** -0.5).sum(-1)
+    found = as_dict(idata["sample_stats"])
+    np.testing.assert_allclose(found["lp"].values, lp, rtol=1e-4)
+    assert found["energy"].dims == ("chain", "draw")
 
 
 @pytest.mark.slow

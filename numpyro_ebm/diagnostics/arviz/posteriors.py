@@ -127,7 +127,8 @@ def _path_free(mcmc):
 
 def _add_densities(idata, mcmc):
     """``lp`` of all draws, and the energy of their positions where the run collected no other."""
-    stats = _dataset(idata["sample_stats"])
+    has_stats = "sample_stats" in _groups(idata)
+    stats = _dataset(idata["sample_stats"]) if has_stats else _dataset(idata["posterior"])[[]]
     model, (args, kwargs) = mcmc.sampler.model, run_arguments(mcmc)
     if "lp" not in stats:
         plain = read_plain_model(model, args, kwargs)
@@ -140,7 +141,10 @@ def _add_densities(idata, mcmc):
         stats = stats.assign(lp=(("chain", "draw"), lp))
     if "energy" not in stats:
         stats = stats.assign(energy=-stats["lp"])
-    _replace(idata, "sample_stats", stats)
+    if has_stats:
+        _replace(idata, "sample_stats", stats)
+    else:
+        add_group(idata, "sample_stats", stats)
 
 
 def _adjust(idata, model, mcmc):
