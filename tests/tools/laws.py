@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is asked of a tool: numbers, from a model and a key, that its peer gives as well."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpyro
+import numpyro.distributions as dist
 from numpyro.contrib.funsor import config_enumerate, enum, infer_discrete
 from numpyro.contrib.funsor import log_density as enumerated_log_density
 from numpyro.handlers import seed, substitute, trace
@@ -93,17 +96,25 @@ def updates(make_guide=None, loss=None, *, num=2, optim=None):
     """Losses of a few updates of SVI, and the parameters after them."""
 
     def law(model):
-        guide = by_hand if make_guide is None else make_guide(model)
+        guide = by_hand(model) if make_guide is None else make_guide(model)
+        if make_guide is None:
+            model = config_enumerate(model)
         optim_ = numpyro.optim.SGD(1e-3) if optim is None else optim
         svi = SVI(model, guide, optim_, Trace_ELBO() if loss is None else loss())
         state = svi.init(KEY)
         _, losses = jax.lax.scan(lambda state, _: svi.update(state), state, length=num)
         return losses
 
-    def by_hand():
-        dist, positive = numpyro.distributions, numpyro.distributions.constraints.positive
-        scale = numpyro.param("guide_scale", 0.3, constraint=positive)
-        numpyro.sample("b", dist.Normal(numpyro.param("guide_loc", 0.5), scale))
+    def by_hand(model):
+        size = jnp.size(latent(model)["b"])  # one for all rows, or one for each
+
+        def guide():
+            scale = numpyro.param("guide_scale", 0.3, constraint=dist.constraints.positive)
+            b = dist.Normal(numpyro.param("guide_loc", 0.5), scale)
+            with numpyro.plate("data", size) if size > 1 else nullcontext():
+                numpyro.sample("b", b)
+
+        return guide
 
     return law
 

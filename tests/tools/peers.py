@@ -61,6 +61,13 @@ def basic(route, is_peer, size=None):
     return in_rows if route == "fixed" else bayesian
 
 
+class StartingFlat(dist.CategoricalProbs):
+    """A categorical distribution whose draws, where chains start, are those of `Counting`."""
+
+    def sample(self, key, sample_shape=()):
+        return ebm.Counting(3).expand(self.batch_shape).sample(key, sample_shape)
+
+
 def discrete(route, is_peer):
     """A discrete parameter k and a mean b; or both in every row."""
 
@@ -75,8 +82,8 @@ def discrete(route, is_peer):
         v = jnp.asarray(DATA if v is None else v)
         log_probs = jnp.log(jnp.asarray(PROBS))
         with numpyro.plate("data", len(DATA)):
-            flat = dist.Categorical(jnp.asarray(PROBS)) if is_peer else ebm.Counting(3)
-            k = numpyro.sample("k", flat, infer={"enumerate": "parallel"})
+            flat = StartingFlat(jnp.asarray(PROBS)) if is_peer else ebm.Counting(3)
+            k = numpyro.sample("k", flat)
             b = numpyro.sample("b", dist.Normal(0.0, 1.0))
             mean = jnp.asarray(CENTERS)[k] + b + jnp.asarray(X)
             if is_peer:
