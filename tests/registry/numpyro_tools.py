@@ -96,7 +96,7 @@ def neutra(model):
 def stein(vi, **options):
     def law(model):
         svi = vi(model, numpyro.optim.Adagrad(0.1), einstein.RBFKernel(), **options)
-        num = (2,) if vi is einstein.ASVGD else ()
+        num = (100,) if vi is einstein.ASVGD else ()
         state = svi.init(laws.KEY, *num)
         for _ in range(2):
             state, _ = svi.update(state)

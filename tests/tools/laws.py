@@ -199,7 +199,7 @@ def trained(model, guide, make_svi, params=None, *, num=4_000):
     def update(key):
         after, loss = svi.update(state._replace(rng_key=key))
         moved = svi.optim.get_params(after.optim_state)
-        return loss, {name: before[name] - moved[name] for name in before}
+        return loss, jax.tree.map(jnp.subtract, before, moved)
 
     losses, gradients = jax.jit(jax.vmap(update))(jax.random.split(KEY, num))
     return svi.get_params(state), losses, gradients
