@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliced score matching in one dimension, where all slices are the same."""
+"""Sliced and multiscale score matching by hand, in one dimension."""
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +31,23 @@ def test_in_one_dimension_it_is_score_matching(x64, num_slices, variance_reducti
 
     second = np.mean(v**2)
     np.testing.assert_allclose(loss(p), (0.5 * p**2 * second - p, p * second - 1), rtol=1e-9)
+
+
+def test_levels_weigh_the_score_and_the_noise(x64):
+    """Of many levels: the mean of ½ (s / σ + e / σ₀²)² at the noised values, by hand."""
+
+    def gaussian(data):
+        with numpyro.plate("data", len(data)):
+            x = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.7 * x**2)
+
+    objective = ebm.MultiscaleDenoisingScoreMatching(
+        0.6, min_noise_scale=0.3, max_noise_scale=2.0, variance_reduction=False
+    )
+    data, key = jnp.array([0.3, -1.2, 2.0]), jax.random.key(3)
+    problem = objective.prepare(key, {}, gaussian, None, (data,), {})
+    levels, noise = problem.noise
+    found = objective.energy_loss(key, {}, problem)
+    score = -1.4 * (data + levels * noise["v"])
+    expected = np.mean(0.5 * (score / levels + noise["v"] / 0.6**2) ** 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)

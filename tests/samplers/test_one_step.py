@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What single steps draw, before a test makes up for it or many steps hide it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from numpyro_ebm.samplers import annealed, discrete_langevin
+from numpyro_ebm.samplers.chromatic_gibbs import _polynomial_logits
 
 NUM = 40_000
 
@@ -41,3 +44,18 @@ def test_an_annealed_run_starts_at_its_own_scale():
     state = annealed.init(jnp.zeros(NUM), log_density, levels)
     new, _ = kernel(jax.random.key(3), state, log_density, levels, steps, 2.5)
     assert np.std(new.position) == pytest.approx(2.5, rel=0.02)
+
+
+def test_log_ratios_of_a_polynomial_are_its_differences():
+    """Through nodes of a quadrature of its gradient: of a cubic, for values that are unequal."""
+    table = np.array([[0.0, 1.0, 3.0], [-1.0, 0.5, 2.0]])
+
+    def log_density(x):
+        return x[:, 0] ** 3 - 2 * x[:, 0] ** 2 + x[:, 1] ** 3 + x[:, 0] * x[:, 1]
+
+    flat, block = jnp.array([[1.0, 2.0]]), SimpleNamespace(degree=3)
+    for i in range(2):
+        moving = jnp.arange(2) == i
+        found = _polynomial_logits(log_density, flat, moving, table, block)[:, 0, i]
+        values = log_density(flat.repeat(3, 0).at[:, i].set(table[i]))
+        np.testing.assert_allclose(found, values - values[0], rtol=1e-5, atol=1e-5)
