@@ -29,7 +29,7 @@ __all__ = ["Convergence", "assess_draws", "warn_of_convergence"]
 R_HAT_BOUND = 2.0
 """Chains that forget nothing in half a run reach it; after three autocorrelation times none do.
 
-``benchmarks/supports.py``, 100 chains of ten draws: 142 runs with defaults, all with means within
+``benchmarks/supports.py``, 100 chains of ten draws: 143 runs with defaults, all with means within
 3.2 standard errors, have a largest R-hat of 0.99 to 1.58, and none warns. Of 45 runs with
 ``--starved --rows 50`` 25 have means 4 or more errors off; their R-hat is 2.02 or more, and all
 warn. Of the 20 others 18 have at most 1.76, and the two that warn (8.2, 7.3) are right by chance.
