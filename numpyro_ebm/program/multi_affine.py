@@ -37,6 +37,10 @@ __all__ = ["MultiAffine", "multi_affine", "value_table"]
 AT_ONCE = 2_000_000  # indicators of the points at which the identity is tried together
 MOST_OF_ALL_ROWS = 3_000_000  # indicators, where rows are not of one program
 MOST_INDICATORS = 4_096  # of a row, for a matrix of second derivatives to be written down
+MOST_PROVED = 64
+PROVED: dict[Any, Any] = {}
+"""What was found of the last programs: a kernel or a loss reads the same one several times."""
+
 SIGNS: tuple[Callable[..., Any], ...] = (lambda x: x, np.abs, lambda x: -np.abs(x))
 """What is tried for random parameters: some have to be positive, others are used by their sign."""
 
@@ -210,9 +214,33 @@ class MultiAffine:
 
         :raises NotMultiAffine: if its operations do not tell.
         """
+        signature = self._signature()
+        if signature not in PROVED:
+            while len(PROVED) >= MOST_PROVED:
+                PROVED.pop(next(iter(PROVED)))
+            PROVED[signature] = self._find_degree()
+        found = PROVED[signature]
+        if found is None:
+            raise NotMultiAffine
+        self.degree, self.is_affine = found
+
+    def _signature(self):
+        """What the proof depends on: the program, the states, and the constants that are known."""
+        consts = [
+            (x.shape, x.dtype, None if isinstance(x, Tracer) else np.asarray(x).tobytes())
+            for x in self._closed.consts
+        ]
+        program = str(self._closed.jaxpr), tuple(self._others), jax.config.jax_enable_x64
+        return *program, self.values.tobytes(), self.is_state.tobytes(), tuple(consts)
+
+    def _find_degree(self):
+        """The degree and whether the function is affine, or ``None``."""
         own = jax.ShapeDtypeStruct((self.num_rows, *self._shape), jnp.result_type(float))
-        jax.eval_shape(self, self._args, own, self._shapes)
-        self.is_affine = self._has_constant_slopes()
+        try:
+            jax.eval_shape(self, self._args, own, self._shapes)
+            return self.degree, self._has_constant_slopes()
+        except NotMultiAffine:
+            return None
 
     def _walk(self, args, consts, indicators, others):
         size, width = self.values.shape

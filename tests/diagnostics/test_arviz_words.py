@@ -121,6 +121,7 @@ def test_densities_and_dimensions_of_draws():
     }
 
 
+@pytest.mark.slow
 def test_names_of_a_scope():
     dot = "." if is_tree() else "/"
     draws = {"a/v": jnp.ones((5, 3, 2))}

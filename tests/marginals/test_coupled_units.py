@@ -145,6 +145,7 @@ def two_sites(data):
                 ebm.energy("deep", -0.5 * t * g - 0.2 * t * jnp.flip(t, -3) * s)
 
 
+@pytest.mark.slow
 def test_coupled_and_independent_sites_side_by_side():
     row_model = read_model(two_sites, (DATA,))
     marginal = ebm.Enumerated()

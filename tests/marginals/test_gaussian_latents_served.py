@@ -123,6 +123,7 @@ WELL = np.linspace(-6.0, 6.0, 4_001)
 WELL_WEIGHTS = np.exp(well_log_density(WELL)) * (WELL[1] - WELL[0])
 
 
+@pytest.mark.slow
 def test_log_z_integrates_gaussian_sites_before_the_quadrature():
     model = ebm.fixed(well, {})
     found = ebm.log_normalizer(KEY, model)
@@ -205,6 +206,7 @@ def test_normalized_integrates_the_latents_out_where_asked(log_z):
         np.testing.assert_allclose(found, exact_bayesian(theta, ROWS), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_generalized_and_exchange_integrate_the_latents_out():
     from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
 

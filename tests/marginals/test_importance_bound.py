@@ -99,6 +99,7 @@ def test_importance_bound_rises_to_the_marginal_from_below():
         assert np.min(np.abs(z_scores(samples, exact))) > 10
 
 
+@pytest.mark.slow
 def test_importance_bound_is_consistent_with_a_wrong_guide():
     wrong = oracles.grbm_guide(0.8)
     errors = {}

@@ -19,6 +19,7 @@ from numpyro_ebm.model.reading import read_model
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+@pytest.mark.slow
 def test_langevin_steps_move_a_wrong_guide_to_the_posterior():
     system = oracles.linear_system(num_rows=2)._replace(guide=oracles.linear_guide(shift=1.0))
     wrong, expected = estimates(ebm.VaGES(2), system, 2)

@@ -280,6 +280,7 @@ def lateral_bias(num_draws, settings):
     return norms, np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_importance_weights_take_most_of_the_bias_of_a_mean_field_guide():
     weighted = ebm.VaGES(20, importance_weighted=True)
     norms, size = lateral_bias(5_000, {"plain": ebm.VaGES(2), "weighted": weighted})

@@ -141,6 +141,7 @@ def test_two_values_need_not_be_zero_and_one():
     assert_law((s - 3) // 2, lambda h: -2 * h @ np.array([0.4, -0.6]), 2)
 
 
+@pytest.mark.slow
 def test_a_proper_base_measure_is_tilted():
     """Bernoulli(0.7) tilted by e^h, beside N(1, 4) tilted by e^v: N(5, 4)."""
 

@@ -93,6 +93,7 @@ def skewed():
         ebm.energy("E", g + jnp.exp(-g) + 0.5 * (v - g) ** 2 - bit * 0.5)
 
 
+@pytest.mark.slow
 def test_a_block_of_gibbs_beside_mala():
     model = ebm.fixed(skewed, {})
     with pytest.raises(ebm.ModelError, match=r"\['g'\].*Gibbs\(\[\(MALA\(model\), \['g'\]\)"):

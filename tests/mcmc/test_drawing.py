@@ -80,6 +80,7 @@ def test_sample_draws_discrete_models_exactly():
     assert abs(a.mean() - np.arange(3) @ weights / weights.sum()) < 4.5 * error
 
 
+@pytest.mark.slow
 def test_sample_draws_units_of_both_kinds_beside_each_other():
     """Event dimensions and a hidden plate, which are drawn one after the other."""
 

@@ -76,8 +76,11 @@ def test_conditionals_are_those_of_the_table(name):
             np.testing.assert_allclose(found, table[at] - table[at][0], atol=1e-5)
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-@pytest.mark.parametrize("name", ENERGIES)
+@pytest.mark.parametrize(
+    "name, reversible",
+    [(name, False) for name in ENERGIES]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in ENERGIES],
+)
 def test_block_gibbs_has_the_stationary_law(name, reversible):
     log_density, _ = ENERGIES[name]
     counts = counts_of(ebm.BlockGibbs(model_of(log_density), reversible=reversible), 5_000, 25)
@@ -85,7 +88,7 @@ def test_block_gibbs_has_the_stationary_law(name, reversible):
     assert chisquare(counts, p / p.sum() * counts.sum()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("name", ["complete", "mapped"])
+@pytest.mark.parametrize("name", ["complete", pytest.param("mapped", marks=pytest.mark.slow)])
 def test_exact_differences_from_a_gradient_have_the_stationary_law(name):
     log_density, _ = ENERGIES[name]
     kernel = ebm.DiscreteLangevin(model_of(log_density), differences="exact")

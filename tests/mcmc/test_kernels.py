@@ -162,6 +162,7 @@ for name in {names!r}:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["UnderdampedLangevin"], slow(list(KERNELS))])
 def test_chains_in_parallel(names):
     """On two host devices, which have to be asked for before JAX starts."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from conftest import assert_mean
 from jax import lax
 from kernel_cases import run
@@ -40,6 +41,7 @@ def chi_square(draws, weights):
     return stats.chisquare(counts, counts.sum() * weights).pvalue, counts
 
 
+@pytest.mark.slow
 def test_replica_exchange_finds_the_modes_and_mala_does_not():
     model = ebm.fixed(eight_modes, {})
     start = {"v": jnp.zeros((40, 2)) + jnp.asarray(CENTRES[0])}  # all in one mode

@@ -329,6 +329,7 @@ def test_an_order_of_blocks_that_loses_the_data_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_one_particle_corrects_no_guide():
     def blind(data, **kwargs):
         with numpyro.plate("data", len(data)):

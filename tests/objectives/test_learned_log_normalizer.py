@@ -140,6 +140,7 @@ def test_log_normalizer_says_what_it_cannot_do():
         objective.log_normalizer(KEY, {"w": jnp.zeros(2_001)}, wide, None, data)
 
 
+@pytest.mark.slow
 def test_far_noise_warns_and_near_noise_does_not():
     data = jax.random.normal(KEY, (500,))
     far = ebm.NCE(dist.Normal(30.0, 0.1))

@@ -195,6 +195,7 @@ def test_energy_svi_learns_a_discrete_model():
     assert abs(fit.params["J"] - np.arctanh(0.5)) < 1e-3
 
 
+@pytest.mark.slow
 def test_derivatives_of_every_order(x64):
     """log Z of the Gaussian is -½ log p and a constant: 1/(2p²), and -1/p³, by quadrature."""
 

@@ -97,6 +97,7 @@ def test_rows_with_parameters_of_their_own_accept_on_their_own():
     assert_posterior(draws["rate"], shape / rate, np.sqrt(shape) / rate)
 
 
+@pytest.mark.slow
 def test_latents_drawn_by_another_block():
     """The hidden bit drawn beside Exchange, which then sees it: the same posterior."""
     model = ebm.given(pairs, ["w"])

@@ -35,6 +35,7 @@ def critical_lattice(size=6, num_sweeps=300):
     return jnp.asarray((s[None] + 1) / 2).astype(int)
 
 
+@pytest.mark.slow
 def test_adequacy_tells_one_step_at_a_critical_lattice_from_a_hundred():
     data = critical_lattice()
 

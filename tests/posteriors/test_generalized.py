@@ -174,6 +174,7 @@ def test_ksd_bayes_stays_near_the_truth_under_contamination(x64):
             assert standard - 1.0 > 8 * share
 
 
+@pytest.mark.slow
 def test_svi_and_nuts_find_the_closed_form():
     data = jnp.asarray(ROWS, float)
     model = ebm.generalized(linear_model, ebm.ScoreMatching(), 0.5)
@@ -229,6 +230,7 @@ def test_generalized_refuses():
         log_density(random, (ROWS,), {}, POINTS[linear_model])
 
 
+@pytest.mark.slow
 def test_calibration_of_a_single_parameter(x64):
     """Score matching of a precision: H = m2 and J = var(θ x²) at θ = 1 / m2, so β = H / J."""
     model = ebm.generalized(precision_model, ebm.ScoreMatching(), "calibrate")

@@ -191,6 +191,7 @@ def test_several_visible_sites_and_further_plates(x64):
     np.testing.assert_allclose(density(ebm.normalized(plates), {"a": 0.6}, data), exact, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_nuts_svi_and_loo_run_on_a_normalized_model():
     data = jnp.asarray(ROWS, float)
     shape, rate = 2 + len(ROWS) / 2, 1 + np.sum(ROWS**2) / 2

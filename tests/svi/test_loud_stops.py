@@ -92,6 +92,7 @@ def three_states(data):
         ebm.energy("E", 0.5 * (v - slope * h) ** 2)
 
 
+@pytest.mark.slow
 def test_other_discrete_latents_default_to_the_score_function():
     objective = ebm.DenoisingScoreMatching(0.1, marginal=ebm.VaGES())
     data = jnp.linspace(-1, 2, 50)

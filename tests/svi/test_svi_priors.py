@@ -208,7 +208,7 @@ NORMAL = dist.Normal(0.0, 1.0)
         (TWO, inside, r"\['a'\] inside the data plate"),
         (TWO, draws_of(a=NORMAL, b=dist.Poisson(3.0)), "draws of 'b' are not differentiable"),
         (gaussian, AutoNormal(gaussian), r"AutoNormal\(numpyro_ebm.prior\(model\)\)"),
-        (gaussian, AutoLaplaceApproximation(ebm.prior(gaussian)), "curvature of the prior"),
+        (gaussian, AutoLaplaceApproximation(ebm.prior(gaussian)), "would see the prior alone"),
         (grbm, shared, r"depend on the `param` site\(s\) \['loc'\]"),
         (grbm, backwards, r"depends on its draw of \['h'\]"),
     ],

@@ -48,6 +48,7 @@ def conjugate():
     return np.linalg.solve(precision, right), np.linalg.inv(precision)
 
 
+@pytest.mark.slow
 def test_the_generalised_posterior_in_closed_form():
     mean, covariance = conjugate()
     guide = AutoMultivariateNormal(ebm.prior(line))
