@@ -47,11 +47,14 @@ LONGEST = (
     "test_loss_and_gradient_are_unbiased_for_the_other_pairs",
     "test_more_particles_take_more_of_the_bias_away",
     "test_right_runs_are_called_inadequate_in_a_twentieth",
+    "test_one_gradient_is_every_change[",
+    "test_plain_models.py::",
     "test_rows_of_a_chain_want_rare_flips",
     "test_runs_with_a_tenth_of_the_moves_or_less_are_found",
     "test_stationary_law_in_double_precision",
     "test_stein_test_with_draws_of_a_kernel_has_its_size",
     "test_the_posterior_is_the_exact_one_for_five_seeds",
+    "test_tools.py::",
 )
 
 

@@ -49,7 +49,7 @@ def kinds():
         yield pytest.param(name, 6, marks=[] if name in OF_ALL_ROWS else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("name, num_rows", kinds())
+@pytest.mark.parametrize("name, num_rows", list(kinds()))
 def test_one_gradient_is_every_change(x64, name, num_rows):
     energy, x = TAKEN[name], rows_of(TAKEN[name], 6)
     params = jax.tree.map(jnp.asarray, energy.params)
