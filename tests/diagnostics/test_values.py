@@ -129,3 +129,21 @@ def test_signs_of_a_wild_bootstrap_go_on():
     assert set(np.unique(signs)) == {-1.0, 1.0} and abs(signs.mean()) < 0.05
     for lag, expected in ((1, 0.8), (2, 0.64)):
         assert np.mean(signs[:, lag:] * signs[:, :-lag]) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_norm_bound_of_vages_by_hand():
+    """At v = 1: scores -1 and 1, slopes 0 and 1, mixed 0 and 1, so that it is (2 + 6) TV."""
+
+    def model(data):
+        w = numpyro.param("w", 2.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Counting())
+            ebm.energy("E", 0.5 * v**2 - w * v * h)
+
+    def guide(data):
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.BernoulliLogits(jnp.zeros(len(data))))
+
+    gap = ebm.posterior_gap(KEY, model, guide, {"w": 2.0}, jnp.ones(1), gradient=True)
+    np.testing.assert_allclose(gap.vages.norm_bound, 8.0 * gap.tv, rtol=1e-5)

@@ -360,3 +360,8 @@ def test_an_energy_answers_for_its_flat_measures():
         log_density(model, (), {}, {})
     assert log_density(ebm.fixed(model, {"b": 2.0}), (), {}, {})[0] == -4.0
     assert ebm.Counting().log_prob(1) == 0.0  # outside of a model nobody is asked
+
+
+def test_flat_measures_end_where_their_support_does():
+    found = ebm.Lebesgue((), dist.constraints.positive).log_prob(jnp.array([-1.0, 1.0]))
+    assert found.tolist() == [-np.inf, 0.0]

@@ -12,6 +12,7 @@ from conftest import GRBMOracle, enable_x64
 from normalizer_cases import CRITICAL, KEY, ising, kaufman, model_of
 
 import numpyro_ebm as ebm
+from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks
 
 
 def enumerated_ising(size, beta):
@@ -126,3 +127,8 @@ def test_a_full_covariance_and_a_gaussian_without_discrete_sites():
     exact = 3 * np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(precision)[1] + quadratic
     assert found.method == "enumerate"
     assert found.value == pytest.approx(exact, rel=1e-5)
+
+
+def test_chunks_that_do_not_fill_up():
+    found = log_sum_in_chunks(lambda x: 0.0 * x[:, None], jnp.arange(5.0), 2)
+    np.testing.assert_allclose(found[0], np.log(5), rtol=1e-6)

@@ -119,3 +119,38 @@ def test_refinement_starts_at_the_particles_on_every_support():
     refine = LangevinRefinement(1, 1e-12)
     found = refine(jax.random.key(3), row_model, {}, {"v": jnp.asarray(DATA)}, latent)
     np.testing.assert_allclose(found["h"], latent["h"], rtol=1e-4)
+
+
+def test_units_are_drawn_beside_what_they_share():
+    """Two units that read one site of their row: P(h₁ = h₂) = σ(6)² + σ(-6)²."""
+
+    def model(data):
+        with numpyro.plate("data", 1, dim=-1):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            z = numpyro.sample("z", ebm.Counting())
+            ebm.energy("E0", 0.5 * v**2)
+            with numpyro.plate("units", 2, dim=-2):
+                h = numpyro.sample("h", ebm.Counting())
+                ebm.energy("E", -3.0 * (2.0 * h - 1) * (2.0 * z - 1))
+
+    row_model = read_model(model, (jnp.zeros(1),))
+    values = {"v": jnp.zeros((2_000, 1))}
+    draws = ebm.Enumerated().draw(jax.random.key(4), row_model, {}, values, 2_000)
+    h = np.asarray(draws["h"])[:, :, 0]
+    on = jax.nn.sigmoid(6.0)
+    assert abs(np.mean(h[:, 0] == h[:, 1]) - (on**2 + (1 - on) ** 2)) < 0.02
+
+
+def test_states_and_gaussian_values_are_drawn_apart():
+    def model(data):
+        with numpyro.plate("data", 1):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            k = numpyro.sample("k", ebm.Counting())
+            h = numpyro.sample("h", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * v**2 + 0.5 * h**2 + 0.0 * k)
+
+    row_model = read_model(model, (jnp.zeros(1),))
+    values = {"v": jnp.zeros((4_000, 1))}
+    draws = ebm.GaussianLatents().draw(jax.random.key(4), row_model, {}, values, 4_000)
+    k, h = (np.asarray(draws[x])[:, 0] for x in "kh")
+    assert abs(np.corrcoef(k, h)[0, 1]) < 5 / 4_000**0.5

@@ -14,7 +14,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import Gibbs
 
 import numpyro_ebm as ebm
-from numpyro_ebm.mcmc.convergence import assess_draws
+from numpyro_ebm.mcmc.convergence import _split_r_hat, assess_draws
 from numpyro_ebm.model.reading import read_fixed_model
 
 
@@ -204,3 +204,11 @@ def test_persistent_chains_that_do_not_move_are_told_at_the_end_of_a_run():
         persistent_fit(1e-5, 300)
     persistent_fit(0.5, 300)
     persistent_fit(1e-5, 100)  # too soon to tell
+
+
+def test_r_hat_is_the_larger_of_values_and_of_ranks():
+    """A chain that runs away in its values alone, and chains that stay apart."""
+    away = np.exp(np.arange(200.0) / 5)[None, :, None]
+    noise = np.random.default_rng(0).normal(size=(2, 100))
+    apart = (np.array([-10.0, 10.0])[:, None] + noise)[..., None]
+    assert _split_r_hat(away) > 2 and _split_r_hat(apart) > 2

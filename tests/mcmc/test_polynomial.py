@@ -10,6 +10,8 @@ from gibbs_cases import straight
 from jax import lax
 
 from numpyro_ebm.program.polynomial import degree, structure
+from numpyro_ebm.samplers.chromatic_gibbs import _polynomial_logits
+from numpyro_ebm.samplers.gibbs_blocks import Block
 
 ONES = jnp.ones((3, 2))
 MATRIX = np.array([[1.0, 0.3], [0.2, -0.5]])
@@ -80,3 +82,13 @@ def test_symbolic_work_only():
     """A big model is walked, not run: shapes are enough."""
     shape = jax.ShapeDtypeStruct((10_000, 4_000), jnp.float32)
     assert structure(lambda x: jnp.sum(x**2, -1), shape) == (2, False, True)  # too many to label
+
+
+def test_log_ratios_of_a_cubic_of_three_values():
+    """0.1 (Σ x)³ from 3 to 4 and 5: two nodes of the quadrature, one is not enough."""
+    x = jnp.array([[0.0, 2.0, 1.0]])
+    block = Block(("x",), "coloured", {"x": [0, 1, 2]}, degree=3)
+    moving, table = jnp.array([True, False, False]), np.tile([0.0, 1.0, 2.0], (3, 1))
+    cubic = lambda x: 0.1 * jnp.sum(x, -1) ** 3  # noqa: E731
+    logits = _polynomial_logits(cubic, x, moving, table, block)
+    np.testing.assert_allclose(logits[:, 0, 0], 0.1 * (np.array([27.0, 64, 125]) - 27), rtol=1e-5)

@@ -11,6 +11,7 @@ from conftest import assert_mean
 from jax import lax
 from kernel_cases import run
 from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC
 from scipy import stats
 
 import numpyro_ebm as ebm
@@ -145,3 +146,15 @@ def test_the_ladder_moves_to_equal_rejection():
     np.testing.assert_allclose(even, beta, rtol=1e-3)
     ended = tempering.equal_rejection_ladder(beta.at[-1].set(0.0), jnp.array([0.9, 0.1, 0.2]))
     assert ended[-1] == 0 and np.all(np.diff(ended) < 0)
+
+
+def test_round_trips_are_those_since_the_warmup():
+    def model():
+        with numpyro.plate("data", 2):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * v**2)
+
+    kernel = ebm.ReplicaExchange(ebm.fixed(model, {}), num_replicas=3)
+    mcmc = MCMC(kernel, num_warmup=300, num_samples=4, progress_bar=False)
+    mcmc.run(jax.random.key(4))
+    assert mcmc.last_state.round_trips.max() <= 1

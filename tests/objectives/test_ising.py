@@ -161,3 +161,20 @@ def test_spins_of_any_scale_and_bias(x64, name, hidden):
         assert_close(loss(W), jnp.mean(formula.expected(jnp.asarray(table), data)))
     loss = ebm.MaximumLikelihood().loss(KEY, {"W": W}, model, None, data)
     assert_close(loss, np.mean(np.logaddexp.reduce(table, None) - table[tuple(data.T)]))
+
+
+def test_sites_of_unlike_numbers_of_values():
+    """A site has no neighbours at values that only another one has."""
+
+    def model(a, b):
+        J = numpyro.param("J", 0.7)
+        with numpyro.plate("data", len(a)):
+            a = numpyro.sample("a", ebm.Counting(2), obs=a)
+            b = numpyro.sample("b", ebm.Counting(3), obs=b)
+            ebm.energy("E", -J * a * b)
+
+    a, b = np.array([1, 0, 1]), np.array([0, 2, 1])
+    loss = ebm.PseudoLikelihood().loss(KEY, {"J": jnp.array(0.7)}, model, None, a, b)
+    log_a = 0.7 * a * b - np.logaddexp(0.0, 0.7 * b)
+    log_b = 0.7 * a * b - np.log(sum(np.exp(0.7 * a * k) for k in range(3)))
+    assert float(loss) == pytest.approx(-np.mean(log_a + log_b), rel=1e-5)

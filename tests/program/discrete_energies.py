@@ -72,12 +72,19 @@ def carried(p, x):
     return total
 
 
+def discounted(x, reverse):
+    """Sites weighed by where they stand."""
+    step = lambda total, at: (0.5 * total + at, None)  # noqa: E731
+    return jax.lax.scan(step, jnp.zeros(len(x)), 1.0 * x.T, reverse=reverse)[0]
+
+
 def gathered(p, x):
     """A map over the sites that is scanned."""
     fields = jax.lax.map(lambda at: at[0][at[1]], (p["h"], x.T))
     return jnp.sum(fields, 0)
 
 
+LADDER = np.array([[0.0, 1.0, 2.0], [3.0, 5.0, 8.0], [13.0, 21.0, 34.0]])  # not symmetric
 FIELDS = {"h": normal(D, Q)}
 POTTS = {"h": normal(D, Q), "J": normal(len(PAIRS), Q, Q)}
 ISING = {"h": normal(D), "J": normal(len(PAIRS))}
@@ -146,6 +153,11 @@ TAKEN = {
         ),
         POTTS,
     ),
+    "a table of constants": Energy(
+        lambda p, x: p["J"][0, 0, 0] * jnp.sum(jnp.asarray(LADDER)[x[:, :-1], x[:, 1:]], -1), POTTS
+    ),
+    "a loop from the end": Energy(lambda p, x: p["h"][0, 0] * discounted(x, True), FIELDS),
+    "a loop of sums": Energy(lambda p, x: p["h"][0, 0] * discounted(x, False), FIELDS),
     "equal neighbours": Energy(
         lambda p, x: p["J"][0, 0, 0] * jnp.sum(x[:, 1:] == x[:, :-1], -1), POTTS
     ),
@@ -321,6 +333,9 @@ NOT_TAKEN = {
             )
         )(x),
         FIELDS,
+    ),
+    "met by parameters of one sign": Energy(
+        lambda p, x: jnp.maximum(p["h"][0, 0], 0.0) * jnp.sum(1.0 * x, -1) ** 3, FIELDS
     ),
     "sorted": Energy(lambda p, x: jnp.sort(x, -1) @ p["h"][:, 0], FIELDS),
     "a product rounded": Energy(lambda p, x: p["h"][0, 0] * (jnp.sum(x, -1) // 2), FIELDS),

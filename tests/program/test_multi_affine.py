@@ -38,7 +38,8 @@ DEFAULT = (  # one of each kind; the others are slow
     *("fields by lookup", "a Categorical", "relu of each site", "potts as a matrix"),
     *("potts by codes of pairs", "equal pairs of a matrix", "a chain by scan", "a switch"),
     *("three sites", "a padded window", "products of all pairs", "a convolution"),
-    *("both of a pair", "edges and triangles"),
+    *("both of a pair", "edges and triangles", "a table of constants"),
+    *("a loop from the end", "a loop of sums"),
 )
 OF_ALL_ROWS = ("potts as a matrix", "equal pairs of a matrix")  # a program of all rows at once
 
@@ -73,6 +74,17 @@ def test_one_gradient_is_every_change(x64, name, num_rows):
 def test_a_site_that_meets_itself_is_found(name):
     form = form_of(MEETS_ITSELF[name], 1)
     assert form is not None and not form.is_affine and form.degree == 2
+
+
+def test_changes_of_a_site_that_meets_itself():
+    """(Σ x)² from 3 to 3, 4 and 5."""
+    x = jnp.array([[0, 2, 1]])
+    fn = lambda p, rows: p * jnp.sum((rows["x"] @ jnp.ones((3, 3))) * rows["x"], -1)  # noqa: E731
+    form = multi_affine(fn, jnp.array(1.0), {"x": x}, {"x": (0, 1, 2)})
+    assert form is not None
+    slopes = form.secants(jnp.array(1.0), form.indicators(x))
+    assert slopes is not None
+    np.testing.assert_allclose(slopes[0, 0] - slopes[0, 0, 0], [0.0, 7.0, 16.0], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
