@@ -230,7 +230,7 @@ class MultiAffine:
             (x.shape, x.dtype, None if isinstance(x, Tracer) else np.asarray(x).tobytes())
             for x in self._closed.consts
         ]
-        program = str(self._closed.jaxpr), tuple(self._others), jax.config.jax_enable_x64
+        program = str(self._closed.jaxpr), tuple(self._others), str(jnp.result_type(float))
         return *program, self.values.tobytes(), self.is_state.tobytes(), tuple(consts)
 
     def _find_degree(self):
