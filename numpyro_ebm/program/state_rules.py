@@ -233,7 +233,7 @@ class StateWalker:
         if name == "div" and operands[1].is_constant and is_float:
             return relaxed, degrees[0]
         if name == "select_n":
-            return self._choice(operands)
+            return self._choice(eqn, operands)
         if name in POWERS and labels is None:
             power = params.get("y", 2)
             if name == "pow":
@@ -244,14 +244,15 @@ class StateWalker:
                 return lambda: operands[0].relaxed() ** int(power), degrees[0] * int(power)
         return None
 
-    def _choice(self, operands):
+    def _choice(self, eqn, operands):
         """One of two cases: by a constant, or by what an element that has a table says."""
         which, *cases = operands
         degree = max(x.degree for x in cases)
         if which.is_constant:
 
             def chosen():
-                return _case_of(which.table(), [x.relaxed() for x in cases])
+                values = [which.table(), *(x.relaxed() for x in cases)]
+                return evaluate_floats(eqn, values, {0})[0]
 
             return chosen, degree
         if which.labels is None or len(cases) != 2:
@@ -298,7 +299,3 @@ def _common_labels(labels, axes, keep=False):
     if keep:
         return np.broadcast_to(largest, labels.shape)
     return np.squeeze(largest, places)
-
-
-def _case_of(which, cases):
-    return jnp.where(which, cases[1], cases[0]) if len(cases) == 2 else jnp.choose(which, cases)
