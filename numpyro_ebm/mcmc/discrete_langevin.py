@@ -299,7 +299,10 @@ class DiscreteLangevin(AdaptiveKernel):
         mean = jnp.mean(info.acceptance_rate)
         adapt_state = self._adaptation.update(state.i, state.adapt_state, info.acceptance_rate)
         if self._adapt_step_size:
-            largest = 1_000.0 * max(np.ptp(x) ** 2 for x in values.values())
+            # Where acceptance stays above its target whatever the step, longer ones only come
+            # nearer to an independence sampler, which rarely leaves states of high density.
+            exact = self._differences == "exact"
+            largest = max(1.0 if exact else np.ptp(x) ** 2 for x in values.values())
             largest = jnp.maximum(largest, self._initial_step_size())
             step_size = jnp.minimum(adapt_state.step_size, largest)
             adapt_state = adapt_state._replace(step_size=step_size)
