@@ -94,6 +94,8 @@ MEMBERS = {
     "test_the_divergence_of_a_gaussian": ("[3.0]",),
     "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
     "test_discrete.py::test_minimal_at_the_truth": ("ising", "latents"),
+    "test_discrete.py::test_equals_enumeration": ("[PL", "-many]", "DFD-ising"),
+    "test_quadratic_energies_take_less_than_all_neighbours": ("[PL", "DFD-pairs", "RM-a matrix]"),
     "test_annealed_mixture": ("[ais",),
     "test_annealed_gaussian_blocks": ("[smc",),
     "test_kernels_without_statistics": ("AIES",),

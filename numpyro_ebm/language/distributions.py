@@ -6,6 +6,7 @@ A density p(v, h) ∝ exp(-E(v, h)) is a density *with respect to* something. :c
 NumPyro distribution serves as well, and is then tilted by the energy.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,9 +146,12 @@ class Counting(dist.Distribution):
     Unlike ``Bernoulli(0.5)`` it adds no constant to log Z, and NumPyro's
     enumeration sums it rightly, unlike ``Bernoulli.mask(False)``.
 
-    :param int num_values: K, the number of values of one coordinate; 2 unless given.
+    :param int num_values: K, the number of values of one coordinate; 2 unless given. ``math.inf``
+        for counts without an end: what sums over values, or draws them, refuses these, and
+        :class:`~numpyro_ebm.DiscreteFisherDivergence` and :class:`~numpyro_ebm.NCE` do not.
     :param tuple event_shape: shape of one element of the site.
-    :raises ModelError: if ``num_values`` is not an integer of at least 2.
+    :raises ModelError: if ``num_values`` is not an integer of at least 2, or infinite.
+    :raises ImproperSamplingError: when infinitely many values are sampled.
     :raises UnhandledEnergyError: as :class:`Lebesgue`.
 
     .. note:: ``sample`` draws uniformly: it only serves NumPyro's MCMC kernels to initialise a
@@ -162,7 +166,10 @@ class Counting(dist.Distribution):
 
     arg_constraints = {}
     pytree_aux_fields = ("num_values", "handled_by")
-    has_enumerate_support = True
+
+    @property
+    def has_enumerate_support(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.num_values < math.inf
 
     @property
     def has_rsample(self) -> bool:
@@ -171,13 +178,14 @@ class Counting(dist.Distribution):
 
     def __init__(
         self,
-        num_values: int = 2,
+        num_values: float = 2,
         event_shape: tuple[int, ...] = (),
         *,
         batch_shape: tuple[int, ...] = (),
         validate_args: bool | None = None,
     ):
-        check_integer("Counting", 2, num_values=num_values)
+        if num_values != math.inf:
+            check_integer("Counting", 2, num_values=num_values)
         self.num_values, self.handled_by = num_values, who_resolves()
         super().__init__(
             tuple(batch_shape), _shape(event_shape, "Counting"), validate_args=validate_args
@@ -185,14 +193,21 @@ class Counting(dist.Distribution):
 
     @constraints.dependent_property
     def support(self) -> Any:
-        one = (
-            constraints.boolean
-            if self.num_values == 2
-            else constraints.integer_interval(0, self.num_values - 1)
-        )
+        if self.num_values == math.inf:
+            one = constraints.nonnegative_integer
+        elif self.num_values == 2:
+            one = constraints.boolean
+        else:
+            one = constraints.integer_interval(0, self.num_values - 1)
         return constraints.independent(one, len(self.event_shape)) if self.event_shape else one
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.num_values == math.inf:
+            raise ImproperSamplingError(
+                f"Counting(math.inf, event_shape={self.event_shape}) is an improper base measure "
+                "of counts and has no draws. To draw from the model, give it an end that its mass "
+                "does not reach, `Counting(num_values)`."
+            )
         return jax.random.randint(key, self.shape(sample_shape), 0, self.num_values)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.distributions import Counting
+from numpyro_ebm.language.distributions import Counting, scalar_support
 from numpyro_ebm.language.sites import unwrap
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite
@@ -24,6 +24,7 @@ __all__ = [
     "in_all_rows",
     "is_binary",
     "joint_states",
+    "lowest_count",
     "num_joint_states",
     "shifted",
     "support_values",
@@ -41,14 +42,15 @@ def support_values(site: RowSite, who: str) -> np.ndarray:
         for all elements of the site, or if one is there twice.
     """
     fn = unwrap(site.fn)
-    if isinstance(fn, Counting):
+    if isinstance(fn, Counting) and fn.has_enumerate_support:
         return np.arange(fn.num_values, dtype=jnp.result_type(int))
     what = f"{who}: the values of the site '{site.name}' ({type(fn).__name__})"
     if not fn.has_enumerate_support:
         raise ModelError(
             f"{who}: the site '{site.name}' ({type(fn).__name__}) has infinitely many values, or "
             "none that NumPyro can enumerate. Use a finite base measure, such as "
-            "`Counting(num_values)`, or a method that does not sum over values, such as NCE."
+            "`Counting(num_values)`, or a method that does not sum over values, such as NCE or "
+            "DiscreteFisherDivergence."
         )
     try:
         with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
@@ -77,6 +79,15 @@ def check_values(site: RowSite, who: str) -> np.ndarray:
             f"{values.tolist()}, in {np.sum(~is_there)} of {np.size(is_there)} places."
         )
     return values
+
+
+def lowest_count(site: RowSite) -> Any:
+    """The smallest value of a site that takes all integers from there on; ``None`` of others."""
+    support = scalar_support(site.fn.support)
+    lowest: Any = getattr(support, "lower_bound", None)
+    if not site.is_discrete or np.ndim(lowest) or hasattr(support, "upper_bound"):
+        return None
+    return lowest
 
 
 def is_binary(site: RowSite) -> bool:

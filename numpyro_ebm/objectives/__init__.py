@@ -14,6 +14,7 @@ from numpyro_ebm.objectives.denoising import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
 )
+from numpyro_ebm.objectives.discrete_fisher import DiscreteFisherDivergence
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.objectives.fisher_divergence import mlp_critic as mlp_critic
@@ -32,6 +33,7 @@ __all__ = [
     "ConditionalNCE",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
+    "DiscreteFisherDivergence",
     "EnergyDiscrepancy",
     "FisherDivergence",
     "FlowContrastive",

@@ -212,10 +212,10 @@ def test_bits_of_any_dtype(data):
 
 def test_one_value_is_no_choice():
     model, data = one_site(dist.DiscreteUniform(4, 4), np.full(3, 4))
-    for make in (EnergyDiscrepancy, *(formula.make for formula in FORMULAS.values())):
+    cases = [(formula.make, formula.expected) for formula in FORMULAS.values()]
+    for make, expected in ((EnergyDiscrepancy, lambda *_: np.log1p(1 / 16)), *cases):
         loss = jit(make().loss, static_argnums=(2, 3))(KEY, {"a": 0.1}, model, None, data)
-        expected = np.log1p(1 / 16) if make is EnergyDiscrepancy else 0.0
-        assert loss == pytest.approx(expected)
+        assert loss == pytest.approx(float(np.mean(expected(jnp.zeros(1), np.zeros((1, 1), int)))))
 
 
 def one_site(fn, data):
@@ -241,6 +241,8 @@ def one_site(fn, data):
 def test_sites_it_is_not_for(name, fn, data, message):
     model, data = one_site(fn, data)
     objective = FORMULAS[name].make()
+    if isinstance(objective, ebm.DiscreteFisherDivergence) and isinstance(fn, dist.Poisson):
+        return  # it takes counts
     with pytest.raises(ModelError, match=type(objective).__name__ + ".*" + message):
         objective.loss(KEY, {"a": 0.1}, model, None, data)
 

@@ -142,6 +142,16 @@ def minimum_probability_flow(table, index):
     return jnp.sum(jnp.where(near, jnp.sqrt(jnp.exp(log_ratios)), 0.0), -1)
 
 
+def discrete_fisher_divergence(table, index):
+    """Σ_d (p̃(x^d-) / p̃(x))² - 2 p̃(x) / p̃(x^d+), round and round."""
+    total, here = 0.0, table[tuple(index.T)]
+    for d in range(table.ndim):
+        step = np.arange(table.ndim) == d
+        before, after = (table[tuple(((index + s * step) % table.shape).T)] for s in (-1, 1))
+        total = total + jnp.exp(2.0 * (before - here)) - 2.0 * jnp.exp(here - after)
+    return total
+
+
 # Noise, networks and kernels ---------------------------------------------------------------------
 
 NOISE = dist.Normal(0.0, 1.5)
@@ -207,6 +217,12 @@ OBJECTIVES = {
     "MaximumLikelihood": Objective(ebm.MaximumLikelihood, marginals=VALUE),
     "EnergyDiscrepancy": Objective(
         lambda marginal=None: ebm.EnergyDiscrepancy(1.0, 8, marginal=marginal), marginals=VALUE
+    ),
+    "DiscreteFisherDivergence": Objective(
+        ebm.DiscreteFisherDivergence,
+        sites="discrete",
+        marginals=VALUE,
+        formulas={"DFD": Formula(ebm.DiscreteFisherDivergence, discrete_fisher_divergence)},
     ),
     "MinimumProbabilityFlow": Objective(
         ebm.MinimumProbabilityFlow,
