@@ -13,6 +13,7 @@ from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.mcmc.mclmc import MCLMC
 from numpyro_ebm.mcmc.replica_exchange import ReplicaExchange
 from numpyro_ebm.mcmc.sampling import sample
+from numpyro_ebm.mcmc.swendsen_wang import SwendsenWang
 from numpyro_ebm.mcmc.underdamped import UnderdampedLangevin
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BlockGibbs",
     "DiscreteLangevin",
     "ReplicaExchange",
+    "SwendsenWang",
     "UnderdampedLangevin",
     "sample",
 ]

@@ -23,7 +23,7 @@ from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
-from numpyro_ebm.mcmc.discrete_form import discrete_form
+from numpyro_ebm.mcmc.discrete_form import check_discrete, discrete_form
 from numpyro_ebm.mcmc.discrete_gradient import sites_without_gradient
 from numpyro_ebm.mcmc.start import initial_values
 from numpyro_ebm.model.finite_supports import support_values
@@ -198,24 +198,7 @@ class DiscreteLangevin(AdaptiveKernel):
 
     def _read(self, model, model_args, model_kwargs) -> tuple[RowModel, LogDensity]:
         row_model = self._read_model(model, model_args, model_kwargs)
-        continuous, discrete = sorted(row_model.visible), sorted(row_model.latent)
-        if not discrete:
-            raise ModelError(
-                f"{self._name} moves discrete sites, and {continuous} are continuous. Use "
-                "`numpyro_ebm.MALA`, or `numpyro_ebm.BlockGibbs` where they are Gaussian given "
-                "each other."
-            )
-        if continuous:
-            raise ModelError(
-                f"{self._name} moves discrete sites, and {continuous} are continuous. Draw them in "
-                f"a block of their own: `numpyro.infer.Gibbs([(MALA(model), {continuous}), "
-                f"({self._name}(model), {discrete})])`."
-            )
-
-        def log_density(rows):
-            return row_model.log_density({}, row_model.from_rows(rows))
-
-        return row_model, log_density
+        return row_model, check_discrete(row_model, self._name)
 
     def _target(self, model_args, model_kwargs):
         row_model, log_density = self._read(self._model, model_args, model_kwargs)

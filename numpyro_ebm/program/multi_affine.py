@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from numpyro_ebm._compat import Tracer
+from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.quadratic import quadratic_form
 from numpyro_ebm.program.state_rules import StateWalker
 from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, constant
@@ -114,7 +115,7 @@ class MultiAffine:
             raise NotMultiAffine  # its tables would not fit
         self.is_binary = self.values.shape[1] == 2 and bool(np.all(self.is_state))
         self._shape = self.values.shape[:1] if self.is_binary else self.values.shape
-        self._args = jax.tree.map(jnp.asarray, args)
+        self._args, self._fn = jax.tree.map(jnp.asarray, args), fn
         names = list(rows)
         self._closed = jax.make_jaxpr(lambda a, *xs: fn(a, dict(zip(names, xs, strict=True))))(
             self._args, *self._shapes.values()
@@ -139,6 +140,24 @@ class MultiAffine:
         if self.num_rows == 1:
             return jax.vmap(one)(indicators, others)
         return self._walk(args, consts, indicators, others)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all its constants have values: what it closes over is not traced."""
+        return not any(isinstance(x, Tracer) for x in self._closed.consts)
+
+    def interactions(self) -> Any:
+        """The graph of the coordinates that interact (:mod:`numpyro_ebm.program.interactions`)."""
+        return interactions(lambda x: self._fn(self._args, x), self._shapes)
+
+    def name_of(self, coordinate: int) -> str:
+        """The name of a coordinate, its site and its index in a row."""
+        for name in self.names:
+            own = self.coordinates([name])
+            if own[0] <= coordinate <= own[-1]:
+                index = np.unravel_index(coordinate - own[0], self._shapes[name].shape[1:])
+                return f"'{name}'" + (str(list(map(int, index))) if index else "")
+        raise IndexError(coordinate)
 
     def coordinates(self, names: Iterable[str]) -> np.ndarray:
         """The numbers of the coordinates of some sites, one after the other."""
@@ -214,7 +233,7 @@ class MultiAffine:
 
         :raises NotMultiAffine: if its operations do not tell.
         """
-        signature = self._signature()
+        signature = self.signature
         if signature not in PROVED:
             while len(PROVED) >= MOST_PROVED:
                 PROVED.pop(next(iter(PROVED)))
@@ -224,7 +243,8 @@ class MultiAffine:
             raise NotMultiAffine
         self.degree, self.is_affine = found
 
-    def _signature(self):
+    @property
+    def signature(self) -> tuple[Any, ...]:
         """What the proof depends on: the program, the states, and the constants that are known."""
         consts = [
             (x.shape, x.dtype, None if isinstance(x, Tracer) else np.asarray(x).tobytes())

@@ -215,7 +215,8 @@ class StateWalker:
 
         meets = len(labels) == 2 and np.any((labels[0] == labels[1]) & (labels[0] != FREE))
         varying = [x for x in operands if not x.is_constant]
-        is_table = len(varying) > 1 and (len(labels) == 1 or meets) and name not in LINEAR
+        many = len(varying) > 1 or name == "select_n"  # of cases that may be infinite
+        is_table = many and (len(labels) == 1 or meets) and name not in LINEAR
         return self.of_table(labels, table, None if rule is None or is_table else rule[0])
 
     def _polynomial(self, eqn, operands, labels):

@@ -118,6 +118,11 @@ LAWS = {
 KERNELS = kernels(moves_discrete=True)
 
 
+def law_of(name):
+    """One of the laws of six units that a kernel is tried on."""
+    return LAWS[(KERNELS[name].laws or ("ordinal",))[-1]]
+
+
 def last(kernel, num_rows, num_warmup, num_steps, seed=0, **kwargs):
     """The state after some steps: rows are independent draws."""
     kwargs = {"num_rows": num_rows, **kwargs}

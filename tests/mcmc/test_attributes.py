@@ -27,13 +27,22 @@ def discrete(num_rows=1):
         ebm.energy("E", 0.4 * x[:, 0] - 0.5 * jnp.sum(x[:, 1:] * x[:, :-1], -1))
 
 
+def clusters(num_rows=1):
+    """The same with pairs for which clusters can be drawn."""
+    with numpyro.plate("data", num_rows):
+        x = numpyro.sample("x", ebm.Counting(3, (3,)))
+        ebm.energy("E", 0.4 * x[:, 0] - 0.5 * jnp.sum(x[:, 1:] == x[:, :-1], -1))
+
+
 def draws(model, rng):
     """Exact draws: a Gumbel variable and a normal one around it, or states by their weights."""
     if model is real:
         first = rng.gumbel(size=NUM_ROWS)
         return np.stack([first, first + rng.normal(size=NUM_ROWS)], -1)
     states = np.indices((3, 3, 3)).reshape(3, -1).T
-    weights = np.exp(-0.4 * states[:, 0] + 0.5 * np.sum(states[:, 1:] * states[:, :-1], -1))
+    pairs = states[:, 1:], states[:, :-1]
+    pairs = np.multiply(*pairs) if model is discrete else np.equal(*pairs)
+    weights = np.exp(-0.4 * states[:, 0] + 0.5 * np.sum(pairs, -1))
     return states[rng.choice(len(states), NUM_ROWS, p=weights / weights.sum())]
 
 
@@ -54,7 +63,7 @@ def asymmetry(make, model):
 
 
 REVERSIBLE = {
-    name: partial(kernel.make, step_size=0.7)
+    name: kernel.make if name == "SwendsenWang" else partial(kernel.make, step_size=0.7)
     for name, kernel in KERNELS.items()
     if kernel.make(None).is_reversible
 }
@@ -62,7 +71,10 @@ REVERSIBLE["BlockGibbs there and back"] = partial(ebm.BlockGibbs, reversible=Tru
 
 
 def model_of(make):
-    return discrete if make(None).moves_discrete else real
+    kernel = make(None)
+    if isinstance(kernel, ebm.SwendsenWang):
+        return clusters
+    return discrete if kernel.moves_discrete else real
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)

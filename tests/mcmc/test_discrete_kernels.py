@@ -14,7 +14,17 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from conftest import assert_mean
-from discrete_cases import BIASES, KERNELS, LAWS, LOADINGS, dense_energy, factors, pixels, step
+from discrete_cases import (
+    BIASES,
+    KERNELS,
+    LAWS,
+    LOADINGS,
+    dense_energy,
+    factors,
+    law_of,
+    pixels,
+    step,
+)
 from jax import lax
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs
@@ -36,7 +46,7 @@ from numpyro_ebm.samplers import discrete_langevin
     ],
 )
 def test_protocol(name, method):
-    law = LAWS["ordinal"]
+    law = law_of(name)
     kernel = KERNELS[name].make(law.model)
     options = {"num_warmup": 5, "num_samples": 20, "num_chains": 2, "progress_bar": False}
     mcmc = MCMC(kernel, chain_method=method, **options)
@@ -52,7 +62,7 @@ def test_protocol(name, method):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_states_start_where_they_are_told_and_refresh(name):
-    law = LAWS["ordinal"]
+    law = law_of(name)
     kernel = KERNELS[name].make(law.model)
     kwargs = {"num_rows": 3}
     state = kernel.init(jax.random.key(0), 5, {"s": jnp.ones((3, 6), int)}, (), kwargs)

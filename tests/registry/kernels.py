@@ -45,6 +45,7 @@ KERNELS = {
     "exact differences": Kernel(
         partial(ebm.DiscreteLangevin, differences="exact"), laws=("dense", "potts"), num_steps=80
     ),
+    "SwendsenWang": Kernel(ebm.SwendsenWang, laws=("lattice", "dense"), num_steps=30),
     "DULA": Kernel(partial(ebm.DiscreteLangevin, step_size=0.5, adjusted=False)),
 }
 
