@@ -213,7 +213,8 @@ def network_ergmx(name):
 
 def _posterior(draws, ess, spent):
     draws = draws.reshape(-1, draws.shape[-1])
-    moments = ", ".join(f"{m:.2f} ± {s:.2f}" for m, s in zip(draws.mean(0), draws.std(0), strict=True))
+    both = zip(draws.mean(0), draws.std(0), strict=True)
+    moments = ", ".join(f"{mean:.2f} ± {sd:.2f}" for mean, sd in both)
     return f"{spent / DRAWS / CHAINS * 1e3:.3f} {np.min(ess) / spent:.1f} {moments}"
 
 

@@ -40,7 +40,7 @@ class ImproperSamplingError(NotImplementedError):
 
 
 class NonFiniteLossWarning(RuntimeWarning):
-    """Training met a loss or a parameter that is not finite, and stopped.
+    """Training met numbers that are not finite, and stopped, or undid the rounds they came from.
 
     :param message: what happened, with the step number.
     :param result: the :class:`~numpyro.infer.svi.SVIRunResult` up to the last finite state, so that

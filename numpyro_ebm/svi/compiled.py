@@ -12,6 +12,7 @@ import jax
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.loop import CHUNK, take_rounds
 from numpyro_ebm.svi.minibatch import Batches
+from numpyro_ebm.svi.resuming import check_part
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.state import EnergySVIState
 
@@ -88,6 +89,21 @@ class CompiledRounds:
 
         kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
         return state._replace(objective_state=kept)
+
+    def check_kept(self, state: EnergySVIState, batches: Batches) -> None:
+        """That a state to resume from keeps what the objective does.
+
+        :raises ModelError: if it does not.
+        """
+        objective, kept = self._round(None).objective, None
+        if objective.has_state:
+            args, kwargs = batches.batch(int(state.step))
+            kept = jax.eval_shape(
+                lambda state: self.with_objective_state(state, args, kwargs),
+                state._replace(objective_state=None),
+            ).objective_state
+        owner = f"what {objective!r} keeps from round to round"
+        check_part("objective_state", owner, kept, state.objective_state)
 
     def review(self, state: EnergySVIState, batches: Batches) -> None:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""

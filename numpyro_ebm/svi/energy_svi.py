@@ -7,28 +7,28 @@ values; :mod:`~numpyro_ebm.svi.round` holds the equations of a round, and its st
 between chunks; see :mod:`~numpyro_ebm.svi.loop`.
 """
 
-import warnings
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
 
-from numpyro_ebm._compat import find_stack_level
-from numpyro_ebm.errors import ModelError, NonFiniteLossWarning, check_integer
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
 from numpyro_ebm.svi.compiled import CompiledRounds
-from numpyro_ebm.svi.loop import run_chunks
+from numpyro_ebm.svi.loop import run_chunks, warn_of_stop, warn_of_undone
 from numpyro_ebm.svi.minibatch import Batches
+from numpyro_ebm.svi.resuming import check_is_state, check_optimizers
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
-from numpyro_ebm.svi.state import EnergySVIState, select
+from numpyro_ebm.svi.state import EnergySVIState, select, shapes_of
 from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["EnergySVI"]
@@ -147,6 +147,7 @@ class EnergySVI(SVI):
         self._chosen_guide_loss = None
         self._posterior: Any = None  # the part of the guide that draws parameters
         self._bounds = {}  # of the supports of penalised parameters
+        self._shapes: Any = None  # of the state of the latest `init` or `run`
         self.network_optims = tuple(
             self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
             for p in loss.networks
@@ -211,6 +212,8 @@ class EnergySVI(SVI):
     ) -> tuple[EnergySVIState, jax.Array]:
         """Like :meth:`update`, but keeps the current state where the next one is not finite.
 
+        The round counts: the next one has other random numbers.
+
         :param EnergySVIState svi_state: current state.
         :param args: arguments of model and guide.
         :param bool forward_mode_differentiation: as in :meth:`update`.
@@ -220,8 +223,9 @@ class EnergySVI(SVI):
         new_state, loss = self.update(
             svi_state, *args, forward_mode_differentiation=forward_mode_differentiation, **kwargs
         )
-        finite = self._round().is_finite(new_state, loss)
-        return select(finite, new_state, svi_state), jnp.where(finite, loss, jnp.nan)
+        finite = self._round().is_finite(new_state, loss, svi_state)
+        kept = select(finite, new_state, svi_state)._replace(step=new_state.step)
+        return kept, jnp.where(finite, loss, jnp.nan)
 
     def evaluate(self, svi_state: EnergySVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The objective at the current parameters, with the random numbers of the next round.
@@ -265,12 +269,14 @@ class EnergySVI(SVI):
         :param dict init_params: initial values of parameters.
         :param kwargs: keyword arguments of model and guide.
         :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``.
-        :raises ModelError: if ``batch_size`` does not fit the data; under `jit`, `vmap` or `grad`,
-            for which there is :meth:`update`.
+        :raises ModelError: if ``batch_size`` does not fit the data, or ``init_state`` is that of
+            other parameters, optimisers or another objective; under `jit`, `vmap` or `grad`, for
+            which there is :meth:`update`.
 
-        Where a loss or a parameter is not finite the run stops with a
-        :class:`~numpyro_ebm.errors.NonFiniteLossWarning` that names the step, and returns the last
-        finite state; the warning carries the same result as ``.result``.
+        Where a loss, a parameter or a number in an optimiser's state is not finite the run stops
+        with a :class:`~numpyro_ebm.errors.NonFiniteLossWarning` that names the step, and returns
+        the last finite state; the warning carries the same result as ``.result``. With
+        ``stable_update`` it says at the end how many rounds were undone.
         """
         if num_steps < 1:
             raise ValueError("num_steps must be a positive integer.")
@@ -285,6 +291,8 @@ class EnergySVI(SVI):
         batches = Batches(data_plate, args, kwargs, batch_size, state.rng_key)
         if init_state is None and self.loss.has_state:
             state = self._compiled.with_objective_state(state, *batches.batch(int(state.step)))
+        elif init_state is not None:
+            self._compiled.check_kept(state, batches)
         options = {"stable": stable_update, "forward_mode": forward_mode_differentiation}
 
         def take_chunk(state, length, watched):
@@ -300,8 +308,10 @@ class EnergySVI(SVI):
         )
         result = SVIRunResult(self.get_params(state), state, jnp.asarray(losses))
         if done < num_steps:
-            _warn_of_stop(result, done, num_steps)
+            warn_of_stop(result, done, num_steps)
             return result
+        if stable_update:
+            warn_of_undone(result, int(np.isnan(losses).sum()), num_steps)
         if type(self.loss).statistics is not Objective.statistics:
             self._compiled.review(state, batches)
         self.loss.review_state(state.objective_state)
@@ -312,13 +322,17 @@ class EnergySVI(SVI):
     def _begin(self, rng_key, init_state, init_params, args, kwargs):
         """The state to start from, after the model was checked at these arguments."""
         plan, state = self._plan, init_state
+        if state is not None:
+            check_is_state(state)
         if plan is None or state is None:
             fresh = self._init(rng_key, init_params, args, kwargs)
             state = fresh if state is None else state
         else:
             arguments = Arguments(args, {**kwargs, **self.static_kwargs})
             if not plan.traced.arguments.are(arguments):
+                check_optimizers(self._shapes, state)
                 self._plan = plan.at(arguments, self.get_params(state))
+        check_optimizers(self._shapes, state)
         self._plan.traced.check_data(state.rng_key, {})
         return state
 
@@ -342,7 +356,9 @@ class EnergySVI(SVI):
         transforms = {name: biject_to(c) for name, c in start.constraints.items()}
         self.constrain_fn = partial(transform_fn, transforms)
         of_energy, of_guide, of_networks = start.optim_states
-        return EnergySVIState(of_energy, of_guide, start.rng_key, of_networks)
+        state = EnergySVIState(of_energy, of_guide, start.rng_key, jnp.array(0), of_networks)
+        self._shapes = shapes_of(state)
+        return state
 
     def _round(self, num_rows=None):
         """A round as things stand; ``num_rows`` is N where the user gives none."""
@@ -357,15 +373,3 @@ class EnergySVI(SVI):
             posterior=self._posterior,
             num_rows=num_rows if self.num_rows is None else self.num_rows,
         )
-
-
-def _warn_of_stop(result, done, num_steps):
-    warning = NonFiniteLossWarning(
-        f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
-        f"{float(result.losses[-1])} or parameters that are not finite. The result holds the "
-        f"last finite state, after {done} steps. Try a smaller learning rate, gradient "
-        "clipping (`optax.chain(optax.clip_by_global_norm(1.0), ...)`), or a bounded "
-        "parameterisation.",
-        result,
-    )
-    warnings.warn(warning, stacklevel=find_stack_level())

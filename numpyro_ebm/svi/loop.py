@@ -6,6 +6,7 @@ while the host is asked for as little as possible.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
+from numpyro.infer.svi import SVIRunResult
 from tqdm import tqdm
 
+from numpyro_ebm._compat import find_stack_level
+from numpyro_ebm.errors import NonFiniteLossWarning
 from numpyro_ebm.program.draws import at, split_off_draws
 from numpyro_ebm.svi.state import EnergySVIState, select
 
-__all__ = ["CHUNK", "run_chunks", "take_rounds"]
+__all__ = ["CHUNK", "run_chunks", "take_rounds", "warn_of_stop", "warn_of_undone"]
 
 CHUNK = 1024
 """The most rounds between two looks at the losses; each chunk is one compiled call."""
@@ -44,11 +48,11 @@ def take_rounds(
     """Up to CHUNK rounds in one loop.
 
     A state or a loss that is not finite is looked for after every round if ``watched``, which then
-    ends the loop before it (or, with ``stable``, undoes the round), and otherwise at the end only:
-    a parameter that is not finite never becomes finite again.
+    ends the loop before it (or, with ``stable``, undoes the round, which counts), and otherwise at
+    the end only: a parameter that is not finite never becomes finite again.
 
     :param one_round: ``(step_key, state, i) -> (state, loss)``, the i-th round of the chunk.
-    :param is_finite: ``(state, loss) -> bool``.
+    :param is_finite: ``(state, loss, state before) -> bool``.
     :param EnergySVIState state: where to start.
     :param length: number of rounds, not over CHUNK; may be traced.
     :param bool watched: whether to look after every round.
@@ -60,14 +64,18 @@ def take_rounds(
         new_state, loss = one_round(step_key, state, i)
         if not watched:
             return new_state, loss, None
-        ok = is_finite(new_state, loss)
-        new_state = select(ok, new_state, state)
+        ok = is_finite(new_state, loss, state)
+        kept = select(ok, new_state, state)
         if stable:
-            return new_state, jnp.where(ok, loss, jnp.nan), jnp.array(True)
-        return new_state, loss, ok
+            kept = kept._replace(step=new_state.step)
+            return kept, jnp.where(ok, loss, jnp.nan), jnp.array(True)
+        return kept, loss, ok
 
+    first = state
     draw, finish, size = split_off_draws(looked_at, state.rng_key, state, jnp.array(0))
     ahead = max(1, min(CHUNK, DRAWN_AHEAD // max(size, 1)))
+    if not is_counter_based(state.rng_key):
+        ahead = 1  # drawn for several rounds at once, its numbers are others
 
     def goes_on(carry, end):
         i, ok, *_ = carry
@@ -75,7 +83,6 @@ def take_rounds(
 
     def rounds(carry):
         start, ok, state, losses = carry
-        # A state that stays keeps its step and so its key: the step counts, not the round.
         step = state.step
         keys = jax.vmap(partial(jax.random.fold_in, state.rng_key))(step + jnp.arange(ahead))
         draws = jax.vmap(draw)(keys)
@@ -96,8 +103,13 @@ def take_rounds(
         partial(goes_on, end=length), rounds, (jnp.array(0), ok, state, losses)
     )
     if not watched:
-        ok = is_finite(state, losses)
+        ok = is_finite(state, losses, first)
     return state, losses, taken, ok
+
+
+def is_counter_based(rng_key: jax.Array) -> bool:
+    """Whether numbers drawn for many keys at once are those drawn for each of them alone."""
+    return jax.random.key_impl(rng_key) == "threefry2x32"
 
 
 def run_chunks(
@@ -141,6 +153,32 @@ def run_chunks(
             if now == length:  # a remainder says nothing about the time of a chunk
                 length = next_length(length, seconds)
     return state, np.concatenate(losses), done, length
+
+
+def warn_of_stop(result: SVIRunResult, done: int, num_steps: int) -> None:
+    """Say that a run stopped after so many of its rounds, since the next one is not finite."""
+    warning = NonFiniteLossWarning(
+        f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
+        f"{float(result.losses[-1])} or parameters, or numbers of an optimiser, that are not "
+        f"finite. The result holds the last finite state, after {done} steps. Try a smaller "
+        "learning rate, gradient clipping (`optax.chain(optax.clip_by_global_norm(1.0), ...)`), or "
+        "a bounded parameterisation.",
+        result,
+    )
+    warnings.warn(warning, stacklevel=find_stack_level())
+
+
+def warn_of_undone(result: SVIRunResult, undone: int, num_steps: int) -> None:
+    """Say how many rounds of a run were undone, if any were."""
+    if not undone:
+        return
+    warning = NonFiniteLossWarning(
+        f"EnergySVI: {undone} of {num_steps} rounds were undone (`stable_update`), since a loss, a "
+        "parameter or a number of an optimiser was not finite after them; their losses are NaN. "
+        "Try a smaller learning rate or gradient clipping.",
+        result,
+    )
+    warnings.warn(warning, stacklevel=find_stack_level())
 
 
 def next_length(length: int, seconds: float) -> int:

@@ -105,6 +105,7 @@ class Round(NamedTuple):
             loss_fn, state.optim_state, forward_mode_differentiation=forward_mode_differentiation
         )
         state = state._replace(
+            step=state.step + 1,
             optim_state=optim_state,
             guide_optim_state=guide_optim_state,
             network_optim_states=tuple(network_optim_states),
@@ -153,12 +154,21 @@ class Round(NamedTuple):
         problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
         return params, theta, problem
 
-    def is_finite(self, state: EnergySVIState, loss: jax.Array) -> jax.Array:
-        """Whether the loss, all parameters and what the objective keeps are finite."""
-        kept = jax.tree.leaves(state.objective_state)
-        leaves = [loss, *jax.tree.leaves(self._unconstrained(state))]
-        leaves += [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
-        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+    def is_finite(
+        self, state: EnergySVIState, loss: jax.Array, before: EnergySVIState
+    ) -> jax.Array:
+        """Whether the loss and all numbers of the state are finite, or never were.
+
+        An optimiser whose moments have overflowed never moves its parameters again, at losses that
+        are finite; one that keeps the least loss so far begins with infinity.
+        """
+        both = zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True)
+        looks = [
+            jnp.all(jnp.isfinite(x) | ~jnp.isfinite(old))
+            for x, old in both
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+        ]
+        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(loss)), *looks]))
 
     def _unconstrained(self, state):
         """Parameters in unconstrained coordinates, a dict for each optimiser."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["EnergySVIState", "select"]
+__all__ = ["EnergySVIState", "select", "shapes_of"]
 
 
 class EnergySVIState(NamedTuple):
@@ -14,8 +14,9 @@ class EnergySVIState(NamedTuple):
 
     - **optim_state** - optimiser state of the energy's parameters.
     - **guide_optim_state** - optimiser state of the guide's parameters; ``None`` without a guide.
-    - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``, and i is kept by the
-      optimiser, so that a resumed run continues where it stopped.
+    - **rng_key** - the key of the run; round i uses ``fold_in(rng_key, i)``.
+    - **step** - rounds so far, i of the next one: those that were undone count, so that no round
+      is tried twice with the same random numbers. A resumed run continues where it stopped.
     - **network_optim_states** - optimiser states of the objective's own networks, in their order.
     - **objective_state** - what the objective keeps from round to round, such as persistent chains.
     """
@@ -23,13 +24,9 @@ class EnergySVIState(NamedTuple):
     optim_state: Any
     guide_optim_state: Any
     rng_key: jax.Array
+    step: jax.Array
     network_optim_states: tuple[Any, ...] = ()
     objective_state: Any = None
-
-    @property
-    def step(self) -> jax.Array:
-        """Rounds so far."""
-        return self.optim_state[0]
 
     @property
     def step_key(self) -> jax.Array:
@@ -46,3 +43,8 @@ def select(condition: jax.Array, new: EnergySVIState, old: EnergySVIState) -> En
         return jnp.where(condition, x, y)
 
     return jax.tree.map(leaf, new, old)
+
+
+def shapes_of(tree: Any) -> Any:
+    """The shapes and types of a pytree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
