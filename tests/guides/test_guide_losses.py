@@ -11,8 +11,11 @@ import pytest
 from guide_cases import LINEAR_NAMES, SOMEWHERE, arrays, loss_of, minimise, negative_elbo, split
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO
 from oracles import assert_unbiased, draws, flat, jit
+from scipy.stats import norm
 
 import numpyro_ebm as ebm
+from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -89,6 +92,29 @@ def test_posterior_score_vanishes_at_the_posterior_draw_by_draw():
         lambda key: jax.value_and_grad(lambda q: loss(key, q))(exact), jax.random.key(0), 20
     )
     np.testing.assert_allclose(samples, 0.0, atol=1e-10)
+
+
+def test_the_density_of_a_guide_is_that_of_all_its_sites():
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h, k = (numpyro.sample(name, ebm.Lebesgue((2,))) for name in "hk")
+            ebm.energy("E", 0.5 * (v**2 + jnp.sum(h**2 + k**2, -1)))
+
+    def guide(data):
+        with numpyro.plate("data", len(data)):
+            v = ebm.visible("v", data)[:, None]
+            h = numpyro.sample("h", dist.Normal(v, jnp.array([1.0, 2.0])).to_event(1))
+            numpyro.sample("k", dist.Normal(h - v, jnp.array([0.5, 3.0])).to_event(1))
+
+    data = jnp.array([0.3, -1.2, 2.0])
+    h, k = np.random.default_rng(3).normal(size=(2, 3, 2))
+    row_model = read_model(model, (data,))
+    reader = Guide(guide, row_model, (data,), {})
+    found = reader.log_density({}, {"v": data}, {"h": jnp.asarray(h), "k": jnp.asarray(k)})
+    v = np.asarray(data)[:, None]
+    expected = norm.logpdf(h, v, [1.0, 2.0]) + norm.logpdf(k, h - v, [0.5, 3.0])
+    np.testing.assert_allclose(found, expected.sum(-1), rtol=1e-5)
 
 
 TABLE = np.array([[0.3, -0.2, 0.6], [-0.5, 0.4, 0.1]])

@@ -76,6 +76,22 @@ def test_the_loss_of_a_guide_is_the_weighted_sum_of_those_of_the_rows(name, scal
         np.testing.assert_allclose(jnp.stack(found[parts]), jnp.stack(expected[parts]), rtol=1e-9)
 
 
+def test_weights_of_rows_and_of_an_objective_multiply():
+    """Noise levels weigh the rows as well; a row twice is a row of weight two."""
+    objective, key = ebm.MultiscaleDenoisingScoreMatching(marginal=ebm.VaGES(2)), jax.random.key(3)
+    data, q = jnp.array([0.3, -1.2]), partial(guide, False, False)
+
+    def loss(weights, levels, mask=(True, True)):
+        arguments = data, jnp.asarray(weights), jnp.asarray(mask)
+        problem = objective.prepare(key, {}, partial(model, False), q, arguments, {})
+        problem = problem._replace(row_weights=jnp.asarray(levels))
+        return row_guide_loss(Trace_ELBO(), key, {}, {"slope": 0.7}, problem, q)
+
+    ones = [1.0, 1.0]
+    first, second = (loss(ones, ones, mask) for mask in ((True, False), (False, True)))
+    np.testing.assert_allclose(loss([2.0, 0.5], [3.0, 5.0]), 6 * first + 2.5 * second, rtol=1e-5)
+
+
 def test_tests_of_fit_that_count_rows_alike_refuse_weights():
     def gaussian(data, weights):
         with numpyro.plate("data", len(data)), handlers.scale(scale=weights):

@@ -16,7 +16,9 @@ from oracles import jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
+from numpyro_ebm.log_normalizers.base_measure import reference
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.mixture import fit_mixture
 from numpyro_ebm.log_normalizers.particles import log_mean_weight, student_factor
 from numpyro_ebm.log_normalizers.path import Path
@@ -165,6 +167,27 @@ def test_proper_sites_are_the_base_measure(method):
     found = jit(lambda key: ebm.log_normalizer(key, model, data, method=method)[:3])(KEY)
     assert_covers(found, TILTED)
     assert found[1] < 0.02
+
+
+def test_annealing_starts_at_a_law_and_at_its_draws():
+    """The density of the first particles, Jacobian and all, is normalised and theirs."""
+
+    def model():
+        with numpyro.plate("data", 1):
+            r = numpyro.sample("r", dist.Exponential(1.5))
+            h = numpyro.sample("h", ebm.Counting(3, (2,)))
+            ebm.energy("E", r * h[:, 0] * h[:, 1])
+
+    integrand = read_integrand(KEY, ebm.fixed(model, {}), (), {})
+    log_densities, draw = reference(integrand, None)
+    u = np.repeat(np.linspace(-12.0, 4.0, 401), 9)
+    states = np.tile(np.indices((3, 3)).reshape(2, 9).T, (401, 1))
+    base, _ = jit(log_densities)({"r": jnp.asarray(u, jnp.float32), "h": jnp.asarray(states)})
+    assert np.sum(np.exp(base)) * 16 / 400 == pytest.approx(1.0, abs=1e-3)
+    found = draw(KEY, 9_000)
+    counts = np.bincount(np.asarray(found["h"]) @ [3, 1], minlength=9)
+    assert np.sum((counts - 1_000) ** 2 / 1_000) < 8 + 4 * 16**0.5
+    assert np.mean(np.exp(found["r"])) == pytest.approx(1 / 1.5, abs=4 / 1.5 / 9_000**0.5)
 
 
 def mixed(data=None, *, num_rows=1):

@@ -40,6 +40,15 @@ def test_quadrature_finds_the_mass_itself(energy, base, log_z):
     assert 0 < found.mcse < 1e-4
 
 
+def test_tails_beyond_the_nodes_count_in_the_error():
+    """∫ (1 + v²)^(-3/4) dv = B(1/2, 1/4), and 0.8 % of it lies beyond a distance of 10⁴."""
+    model = model_of(lambda v: 0.75 * jnp.log1p(v**2), ebm.Lebesgue())
+    with pytest.warns(ebm.QuadratureWarning):
+        found = ebm.log_normalizer(KEY, model, method="quadrature")
+    log_z = math.lgamma(0.5) + math.lgamma(0.25) - math.lgamma(0.75)
+    assert abs(found.value - log_z) < found.mcse < 0.03
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("energy, base, log_z", LINE[3:])
 def test_quadrature_on_other_supports_and_in_the_plane(energy, base, log_z):

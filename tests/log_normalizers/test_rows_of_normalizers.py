@@ -47,11 +47,12 @@ def test_an_array_the_model_closes_over_makes_rows_differ_too():
 
     def closed(data=None):
         with numpyro.plate("data", 4):
-            h = numpyro.sample("h", ebm.Counting(3, (2,)), obs=data)
-            ebm.energy("E", -x * jnp.sum(h, -1))
+            h = numpyro.sample("h", ebm.Counting(2, (2,)), obs=data)  # as many states as rows
+            ebm.energy("E", -x * jnp.sum(h, -1) - 0.5 * h[:, 0] * h[:, 1])
 
     found = ebm.log_normalizer(KEY, ebm.fixed(closed, {}))
-    exact = 2 * np.log(1 + np.exp(X) + np.exp(2 * X))
+    a, b = np.indices((2, 2)).reshape(2, 4, 1)
+    exact = np.logaddexp.reduce(X * (a + b) + 0.5 * a * b)
     np.testing.assert_allclose(found.value, exact, rtol=1e-5)
     found = jax.jit(lambda key: ebm.log_normalizer(key, ebm.fixed(closed, {})).value)(KEY)
     np.testing.assert_allclose(found, exact, rtol=1e-5)

@@ -62,6 +62,21 @@ def test_importance_bound_is_exact_at_the_posterior(make, num_particles):
     assert np.max(np.abs(z_scores(samples[-1], expected[-1]))) > 10
 
 
+def test_value_and_score_have_particles_of_their_own():
+    """So that a product of the two is without bias: over draws they do not go together."""
+    moved = oracles.with_learned_guide(oracles.grbm_system(num_rows=1))
+    params = jax.tree.map(jnp.asarray, {**moved.params, "d": moved.params["d"] + 0.5})
+
+    def one(rng_key):
+        estimate, point = bound(ebm.ImportanceBound(2), moved, rng_key, params)
+        return estimate.log_density(params, point), estimate.score(point)["v"]
+
+    value, score = map(np.asarray, jit(jax.vmap(one))(jax.random.split(jax.random.key(3), 4_000)))
+    assert value.std() > 0.01
+    for x in score.reshape(4_000, -1).T:
+        assert abs(np.corrcoef(value[:, 0], x)[0, 1]) < 4 / 4_000**0.5
+
+
 def all_weights(v, shift):
     """log q(h | v) and log p̃(v, h) - log q(h | v) of every state, for one row."""
     states = oracles.binary_states(3)

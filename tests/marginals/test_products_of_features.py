@@ -75,7 +75,7 @@ def test_kernels_move_on_the_marginal_in_unconstrained_coordinates():
 def separable(data):
     with numpyro.plate("data", len(data)):
         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        h = numpyro.sample("h", ebm.Counting(2, (2,)))
+        h = numpyro.sample("h", ebm.Counting(2, (2, 1)))[..., 0]
         ebm.energy("E", 0.5 * v**2 - h[:, 0] * (v - 1.0) + 2.0 * h[:, 1])
 
 
@@ -97,10 +97,21 @@ def test_units_are_drawn_with_their_probabilities(model):
     values = {"v": jnp.tile(jnp.asarray(DATA, jnp.float32), (num, 1))}
     draws = jax.jit(lambda key: marginal.draw(key, row_model, {}, values, num))(jax.random.key(3))
     if model is separable:
-        p = 1 / (1 + np.exp(-np.stack([DATA - 1.0, -2.0 + 0 * DATA], -1)))
+        logits = np.stack([DATA - 1.0, -2.0 + 0 * DATA], -1)[..., None]
+        p = 1 / (1 + np.exp(-logits))
+        found = marginal.log_density(row_model, {}, {"v": jnp.asarray(DATA)})
+        log_sum = np.sum(np.logaddexp(0.0, logits), (1, 2)) - 0.5 * DATA**2
+        np.testing.assert_allclose(found, log_sum, rtol=1e-5)
     else:  # ∫ dz: v is normal around 0 with variance 2, or around 2 with variance 5
         logits = 0.5 * np.log(4 / 5 * 2) - (DATA - 2) ** 2 / 10 + DATA**2 / 4
         p = 1 / (1 + np.exp(-logits[:, None]))
+        # Given the state, z is normal around what prior and v agree on.
+        state, precision = draws["h"][..., 0], 1.0 / (1.0 + 3.0 * draws["h"][..., 0]) + 1.0
+        center = (2.0 * state / (1.0 + 3.0 * state) + DATA) / precision
+        noise = np.asarray((draws["z"] - center) * np.sqrt(precision))
+        for one in (state == 0, state == 1):
+            x = noise[one]
+            assert abs(x.mean()) < 4 / len(x) ** 0.5 and abs(x.var() - 1) < 4 * (2 / len(x)) ** 0.5
     z = (np.mean(draws["h"], 0) - p) / np.sqrt(p * (1 - p) / num)
     assert np.abs(z).max() < 4
 
@@ -122,23 +133,27 @@ def test_refinement_starts_at_the_particles_on_every_support():
 
 
 def test_units_are_drawn_beside_what_they_share():
-    """Two units that read one site of their row: P(h₁ = h₂) = σ(6)² + σ(-6)²."""
+    """Two units, 3 or 4, that read two sites of their row: P(h₁ = h₂) = σ(6)² + σ(-6)²."""
 
     def model(data):
         with numpyro.plate("data", 1, dim=-1):
             v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
             z = numpyro.sample("z", ebm.Counting())
+            g = numpyro.sample("g", ebm.Counting(2, (1,)))[:, 0]
             ebm.energy("E0", 0.5 * v**2)
             with numpyro.plate("units", 2, dim=-2):
-                h = numpyro.sample("h", ebm.Counting())
-                ebm.energy("E", -3.0 * (2.0 * h - 1) * (2.0 * z - 1))
+                h = numpyro.sample("h", dist.DiscreteUniform(3, 4))
+                ebm.energy("E", -3.0 * (2.0 * h - 7) * (2.0 * z - 1) * (2.0 * g - 1))
 
     row_model = read_model(model, (jnp.zeros(1),))
     values = {"v": jnp.zeros((2_000, 1))}
     draws = ebm.Enumerated().draw(jax.random.key(4), row_model, {}, values, 2_000)
     h = np.asarray(draws["h"])[:, :, 0]
     on = jax.nn.sigmoid(6.0)
+    assert set(np.unique(h)) == {3, 4}
     assert abs(np.mean(h[:, 0] == h[:, 1]) - (on**2 + (1 - on) ** 2)) < 0.02
+    signs = (2.0 * h[:, 0] - 7) * (2.0 * draws["z"][:, 0] - 1) * (2.0 * draws["g"][:, 0, 0] - 1)
+    assert abs(signs.mean() - np.tanh(3.0)) < 0.02
 
 
 def test_states_and_gaussian_values_are_drawn_apart():

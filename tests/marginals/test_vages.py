@@ -217,6 +217,20 @@ def test_one_particle_set_in_both_roles_would_be_biased():
     assert np.sum(z[1:] > 4) >= 4, "the gradient"
 
 
+def test_weighted_particles_have_the_cumulants_of_their_law():
+    """Many copies of three values of ∂δ: derivatives of log p̂ are cumulants at the weights."""
+    p, slopes, copies = np.array([0.1, 0.3, 0.6]), np.array([0.0, 2.0, 1.0]), 40
+    log_weights, particles = (jnp.asarray(np.repeat(x, copies)) for x in (np.log(p), slopes))
+
+    def surrogate(theta):
+        return cumulant_surrogate(theta * particles[:, None], 2, log_weights[:, None])[0]
+
+    mean = p @ slopes
+    np.testing.assert_allclose(jax.grad(surrogate)(0.7), mean, rtol=1e-10)
+    second = jax.grad(jax.grad(surrogate))(0.7)
+    np.testing.assert_allclose(second, p @ (slopes - mean) ** 2, rtol=3 / copies)
+
+
 @pytest.mark.parametrize("importance_weighted", [False, True])
 def test_particles_are_hard(importance_weighted):
     """A term that vanishes on {0, 1} only leaves value and gradient as they are, bit for bit."""

@@ -16,6 +16,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.mcmc.adaptation import Adaptation, acceptance_tuner, running_mean
 from numpyro_ebm.mcmc.chain_kernel import Chain
 from numpyro_ebm.mcmc.convergence import _r_hat
+from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 NUM_ROWS = 20_000
 
@@ -45,8 +46,12 @@ def test_one_bad_row_among_good_ones_is_refused(make):
     kernel = make(ebm.fixed(model, {}))
     start = jnp.zeros((4, 2), int if make is ebm.DiscreteLangevin else float)
     kernel.init(jax.random.key(3), 5, {"x": start}, (), {})
+    bad = start.at[2, 0].set(2)
     with pytest.raises(ebm.ModelError, match=r"rows? 2"):
-        kernel.init(jax.random.key(3), 5, {"x": start.at[2, 0].set(2)}, (), {})
+        kernel.init(jax.random.key(3), 5, {"x": bad}, (), {})
+    keys = jax.random.split(jax.random.key(3), 2)
+    with pytest.raises(ebm.ModelError, match=r"rows? 2"):  # of the second chain
+        kernel.init(keys, 5, {"x": jnp.stack([start, bad])}, (), {})
 
 
 def two_sites(num_rows=1):
@@ -87,6 +92,14 @@ def test_sites_of_two_and_three_values_keep_their_law(make):
     p = probabilities()
     z = (found - NUM_ROWS * p) / np.sqrt(NUM_ROWS * p * (1 - p))
     assert np.abs(z).max() < 4.5
+
+
+def test_a_block_of_two_and_three_values_is_none_of_bits():
+    """However little its units interact: a bit is one of two values, and one has three."""
+    position = {"a": jnp.zeros((2, 1), int), "b": jnp.zeros((2, 1), int)}
+    values = {"a": np.arange(2), "b": np.arange(3)}
+    block = plan_block(lambda x: 0.5 * (x["a"] - x["b"])[:, 0], position, "ab", values)
+    assert block.degree == 1 and block.kind == "coloured"
 
 
 def test_a_sweep_there_and_back_over_several_blocks_is_reversible():
@@ -165,21 +178,28 @@ def test_the_energy_error_of_mclmc_is_for_each_dimension():
     chain = Chain(x, jnp.array(0.0), x, x)
     _, found = kernel._move(None, chain, None, 0.1, adapted, 0)
     np.testing.assert_allclose(found.statistic, 0.2**2 / (7 * 1e-3), rtol=1e-6)
+    assert not found.diverging
+    info.nonans = jnp.array(False)
+    assert kernel._move(None, chain, None, 0.1, adapted, 0)[1].diverging
 
 
 def test_statistics_of_the_warm_up():
-    """Stan's (n s² + 5e-3) / (n + 5), of the mean over rows of their own variances; new means."""
+    """Stan's (n s² + 5e-3) / (n + 5), of the mean over rows of their own variances; new means.
+
+    The length of trajectories is in units of the preconditioner, where every variance is one.
+    """
     assert running_mean(jnp.array(5.0), 1.0, jnp.array(3), 10) == 4.0
     assert running_mean(jnp.array(5.0), 1.0, jnp.array(10), 10) == 1.0
-    adaptation = Adaptation(40, acceptance_tuner(0.6), True, adapt_mass_matrix=True)
+    tuner = acceptance_tuner(0.6)
+    adaptation = Adaptation(40, tuner, True, adapt_mass_matrix=True, length_factor=1.5)
     state = adaptation.init(0.1, 2, 3, True, None)
     x = np.random.default_rng(0).normal(size=(4, 2, 3)) + 10.0 * np.arange(2)[:, None]
     for draw in x:
         state = adaptation._gather(state, jnp.asarray(draw, jnp.float32))
     expected = (8 * x.var(0, ddof=1).mean(0) + 5e-3) / (8 + 5)
-    np.testing.assert_allclose(
-        adaptation._end_window(state).inverse_mass_matrix, expected, rtol=1e-3
-    )
+    found = adaptation._end_window(state)
+    np.testing.assert_allclose(found.inverse_mass_matrix, expected, rtol=1e-3)
+    np.testing.assert_allclose(found.trajectory_length, 1.5 * 3**0.5, rtol=1e-5)
 
 
 def test_jacobians_of_replicas_are_no_energies():

@@ -63,6 +63,7 @@ def test_interactions_are_those_of_the_lattice(name):
         lambda s: lax.fori_loop(0, 3, lambda i, t: t + s[:, 0] * s[:, 1], s.sum(-1)),
         lambda s: jnp.exp(jnp.sum(s * 0.1, -1)),
         lambda s: jnp.max(s, -1),
+        lambda s: jnp.sum(0.3 * s, -1).astype(int),
     ],
 )
 def test_what_is_not_known_interacts(fn):

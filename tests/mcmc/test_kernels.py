@@ -80,6 +80,9 @@ def test_protocol(name):
     kernel = make(name, ebm.fixed(model, {}))
     state = kernel.init(jax.random.key(0), 25, None, (), {})
     assert state.i == 0 and set(state.z) == {"v", "r"}
+    if getattr(state.adapt_state, "inverse_mass_matrix", None) is not None:  # units of its own
+        adapted = state.adapt_state._replace(inverse_mass_matrix=jnp.array([0.3, 1.5, 2.0]))
+        state = state._replace(adapt_state=adapted)
     step = jax.jit(lambda s: kernel.sample(s, (), {}))
     states = [state]
     for _ in range(6):
@@ -107,6 +110,8 @@ def test_protocol(name):
         assert getattr(second, field).shape == (4,), field
     assert np.all(second.accept_prob >= 0) and np.all(second.accept_prob <= 1)
     assert second.num_steps >= 1 and second.mean_accept_prob.shape == ()
+    accepted = [np.mean(s.accept_prob) for s in states[1:]]
+    np.testing.assert_allclose(second.mean_accept_prob, np.mean(accepted), rtol=1e-4)
     assert isinstance(kernel.get_diagnostics_str(second), str)
     assert np.all(second.adapt_state.step_size > 0)
     wrapped = kernel.wrap_model(lambda m: m)

@@ -15,6 +15,8 @@ from numpyro.infer import MCMC
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm.mcmc.adaptation import acceptance_tuner
+from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation
 from numpyro_ebm.samplers import tempering
 
 CENTRES = 3.0 * np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], -1)
@@ -146,6 +148,19 @@ def test_the_ladder_moves_to_equal_rejection():
     np.testing.assert_allclose(even, beta, rtol=1e-3)
     ended = tempering.equal_rejection_ladder(beta.at[-1].set(0.0), jnp.array([0.9, 0.1, 0.2]))
     assert ended[-1] == 0 and np.all(np.diff(ended) < 0)
+
+
+def test_step_sizes_move_with_the_ladder():
+    """Geometric in between, row by row, where the new temperatures lie among the old ones."""
+    old, steps = np.array([1.0, 0.4, 0.1]), np.array([[0.1, 0.3], [0.2, 0.3], [1.0, 2.0]])
+    adaptation = LadderAdaptation(100, acceptance_tuner(0.75), True, True)
+    state = adaptation.init(old, 0.2, 2)._replace(step_size=jnp.asarray(steps))
+    state = state._replace(rejection=jnp.array([0.6, 1.8]), num_steps=jnp.array(3.0))
+    found = adaptation._end_window(state)
+    ladder = np.asarray(found.inverse_temperatures)
+    assert 0.1 < ladder[1] < 0.4
+    expected = [np.exp(np.interp(ladder, old[::-1], np.log(x)[::-1])) for x in steps.T]
+    np.testing.assert_allclose(found.step_size, np.transpose(expected), rtol=1e-5)
 
 
 def test_round_trips_are_those_since_the_warmup():

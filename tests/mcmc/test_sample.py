@@ -2,6 +2,7 @@
 """What sample draws, and which kernel it takes."""
 
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,20 @@ def test_sample_says_what_it_does(caplog, grbm):
     ]
     with pytest.raises(ebm.ModelError, match="`kernel` must be"):
         ebm.sample(jax.random.key(0), model, 5, kernel="MALA")
+
+
+def test_draws_are_as_many_as_asked_for_and_of_every_chain():
+    """Of chains that stay where they start: the draws are those of four starts."""
+
+    def normal():
+        with numpyro.plate("data", 1):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * v**2)
+
+    options = {"num_chains": 4, "thinning": 5, "num_warmup": 0}
+    kernel = partial(ebm.ULA, step_size=1e-9)
+    draws = ebm.sample(jax.random.key(3), ebm.fixed(normal, {}), 7, kernel=kernel, **options)["v"]
+    assert draws.shape == (7, 1) and len(np.unique(np.round(draws, 2))) == 4
 
 
 @pytest.mark.parametrize("name", ["z", pytest.param("x", marks=pytest.mark.slow)])

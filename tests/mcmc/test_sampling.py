@@ -232,6 +232,7 @@ def test_refresh_recomputes_what_depends_on_the_conditioning(grbm):
     assert fresh[0].potential_energy != fresh[1].potential_energy
     moved = kernel.refresh(fresh[0], (), {"h": states[1]})
     np.testing.assert_allclose(moved.potential_energy, fresh[1].potential_energy, rtol=1e-5)
+    np.testing.assert_allclose(moved.energy, fresh[1].energy, rtol=1e-5)
     np.testing.assert_allclose(moved.z_grad["v"], fresh[1].z_grad["v"], rtol=1e-5)
     wrapped = kernel.wrap_model(lambda m: m)
     assert wrapped is not kernel and wrapped.model is conditional

@@ -102,6 +102,18 @@ def test_value_and_gradient_are_unbiased_for_the_population(kernel, pairs):
             assert np.max(np.abs(z_scores(samples, 0.0 * exact))) > 10
 
 
+@pytest.mark.parametrize("pairs", ["all", "halves"])
+def test_a_weighted_kernel_is_a_kernel(pairs):
+    """w w' k in the place of k, its derivatives by autodiff."""
+    system, weight = oracles.grbm_system(num_rows=4), lambda x: 1 / (1 + jnp.sum(x**2, -1))
+    options = {"kernel": "imq", "bandwidth": 0.8, "pairs": pairs, "weight": weight}
+    loss = partial(loss_of(ebm.KernelSteinDiscrepancy(**options), system), KEY)
+    expected = oracles.stein_discrepancy(system, **options)
+    params = arrays(system.params)
+    found, expected = (jit(jax.value_and_grad(fn))(params) for fn in (loss, expected))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-8), found, expected)
+
+
 # The pairs and the bandwidth
 
 

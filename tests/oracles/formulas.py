@@ -77,11 +77,11 @@ RADIAL = {
 }
 
 
-def stein_kernel(score, kernel, width):
+def stein_kernel(score, kernel, width, weight=lambda x: 1.0):
     """κ(x, y) of one pair from a score function, all derivatives of the kernel by autodiff."""
 
     def k(x, y):
-        return RADIAL[kernel](x, y, width)
+        return weight(x) * weight(y) * RADIAL[kernel](x, y, width)
 
     def kappa(x, y):
         in_y = jax.grad(k, 1)
@@ -105,7 +105,7 @@ def median_distance(points, pairs="all"):
     return np.median([np.linalg.norm(np.subtract(points[i], points[j])) for i, j in index])
 
 
-def stein_discrepancy(system, kernel="rbf", bandwidth="median", pairs="all"):
+def stein_discrepancy(system, kernel="rbf", bandwidth="median", pairs="all", **weighted):
     """The mean of κ over the pairs of rows, as a function of the parameters.
 
     Over ``halves`` its gradient is that of the second side alone, twice: the same in the mean over
@@ -124,7 +124,7 @@ def stein_discrepancy(system, kernel="rbf", bandwidth="median", pairs="all"):
         def of(x, y):
             sides = [jnp.ravel(system.score(r, u.reshape(shape))) for r, u in ((p, x), (q, y))]
             two = lambda u: jnp.where(jnp.all(u == x), *sides)  # noqa: E731
-            return stein_kernel(two, kernel, width)(x, y)
+            return stein_kernel(two, kernel, width, **weighted)(x, y)
 
         return of
 

@@ -128,6 +128,10 @@ def test_the_warmup_lets_a_frozen_auxiliary_move(step_size):
     found = assert_right(mcmc, "precision", *right_gaussian(DATA))
     assert found.is_adequate
     assert 0.1 < found.step_size < 2
+    # Three tests at once, of which the first has a constant and a slope.
+    z = found.ratio_drift / found.ratio_error, found.recoil / found.recoil_error
+    least = min(stats.chi2(2).sf(found.statistic), *stats.chi2(1).sf(np.square(z)))
+    assert found.p_value == pytest.approx(min(1.0, 3 * least), rel=1e-6)
     mean, sd = right_gaussian(DATA)
     exact = stats.gamma((mean / sd) ** 2, scale=sd**2 / mean)
     ratio = np.ptp(exact.interval(0.68)) / np.ptp(stats.gamma(2).interval(0.68))

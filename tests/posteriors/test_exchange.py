@@ -231,19 +231,24 @@ def test_reversible_sweeps_are_in_detailed_balance_and_plain_ones_are_not():
 
 def test_sequential_sweeps_go_there_and_back():
     def log_density(x):  # nobody can tell what interacts
-        return 0.3 * jnp.sum(jnp.sort(x["s"], -1) * jnp.arange(3), -1) * x["s"][:, 0]
+        s = jnp.concatenate([x["s"], x["t"]], -1)
+        ends = 2.0 * (2 * s[:, 0] - 1) * (2 * s[:, 2] - 1)  # by far the strongest
+        return ends + 0.5 * jnp.sum(jnp.sort(s, -1) * jnp.arange(3), -1) * s[:, 1]
+
+    def sites(s):
+        return {"s": s[:, :2], "t": s[:, 2:]}
 
     states = jnp.asarray((np.arange(8)[:, None] >> np.arange(3)) & 1)
-    block = plan_block(log_density, {"s": states}, ["s"], {"s": [0, 1]})
+    block = plan_block(log_density, sites(states), ["s", "t"], {"s": [0, 1], "t": [0, 1]})
     assert block.kind == "sequential"
-    log_p = np.asarray(log_density({"s": states}), float)
+    log_p = np.asarray(log_density(sites(states)), float)
     p = np.exp(log_p - logsumexp(log_p))
     start = np.random.default_rng(0).choice(8, size=100_000, p=p)
-    position = {"s": states[start]}
+    position = sites(states[start])
     kernel = block_gibbs.build_kernel(True)
     first = block_gibbs.init(position, log_density)
     state, _ = kernel(jax.random.key(1), first, log_density, [block])
-    end = np.asarray(state.position["s"]) @ [1, 2, 4]
+    end = np.concatenate([state.position["s"], state.position["t"]], -1) @ [1, 2, 4]
     flows = np.zeros((8, 8))
     np.add.at(flows, (start, end), 1)
     assert np.max(abs(flows - flows.T) / np.sqrt(np.maximum(flows + flows.T, 1))) < 4.5

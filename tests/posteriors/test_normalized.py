@@ -116,6 +116,19 @@ def test_subsampled_rows_are_scaled_up(x64):
         exact += scipy.stats.gamma.logpdf(2.0, 2.0)
         np.testing.assert_allclose(density(made, {"precision": 2.0}, ROWS), exact, rtol=1e-8)
 
+    class Known:
+        """A normalizer with an error, which is that of all rows at once."""
+
+        def __call__(self, params):
+            return 0.5 * jnp.log(2 * jnp.pi / params["precision"])
+
+        def mcse(self, params):
+            return 0.01 * params["precision"]
+
+    made = seed(ebm.normalized(model, Known()), KEY)
+    sites = trace(substitute(made, data={"precision": 2.0})).get_trace(ROWS)
+    np.testing.assert_allclose(sites["log_normalizer_error"]["value"], 200 * 0.02)
+
 
 def test_rows_with_a_normalizer_of_their_own(x64):
     def model(x, data):

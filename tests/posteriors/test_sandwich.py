@@ -252,10 +252,10 @@ def lattice_model(data):
         ebm.energy("E", -beta * bonds - field * jnp.sum(s, (1, 2)))
 
 
-LATTICE = np.array([[[1, 1, 0], [0, 1, 1], [0, 0, 1]]])
+LATTICE = np.array([[[1, 1, 0], [0, 1, 1], [0, 0, 1]], [[0, 0, 1], [1, 0, 0], [1, 1, 1]]])
 
 
-def test_one_lattice_is_calibrated_by_simulation(x64):
+def test_few_lattices_are_calibrated_by_simulation(x64):
     """J against the sum over all 512 states, of gradients that JAX takes one by one."""
     model = ebm.generalized(lattice_model, ebm.PseudoLikelihood(), "calibrate")
     found = model.calibrate(LATTICE, num_resamples=2_000)
@@ -271,7 +271,11 @@ def test_one_lattice_is_calibrated_by_simulation(x64):
         return jnp.sum(jax.nn.softplus(-2 * s * (theta[0] * near + theta[1])))
 
     theta = jnp.array([found.minimizer["beta"], found.minimizer["field"]])
-    np.testing.assert_allclose(jax.grad(loss)(theta, 2.0 * LATTICE[0] - 1), 0.0, atol=1e-5)
+
+    def of_data(theta):
+        return jnp.mean(jnp.stack([loss(theta, 2.0 * s - 1) for s in LATTICE]))
+
+    np.testing.assert_allclose(jax.grad(of_data)(theta), 0.0, atol=1e-5)
     log_p = np.asarray(jax.vmap(statistics)(states) @ theta)
     p = np.exp(log_p - scipy.special.logsumexp(log_p))
     scores = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(theta, states))
@@ -281,7 +285,7 @@ def test_one_lattice_is_calibrated_by_simulation(x64):
     np.testing.assert_allclose(
         np.sqrt(np.diag(found.score_covariance)), np.sqrt(np.diag(J)), atol=4 * error.max()
     )
-    H = jax.hessian(loss)(theta, 2.0 * LATTICE[0] - 1)
+    H = jax.hessian(of_data)(theta)
     np.testing.assert_allclose(found.hessian, H, rtol=1e-5, atol=1e-6)
     again = model.calibrate(LATTICE, method="simulation", num_resamples=2_000)
     assert again.learning_rate == found.learning_rate  # one key, one result
@@ -296,7 +300,15 @@ def test_the_trace_rule_and_its_cap(x64):
     assert model.learning_rate == 1.0  # the model keeps the number that it was given
     likely = ebm.generalized(lattice_model, ebm.PseudoLikelihood())
     data = np.random.default_rng(0).integers(0, 2, (40, 3, 3))
-    assert likely.calibrate(data, method="trace", cap=True).learning_rate <= 1.0
+    raw, capped = (
+        likely.calibrate(data, method="trace", cap=cap).learning_rate for cap in (False, True)
+    )
+    assert capped == raw < 1.0
+    light = np.cbrt(HEAVY)
+    raw, capped = (
+        model.calibrate(light, method="trace", cap=cap).learning_rate for cap in (False, True)
+    )
+    assert capped == 1.0 < raw
 
 
 def test_adjust_refuses():

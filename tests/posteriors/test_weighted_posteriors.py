@@ -17,6 +17,7 @@ from numpyro.infer import log_likelihood as numpyro_log_likelihood
 from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
+from numpyro_ebm.log_normalizers import LogNormalizer
 
 N = 30
 X = 1.5 * np.random.default_rng(0).normal(size=N)
@@ -106,6 +107,11 @@ def test_the_log_likelihood_of_a_row_is_weighted(case):
     w = np.where(mask, weights, 0.0)
     expected = w * dist.Normal(0.0, 1.7**-0.5).log_prob(X)
     np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-6)
+    log_z = LogNormalizer(jnp.array(0.5), jnp.array(0.2), 1.0, "given")
+    found = ebm.log_likelihood(
+        jax.random.key(0), model, data, weights, mask, log_normalizer=log_z, with_error=True
+    )
+    np.testing.assert_allclose(found.mcse, 0.2 * w, rtol=1e-5)
 
 
 # Exchange

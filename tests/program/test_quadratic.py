@@ -26,6 +26,8 @@ SIMPLE = {
     "the other side": lambda x: jnp.sum(x.T * (J @ x.T), 0),
     "jitted": jax.jit(lambda x: jnp.sum(x * jnp.dot(x, J), axis=1)),
     "squares": lambda x: jnp.sum(FIELD * (x - 0.3) ** 2, -1),
+    "what is left of a number": lambda x: jnp.sum(J[0] - jnp.abs(J[1]) * x, -1) - (x @ FIELD) ** 2,
+    "taken from zero": lambda x: jnp.sum((jnp.zeros(D) - x @ J) * x, -1),
     "factors": lambda x: 0.5 * jnp.sum((x @ W - BIAS) ** 2, -1),
     "linear": lambda x: x @ FIELD + 1.0,
     "scaled": lambda x: jnp.sum(((spins(x) * FIELD) @ J) * (spins(x) / FIELD), -1),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_ebm.samplers import annealed, discrete_langevin
+from numpyro_ebm.samplers import annealed, discrete_langevin, exchange
 from numpyro_ebm.samplers.chromatic_gibbs import _polynomial_logits
 
 NUM = 40_000
@@ -31,6 +31,25 @@ def test_a_proposal_of_discrete_langevin_is_that_of_the_paper(differences):
     distance = x**2 if differences == "gradient" else 1.0 * (x > 0)
     p = np.asarray(jax.nn.softmax(0.6 * x - distance / 1.6))
     assert np.all(np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / NUM))
+
+
+def test_a_proposal_of_exchange_follows_the_gradient_in_its_scale():
+    """θ' is normal around θ + ε² L Lᵀ g / 2 with covariance ε² L Lᵀ, and L is not symmetric."""
+    scale, slope, step = jnp.array([[2.0, 0.0], [1.5, 0.5]]), jnp.array([0.4, -0.3]), 0.7
+    position = jnp.tile(jnp.array([1.0, -2.0]), (NUM, 1))
+    zero, data = lambda *_: jnp.zeros(NUM), jnp.zeros(NUM)
+    slopes = lambda x: jnp.broadcast_to(slope, x.shape)  # noqa: E731
+    state = exchange.init(position, data, zero, zero, slopes)
+    ones = jnp.ones(NUM)
+    _, info = exchange.build_kernel()(
+        *(jax.random.key(3), state, data, zero, zero, lambda key, x: (data, data, None)),
+        *(step * ones, jnp.broadcast_to(scale, (NUM, 2, 2)), slopes),
+    )
+    moved = np.asarray(info.proposal - position)
+    covariance = np.asarray(step**2 * scale @ scale.T)
+    error = np.sqrt(np.diag(covariance) / NUM)
+    assert np.all(np.abs(moved.mean(0) - covariance @ slope / 2) < 4 * error)
+    np.testing.assert_allclose(np.cov(moved.T), covariance, atol=0.05)
 
 
 def test_an_annealed_run_starts_at_its_own_scale():

@@ -37,6 +37,8 @@ from prior_cases import (
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.svi.global_guide import GlobalGuide
 from numpyro_ebm.svi.round import THETA_STREAM
 
 
@@ -139,6 +141,30 @@ def test_guides_in_a_list():
     guide.append(AutoDelta(block(prior, expose=["precision"])))
     _, fit = train(model, guide, num_steps=10)
     assert set(fit.params) == {"shift_auto_loc", "shift_auto_scale", "precision_auto_loc"}
+
+
+def test_a_guide_for_latents_sees_what_a_draw_was_made_of():
+    """Auxiliary draws of q(θ) are those of the round, where q(h | v) reads them."""
+
+    def model(data):
+        theta = numpyro.sample("theta", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * (v - h) ** 2 + 0.5 * (h - theta) ** 2)
+
+    def guide(data):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        numpyro.sample("theta", dist.Delta(2.0 * z + numpyro.param("loc", 0.0)))
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.Normal(z * ebm.visible("v", data), 1.0))
+
+    data, params = jnp.arange(1.0, 4.0), {"loc": jnp.array(0.5)}
+    posterior = GlobalGuide.find(guide, read_model(model, (data,)), {})
+    draw = posterior.draw(KEY, params, (data,), {})
+    local = trace(seed(posterior.given(draw, params), jax.random.key(3))).get_trace(data)
+    z = 0.5 * (draw.params["theta"] - 0.5)
+    np.testing.assert_allclose(local["h"]["fn"].loc, z * data, rtol=1e-5)
 
 
 class OfBoth:
