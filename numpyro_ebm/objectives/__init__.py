@@ -19,6 +19,7 @@ from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.objectives.fisher_divergence import mlp_critic as mlp_critic
 from numpyro_ebm.objectives.flow_contrastive import FlowContrastive
+from numpyro_ebm.objectives.kernel_ratio_matching import KernelRatioMatching
 from numpyro_ebm.objectives.maximum_likelihood import MaximumLikelihood
 from numpyro_ebm.objectives.minimum_probability_flow import MinimumProbabilityFlow
 from numpyro_ebm.objectives.nce import NCE
@@ -37,6 +38,7 @@ __all__ = [
     "EnergyDiscrepancy",
     "FisherDivergence",
     "FlowContrastive",
+    "KernelRatioMatching",
     "KernelSteinDiscrepancy",
     "MaximumLikelihood",
     "MinimumProbabilityFlow",

@@ -10,21 +10,18 @@ with expensive or no derivatives, and for modes that score matching cannot weigh
 """
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.errors import ModelError, check_fraction, check_integer
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals.base import Marginal
-from numpyro_ebm.model.finite_supports import check_values, shifted, support_values
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.objectives.symmetric_kernel import Perturbation, SymmetricKernel
 from numpyro_ebm.types import Params
 
 __all__ = ["EnergyDiscrepancy"]
-
-PERTURBATIONS = ("uniform", "cyclical", "ordinal")
 
 
 class EnergyDiscrepancy(Objective):
@@ -62,11 +59,11 @@ class EnergyDiscrepancy(Objective):
         perturbed. Not used on continuous sites.
     :param str perturbation: where it then goes: ``"uniform"``, to any other value; ``"cyclical"``,
         one place up or down, round and round; ``"ordinal"``, one place up or down, but never
-        beyond the ends (so that a bit flips with probability ε/2).
+        beyond the ends (so that a bit flips with probability ε/2), which counts can as well.
     :raises ModelError: if ``noise_scale`` is not positive, ``num_samples`` is not a positive
         integer, ``w`` is negative, ``flip_probability`` is not inside (0, 1) or ``perturbation`` is
-        unknown; when used, if a discrete visible site has infinitely many values, or the marginal
-        has no exact value.
+        unknown; when used, if a discrete visible site has infinitely many values that are not moved
+        so, or the marginal has no exact value.
 
     Reference: Schröder et al., *Energy discrepancies: a score-independent loss for energy-based
     models*, NeurIPS 2023; for discrete and mixed data, Schröder et al., *Energy-based modelling for
@@ -99,7 +96,7 @@ class EnergyDiscrepancy(Objective):
         *,
         w: float = 1.0,
         flip_probability: float = 0.1,
-        perturbation: Literal["uniform", "cyclical", "ordinal"] = "uniform",
+        perturbation: Perturbation = "uniform",
     ):
         if not 0 < noise_scale < math.inf:
             raise ModelError(
@@ -108,12 +105,9 @@ class EnergyDiscrepancy(Objective):
         check_integer("EnergyDiscrepancy", num_samples=num_samples)
         if not 0 <= w < math.inf:
             raise ModelError(f"EnergyDiscrepancy: `w` must be zero or positive, got {w!r}.")
-        check_fraction("EnergyDiscrepancy", flip_probability=flip_probability)
-        if perturbation not in PERTURBATIONS:
-            raise ModelError(
-                "EnergyDiscrepancy: `perturbation` must be one of "
-                f"{', '.join(map(repr, PERTURBATIONS))}, got {perturbation!r}."
-            )
+        self._kernel = SymmetricKernel(
+            "EnergyDiscrepancy", noise_scale, flip_probability, perturbation
+        )
         self.noise_scale = noise_scale
         self.num_samples = num_samples
         self.w = w
@@ -123,46 +117,20 @@ class EnergyDiscrepancy(Objective):
 
     def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
-        for site in row_model.visible.values():
-            if site.is_discrete:
-                check_values(site, type(self).__name__)
+        self._kernel.check_sites(row_model)
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_marginal, key_y, key_samples = jax.random.split(rng_key, 3)
         row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)
         here = estimate.log_density(params, point)
-        y = self._draw(key_y, row_model, point)
+        y = self._kernel.draw(key_y, row_model, point)
 
         def log_ratio(key):
-            return estimate.log_density(params, self._draw(key, row_model, y)) - here
+            return estimate.log_density(params, self._kernel.draw(key, row_model, y)) - here
 
         log_ratios = jax.vmap(log_ratio)(jax.random.split(key_samples, self.num_samples))
         if self.w > 0:
             own = jnp.full_like(log_ratios[:1], math.log(self.w))
             log_ratios = jnp.concatenate([own, log_ratios])
         return row_model.mean(jax.nn.logsumexp(log_ratios, axis=0) - math.log(self.num_samples))
-
-    def _draw(self, rng_key, row_model, point):
-        """One draw from the symmetric kernel q(· | point), the sites independently."""
-        keys = jax.random.split(rng_key, len(point))
-        return {
-            name: self._perturbed(key, row_model.visible[name], jnp.asarray(x))
-            for key, (name, x) in zip(keys, point.items(), strict=True)
-        }
-
-    def _perturbed(self, rng_key, site, x):
-        if not site.is_discrete:
-            return x + self.noise_scale * jax.random.normal(rng_key, x.shape, x.dtype)
-        values = support_values(site, type(self).__name__)
-        key_move, key_where = jax.random.split(rng_key)
-        moves = jax.random.bernoulli(key_move, self.flip_probability, x.shape)
-        if self.perturbation == "uniform":
-            shift = jax.random.randint(key_where, x.shape, 1, len(values))
-            return jnp.where(moves, shifted(x, shift, values), x)
-        up = jax.random.bernoulli(key_where, 0.5, x.shape)
-        other = shifted(x, jnp.where(up, 1, len(values) - 1), values)
-        if self.perturbation == "ordinal":  # staying at the ends keeps the kernel symmetric
-            end = jnp.where(up, values[-1], values[0])
-            moves = moves & (x != end.astype(x.dtype))
-        return jnp.where(moves, other, x)

@@ -168,7 +168,7 @@ class NeighbourObjective(Objective):
         if lowest is not None:
 
             def count(flat, shift):
-                moved = jnp.asarray(flat, jnp.result_type(flat, int)) + shift
+                moved = flat + shift  # of the wide type of `shift`
                 return jnp.maximum(moved, lowest), moved >= lowest
 
             return jnp.array([1, -1]), count

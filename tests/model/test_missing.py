@@ -154,6 +154,7 @@ def test_the_elbo_of_the_exact_guide_is_the_marginal_at_every_draw(where):
 MANY = 6_000
 OBJECTIVES = {
     "ConditionalNCE": (ebm.ConditionalNCE(0.8, 2), "v"),
+    "KernelRatioMatching of bits": (ebm.KernelRatioMatching(flip_probability=0.3), "x"),
     "EnergyDiscrepancy": (ebm.EnergyDiscrepancy(0.7, 4), "v"),
     "EnergyDiscrepancy of bits": (ebm.EnergyDiscrepancy(num_samples=4, flip_probability=0.3), "x"),
     "PseudoLikelihood": (ebm.PseudoLikelihood(), "x"),

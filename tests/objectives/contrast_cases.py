@@ -67,18 +67,23 @@ def ranking(system, degree):
     return loss
 
 
-def conditional(system, degree):
+def conditional(system, degree, pair_loss=softplus):
     grid, weights = normal_grid(system.data.shape[1], degree)
 
     def loss(p):
         row = jax.vmap(lambda v: system.log_density(p, v))
 
         def one(v):
-            return weights @ softplus(row(v + STEP * grid) - system.log_density(p, v))
+            return weights @ pair_loss(row(v + STEP * grid) - system.log_density(p, v))
 
         return jnp.mean(jax.vmap(one)(jnp.asarray(system.data)))
 
     return loss
+
+
+def ratios(system, degree):
+    """Four times the squared probability that a row's copy is taken for the row."""
+    return conditional(system, degree, lambda x: 4.0 / (1.0 + jnp.exp(-x)) ** 2)
 
 
 def make(name, marginal, dim):
@@ -87,6 +92,8 @@ def make(name, marginal, dim):
         return ebm.NCE(noise, int(name[-1]), marginal)
     if name.startswith("ranking"):
         return ebm.RankingNCE(noise, 1, marginal)
+    if name == "ratios":
+        return ebm.KernelRatioMatching(STEP, 2, marginal)
     return ebm.ConditionalNCE(STEP, 2, marginal)
 
 

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.nn import softmax
 from jax.scipy.special import logsumexp
+from neighbour_cases import site_kernel
 from numpyro.distributions import constraints
 from oracles import assert_unbiased, draws, flat, jit
 
@@ -37,23 +38,6 @@ def ising(x):
 def ising_table(p):
     s = 2.0 * BITS - 1.0
     return (s[:, PAIRS[:, 0]] * s[:, PAIRS[:, 1]]) @ p["J"] + s @ p["b"]
-
-
-def site_kernel(perturbation, num_values, probability):
-    """q(y | x) of one coordinate, written out."""
-    q = np.zeros((num_values, num_values))
-    for x in range(num_values):
-        if perturbation == "uniform":
-            targets = [y for y in range(num_values) if y != x]
-        elif perturbation == "cyclical":
-            targets = [(x - 1) % num_values, (x + 1) % num_values]
-        else:
-            targets = [max(x - 1, 0), min(x + 1, num_values - 1)]
-        for y in targets:
-            q[x, y] += probability / len(targets)
-        q[x, x] += 1.0 - probability
-    assert np.array_equal(q, q.T) and np.allclose(q.sum(1), 1.0)
-    return q
 
 
 def ising_kernel(probability):

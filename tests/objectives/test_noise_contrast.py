@@ -26,6 +26,7 @@ from contrast_cases import (
     normal_grid,
     one_dimensional,
     ranking,
+    ratios,
     slow,
     train,
     value_and_gradient,
@@ -69,7 +70,8 @@ SYSTEMS = {
 def formula(name, system, degree):
     if name.startswith("NCE"):
         return nce(system, int(name[-1]), degree)
-    return {"ranking": ranking, "conditional": conditional}[name](system, degree)
+    formulas = {"ranking": ranking, "conditional": conditional, "ratios": ratios}
+    return formulas[name](system, degree)
 
 
 @pytest.mark.usefixtures("x64")
@@ -88,6 +90,8 @@ def formula(name, system, degree):
         ("ranking", "Enumerated"),
         slow("conditional", "Exact"),
         ("conditional", "Enumerated"),
+        slow("ratios", "Exact"),
+        slow("ratios", "Enumerated"),
     ],
 )
 def test_value_and_gradient_are_unbiased(name, marginal):
@@ -154,6 +158,7 @@ def test_the_loss_is_the_energys_and_its_gradient_the_guides_as_well():
         ("ranking", "Exact"),
         ("conditional", "Exact"),
         slow("conditional", "Enumerated"),
+        slow("ratios", "Exact"),
     ],
 )
 def test_the_truth_is_a_stationary_point(name, marginal):
@@ -225,8 +230,9 @@ def test_log_z_starts_at_its_importance_estimate():
     [
         ebm.RankingNCE(dist.Normal(0.0, 1.5), 5),
         ebm.ConditionalNCE(0.8, 3),
+        ebm.KernelRatioMatching(0.8, 3),
     ],
-    ids=["ranking", "conditional"],
+    ids=["ranking", "conditional", "ratios"],
 )
 @pytest.mark.slow
 def test_the_others_train(objective):

@@ -12,7 +12,6 @@ from contrast_cases import (
     X,
     Y,
     arrays,
-    bits,
     fitted_noise,
     noise_of,
     one_dimensional,
@@ -165,10 +164,6 @@ def test_the_marginal_has_to_have_values(objective, message):
 
 
 def test_what_the_others_do_not_do():
-    data = jnp.asarray(np.eye(3, dtype=int))
-    params = {"b": jnp.zeros(3), "J": jnp.array(0.0)}
-    with pytest.raises(ModelError, match="the visible site 'v' is discrete"):
-        ebm.ConditionalNCE(0.5).loss(KEY, params, bits, None, data)
     params = {"t": jnp.array(1.0), "m": jnp.array(0.0)}
     with pytest.raises(ModelError, match="'loc', 'noise_scale'.*trains no noise.*use NCE"):
         ebm.RankingNCE(fitted_noise).loss(KEY, params, one_dimensional, None, jnp.arange(3.0))

@@ -49,6 +49,7 @@ LOSSES = {
         ebm.KernelSteinDiscrepancy(pairs="square", weight=lambda v: (1 + v[:, 0] ** 2) ** -0.5),
         linear_model,
     ),
+    "ConditionalNCE of bits": (ebm.ConditionalNCE(noise_ratio=2), ring_model),
     "EnergyDiscrepancy of bits": (ebm.EnergyDiscrepancy(0.2), ring_model),
     "ScoreMatching, hidden units": (ebm.ScoreMatching(), hidden_model),
     "VaGES": (

@@ -213,6 +213,7 @@ OBJECTIVES = {
     ),
     "RankingNCE": Objective(partial(ebm.RankingNCE, NOISE, 5), marginals=VALUE),
     "ConditionalNCE": Objective(partial(ebm.ConditionalNCE, 1.0, 3), marginals=VALUE),
+    "KernelRatioMatching": Objective(partial(ebm.KernelRatioMatching, 1.0, 3), marginals=VALUE),
     "ContrastiveDivergence": Objective(partial(ebm.ContrastiveDivergence, mala, 5)),
     "MaximumLikelihood": Objective(ebm.MaximumLikelihood, marginals=VALUE),
     "EnergyDiscrepancy": Objective(

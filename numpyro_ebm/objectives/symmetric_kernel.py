@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Symmetric kernels q(y | x) that move a row, over sites of any kind."""
+
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_ebm.errors import ModelError, check_fraction
+from numpyro_ebm.model.finite_supports import (
+    check_values,
+    lowest_count,
+    shifted,
+    support_values,
+)
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.types import SiteValues
+
+__all__ = ["Perturbation", "SymmetricKernel"]
+
+Perturbation: TypeAlias = Literal["uniform", "cyclical", "ordinal"]
+"""Where a discrete coordinate goes."""
+
+PERTURBATIONS = ("uniform", "cyclical", "ordinal")
+
+
+class SymmetricKernel:
+    """Gaussian noise on continuous sites, other values on discrete ones: q(y | x) = q(x | y).
+
+    :param str owner: the objective, for messages.
+    :param noise_scale: standard deviation of the noise, in unconstrained coordinates; ``None``
+        where no site is continuous.
+    :param flip_probability: the probability that a discrete coordinate moves, each by itself;
+        ``None`` for exactly one of each row, chosen at random.
+    :param str perturbation: to any other value (``"uniform"``), or one place up or down: round and
+        round (``"cyclical"``) or never beyond the ends (``"ordinal"``, counts too).
+    :raises ModelError: if an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        noise_scale: float | None,
+        flip_probability: float | None,
+        perturbation: Perturbation,
+    ):
+        if flip_probability is not None:
+            check_fraction(owner, flip_probability=flip_probability)
+        if perturbation not in PERTURBATIONS:
+            raise ModelError(
+                f"{owner}: `perturbation` must be one of "
+                f"{', '.join(map(repr, PERTURBATIONS))}, got {perturbation!r}."
+            )
+        self.owner, self.perturbation = owner, perturbation
+        self.noise_scale: Any = noise_scale
+        self.flip_probability: Any = flip_probability
+
+    def check_sites(self, row_model: RowModel) -> None:
+        """Raise unless all visible sites can be moved."""
+        for name, site in row_model.visible.items():
+            if not site.is_discrete:
+                if self.noise_scale is None:
+                    raise ModelError(
+                        f"{self.owner}: the visible site '{name}' is continuous. Say how far it "
+                        "moves by `noise_scale`, in its unconstrained coordinates."
+                    )
+            elif lowest_count(site) is None:
+                check_values(site, self.owner)
+            elif self.perturbation != "ordinal":
+                raise ModelError(
+                    f"{self.owner}: the site '{name}' has infinitely many values. Counts are moved "
+                    "one up or down, by `perturbation='ordinal'`."
+                )
+
+    def draw(self, rng_key: jax.Array, row_model: RowModel, point: SiteValues) -> SiteValues:
+        """One draw from q(· | point), the sites independently where coordinates are.
+
+        :param rng_key: random key.
+        :param RowModel row_model: the model.
+        :param dict point: unconstrained values of the visible sites.
+        """
+        keys = jax.random.split(rng_key, len(point))
+        chosen = self._one_of_each_row(rng_key, row_model, point)
+        return {
+            name: self._moved(key, row_model.visible[name], jnp.asarray(x), chosen.get(name))
+            for key, (name, x) in zip(keys, point.items(), strict=True)
+        }
+
+    def _one_of_each_row(self, rng_key, row_model, point) -> dict[str, Any]:
+        """Which discrete coordinates move, by site, where it is one of each row."""
+        if self.flip_probability is not None:
+            return {}
+        discrete = {k: x for k, x in point.items() if row_model.visible[k].is_discrete}
+        rows = row_model.to_rows({k: jnp.asarray(x) for k, x in discrete.items()})
+        sizes = {name: x.size // len(x) for name, x in rows.items()}
+        total, start, chosen = max(1, sum(sizes.values())), 0, {}
+        which = jax.random.randint(
+            jax.random.fold_in(rng_key, 1), (row_model.num_rows, 1), 0, total
+        )
+        for name, x in rows.items():
+            here = which == start + jnp.arange(sizes[name])
+            chosen[name], start = jnp.reshape(here, x.shape), start + sizes[name]
+        return row_model.from_rows(chosen)
+
+    def _moved(self, rng_key, site, x, moves):
+        if not site.is_discrete:
+            return x + self.noise_scale * jax.random.normal(rng_key, x.shape, x.dtype)
+        key_move, key_where = jax.random.split(rng_key)
+        if moves is None:
+            moves = jax.random.bernoulli(key_move, self.flip_probability, x.shape)
+        lowest = lowest_count(site)
+        if lowest is not None:
+            up = jax.random.bernoulli(key_where, 0.5, x.shape)
+            x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.result_type(int)))  # no overflow
+            return jnp.where(moves, jnp.maximum(x + jnp.where(up, 1, -1), lowest), x)
+        values = support_values(site, self.owner)
+        if self.perturbation == "uniform":
+            shift = jax.random.randint(key_where, x.shape, 1, len(values))
+            return jnp.where(moves, shifted(x, shift, values), x)
+        up = jax.random.bernoulli(key_where, 0.5, x.shape)
+        other = shifted(x, jnp.where(up, 1, len(values) - 1), values)
+        if self.perturbation == "ordinal":  # staying at the ends keeps the kernel symmetric
+            end = jnp.where(up, values[-1], values[0])
+            moves = moves & (x != end.astype(x.dtype))
+        return jnp.where(moves, other, x)
