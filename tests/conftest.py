@@ -61,14 +61,14 @@ LONGEST = (
 # Laws over many members of which the default run takes some, one of each kind: those whose name in
 # brackets holds one of these words. The others are slow.
 MEMBERS = {
-    "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "FisherD", "[NCE", "Pseudo"),
+    "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "[NCE", "Pseudo"),
     "test_every_row_has_its_own_normalizer": ("argument]", "in a closure", "the plate's index]"),
     "test_value_and_gradient_are_the_formula": ("[SM-", "[DSM-", "median-", "-Exact"),
     "test_loss_and_gradient_are_unbiased": (
         *("SM-VaGES]", "linear-VaGES]", "weighted", "RBF", "DSM-VaGES, cont"),
     ),
     "test_the_gradient_of_a_loss_is_that_of_its_value": (
-        *("[ScoreM", "[NCE", "[MaximumL", "Pseudo", "KSD", "KernelS"),
+        *("[ScoreMatching]", "[MaximumL", "Pseudo", "KSD"),
     ),
     "test_a_loss_is_the_weighted_sum_of_those_of_the_rows": (
         *("[ScoreM", "KernelS", "[NCE", "Flow", "Fisher", "Contrastive", "[MaximumL", "Pseudo"),
@@ -80,28 +80,43 @@ MEMBERS = {
     "test_stationary_law_is_that_of_enumeration": ("BlockGibbs", "Langevin-ordinal"),
     "test_sampling.py::test_chain_methods": ("vectorized",),
     "test_bad_models": ("[MALA]", "[MCLMC]", "Annealed"),
-    "test_kernels.py::test_protocol": (
-        *("[MALA]", "MALA-mass", "[MCLMC]", "Replica", "Annealed", "[Under"),
-    ),
+    "test_kernels.py::test_protocol": ("[MALA]", "MALA-mass", "Replica", "Annealed"),
     "test_moments_of_asymmetric_and_correlated_targets": ("float64",),
     "test_value_and_both_gradients_are_unbiased": ("Exact-True", "Enumerated-False", "VaGES-True"),
     "test_the_energy_descends_and_the_flow_ascends": ("function-3", "distribution"),
-    "test_chains_that_hardly_move_give_the_prior_and_say_so": ("[0.01]",),
-    "test_a_posterior_outside_of_the_design_is_found_out": ("[-3.0]",),
+    "test_chains_that_hardly_move_give_the_prior_and_say_so": (),
+    "test_a_posterior_outside_of_the_design_is_found_out": (),
     "test_rows_are_left_out_where_they_stand": ("covariates", "blocks", "weights"),
     "test_exchange.py::test_the_posterior_is_the_exact_one": ("gaussian-exact", "ising3"),
     "test_chains_that_move_are_adequate": ("regression",),
     "test_a_thousand_rows_are_a_thousand_chains": ("Underdamped",),
     "test_kernels.py::test_blocks_of_gibbs": ("Underdamped",),
-    "test_the_divergence_of_a_gaussian": ("[3.0]",),
+    "test_the_divergence_of_a_gaussian": (),
     "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
     "test_discrete.py::test_minimal_at_the_truth": ("ising", "latents"),
-    "test_discrete.py::test_equals_enumeration": ("[PL", "-many]", "DFD-ising"),
+    "test_discrete.py::test_equals_enumeration": ("[PL", "DFD-ising"),
     "test_quadratic_energies_take_less_than_all_neighbours": ("[PL", "DFD-pairs", "RM-a matrix]"),
     "test_annealed_mixture": ("[ais",),
     "test_annealed_gaussian_blocks": ("[smc",),
     "test_kernels_without_statistics": ("AIES",),
     "test_annealing_of_a_mixture_whose_noised_scores_are_known": ("float64",),
+    "test_marginals_serve_or_are_refused_by_name": (
+        *("[Enum", "GES-S", "GES-D", "GES-NCE", "GES-P", "lled-D", "lled-M", "Bound-NCE"),
+    ),
+    "test_a_masked_row_is_as_left_out": ("[ScoreM", "Pseudo", "[weight", "[square"),
+    "test_neighbours_are_the_values_of_the_support": ("not quad", "2-quad", "4-quad"),
+    "test_plain_models.py::test_posteriors": ("mixture-MALA", "-Under", "-ULA"),
+    "test_supports_are_kept_where_the_data_are_traced": (
+        *("simplex-5", "ordered-300", "Cholesky-5", "one-5"),
+    ),
+    "test_laplace_of_a_generalised_posterior_has_the_posteriors_width": ("[objective1",),
+    "test_the_warmup_lets_a_frozen_auxiliary_move": ("[0.001",),
+    "test_the_score_that_minimises_at_many_levels": (),
+    "test_derivatives_of_exact_log_normalizers": ("[levels",),
+    "test_exchange_protocol.py::test_chain_methods": (),
+    "test_a_guide_is_trained_as_on_the_peer": ("DAIS",),
+    "test_the_code_of_a_page_runs_and_prints_what_the_page_says": ("CONTRIBUTING", "language"),
+    "test_a_fit_reads_bounds_however_they_are_made": ("number", "jnp", "argument", "Lebesgue"),
     "test_the_derivative_through_the_steps_is_that_of_finite_differences": ("[ELBO",),
 }
 
@@ -111,7 +126,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         law, _, member = item.nodeid.partition("[")
         words = next((words for name, words in MEMBERS.items() if law.endswith(name)), None)
-        if member and words and not any(word in "[" + member for word in words):
+        if member and words is not None and not any(word in "[" + member for word in words):
             item.add_marker(pytest.mark.slow)
         is_slow = item.get_closest_marker("slow") is not None
         if is_slow and any(name in item.nodeid for name in LONGEST):

@@ -119,6 +119,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_mypy_tells_right_scripts_from_wrong_ones(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "right.py").write_text(RIGHT)

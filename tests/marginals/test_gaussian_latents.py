@@ -179,6 +179,7 @@ class Factor:
         return np.linalg.solve(precision, Factor.W.T @ residual.T).T, np.linalg.inv(precision)
 
 
+@pytest.mark.slow
 def test_factor_analysis_log_likelihood():
     model = ebm.fixed(Factor.model, {})
     exact = Factor.law().log_prob(Factor.data)

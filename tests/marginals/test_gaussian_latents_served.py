@@ -134,6 +134,7 @@ def test_log_z_integrates_gaussian_sites_before_the_quadrature():
     np.testing.assert_allclose(found, well_log_density(v), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_chains_move_on_the_marginal_and_the_latents_are_drawn_exactly():
     model = ebm.fixed(well, {})
     kernel = choose_kernel(model, 2)

@@ -21,6 +21,7 @@ def running(num_rows=1):
         ebm.energy("E", -0.8 * jnp.sum(neighbours, -1) - s @ FIELD[:6])
 
 
+@pytest.mark.slow
 def test_declared_colors_are_used_and_tried():
     model = ebm.fixed(running, {})
     assert ebm.BlockGibbs(model).plan()[0].kind == "sequential"

@@ -166,6 +166,7 @@ def test_rows_that_do_not_move_are_counted():
     assert stats["row_r_hat"].shape == (1, 200, 30)
 
 
+@pytest.mark.slow
 def test_right_runs_say_nothing():
     """Warnings are errors here; half of a Cholesky factor is always 0."""
 
@@ -199,6 +200,7 @@ def persistent_fit(step_size, num_steps):
     return svi.run(jax.random.key(1), num_steps, data, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_persistent_chains_that_do_not_move_are_told_at_the_end_of_a_run():
     with pytest.warns(ebm.ConvergenceWarning, match=r"last 256 rounds R-hat.*1 of 1 visible"):
         persistent_fit(1e-5, 300)

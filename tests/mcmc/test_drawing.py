@@ -18,6 +18,7 @@ from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.reading import read_model
 
 
+@pytest.mark.slow
 def test_sample_draws_the_joint_of_visible_and_hidden_units(grbm):
     for model in (grbm.model, grbm.plate_model):
         fixed = ebm.fixed(model, grbm.params)
@@ -174,6 +175,7 @@ def test_refinement_refuses_what_it_cannot_do(grbm):
         ebm.VaGES(2, importance_weighted=True, refine=ebm.LangevinRefinement())
 
 
+@pytest.mark.slow
 def test_arviz_gets_energies_and_no_likelihood(grbm):
     import arviz as az
 
@@ -201,6 +203,7 @@ def test_arviz_gets_energies_and_no_likelihood(grbm):
     assert idata["posterior"]["h"].dims == ("chain", "draw", "data", "h_dim_0")
 
 
+@pytest.mark.slow
 def test_arviz_shows_what_was_observed(grbm):
     fixed = ebm.fixed(grbm.model, grbm.params)
     clamped = handlers.condition(fixed, {"h": jnp.ones((1, 3), int)})

@@ -123,6 +123,7 @@ def test_observed_sites_and_factors_are_tempered():
         np.testing.assert_allclose(state.memory[0].loglikelihood[k, 0], likelihood, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_replicas_cross_between_modes():
     """Means at ±1 with weights 3 to 1, where MALA stays in the mode where it started."""
 
@@ -163,6 +164,7 @@ def test_starts_and_their_refusals():
         init({"m": jnp.array([0.5, jnp.inf])}, keys)
 
 
+@pytest.mark.slow
 def test_fields_thinning_and_going_on():
     mcmc = MCMC(
         ebm.UnderdampedLangevin(normal),

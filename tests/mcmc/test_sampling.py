@@ -127,6 +127,7 @@ def test_rows_accept_on_their_own():
     assert state.adapt_state.step_size.shape == (1_000,) and state.i == 500
 
 
+@pytest.mark.slow
 def test_adaptation_ends_with_the_warm_up_and_can_be_switched_off():
     kernel = ebm.MALA(ebm.fixed(skewed, {}), step_size=0.3, adapt_step_size=False)
     mcmc, _ = run(kernel, num_samples=20, num_warmup=20)

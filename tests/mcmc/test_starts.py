@@ -106,6 +106,7 @@ def test_a_wall_that_no_start_passes_is_an_error_with_its_rows():
         init(ebm.MALA(ebm.fixed(ball, {})), radius=1e-6)
 
 
+@pytest.mark.slow
 def test_draws_behind_a_hard_wall():
     """N(0, I) in a disc: the squared radius is exponential, cut off at 1.7²."""
     with warnings.catch_warnings():

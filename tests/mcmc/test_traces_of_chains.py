@@ -64,6 +64,7 @@ def test_a_chain_traces_its_model_four_times_at_most(name):
     assert 0 < model.count <= 4
 
 
+@pytest.mark.slow
 def test_a_kernel_reads_its_model_again_at_other_arguments():
     """A kernel that ran at one scale draws at the scale that it is given next."""
     kernel = ebm.MALA(ebm.fixed(gaussian, {}), 0.5, adapt_step_size=False)

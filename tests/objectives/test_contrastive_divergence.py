@@ -291,6 +291,7 @@ def test_long_chains_of_a_binary_rbm(marginal):
     assert_unbiased(loss_draws(objective, system, 2_000), rbm_law(), "RBM")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_long_chains_of_an_ising_ring():
     states = binary_states(4)

@@ -53,6 +53,7 @@ def test_chains_are_part_of_the_training_state(persistent_run):
     assert np.isfinite(r_hat["visible"]).all() and np.isfinite(r_hat["energy"])
 
 
+@pytest.mark.slow
 def test_resuming_equals_one_long_run_bit_for_bit(persistent_run):
     svi, whole = persistent_run
     first = svi.run(KEY, 10, ROWS, batch_size=20, progress_bar=False)

@@ -105,6 +105,7 @@ def test_values_equal_enumeration(x64, perturbation, low):
     assert_unbiased(samples, flat(expected(params)), perturbation)
 
 
+@pytest.mark.slow
 def test_minimal_at_the_truth(x64):
     """ED in the population; and, at w = 1, its estimate with one or two perturbations as well."""
     params = arrays(ISING)
@@ -225,6 +226,7 @@ def test_bits_and_numbers_together(x64):
 # Supports, marginals, compilation, errors --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_positive_sites_are_perturbed_in_their_unconstrained_coordinates(x64):
     def log_normal(v):
         precision = numpyro.param("precision", 1.0)

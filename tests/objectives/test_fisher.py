@@ -163,6 +163,7 @@ def test_larger_models_with_latents(dimension, perturbation):
     check_grbm(dimension, perturbation, 3_000, 0.02)
 
 
+@pytest.mark.slow
 def test_an_energy_is_learned_by_the_game():
     data = 0.5 * jax.random.normal(jax.random.key(5), (2_000, 2))
     objective = ebm.FisherDivergence(num_critic_steps=3, critic_optim=optax.adam(5e-3))

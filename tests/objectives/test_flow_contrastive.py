@@ -121,6 +121,7 @@ def test_a_flow_equal_to_the_model_is_where_the_game_rests():
     assert away[:, 3].mean() > 8 * away[:, 3].std() / np.sqrt(200)  # back towards the data
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit():
     data = jnp.asarray(DATA[:200], jnp.float32)
 

@@ -220,6 +220,7 @@ def test_discrete_visible_sites(name):
     assert_unbiased(draws(one, KEY, 4_000), jit(value_and_gradient(expected))(params), name)
 
 
+@pytest.mark.slow
 def test_a_noise_with_parameters_is_fitted_by_maximum_likelihood():
     data = 3.0 + 0.5 * jax.random.normal(KEY, (2_000,))
     objective = ebm.NCE(fitted_noise)

@@ -153,6 +153,7 @@ def labelled(data, label):
         ebm.energy("E", 0.5 * v**2)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_sums_visible_sites_out_is_no_negative_phase():
     data, label = jnp.asarray(REALS), jnp.arange(len(REALS)) % 3
     params = {"slope": jnp.ones(3)}

@@ -149,6 +149,7 @@ def test_a_gradient_that_is_not_of_the_value_has_no_hessian(make):
         jax.eval_shape(jax.hessian(loss), POINT)
 
 
+@pytest.mark.slow
 def test_the_hessian_of_a_bound_is_that_of_its_value():
     loss = jax.jit(loss_of(OBJECTIVES["NCE"], ebm.ImportanceBound(3), guide))
     expected = differences(loss, POINT)

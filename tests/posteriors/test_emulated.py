@@ -56,6 +56,7 @@ def test_a_posterior_outside_of_the_design_is_found_out(center):
             ebm.to_arviz(mcmc)
 
 
+@pytest.mark.slow
 def test_an_emulated_normalizer_weighs_noise_and_refuses():
     from numpyro_ebm.posteriors.emulator import fit_emulator
 
