@@ -36,6 +36,7 @@ LONGEST = (
     "test_calibrated_intervals_cover_at_their_nominal_rate",
     "test_chain_methods[",
     "test_chains_in_parallel[names1",
+    "test_annealed_ising_of_a_thousand_spins",
     "test_checkerboard_reaches_the_optimum[1",
     "test_checkerboard_reaches_the_optimum[2",
     "test_counts_are_dispersed_as_they_were",

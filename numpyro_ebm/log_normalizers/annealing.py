@@ -30,6 +30,8 @@ from numpyro_ebm.log_normalizers.particles import by_problem, log_mean_weight
 from numpyro_ebm.log_normalizers.path import Path
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule, adaptive_schedule
 from numpyro_ebm.program.derivatives import once_differentiable, without_derivatives
+from numpyro_ebm.program.multi_affine import multi_affine
+from numpyro_ebm.program.tempered_form import Tempered
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 from numpyro_ebm.samplers.positions import flatten_sites
 
@@ -136,7 +138,23 @@ class _Plan(NamedTuple):
         precondition = self.cloud if self.moved else None
         path = Path(log_densities, draw, self.moved, (), precondition, self.integrand.num_problems)
         # How blocks are drawn depends on the density between the two, the reference included.
-        return path._replace(blocks=self.blocks(path.tempered(0.5)))
+        blocks = self.blocks(path.tempered(0.5))
+        if any(block.kind in ("coloured", "sequential") for block in blocks):
+            form = self.form(path)
+            blocks = tuple(block._replace(form=form) for block in blocks)
+        return path._replace(blocks=blocks)
+
+    def form(self, path):
+        """Both ends of a path in the indicators of the discrete sites, where they have the form."""
+        like = self.integrand.placeholder(self.integrand.row_model.num_rows)
+        values = {name: self.integrand.values(name) for name in self.integrand.discrete}
+        hot, cold = (
+            multi_affine(lambda _, x, i=i: path.log_densities(x)[i], {}, like, values)
+            for i in (0, 1)
+        )
+        if hot is None or cold is None or not (hot.is_affine and cold.is_affine):
+            return None
+        return Tempered(cold, hot if hot.degree else None)
 
 
 def _plan(rng_key, integrand):

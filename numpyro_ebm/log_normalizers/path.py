@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.particles import by_problem, to_particles
+from numpyro_ebm.program.tempered_form import Tempered
 from numpyro_ebm.samplers.block_gibbs import draw_block
 from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.per_row import per_row
@@ -102,6 +103,12 @@ def sweep_particles(
     :return: new position and new tuning.
     """
     log_density = path.tempered(beta)
+    blocks = [
+        block._replace(form=block.form._replace(beta=beta))
+        if isinstance(block.form, Tempered)
+        else block
+        for block in path.blocks
+    ]
     keys = jax.random.split(rng_key, num_sweeps)
     mala = _mala(path, log_density, position, tuning) if path.real else None
 
@@ -126,7 +133,7 @@ def sweep_particles(
             state, accepted = mala.move(key_move, mala.enter(position), tuning, position)
             position, tuning = mala.leave(state, position), adapted(tuning, accepted)
         block_keys = jax.random.split(key_draw, len(path.blocks))
-        for key, block in zip(block_keys, path.blocks, strict=True):
+        for key, block in zip(block_keys, blocks, strict=True):
             position = {**position, **draw_block(key, position, log_density, block)}
         return (position, tuning), None
 

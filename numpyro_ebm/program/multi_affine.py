@@ -127,19 +127,19 @@ class MultiAffine:
 
         :param args: its arguments.
         :param indicators: of shape (rows, coordinates, states), or (rows, coordinates) where all
-            coordinates have two states; of any number of rows if the program is that of one row.
+            coordinates have two states; the rows of the program any number of times over.
         :param dict others: values of the other sites, (rows, ...).
         :return: array of shape (rows,).
         """
         consts, others = self._closed.consts, {name: others[name] for name in self._others}
 
-        def one(x, others):
-            alone = {name: v[None] for name, v in others.items()}
-            return self._walk(args, consts, x[None], alone)[0]
+        def grouped(x):
+            return jnp.reshape(x, (-1, self.num_rows, *x.shape[1:]))
 
-        if self.num_rows == 1:
-            return jax.vmap(one)(indicators, others)
-        return self._walk(args, consts, indicators, others)
+        if len(indicators) == self.num_rows > 1:
+            return self._walk(args, consts, indicators, others)
+        walk = jax.vmap(lambda x, others: self._walk(args, consts, x, others))
+        return jnp.ravel(walk(grouped(indicators), jax.tree.map(grouped, others)))
 
     @property
     def is_known(self) -> bool:
@@ -197,6 +197,19 @@ class MultiAffine:
         flat = jnp.reshape(indicators, (len(indicators), -1))
         slopes = flat @ H if b is None else b + flat @ H
         return jnp.reshape(slopes, indicators.shape)
+
+    def slopes_one_by_one(self, others: Any = None) -> Callable[[jax.Array, Any], jax.Array]:
+        """As :meth:`secants` of one coordinate, a function of indicators and of its number.
+
+        :param dict others: values of the other sites, (rows, ...).
+        """
+        form = self.coefficients({})
+        if form is None:
+            return lambda x, i: self.secants({}, x, others)[:, i]  # pyright: ignore
+        b, H = form
+        H = jnp.reshape(H, (len(H), *self._shape))
+        b = jnp.zeros(self._shape) if b is None else jnp.reshape(b, self._shape)
+        return lambda x, i: b[i] + jnp.reshape(x, (len(x), -1)) @ H[:, i]
 
     def coefficients(self, args: Any) -> tuple[jax.Array | None, jax.Array] | None:
         """b, which may be ``None`` for zeros, and H, of secants that are ``b + X H``.

@@ -24,6 +24,7 @@ from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.multi_affine import MultiAffine
 from numpyro_ebm.program.polynomial import structure
+from numpyro_ebm.program.tempered_form import Tempered
 from numpyro_ebm.samplers.gaussian_conditional import why_not_gaussian
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
@@ -51,7 +52,7 @@ class Block(NamedTuple):
     is_diagonal: bool = False
     colors: np.ndarray | None = None
     degree: float = np.inf
-    form: MultiAffine | None = None
+    form: MultiAffine | Tempered | None = None
 
 
 def plan_block(

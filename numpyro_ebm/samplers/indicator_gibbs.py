@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.program.multi_affine import MultiAffine
+from numpyro_ebm.program.tempered_form import Tempered
 from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import SiteValues
@@ -25,7 +26,7 @@ from numpyro_ebm.types import SiteValues
 __all__ = ["conditional_logits", "draw_one_by_one"]
 
 
-def conditional_logits(form: MultiAffine, position: SiteValues) -> jax.Array:
+def conditional_logits(form: MultiAffine | Tempered, position: SiteValues) -> jax.Array:
     """log π(x_i = k | x_{-i}) up to a constant in k, of shape (rows, coordinates, states).
 
     :param form: log π in the indicators of its discrete sites, affine in each coordinate.
@@ -67,7 +68,7 @@ def draw_one_by_one(
     own = form.coordinates(block.names)
     width = form.values.shape[1]
     noise = jax.random.gumbel(rng_key, (len(own), len(flat), width), indicators.dtype)
-    slopes_of = _slopes(form, position, indicators.shape[1:])
+    slopes_of = form.slopes_one_by_one(position)
     is_state = jnp.asarray(form.is_state)
 
     def draw(indicators, at):
@@ -85,14 +86,3 @@ def draw_one_by_one(
     drawn = jnp.asarray(form.values)[own, chosen.T].astype(flat.dtype)
     _, unflatten = flatten_sites(position, block.names)
     return unflatten(drawn)
-
-
-def _slopes(form, position, shape):
-    """A function of indicators and of a coordinate: what its states add to log π."""
-    coefficients = form.coefficients({})
-    if coefficients is None:
-        return lambda x, i: form.secants({}, x, position)[:, i]
-    b, H = coefficients
-    b = jnp.zeros(shape) if b is None else jnp.reshape(b, shape)
-    H = jnp.reshape(H, (len(H), *shape))
-    return lambda x, i: b[i] + jnp.reshape(x, (len(x), -1)) @ H[:, i]

@@ -295,3 +295,32 @@ def test_weights_of_particles_that_stay_are_the_ratio_of_the_ends():
     for num_temperatures in (3, 7):
         weights, *_ = annealed_importance_sampling(KEY, path, schedule, 5, num_temperatures, 2)
         np.testing.assert_allclose(weights[:, 0], 3.0 * np.arange(5), rtol=1e-6)
+
+
+def sequences(fields):
+    """Four units of three values, all in pairs, with fields of every row."""
+    pairs = jnp.asarray(np.random.default_rng(5).normal(size=(12, 12)) * 0.4)
+    with numpyro.plate("data", len(fields)):
+        o = jax.nn.one_hot(numpyro.sample("x", ebm.Counting(3, (4,))), 3)
+        flat = o.reshape(*o.shape[:-2], -1)
+        ebm.energy("E", jnp.sum((flat @ pairs) * flat, -1) - jnp.sum(fields * flat, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ais", "smc"])
+def test_annealed_sequences_in_one_hot_codes(method):
+    fields = jnp.asarray(np.random.default_rng(6).normal(size=(3, 12)))
+    model = ebm.fixed(sequences, {})
+    truth = ebm.log_normalizer(KEY, model, fields, method="enumerate").value
+    found = ebm.log_normalizer(KEY, model, fields, method=method, num_particles=256)
+    assert_covers(found, truth, 4.0)
+    assert np.all(found.mcse < 0.1) and np.ptp(truth) > 0.5
+
+
+@pytest.mark.slow
+def test_annealed_ising_of_a_thousand_spins():
+    """Kaufman's lattice at its critical point, where correlations reach across all of it."""
+    run = ising_run("ais", 32, num_particles=256, num_temperatures=3_000)
+    found = run(KEY, CRITICAL)
+    assert_covers(found, kaufman(32, CRITICAL))
+    assert found[1] < 0.3
