@@ -27,6 +27,7 @@ from numpyro_ebm.objectives.pseudo_likelihood import PseudoLikelihood
 from numpyro_ebm.objectives.ranking_nce import RankingNCE
 from numpyro_ebm.objectives.ratio_matching import RatioMatching
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
+from numpyro_ebm.objectives.self_normalized import SelfNormalizedLikelihood
 from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "RankingNCE",
     "RatioMatching",
     "ScoreMatching",
+    "SelfNormalizedLikelihood",
     "SlicedScoreMatching",
 ]

@@ -93,6 +93,8 @@ class NCE(NoiseContrast):
     """
 
     needs = "bound"
+    method = "NCE"  # how log Z was found
+    far_noise = "almost every point is told apart without doubt, the loss is flat"
 
     def __init__(
         self,
@@ -193,10 +195,9 @@ class NCE(NoiseContrast):
             warnings.warn(
                 FarNoiseWarning(
                     f"{type(self).__name__}: the noise is far from the data (overlap "
-                    f"{float(overlap):.2g} of 1): almost every point is told apart without doubt, "
-                    "the loss is flat, and log Z and the parameters are hardly determined. Choose "
-                    "a noise closer to the data (a fitted Gaussian, a flow), or FlowContrastive, "
-                    "ConditionalNCE or a score-based objective."
+                    f"{float(overlap):.2g} of 1): {self.far_noise}, and log Z and the parameters "
+                    "are hardly determined. Choose a noise closer to the data (a fitted Gaussian, "
+                    "a flow), or FlowContrastive, ConditionalNCE or a score-based objective."
                 ),
                 stacklevel=find_stack_level(),
             )
@@ -236,7 +237,9 @@ class NCE(NoiseContrast):
             than a covariance can be inverted for.
         """
         if LOG_NORMALIZER not in params:
-            raise ModelError(f"`params` lacks '{LOG_NORMALIZER}', the log Z that NCE learns.")
+            raise ModelError(
+                f"`params` lacks '{LOG_NORMALIZER}', the log Z that {type(self).__name__} learns."
+            )
         key_prepare, key_draw = jax.random.split(rng_key)
         read_once = self.prepare(key_prepare, params, model, guide, args, kwargs)
         learned = {LOG_NORMALIZER}
@@ -283,7 +286,7 @@ class NCE(NoiseContrast):
         mcse, at_noise, overlap = moments(flat)
         self.review(overlap)
         ess = jnp.exp(2 * logsumexp(at_noise) - logsumexp(2 * at_noise))
-        return LogNormalizer(params[LOG_NORMALIZER], mcse, ess, "NCE")
+        return LogNormalizer(params[LOG_NORMALIZER], mcse, ess, self.method)
 
 
 def _reads(row_model, name):

@@ -90,6 +90,8 @@ def make(name, marginal, dim):
     noise = noise_of(dim)
     if name.startswith("NCE"):
         return ebm.NCE(noise, int(name[-1]), marginal)
+    if name.startswith("SNL"):
+        return ebm.SelfNormalizedLikelihood(noise, int(name[-1]), marginal)
     if name.startswith("ranking"):
         return ebm.RankingNCE(noise, 1, marginal)
     if name == "ratios":

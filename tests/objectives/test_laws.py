@@ -290,7 +290,11 @@ def test_data_off_their_support_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["NCE", "FlowContrastive", "KernelSteinDiscrepancy", "FisherDivergence"]
+    "name",
+    [
+        *("NCE", "SelfNormalizedLikelihood", "FlowContrastive"),
+        *("KernelSteinDiscrepancy", "FisherDivergence"),
+    ],
 )
 def test_covariates_are_refused_where_rows_are_taken_for_draws_of_one_density(name):
     x = jnp.arange(4.0)

@@ -67,7 +67,23 @@ SYSTEMS = {
 }
 
 
+def self_normalized(system, degree):
+    dim = system.data.shape[1]
+    grid, weights = normal_grid(dim, degree)
+    at = jnp.asarray(LOC[:dim] + SCALE[:dim] * grid)
+
+    def loss(p):
+        here = jax.vmap(lambda v: system.log_density(p, v))(jnp.asarray(system.data))
+        there = jax.vmap(lambda v: log_ratio(system, p, v))(at)
+        b = p["log_normalizer"]
+        return b - jnp.mean(here) + jnp.exp(-b) * (weights @ jnp.exp(there)) - 1.0
+
+    return loss
+
+
 def formula(name, system, degree):
+    if name.startswith("SNL"):
+        return self_normalized(system, degree)
     if name.startswith("NCE"):
         return nce(system, int(name[-1]), degree)
     formulas = {"ranking": ranking, "conditional": conditional, "ratios": ratios}
@@ -86,6 +102,9 @@ def formula(name, system, degree):
         slow("NCE 3", "bound"),  # the next test has a bound of a GRBM, too
         ("NCE 1", "bound, continuous"),
         slow("NCE 3", "bound, continuous"),
+        slow("SNL 3", "Exact"),
+        slow("SNL 1", "Enumerated"),
+        slow("SNL 3", "bound"),
         slow("ranking", "Exact"),
         ("ranking", "Enumerated"),
         slow("conditional", "Exact"),
@@ -101,7 +120,7 @@ def test_value_and_gradient_are_unbiased(name, marginal):
     dim = system.data.shape[1]
     objective = make(name, make_marginal(), dim)
     params = dict(system.params)
-    if name.startswith("NCE"):
+    if name.startswith(("NCE", "SNL")):
         params["log_normalizer"] = np.array(0.8)
     params, data = arrays(params), jnp.asarray(system.data)
     degree = 30 if dim == 2 else 14
@@ -155,6 +174,7 @@ def test_the_loss_is_the_energys_and_its_gradient_the_guides_as_well():
         ("NCE 3", "Exact"),
         slow("NCE 1", "Enumerated"),
         slow("NCE 1", "bound"),
+        slow("SNL 3", "Exact"),
         ("ranking", "Exact"),
         ("conditional", "Exact"),
         slow("conditional", "Enumerated"),
@@ -170,7 +190,7 @@ def test_the_truth_is_a_stationary_point(name, marginal):
         data, log_z = gaussian_draws(40_000), gaussian_log_z(truth)
     else:
         data, log_z = oracles.grbm_draws(truth, 40_000, RNG), grbm_log_z(truth)
-    if name.startswith("NCE"):
+    if name.startswith(("NCE", "SNL")):
         truth["log_normalizer"] = log_z
     names = sorted(truth.keys() - {"A", "d"})
     batches = jnp.asarray(data).reshape(200, -1, 2)
@@ -188,7 +208,7 @@ def test_the_truth_is_a_stationary_point(name, marginal):
     assert_unbiased(at_truth, np.zeros(at_truth.shape[1]), f"{name}, {marginal}")
     # It is a test: somewhere else the gradient is not zero.
     first = "precision" if marginal == "Exact" else "W"
-    for moved in names if name.startswith("NCE") else [first]:
+    for moved in names if name.startswith(("NCE", "SNL")) else [first]:
         shift = 0.2 if moved == "log_normalizer" else 0.15 * np.ones(np.shape(truth[moved]))
         away = np.asarray(gradients(arrays({**truth, moved: truth[moved] + shift})))
         assert np.max(np.abs(z_scores(away, 0.0 * away[0]))) > 8, moved

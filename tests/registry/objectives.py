@@ -208,6 +208,9 @@ OBJECTIVES = {
         lambda marginal=None: ebm.FisherDivergence(None, marginal), plain=False
     ),
     "NCE": Objective(partial(ebm.NCE, NOISE, 1), marginals=BOUND, plain=False),
+    "SelfNormalizedLikelihood": Objective(
+        partial(ebm.SelfNormalizedLikelihood, NOISE, 1), marginals=BOUND, plain=False
+    ),
     "FlowContrastive": Objective(
         partial(ebm.FlowContrastive, flow, 1), marginals=BOUND, plain=False
     ),
