@@ -25,6 +25,7 @@ from numpyro_ebm.mcmc.start import MAX_DRAWS, redrawn, unconstrained_values
 from numpyro_ebm.mcmc.watch import Watch
 from numpyro_ebm.model.plain_model import PlainModel, read_plain_model
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
+from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import LogDensity, Model, SiteValues
 
 __all__ = ["RowKernel"]
@@ -178,11 +179,11 @@ class RowKernel(MCMCKernel):
             init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
         self._redraws = init_params is None and not not_jax_tracer(jax.tree.leaves(rng_key)[0])
         # Compiled as a whole: operation by operation it takes seconds.
-        result = jax.jit(init_one)(rng_key, init_params)
+        result = run_compiled(init_one, rng_key, init_params)
         energy = result[0].potential_energy
         if init_params is None and not_jax_tracer(energy) and not np.all(np.isfinite(energy)):
             self._redraws = True
-            result = jax.jit(lambda key: init_one(key, None))(rng_key)
+            result = run_compiled(lambda key: init_one(key, None), rng_key)
         return result
 
     def _sums(self, state, model_args, model_kwargs):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
 from numpyro.infer.mcmc import MCMCKernel
@@ -18,6 +19,7 @@ from numpyro_ebm.mcmc.convergence import assess_draws, warn_of_convergence
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
 from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["sample"]
@@ -108,17 +110,14 @@ def sample(
         chain_method=chain_method,
         progress_bar=progress_bar and vectorized,
     )
-    mcmc.run(key_chains, *args, init_params=init_params, **kwargs)
+    grouped, fields = _run(mcmc, key_chains, init_params, args, kwargs)
     if not_jax_tracer(rng_key):
-        grouped, fields = (
-            read(group_by_chain=True) for read in (mcmc.get_samples, mcmc.get_extra_fields)
-        )
         sites = {name: grouped[name] for name in row_model.sites if name in grouped}
         adjusted = getattr(kernel, "leaves_invariant", True)
         warn_of_convergence(
             f"sample ({_name_of(kernel)})", assess_draws(row_model, sites, fields, adjusted)
         )
-    draws = {name: x[:num_samples] for name, x in mcmc.get_samples().items()}
+    draws = {name: jnp.reshape(x, (-1, *x.shape[2:]))[:num_samples] for name, x in grouped.items()}
     missing = [name for name in row_model.sites if name not in draws]
     if missing:
         rest = row_model.with_latent(missing)
@@ -126,6 +125,45 @@ def sample(
         drawn = exact_marginal(rest).draw(key_latent, rest, {}, others, num_samples)
         draws = _with_deterministic(row_model, {**draws, **drawn})
     return draws
+
+
+def _run(mcmc, rng_key, init_params, args, kwargs):
+    """Draws and fields of an ``MCMC`` by chain.
+
+    Where nobody watches the progress of one of our kernels, all its steps are one program that is
+    kept; NumPyro makes its loop anew, around the arrays that the model closes over.
+    """
+    kernel, thinning = mcmc.sampler, mcmc.thinning
+    if mcmc.progress_bar or not isinstance(kernel, RowKernel):
+        mcmc.run(rng_key, *args, init_params=init_params, **kwargs)
+        return (
+            mcmc.get_samples(group_by_chain=True),
+            mcmc.get_extra_fields(group_by_chain=True),
+        )
+    keys = rng_key if mcmc.num_chains == 1 else jax.random.split(rng_key, mcmc.num_chains)
+    state = kernel.init(keys, mcmc.num_warmup, init_params, args, kwargs)
+    names = [name for name in kernel.default_fields if name != kernel.sample_field]
+
+    def run(state):
+        values_of = kernel.postprocess_fn(args, kwargs)
+        if mcmc.num_chains > 1:
+            values_of = jax.vmap(values_of)
+
+        def steps(state, num):
+            return lax.fori_loop(0, num, lambda _, s: kernel.sample(s, args, kwargs), state)
+
+        def draw(state, _):
+            state = steps(state, thinning)
+            fields = {name: getattr(state, name) for name in names}
+            return state, (values_of(getattr(state, kernel.sample_field)), fields)
+
+        start = steps(state, mcmc.num_warmup)
+        return lax.scan(draw, start, None, mcmc.num_samples // thinning)[1]
+
+    drawn = run_compiled(run, state, unless=(args, kwargs))
+    if mcmc.num_chains == 1:
+        return jax.tree.map(lambda x: x[None], drawn)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drawn)
 
 
 def _name_of(kernel):

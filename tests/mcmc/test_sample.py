@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sample draws, and which kernel it takes."""
 
+import gc
 import logging
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -100,17 +100,23 @@ def test_sample_says_what_it_does(caplog, grbm):
 
 
 def test_draws_are_as_many_as_asked_for_and_of_every_chain():
-    """Of chains that stay where they start: the draws are those of four starts."""
+    """Those of a loop written out: after three steps of warm-up, every fifth of four chains."""
 
     def normal():
-        with numpyro.plate("data", 1):
+        with numpyro.plate("data", 2):
             v = numpyro.sample("v", ebm.Lebesgue())
             ebm.energy("E", 0.5 * v**2)
 
-    options = {"num_chains": 4, "thinning": 5, "num_warmup": 0}
-    kernel = partial(ebm.ULA, step_size=1e-9)
-    draws = ebm.sample(jax.random.key(3), ebm.fixed(normal, {}), 7, kernel=kernel, **options)["v"]
-    assert draws.shape == (7, 1) and len(np.unique(np.round(draws, 2))) == 4
+    model, options = ebm.fixed(normal, {}), {"num_chains": 4, "thinning": 5, "num_warmup": 3}
+    kernel = ebm.ULA(model, step_size=0.1)
+    draws = ebm.sample(jax.random.key(3), model, 7, kernel=kernel, **options)["v"]
+    keys = jax.random.split(jax.random.split(jax.random.key(3))[0], 4)
+    state, step = kernel.init(keys, 3, None, (), {}), jax.jit(lambda s: kernel.sample(s, (), {}))
+    seen = []
+    for i in range(13):
+        state = step(state)
+        seen += [state.z["v"]] if i in (7, 12) else []
+    np.testing.assert_allclose(draws, jnp.stack(seen, 1).reshape(8, 2)[:7], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["z", pytest.param("x", marks=pytest.mark.slow)])
@@ -173,3 +179,34 @@ def test_missing_units_are_drawn_given_the_others(kernel):
     expected = 4_000 * weights / weights.sum()
     counts = np.bincount(s[:, 1] * 2 + s[:, 2], minlength=4)
     assert np.sum((counts - expected) ** 2 / expected) < 3 + 4.5 * 6**0.5
+
+
+def test_sampling_again_compiles_nothing_and_keeps_nothing(caplog):
+    """The model and its fixed parameters made anew each time, at other values."""
+
+    def draws(seed, scale):
+        params = {"scale": jnp.asarray(scale), "shift": jnp.arange(3.0)}
+
+        def model(num_rows=30):
+            scale = numpyro.param("scale", jnp.ones(()))
+            shift = numpyro.param("shift", jnp.zeros(3))
+            with numpyro.plate("data", num_rows):
+                v = numpyro.sample("v", ebm.Lebesgue(event_shape=(3,)))
+                ebm.energy("E", 0.5 * jnp.sum(((v - shift) / scale) ** 2, -1))
+
+        key = jax.random.key(seed)
+        return ebm.sample(key, ebm.fixed(model, params), 200, kernel=ebm.MALA, num_warmup=200)["v"]
+
+    first = draws(0, 1.0)
+    gc.collect()
+    alive = len(jax.live_arrays())
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        caplog.clear()
+        second = draws(1, 3.0)
+    compiled = [x.getMessage() for x in caplog.records if "XLA compilation" in x.getMessage()]
+    assert not compiled, compiled
+    gc.collect()
+    assert len(jax.live_arrays()) == alive + 1
+    for x, scale in ((first, 1.0), (second, 3.0)):
+        np.testing.assert_allclose(jnp.std(x, (0, 1)), scale, rtol=0.1)
+        np.testing.assert_allclose(jnp.mean(x, (0, 1)), np.arange(3.0), atol=0.1 * scale)

@@ -47,3 +47,48 @@ def test_it_may_be_a_part_of_what_is_traced(transform):
     x = x[0] if transform is jax.jit else x
     plain = transform(lambda x: jnp.sum(TABLE * x, -1))
     np.testing.assert_allclose(transform(of_rows)(x), plain(x), rtol=1e-6)
+
+
+def compilations(caplog, fn):
+    """What ``fn`` returns, and the names of the programs that were compiled for it."""
+    with caplog.at_level("WARNING"), jax.log_compiles():
+        caplog.clear()
+        result = fn()
+    lines = [x.getMessage() for x in caplog.records]
+    return result, [x for x in lines if x.startswith("Finished XLA compilation of jit(program)")]
+
+
+def line(slope, name="y"):
+    return lambda x: {name: slope * x + 1.0}
+
+
+def test_a_program_that_was_run_before_is_not_compiled_again(caplog):
+    x, cubic = jnp.arange(5.0), lambda slope: lambda x: slope * x**3 - 2.5
+    first, compiled = compilations(caplog, lambda: run_compiled(cubic(jnp.float32(2.0)), x))
+    assert len(compiled) == 1
+    second, compiled = compilations(caplog, lambda: run_compiled(cubic(jnp.float32(3.0)), x + 1))
+    assert not compiled
+    np.testing.assert_array_equal(first, 2 * np.arange(5.0) ** 3 - 2.5)
+    np.testing.assert_array_equal(second, 3 * np.arange(1.0, 6.0) ** 3 - 2.5)
+
+
+@pytest.mark.parametrize(
+    "one, other, x",
+    [
+        (line(2.0), line(2.0, "z"), jnp.ones(2)),  # names of what is returned
+        (line(np.float32(2.0)), line(np.float32(4.0)), jnp.ones(2)),  # constants
+        (lambda k: k, jax.random.key_data, jax.random.key(3)),  # types that compilers do not know
+        (lambda x: x[0], lambda x: x, (jnp.ones(2),)),
+        (
+            lambda x: jax.pure_callback(lambda y: y + 1, x, x),  # functions of the host
+            lambda x: jax.pure_callback(lambda y: y + 2, x, x),
+            jnp.ones(2),
+        ),
+    ],
+)
+def test_programs_that_differ_are_told_apart(one, other, x):
+    for fn in (one, other, one):
+        found, expected = run_compiled(fn, x), fn(x)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype and jnp.array_equal(a, b)
