@@ -54,6 +54,8 @@ LONGEST = (
     "test_runs_with_a_tenth_of_the_moves_or_less_are_found",
     "test_stationary_law_in_double_precision",
     "test_stein_test_with_draws_of_a_kernel_has_its_size",
+    "test_the_law_of_every_sampler_is_that_of_enumeration[replicas of S",
+    "test_the_law_of_every_sampler_is_that_of_enumeration[replicas of D",
     "test_the_posterior_is_the_exact_one_for_five_seeds",
     "test_tools.py::",
 )

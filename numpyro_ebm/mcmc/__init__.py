@@ -12,6 +12,7 @@ from numpyro_ebm.mcmc.kernel_choice import choose_kernel as choose_kernel
 from numpyro_ebm.mcmc.langevin import MALA, ULA
 from numpyro_ebm.mcmc.mclmc import MCLMC
 from numpyro_ebm.mcmc.replica_exchange import ReplicaExchange
+from numpyro_ebm.mcmc.replicas_of_kernel import ReplicasOfKernel as ReplicasOfKernel
 from numpyro_ebm.mcmc.sampling import sample
 from numpyro_ebm.mcmc.swendsen_wang import SwendsenWang
 from numpyro_ebm.mcmc.underdamped import UnderdampedLangevin

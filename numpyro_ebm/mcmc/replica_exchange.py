@@ -67,11 +67,12 @@ class ReplicaExchangeState(NamedTuple):
 
 
 class ReplicaExchange(AdaptiveKernel):
-    r"""Replica exchange (parallel tempering) on the continuous sites of an energy-based model.
+    r"""Replica exchange (parallel tempering) of an energy-based model.
 
     .. math:: p_β(z) \propto b(z)\, e^{-β E(z)}, \qquad 1 = β_1 > β_2 > … > β_K
 
-    A step moves each replica by MALA at its own temperature, then swaps neighbours,
+    A step moves each replica at its own temperature, by MALA on the continuous sites or by a kernel
+    that is given, then swaps neighbours,
 
     .. math:: α_k = \min\bigl\{1,\ e^{(β_k - β_{k+1})(E(z_k) - E(z_{k+1}))}\bigr\}
 
@@ -100,6 +101,10 @@ class ReplicaExchange(AdaptiveKernel):
     :param bool adapt_ladder: move the inner temperatures in warm-up so that all pairs swap equally
         often; the ends stay.
     :param float target_accept_prob: the acceptance probability of moves to adapt to.
+    :param kernel: what moves the replicas in the place of MALA, a function from a model to a kernel
+        that draws discrete sites: ``BlockGibbs``, ``SwendsenWang``, ``lambda model:
+        DiscreteLangevin(model, step_size=0.5)``. It gets the model at the temperature of each
+        replica, and adapts its own step sizes; the options of step sizes are not taken then.
     :param init_strategy: NumPyro initialisation strategy; each replica starts for itself.
     :raises ModelError: if the ladder is not decreasing from 1 within [0, 1] or has one replica,
         ``step_size`` is not positive, or missing where there is no warm-up; from ``init``, if β
@@ -111,7 +116,8 @@ class ReplicaExchange(AdaptiveKernel):
     independent as replicas make round trips. Memory and time grow with the number of replicas.
 
     .. note:: It cannot be a block of ``Gibbs``: its hot replicas depend on what they are
-       conditioned on, and keep it when other blocks move. Discrete sites are summed out.
+       conditioned on, and keep it when other blocks move. Discrete sites are summed out, unless a
+       ``kernel`` draws them.
 
     Reference: Geyer, *Markov chain Monte Carlo maximum likelihood*, 1991; Syed, Bouchard-Côté,
     Deligiannidis, Doucet, *Non-reversible parallel tempering*, 2022.
@@ -137,6 +143,12 @@ class ReplicaExchange(AdaptiveKernel):
 
     takes_any_model = True
 
+    _of_kernel: type["ReplicaExchange"]  # set where it is written, in `replicas_of_kernel`
+
+    def __new__(cls, *args: Any, kernel: Any = None, **kwargs: Any) -> "ReplicaExchange":
+        is_plain = kernel is None or cls is not ReplicaExchange
+        return object.__new__(cls if is_plain else ReplicaExchange._of_kernel)
+
     def __init__(
         self,
         model: Model,
@@ -148,6 +160,7 @@ class ReplicaExchange(AdaptiveKernel):
         adapt_step_size: bool = True,
         adapt_ladder: bool = True,
         target_accept_prob: float = 0.75,
+        kernel: Callable[[Model], Any] | None = None,  # makes it one of `replicas_of_kernel`
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         self._ladder = parse_ladder(inverse_temperatures, num_replicas, min_inverse_temperature)
@@ -180,22 +193,8 @@ class ReplicaExchange(AdaptiveKernel):
 
     def _target(self, model_args, model_kwargs):
         """The row model, and the base and the tempered part of its row log-density."""
-        if GIBBS_SITES_KWARG in (model_kwargs or {}):
-            raise ModelError(
-                "ReplicaExchange cannot be a block of `Gibbs`: its hot replicas would keep what "
-                "they were conditioned on when the other blocks move, and the law would be wrong. "
-                "Run it on its own, where discrete sites are summed out; or use `MALA`, "
-                "`UnderdampedLangevin` or `MCLMC` as the block."
-            )
         row_model, log_density = self._read(self._model, model_args, model_kwargs)
-        flat = sorted(name for name, site in row_model.visible.items() if site.is_flat)
-        if flat and self._ladder[-1] == 0:
-            raise ModelError(
-                f"ReplicaExchange: at an inverse temperature of 0 only the base measure is left, "
-                f"and that of {flat} is flat and has no integral. End `inverse_temperatures` above "
-                "0, or give the sites a proper base measure, `numpyro.sample(name, dist.Normal(0, "
-                "10))`."
-            )
+        self._check_block(row_model, model_kwargs)
         hot = self._hot_model(row_model)
         if hot is not None:
             _, base = self._read(hot, model_args, model_kwargs)
@@ -209,6 +208,24 @@ class ReplicaExchange(AdaptiveKernel):
             return sum(others) + log_det, sum(energies)
 
         return row_model, per_row(lambda rows: terms(rows)[0]), per_row(lambda rows: terms(rows)[1])
+
+    def _check_block(self, row_model, model_kwargs):
+        """Raise if it is a block of ``Gibbs``, or nothing holds the replica at β = 0."""
+        if GIBBS_SITES_KWARG in (model_kwargs or {}):
+            raise ModelError(
+                "ReplicaExchange cannot be a block of `Gibbs`: its hot replicas would keep what "
+                "they were conditioned on when the other blocks move, and the law would be wrong. "
+                "Run it on its own, where discrete sites are summed out; or use `MALA`, "
+                "`UnderdampedLangevin` or `MCLMC` as the block."
+            )
+        flat = sorted(name for name, site in row_model.visible.items() if site.is_flat)
+        if flat and self._ladder[-1] == 0:
+            raise ModelError(
+                f"ReplicaExchange: at an inverse temperature of 0 only the base measure is left, "
+                f"and that of {flat} is flat and has no integral. End `inverse_temperatures` above "
+                "0, or give the sites a proper base measure, `numpyro.sample(name, dist.Normal(0, "
+                "10))`."
+            )
 
     def _hot_model(self, row_model):
         """The model at β = 0; ``None`` where its terms tell the base and the rest apart."""

@@ -170,7 +170,10 @@ def _checked(form, potts, tables):
 
 NOT_EQUALITY = "the energy of {} is no multiple of [equal values], beside terms of one of them"
 NEGATIVE = "the energy of {} rewards different values"
-REMEDY = "Use `BlockGibbs` or `DiscreteLangevin`, which take any energy."
+REMEDY = (
+    "Use `BlockGibbs` or `DiscreteLangevin`, which take any energy; where they mix slowly, lay a "
+    "ladder of temperatures under them, `ReplicaExchange(model, kernel=BlockGibbs)`."
+)
 
 
 def _refuse(form, potts, wrong, why):

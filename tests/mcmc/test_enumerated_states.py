@@ -118,6 +118,15 @@ SAMPLERS = {
     "DiscreteLangevin": partial(ebm.DiscreteLangevin, step_size=3.0),
     "exact differences": partial(ebm.DiscreteLangevin, step_size=1.0, differences="exact"),
     "SwendsenWang": ebm.SwendsenWang,
+    "replicas of BlockGibbs": partial(ebm.ReplicaExchange, kernel=ebm.BlockGibbs, num_replicas=3),
+    "replicas of SwendsenWang": partial(
+        ebm.ReplicaExchange, kernel=ebm.SwendsenWang, num_replicas=3
+    ),
+    "replicas of DiscreteLangevin": partial(
+        ebm.ReplicaExchange,
+        kernel=partial(ebm.DiscreteLangevin, step_size=1.0, differences="exact"),
+        num_replicas=3,
+    ),
 }
 
 REFUSED = {
@@ -126,6 +135,12 @@ REFUSED = {
     ("SwendsenWang", "triples"): r"up to 3 units of \['s'\], .* Use `BlockGibbs`",
     ("SwendsenWang", "largest"): "is not seen to be a sum .* Use `BlockGibbs`",
 }
+
+REPLICAS = {"BlockGibbs": "magnet", "SwendsenWang": "spins", "DiscreteLangevin": "triples"}
+PAIRS = [
+    *itertools.product([name for name in SAMPLERS if "replicas" not in name], ENERGIES),
+    *((f"replicas of {name}", energy) for name, energy in REPLICAS.items()),
+]
 
 QUICK = {("SwendsenWang", "uneven")}
 
@@ -142,7 +157,7 @@ def last(kernel, num_rows=NUM_ROWS, num_steps=NUM_STEPS, args=()):
     "sampler, energy",
     [
         pytest.param(*pair, marks=[] if pair in QUICK | set(REFUSED) else pytest.mark.slow)
-        for pair in itertools.product(SAMPLERS, ENERGIES)
+        for pair in PAIRS
     ],
 )
 def test_the_law_of_every_sampler_is_that_of_enumeration(sampler, energy):

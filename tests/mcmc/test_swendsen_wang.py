@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
+from jax import lax
 from numpyro.infer import MCMC, Gibbs
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components as components_of
@@ -44,14 +45,21 @@ def pairs_of(energy, num_values=3, size=4):
 
 
 def test_rows_have_couplings_of_their_own():
-    coupling = jnp.repeat(jnp.array([0.3, 0.9]), 600)
-    state = last(ebm.SwendsenWang(ebm.fixed(potts, {})), num_steps=25, args=(coupling,))
-    for value, s in zip((0.3, 0.9), np.split(np.asarray(state.z["s"]), 2), strict=True):
+    coupling = jnp.repeat(jnp.array([0.3, 0.9]), 50)
+    kernel = ebm.SwendsenWang(ebm.fixed(potts, {}))
+    start = kernel.init(jax.random.key(0), 0, None, (coupling,), {})
+
+    def draw(state, _):
+        state = lax.fori_loop(0, 12, lambda _, s: kernel.sample(s, (coupling,), {}), state)
+        return state, (state.z["s"], state.num_clusters, state.accept_prob)
+
+    _, (s, clusters, accepted) = jax.jit(lambda x: lax.scan(draw, x, None, 60))(start)
+    for i, value in enumerate((0.3, 0.9)):
         energies = np.asarray(potts_energy(POTTS_STATES, value))
-        assert abs(z_score(POTTS_STATES, energies, s)) < 4.5
-    clusters = np.asarray(state.num_clusters).reshape(2, -1)
-    assert clusters[0].mean() > 1.5 * clusters[1].mean()
-    np.testing.assert_array_equal(state.accept_prob, 1.0)
+        own = np.asarray(s)[10:, 50 * i : 50 * (i + 1)].reshape(-1, 9)
+        assert abs(z_score(POTTS_STATES, energies, own)) < 4.5
+    assert clusters[:, :50].mean() > 1.5 * clusters[:, 50:].mean()
+    np.testing.assert_array_equal(accepted, 1.0)
 
 
 @pytest.mark.slow
