@@ -74,7 +74,7 @@ MEMBERS = {
         *("[ScoreMatching]", "[MaximumL", "Pseudo", "KSD"),
     ),
     "test_a_loss_is_the_weighted_sum_of_those_of_the_rows": (
-        *("[ScoreM", "KernelS", "[NCE", "Flow", "Fisher", "Contrastive", "[MaximumL", "Pseudo"),
+        *("[ScoreM", "KernelS", "[NCE", "Flow", "[Fisher", "Contrastive", "[MaximumL", "Pseudo"),
     ),
     "test_a_fit_traces_its_model_five_times_at_most": ("[all", "batches", "an ELBO", "posterior]"),
     "test_a_chain_traces_its_model_four_times_at_most": ("[MALA]", "Replica", "Block"),

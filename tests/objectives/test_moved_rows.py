@@ -129,7 +129,8 @@ def test_one_coordinate_of_all_sites_moves():
     a, b, v = RNG.integers(0, 3, (rows, 2)), RNG.integers(0, 2, rows), RNG.normal(size=rows)
     objective = ConditionalNCE(0.5)
     problem = objective.prepare(KEY, {"t": 1.0}, model, None, (a, b, v), {})
-    moved = objective._kernel.draw(KEY, problem.row_model, problem.unconstrained)
+    draw = jit(lambda point: objective._kernel.draw(KEY, problem.row_model, point))
+    moved = draw(problem.unconstrained)
     changed = np.c_[moved["a"] != a, (moved["b"] != b)[:, None]]
     assert np.all(changed.sum(1) == 1)
     np.testing.assert_allclose(changed.mean(0), 1 / 3, atol=4 * np.sqrt(2 / 9 / rows))
@@ -166,6 +167,7 @@ def test_kernel_ratio_matching_is_a_distance_of_ratios(x64, probability):
     np.testing.assert_allclose(found, found[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_bit_is_pseudo_likelihood_and_ratio_matching():
     """In the mean over the bit: the sums over all bits, by their number."""
     q, table = bits_kernel(None), ising_table(ISING)

@@ -10,7 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import oracles
 import pytest
-from contrast_cases import KEY, RNG, arrays, fitted_noise, grbm_log_z, one_dimensional, train
+from contrast_cases import KEY, RNG, arrays, fitted_noise, grbm_log_z, one_dimensional, slow, train
 from jax.scipy.special import gammaln
 from numpyro.distributions import constraints
 from oracles import assert_unbiased, draws, flat, jit
@@ -36,7 +36,7 @@ def potts_density(J, x):
     return J[x[..., 0], x[..., 1]] + J[x[..., 1], x[..., 2]] + 0.5 * J[x[..., 2], x[..., 0]]
 
 
-@pytest.mark.parametrize("shift", [-0.4, 0.0, pytest.param(0.7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shift", [slow(0.0), -0.4, slow(0.7)])
 def test_it_is_a_bound_that_touches_at_log_z(x64, shift):
     """Over draws of any noise; the sum over all states is the oracle."""
     x = RNG.integers(0, 3, (6, 3))
@@ -84,9 +84,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["real", "positive", pytest.param("counts", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", [slow("real"), "positive", slow("counts")])
 def test_with_the_model_as_noise_every_draw_is_the_likelihood(x64, name):
     model, params, log_z, noise = SAME[name]
     data = np.asarray(noise.sample(KEY, (7,)))
@@ -95,7 +93,8 @@ def test_with_the_model_as_noise_every_draw_is_the_likelihood(x64, name):
     loss = jit(lambda p, key: objective.loss(key, p, model, None, data))
     np.testing.assert_allclose(loss(params, KEY), -np.mean(noise.log_prob(data)), rtol=1e-9)
     problem = objective.prepare(KEY, params, model, None, (data,), {})
-    np.testing.assert_allclose(objective.overlap(KEY, params, problem), 1.0, rtol=1e-9)
+    overlap = jit(lambda p: objective.overlap(KEY, p, problem))(params)
+    np.testing.assert_allclose(overlap, 1.0, rtol=1e-9)
     known = objective.log_normalizer(KEY, params, model, None, data, parameters_known=True)
     assert known.method == "SNL" and known.mcse < 1e-6
 
@@ -108,10 +107,17 @@ def test_the_error_of_b_at_known_parameters_is_that_of_importance_sampling(x64):
     known = objective.log_normalizer(
         jax.random.key(9), params, one_dimensional, None, data, parameters_known=True
     )
-    v = np.linspace(-9, 9, 20_001)
+    v = np.linspace(-9.0, 9.0, 20_001)
     square = np.trapezoid(np.exp(-1.6 * v**2 + v - 2 * LOG_Z - np.asarray(noise.log_prob(v))), v)
     np.testing.assert_allclose(known.mcse, np.sqrt((square - 1.0) / (2 * rows)), rtol=0.15)
     np.testing.assert_allclose(known.ess, 2 * rows / square, rtol=0.1)
+    # By the rows, where b is too low by one, and by the draws, where it is too high.
+    p, q = np.exp(-0.8 * v**2 + 0.5 * v - LOG_Z), np.exp(np.asarray(noise.log_prob(v)))
+    problem = objective.prepare(KEY, params, one_dimensional, None, (data,), {})
+    overlap = jit(lambda b: objective.overlap(KEY, {**params, "log_normalizer": b}, problem))
+    for shift, weight in ((-1.0, 1.0), (1.0, np.exp(-1.0))):
+        exact = weight * np.trapezoid(2 * p * q / (p * np.exp(-shift) + q), v)
+        np.testing.assert_allclose(overlap(LOG_Z + shift), exact, atol=0.03)
 
 
 @pytest.mark.slow
@@ -168,16 +174,20 @@ def test_any_guide_leaves_a_bound(x64):
     assert bound.mean() - exact.mean() > 4 * error
 
 
-def test_far_noise_warns_and_what_does_not_go_together_is_refused():
+@pytest.mark.slow
+def test_noise_far_from_the_rows_warns():
     data = jax.random.normal(KEY, (300,))
     far = ebm.SelfNormalizedLikelihood(dist.Normal(4.0, 0.3))
     with pytest.warns(FarNoiseWarning, match=r"SelfNorm.*almost no row lies where it has"):
-        fit = train(one_dimensional, far, data, 1, lr=1e-6)
+        train(one_dimensional, far, data, 1, lr=1e-6)
     near = ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.5))
     train(one_dimensional, near, data, 1)  # warnings are errors here
-    del fit.params["log_normalizer"]
+
+
+def test_what_does_not_go_together_is_refused():
+    near = ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.5))
     with pytest.raises(ModelError, match="the log Z that SelfNormalizedLikelihood learns"):
-        near.log_normalizer(KEY, fit.params, one_dimensional, None, data)
+        near.log_normalizer(KEY, NORMAL, one_dimensional, None, jnp.arange(3.0))
     with pytest.raises(ModelError, match="SelfNormalizedLikelihood: `noise_ratio` must"):
         ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.0), 0)
     with pytest.raises(ModelError, match="SelfNormalizedLikelihood: `noise_optim` is given"):
