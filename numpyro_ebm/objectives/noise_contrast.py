@@ -8,12 +8,14 @@ every row of the data,
 
 is the loss of a classifier whose optimum is the data's density, normalised: log Z is a parameter
 like any other. Nothing is sampled from the model and no derivative in v is taken, so that v may be
-of any kind. Three members of the family:
+of any kind. Members of the family:
 
 - ``NCE``: the loss above; with ``ImportanceBound`` it is variational NCE.
+- ``SelfNormalizedLikelihood``: a bound on the likelihood by the same noise, with the same log Z.
 - ``RankingNCE``: which of ν + 1 points is the row? It needs no log Z, and so stays right where
   covariates give every row a normalizer of its own.
 - ``ConditionalNCE``: the noise is the row itself, moved; no noise to choose, no log Z.
+  ``KernelRatioMatching`` compares the same two points by a bounded loss.
 
 The known failure: where the noise is far from the data every point is told apart without effort,
 and the loss is flat. ``NCE`` warns when a run ends so.
