@@ -60,7 +60,8 @@ class generalized(Calibrated):
     :param objective: a loss that is a function of θ and the data: score matching of every kind,
         ``KernelSteinDiscrepancy`` (KSD-Bayes; never negative with ``pairs="square"``, and robust
         with ``weight``), ``DiscreteFisherDivergence`` (counts without an end as well),
-        ``PseudoLikelihood``, ``RatioMatching``, ``EnergyDiscrepancy``, ``NCE`` and its relatives. ``MaximumLikelihood`` gives the posterior itself.
+        ``PseudoLikelihood``, ``RatioMatching``, ``EnergyDiscrepancy``, ``NCE`` and its relatives.
+        ``MaximumLikelihood`` gives the posterior itself.
     :param learning_rate: β, a positive number, or ``"calibrate"``: widths are then those of the
         estimator over data sets. β is the best that one number does, by :meth:`calibrate` at the
         first data that the model is run with (:attr:`learning_rate` then holds it), and
