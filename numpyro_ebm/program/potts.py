@@ -87,11 +87,22 @@ def read_potts(form: MultiAffine) -> Potts:
     upper = triu(graph, 1).tocoo()
     pairs = np.stack([upper.row, upper.col], 1)
     colors = greedy_colors(csr_matrix(graph + graph @ graph))
+
+    def found():
+        tables, *rest = _derivatives(form, colors, pairs)
+        return tables, *_couplings_and_fields(form, pairs, tables, *rest)
+
     if not form.is_known:
-        return _potts(form, pairs, *_derivatives(form, colors, pairs), is_checked=False)
+        _, couplings, fields = found()
+        return Potts(*_states_of(form), pairs, couplings, fields, form.is_binary, False)
     with jax.ensure_compile_time_eval():
-        tables, *rest = jax.jit(lambda: _derivatives(form, colors, pairs))()
-        return _checked(form, _potts(form, pairs, tables, *rest, is_checked=True), tables)
+        tables, couplings, fields = map(np.asarray, jax.jit(found)())
+    potts = Potts(*_states_of(form), pairs, couplings, fields, form.is_binary, True)
+    return _checked(form, potts, tables)
+
+
+def _states_of(form):
+    return tuple(form.names), form.values
 
 
 def _derivatives(form, colors, pairs):
@@ -122,7 +133,7 @@ def _derivatives(form, colors, pairs):
     return jnp.moveaxis(tables, 0, 1), jnp.moveaxis(own, 0, 1), slopes
 
 
-def _potts(form, pairs, tables, own, slopes, *, is_checked):
+def _couplings_and_fields(form, pairs, tables, own, slopes):
     first, second = pairs.T
     if form.is_binary:  # [x = 1] [y = 1] is half of [x = y], and terms of one coordinate
         couplings = 0.5 * tables[..., 0, 0]
@@ -130,7 +141,7 @@ def _potts(form, pairs, tables, own, slopes, *, is_checked):
         fields = jnp.stack([jnp.zeros_like(one), one], -1)
     else:
         same, _ = _centred(form, pairs, np.eye(form.values.shape[1]))
-        size = jnp.maximum(jnp.sum(same**2, (-2, -1)), 1e-30)  # 0 for a site of one value
+        size = np.maximum(np.sum(same**2, (-2, -1)), 1e-30)  # 0 for a site of one value
         couplings = jnp.sum(tables * same, (-2, -1)) / size
         squares = jnp.diagonal(own, axis1=-2, axis2=-1)
         fields = jnp.where(form.is_state, slopes + 0.5 * squares - own[..., 0], -jnp.inf)
@@ -138,24 +149,22 @@ def _potts(form, pairs, tables, own, slopes, *, is_checked):
     paired = jnp.zeros(fields.shape[:2], fields.dtype)
     paired = paired.at[:, first].add(couplings).at[:, second].add(couplings)
     fields = fields.at[..., 0].add(-paired)
-    return Potts(
-        tuple(form.names), form.values, pairs, couplings, fields, form.is_binary, is_checked
-    )
+    return couplings, fields
 
 
 def _centred(form, pairs, tables):
     """Tables without the means of their rows and columns, and which entries are of two states."""
     rows, columns = (form.is_state[i].astype(float) for i in pairs.T)
     of_rows, of_columns = (x / np.sum(x, -1, keepdims=True) for x in (rows, columns))
-    tables = tables - jnp.einsum("...ab,...a->...b", tables, of_rows)[..., None, :]
-    tables = tables - jnp.einsum("...ab,...b->...a", tables, of_columns)[..., :, None]
+    tables = tables - np.einsum("...ab,...a->...b", tables, of_rows)[..., None, :]
+    tables = tables - np.einsum("...ab,...b->...a", tables, of_columns)[..., :, None]
     are_states = rows[:, :, None] * columns[:, None, :]
     return tables * are_states, are_states
 
 
 def _checked(form, potts, tables):
     """With the pairs that are coupled, if all of them may be."""
-    couplings = np.asarray(potts.couplings)
+    couplings = potts.couplings
     largest = np.max(np.abs(couplings), initial=0.0)
     if not potts.is_binary:
         same, _ = _centred(form, potts.pairs, np.eye(form.values.shape[1]))
