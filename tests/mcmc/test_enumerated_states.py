@@ -142,7 +142,7 @@ PAIRS = [
     *((f"replicas of {name}", energy) for name, energy in REPLICAS.items()),
 ]
 
-QUICK = {("SwendsenWang", "uneven")}
+QUICK = {("SwendsenWang", "spins")}
 
 
 def last(kernel, num_rows=NUM_ROWS, num_steps=NUM_STEPS, args=()):
