@@ -58,6 +58,7 @@ def as_dict(group):
     return dict(data.data_vars)
 
 
+@pytest.mark.slow
 def test_energy_of_parameters_under_the_default_fields_of_hmc():
     import arviz as az
 

@@ -37,6 +37,7 @@ def test_sample_draws_the_joint_of_visible_and_hidden_units(grbm):
         assert np.all(np.abs(product.mean(0) - expected) < 4.5 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [(0, 1, 2), (3, 4, 5)])
 def test_sample_draws_event_and_scalar_discrete_sites_together(values):
     low = values[0]

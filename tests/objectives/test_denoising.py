@@ -139,6 +139,7 @@ def test_gradients_of_guide_and_energy_do_not_leak():
         np.testing.assert_allclose(samples[k], 0.0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_guide_is_fitted_at_the_noised_values():
     """A guide that reports the value it saw: the noised one, the same as the energy's."""
     seen = []

@@ -185,6 +185,7 @@ def test_an_argument_as_long_as_the_rows_is_not_repeated_with_them():
         run(ebm.Exchange(model, exact_rows(N)), X, jnp.asarray(1 + TIMES), jnp.ones(N), num=1)
 
 
+@pytest.mark.slow
 def test_nuts_and_score_matching_with_weights():
     """Score matching is quadratic in θ: its generalised posterior is a Gaussian, cut at zero."""
     model = ebm.generalized(gaussian("energy"), ebm.ScoreMatching())
