@@ -164,7 +164,7 @@ class TracedModel:
         rng_key = default_key() if rng_key is None else rng_key
         own = self._with_role("param", "prior")
         params = {k: x for k, x in (params or {}).items() if k in own}
-        if self._has_loops or not self._program.takes(params):
+        if params and (self._has_loops or not self._program.takes(params)):
             return self.at(self.arguments.args, self.arguments.kwargs, params).bind(rng_key)
         weights = self.row_weights(rng_key, params)
         self.check_data(rng_key, params)

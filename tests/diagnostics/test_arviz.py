@@ -8,6 +8,7 @@ import optax
 import oracles
 import pytest
 from diagnostic_cases import KEY, LOG_Z, chain, gaussian, log_likelihood, own_grbm
+from numpyro.handlers import scale
 from numpyro.infer import NUTS, DiscreteGibbs, Gibbs
 from oracles import LINEAR
 from scipy.special import gammaln
@@ -114,11 +115,11 @@ def test_log_likelihood_on_a_bounded_support():
     params = {"a": np.array(2.5), "rate": np.array(1.3)}
     data = np.random.default_rng(0).gamma(2.0, size=4)
     log_z = gammaln(2.5) - 2.5 * np.log(1.3)
-    model = ebm.fixed(oracles.gamma, params)
+    model = scale(ebm.fixed(oracles.gamma, params), scale=2.0)  # every row is there twice
     idata = ebm.to_arviz(
         {"v": np.ones((100, 1))}, model, log_normalizer=log_z, observed=jnp.asarray(data)
     )
-    expected = gamma_law(2.5, scale=1 / 1.3).logpdf(data)
+    expected = 2 * gamma_law(2.5, scale=1 / 1.3).logpdf(data)
     np.testing.assert_allclose(idata["log_likelihood"]["v"].values[0, 0], expected, atol=1e-4)
 
 

@@ -92,6 +92,32 @@ def test_weights_of_rows_and_of_an_objective_multiply():
     np.testing.assert_allclose(loss([2.0, 0.5], [3.0, 5.0]), 6 * first + 2.5 * second, rtol=1e-5)
 
 
+def test_units_of_a_plate_that_subsamples_count_for_those_left_out():
+    """With weights around the rows and without: a weight of two is twice the loss."""
+
+    def units():
+        return numpyro.plate("units", 6, subsample_size=2, dim=-2)
+
+    def both(data, weight):
+        with numpyro.plate("data", len(data), dim=-1), handlers.scale(scale=weight):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2)
+            with units():
+                h = numpyro.sample("h", dist.Normal(0.0, 1.0))
+                ebm.energy("own", 0.3 * (v - h) ** 2)
+
+    def q(data, weight):
+        with numpyro.plate("data", len(data), dim=-1), units():
+            numpyro.sample("h", dist.Normal(0.2 * ebm.visible("v", data), 0.8))
+
+    def loss(weight):
+        objective, key = ebm.DenoisingScoreMatching(0.3, ebm.VaGES(2)), jax.random.key(3)
+        problem = objective.prepare(key, {}, both, q, (jnp.array([0.3, -1.2]), weight), {})
+        return row_guide_loss(Trace_ELBO(), key, {}, {}, problem, q)
+
+    np.testing.assert_allclose(loss(2.0), 2 * loss(1.0), rtol=1e-5)
+
+
 def test_tests_of_fit_that_count_rows_alike_refuse_weights():
     def gaussian(data, weights):
         with numpyro.plate("data", len(data)), handlers.scale(scale=weights):

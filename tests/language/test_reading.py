@@ -9,6 +9,7 @@ import numpyro.distributions as dist
 import pytest
 from language_cases import X, gaussian, outside
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import MCMC, NUTS
 
 import numpyro_ebm as ebm
@@ -270,3 +271,22 @@ def test_numpyros_enumeration_of_event_units_says_what_to_write():
     mcmc = MCMC(NUTS(ebm.fixed(units, {})), num_warmup=2, num_samples=2, progress_bar=False)
     with pytest.raises(ebm.ModelError, match="Declare the units in a plate"):
         mcmc.run(jax.random.key(0))
+
+
+def test_a_model_may_calculate_in_a_loop():
+    """`scan` over its parameters: what it is read with at first does not stay."""
+
+    def model(data):
+        rate = numpyro.param("rate", 0.5)
+        _, path = scan(lambda c, x: (c + rate * x, c + rate * x), 0.0, jnp.arange(3.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (v - path[-1]) ** 2)
+
+    traced = read_model(model, (X,), {}, {"rate": 1.0}).traced
+    assert traced.bind(None, {"rate": jnp.array(2.0)}).parameters["rate"] == 2.0
+    svi = ebm.EnergySVI(model, None, numpyro.optim.SGD(0.1), ebm.ScoreMatching())
+    state, loss = svi.update(svi.init(jax.random.key(3), X), X)
+    gap = np.mean(X) - 3 * 0.5
+    np.testing.assert_allclose(loss, 0.5 * np.mean((X - 1.5) ** 2) - 1.0, rtol=1e-5)
+    np.testing.assert_allclose(svi.get_params(state)["rate"], 0.5 + 0.1 * 3 * gap, rtol=1e-5)

@@ -66,12 +66,13 @@ def test_a_site_of_units_alone_is_no_latent_of_the_rows():
 
 def test_a_row_that_does_not_count_may_be_no_number():
     def model(data):
-        with numpyro.plate("data", len(data)), mask(mask=jnp.array([True, False])):
+        with numpyro.plate("data", len(data)), mask(mask=jnp.array([False, True])):
             v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
             ebm.energy("E", 0.5 * v**2)
 
-    row_model = read_model(model, (jnp.ones(2),), {})
-    assert row_model.weigh(jnp.array([3.0, jnp.nan])).tolist() == [3.0, 0.0]
+    row_model = read_model(model, (jnp.array([jnp.nan, 2.0]),), {})
+    assert row_model.visible["v"].value.tolist() == [2.0, 2.0]  # one that counts stands in for it
+    assert row_model.weigh(jnp.array([jnp.nan, 3.0])).tolist() == [0.0, 3.0]
 
 
 def test_a_row_counts_where_all_masks_around_it_say_so():

@@ -2,6 +2,7 @@
 """What goes wrong with log Z, and is said."""
 
 import warnings
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.log_normalizers import LogNormalizer
 from numpyro_ebm.log_normalizers.comparison import best_of
+from numpyro_ebm.log_normalizers.exploration import _check_exploration
 
 DIVERGENT = {
     "rises": (lambda v: -(v**2), ebm.Lebesgue()),
@@ -63,6 +65,16 @@ def test_the_site_that_diverges_is_named():
 
     with pytest.raises(ModelError, match=r"site\(s\) 'w' diverges"):
         ebm.log_normalizer(KEY, ebm.fixed(two, {}), method="smc")
+
+
+def test_one_coordinate_that_runs_away_is_enough():
+    """At values that are still moderate, as they are where every chain is looked at in time."""
+    integrand = SimpleNamespace(coordinate_names=lambda: ["v", "w"])
+    for growth in (1e7, np.inf):
+        found = SimpleNamespace(growth=np.array([[1.0, growth]]), is_there=np.array([[True]]))
+        with pytest.raises(ModelError, match=r"site\(s\) 'w' diverges"):
+            _check_exploration(integrand, found, np.array([True]))
+    _check_exploration(integrand, SimpleNamespace(growth=1.0, is_there=True), np.array([True]))
 
 
 def test_free_parameters_and_bad_options():

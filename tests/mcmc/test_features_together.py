@@ -15,7 +15,8 @@ from discrete_cases import last
 import numpyro_ebm as ebm
 from numpyro_ebm.mcmc.adaptation import Adaptation, acceptance_tuner, running_mean
 from numpyro_ebm.mcmc.chain_kernel import Chain
-from numpyro_ebm.mcmc.convergence import _r_hat
+from numpyro_ebm.mcmc.convergence import _r_hat, assess_draws
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
 
 NUM_ROWS = 20_000
@@ -92,6 +93,17 @@ def test_sites_of_two_and_three_values_keep_their_law(make):
     p = probabilities()
     z = (found - NUM_ROWS * p) / np.sqrt(NUM_ROWS * p * (1 - p))
     assert np.abs(z).max() < 4.5
+
+
+def test_a_gradient_that_vanishes_at_some_states_is_a_gradient():
+    def model():
+        with numpyro.plate("data", 4):
+            s = numpyro.sample("s", ebm.Counting(2, (2,)))
+            ebm.energy("E", -jnp.exp(0.5 * s[:, 0] * s[:, 1]))
+
+    kernel = ebm.DiscreteLangevin(ebm.fixed(model, {}))
+    state = kernel.init(jax.random.key(3), 5, None, (), {})
+    assert np.all(np.isfinite(state.differences))
 
 
 def test_a_block_of_two_and_three_values_is_none_of_bits():
@@ -233,6 +245,19 @@ def test_annealing_by_noise_has_its_temperature_and_step():
     error = 4 * np.sqrt(2 / 20_000)
     np.testing.assert_allclose(variance(60, 0.5), 4.0 / (1 - 2.0 / 8), rtol=error)
     np.testing.assert_allclose(variance(1, 1e-9), 2.0**2, rtol=error)  # where it starts
+
+
+def test_a_row_of_which_one_site_moves_is_not_frozen():
+    def model():
+        with numpyro.plate("data", 3):
+            v, w = (numpyro.sample(name, ebm.Lebesgue()) for name in "vw")
+            ebm.energy("E", 0.5 * (v**2 + w**2))
+
+    moving = np.random.default_rng(0).normal(size=(1, 10, 3))
+    held = moving * np.array([1.0, 1.0, 0.0])  # the third row holds still in both sites
+    row_model = read_fixed_model(ebm.fixed(model, {}), (), {})
+    found = assess_draws(row_model, {"v": held, "w": 0.0 * moving}, {})
+    assert found.frozen.tolist() == [0, 0, 1]
 
 
 def test_the_worst_statistic_of_a_row_is_its_r_hat():

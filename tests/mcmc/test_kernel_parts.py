@@ -21,6 +21,8 @@ def test_per_row_takes_arguments_that_rows_share():
     value, gradient = jax.vmap(jax.value_and_grad(rows), (0, None))(x, 0.5)
     np.testing.assert_allclose(value, -0.5 * jnp.sum(x**2, -1))
     np.testing.assert_allclose(gradient, -x)
+    thrice = jax.vmap(jax.grad(lambda x: 3.0 * rows(x, 0.5)))(x)
+    np.testing.assert_allclose(thrice, -3 * x)
     many = jax.vmap(jax.vmap(rows, (0, None)), (None, 0))(x, jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(many[1], 2 * many[0])
     with pytest.raises(ValueError, match="must not vary by row"):

@@ -23,7 +23,7 @@ from numpyro_ebm.model.finite_supports import (
     support_values,
 )
 from numpyro_ebm.model.reading import read_model
-from numpyro_ebm.model.row_site import RowSite
+from numpyro_ebm.model.row_site import RowSite, placeholder
 
 
 class OneHot(dist.Distribution):
@@ -91,6 +91,12 @@ def test_values_are_shifted_among_their_support(values, dtype):
         moved = shifted(jnp.asarray(support, dtype), jnp.array(shift), support)
         assert moved.tolist() == np.roll(support, -shift).tolist()
         assert moved.dtype == jnp.asarray(support, dtype).dtype
+
+
+def test_what_stands_for_a_value_is_on_the_support():
+    laws = dist.DiscreteUniform(3, 5), ebm.Counting(3, (2,)), dist.Poisson(2.0), dist.Gamma(2.0)
+    for fn in laws:
+        assert np.all(fn.support(placeholder({"type": "sample", "value": None, "fn": fn})))
 
 
 def test_data_between_the_values_are_refused():

@@ -265,8 +265,8 @@ def test_parameters_are_tried_on_their_support():
         see(model, jnp.ones(4))
 
 
-# Each reads other rows in a way that is easy to miss.
 HIDDEN = {
+    "the first row, and no other": lambda v: v * v[::-1][::-1][0],
     "where the mean has a logarithm": lambda v: jnp.log(jnp.mean(v)),
     "far out only": lambda v: jnp.where(v > 1.5, jnp.mean(v), 0.0),
     "a little": lambda v: 1e-4 * jnp.mean(v) * v,

@@ -24,6 +24,7 @@ from numpyro.infer import init_to_value
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
 
 
 @pytest.mark.parametrize("method", [slow("sequential"), "vectorized", slow("parallel")])
@@ -67,11 +68,30 @@ def test_both_precisions_start_where_they_are_told_and_collect_deterministic_sit
         draws = mcmc.get_samples()
         assert draws["theta"].dtype == np.float64
         np.testing.assert_allclose(draws["sd"], 1 / np.sqrt(draws["theta"]))
+        last = mcmc.last_state.auxiliary  # of a row of the data, at the proposal
+        expected = -0.5 * np.exp(last.proposal) * np.mean(GAUSSIAN**2)
+        np.testing.assert_allclose(last.log_density[0], expected[0])
     kernel = ebm.Exchange(
         model, gaussian_rows, step_size=0.3, init_strategy=init_to_value(values={"theta": 0.5})
     )
     state = kernel.init(jax.random.key(0), 0, None, (jnp.asarray(GAUSSIAN),), {})
     assert state.z["theta"] == pytest.approx(np.log(0.5))
+
+
+def test_the_surrogate_has_a_log_z_for_every_row():
+    """N times the logarithm of the mean ratio, over the rows of all references."""
+    data, center = jnp.asarray(GAUSSIAN), 1.3
+    target = ExchangeTarget(gaussian, (data,), {})
+    v = np.random.default_rng(3).normal(size=(6, len(GAUSSIAN)))
+    theta = np.array([0.5, 2.0])
+    found = [
+        target.log_posterior({"theta": jnp.log(x)}, {"v": jnp.asarray(v)}, -0.5 * center * v**2)
+        for x in theta
+    ]
+    log_z = [np.logaddexp.reduce(np.ravel(-0.5 * (x - center) * v**2)) for x in theta]
+    log_p = stats.gamma(2).logpdf(theta) + np.log(theta) - 0.5 * theta * np.sum(GAUSSIAN**2)
+    expected = log_p - len(GAUSSIAN) * np.array(log_z)
+    np.testing.assert_allclose(found[1] - found[0], expected[1] - expected[0], rtol=1e-4)
 
 
 @pytest.mark.slow

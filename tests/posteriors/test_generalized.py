@@ -81,6 +81,11 @@ def test_the_gradient_of_a_loss_is_that_of_its_value(x64, name):
     params = {k: jnp.asarray(x, float) for k, x in POINTS[base].items()}
     if name in ("NCE", "SelfNormalizedLikelihood"):
         params["log_normalizer"] = jnp.array(0.8)
+        prior = model._potential((data,), {})  # of log Z: normal around where it starts, width 10
+        here = prior.params(prior.start)
+        there = prior.coordinates({**here, "log_normalizer": here["log_normalizer"] + 3.0})
+        change = prior.log_prior(there) - prior.log_prior(prior.start)
+        np.testing.assert_allclose(change, -0.5 * 0.3**2, rtol=1e-6)
     potential = jax.jit(lambda params: density(model, params, data))
     gradient = jax.grad(potential)(params)
     for site, x in params.items():

@@ -18,6 +18,8 @@ from posterior_cases import KEY, ROWS, precision_model
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError, WidthWarning
+from numpyro_ebm.model.arguments import Arguments
+from numpyro_ebm.posteriors.calibrated import _at_same_data
 from numpyro_ebm.posteriors.sandwich import sandwich_map
 
 HEAVY = np.random.default_rng(3).standard_t(5, 400)
@@ -300,15 +302,17 @@ def test_the_trace_rule_and_its_cap(x64):
     assert model.learning_rate == 1.0  # the model keeps the number that it was given
     likely = ebm.generalized(lattice_model, ebm.PseudoLikelihood())
     data = np.random.default_rng(0).integers(0, 2, (40, 3, 3))
-    raw, capped = (
-        likely.calibrate(data, method="trace", cap=cap).learning_rate for cap in (False, True)
-    )
-    assert capped == raw < 1.0
+    raw, capped = (likely.calibrate(data, method="trace", cap=cap) for cap in (False, True))
+    assert capped.learning_rate == raw.learning_rate < 1.0
     light = np.cbrt(HEAVY)
-    raw, capped = (
-        model.calibrate(light, method="trace", cap=cap).learning_rate for cap in (False, True)
-    )
-    assert capped == 1.0 < raw
+    raw, capped = (model.calibrate(light, method="trace", cap=cap) for cap in (False, True))
+    assert capped.learning_rate == 1.0 < raw.learning_rate
+
+
+def test_data_with_elements_missing_are_those_of_the_calibration():
+    data = np.array([1.0, np.nan, 3.0])
+    here, there = Arguments((data,), {}), Arguments((data.copy(),), {})
+    assert _at_same_data(here, there) and not _at_same_data(here, Arguments((2 * data,), {}))
 
 
 def test_adjust_refuses():

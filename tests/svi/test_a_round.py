@@ -107,6 +107,21 @@ def test_a_loss_of_inf_with_a_finite_gradient_stops_the_run():
     assert fit.params["b"] == -3.0 and fit.losses[-1] == np.inf
 
 
+def test_a_run_weighs_a_prior_as_an_update_does():
+    """Against all rows of the plate, of which it takes half at a time by itself."""
+
+    def with_prior(data):
+        m = numpyro.sample("m", dist.Normal(0.0, 0.1))
+        with numpyro.plate("data", len(data), subsample_size=2) as index:
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data[index])
+            ebm.energy("E", 0.5 * (v - m) ** 2)
+
+    svi = ebm.EnergySVI(with_prior, None, optax.sgd(0.1), ebm.ScoreMatching())
+    _, expected = svi.update(svi.init(jax.random.key(3), DATA), DATA)
+    fit = svi.run(jax.random.key(3), 1, DATA, progress_bar=False)
+    np.testing.assert_allclose(fit.losses[0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_a_scale_around_the_guide_of_a_parameter_counts(factor):
     """E_q log q of a normal guide is -log sd + const.: its gradient in log sd is the factor."""
