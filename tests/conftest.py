@@ -83,7 +83,7 @@ MEMBERS = {
     "test_stationary_law_is_that_of_enumeration": ("BlockGibbs", "Langevin-ordinal"),
     "test_sampling.py::test_chain_methods": ("vectorized",),
     "test_bad_models": ("[MALA]", "[MCLMC]", "Annealed"),
-    "test_kernels.py::test_protocol": ("[MALA]", "MALA-mass", "Replica", "Annealed"),
+    "test_kernels.py::test_protocol": ("MALA-mass", "Replica", "Annealed"),
     "test_moments_of_asymmetric_and_correlated_targets": ("float64",),
     "test_value_and_both_gradients_are_unbiased": ("Exact-True", "Enumerated-False", "VaGES-True"),
     "test_the_energy_descends_and_the_flow_ascends": ("function-3", "distribution"),

@@ -286,7 +286,7 @@ def test_a_model_may_calculate_in_a_loop():
     traced = read_model(model, (X,), {}, {"rate": 1.0}).traced
     assert traced.bind(None, {"rate": jnp.array(2.0)}).parameters["rate"] == 2.0
     svi = ebm.EnergySVI(model, None, numpyro.optim.SGD(0.1), ebm.ScoreMatching())
-    state, loss = svi.update(svi.init(jax.random.key(3), X), X)
+    state, loss = jax.jit(svi.update)(svi.init(jax.random.key(3), X), X)
     gap = np.mean(X) - 3 * 0.5
     np.testing.assert_allclose(loss, 0.5 * np.mean((X - 1.5) ** 2) - 1.0, rtol=1e-5)
     np.testing.assert_allclose(svi.get_params(state)["rate"], 0.5 + 0.1 * 3 * gap, rtol=1e-5)

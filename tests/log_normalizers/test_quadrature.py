@@ -32,7 +32,7 @@ LINE = [
 ]
 
 
-@pytest.mark.parametrize("energy, base, log_z", LINE[:3])
+@pytest.mark.parametrize("energy, base, log_z", LINE[:2])
 def test_quadrature_finds_the_mass_itself(energy, base, log_z):
     found = ebm.log_normalizer(KEY, model_of(energy, base))
     assert found.method == "quadrature" and found.bias == "none"
@@ -50,7 +50,7 @@ def test_tails_beyond_the_nodes_count_in_the_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("energy, base, log_z", LINE[3:])
+@pytest.mark.parametrize("energy, base, log_z", LINE[2:])
 def test_quadrature_on_other_supports_and_in_the_plane(energy, base, log_z):
     found = ebm.log_normalizer(KEY, model_of(energy, base))
     assert found.method == "quadrature"

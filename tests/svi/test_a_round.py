@@ -117,7 +117,7 @@ def test_a_run_weighs_a_prior_as_an_update_does():
             ebm.energy("E", 0.5 * (v - m) ** 2)
 
     svi = ebm.EnergySVI(with_prior, None, optax.sgd(0.1), ebm.ScoreMatching())
-    _, expected = svi.update(svi.init(jax.random.key(3), DATA), DATA)
+    _, expected = jax.jit(svi.update)(svi.init(jax.random.key(3), DATA), DATA)
     fit = svi.run(jax.random.key(3), 1, DATA, progress_bar=False)
     np.testing.assert_allclose(fit.losses[0], expected, rtol=1e-5)
 
