@@ -148,7 +148,7 @@ class Counting(dist.Distribution):
 
     :param int num_values: K, the number of values of one coordinate; 2 unless given. ``math.inf``
         for counts without an end: what sums over values, or draws them, refuses these, and
-        :class:`~numpyro_ebm.DiscreteFisherDivergence` and :class:`~numpyro_ebm.NCE` do not.
+        :class:`~numpyro_ebm.DiscreteFisher` and :class:`~numpyro_ebm.NCE` do not.
     :param tuple event_shape: shape of one element of the site.
     :raises ModelError: if ``num_values`` is not an integer of at least 2, or infinite.
     :raises ImproperSamplingError: when infinitely many values are sampled.

@@ -50,7 +50,7 @@ def support_values(site: RowSite, who: str) -> np.ndarray:
             f"{who}: the site '{site.name}' ({type(fn).__name__}) has infinitely many values, or "
             "none that NumPyro can enumerate. Use a finite base measure, such as "
             "`Counting(num_values)`, or a method that does not sum over values, such as NCE or "
-            "DiscreteFisherDivergence."
+            "DiscreteFisher."
         )
     try:
         with jax.ensure_compile_time_eval():  # concrete inside of `jit` too

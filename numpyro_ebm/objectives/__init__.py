@@ -14,7 +14,7 @@ from numpyro_ebm.objectives.denoising import (
     DenoisingScoreMatching,
     MultiscaleDenoisingScoreMatching,
 )
-from numpyro_ebm.objectives.discrete_fisher import DiscreteFisherDivergence
+from numpyro_ebm.objectives.discrete_fisher import DiscreteFisher
 from numpyro_ebm.objectives.energy_discrepancy import EnergyDiscrepancy
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
 from numpyro_ebm.objectives.fisher_divergence import mlp_critic as mlp_critic
@@ -27,7 +27,7 @@ from numpyro_ebm.objectives.pseudo_likelihood import PseudoLikelihood
 from numpyro_ebm.objectives.ranking_nce import RankingNCE
 from numpyro_ebm.objectives.ratio_matching import RatioMatching
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
-from numpyro_ebm.objectives.self_normalized import SelfNormalizedLikelihood
+from numpyro_ebm.objectives.self_normalized import SelfNormalized
 from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "ConditionalNCE",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
-    "DiscreteFisherDivergence",
+    "DiscreteFisher",
     "EnergyDiscrepancy",
     "FisherDivergence",
     "FlowContrastive",
@@ -48,6 +48,6 @@ __all__ = [
     "RankingNCE",
     "RatioMatching",
     "ScoreMatching",
-    "SelfNormalizedLikelihood",
+    "SelfNormalized",
     "SlicedScoreMatching",
 ]

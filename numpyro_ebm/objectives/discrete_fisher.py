@@ -6,10 +6,10 @@ import jax.numpy as jnp
 
 from numpyro_ebm.objectives.neighbours import NeighbourObjective
 
-__all__ = ["DiscreteFisherDivergence"]
+__all__ = ["DiscreteFisher"]
 
 
-class DiscreteFisherDivergence(NeighbourObjective):
+class DiscreteFisher(NeighbourObjective):
     r"""Discrete Fisher divergence (DFD): score matching with ratios in the place of derivatives.
 
     .. math:: \mathcal L(θ) = E \sum_d
@@ -48,7 +48,7 @@ class DiscreteFisherDivergence(NeighbourObjective):
     ...         x = numpyro.sample("x", ebm.Counting(math.inf), obs=data)
     ...         ebm.energy("E", rate * x)
     >>> data = jnp.array([0, 1, 0, 3])  # ½ r² - 2 r with r = exp(rate), least at r = 2
-    >>> objective = ebm.DiscreteFisherDivergence()
+    >>> objective = ebm.DiscreteFisher()
     >>> loss = lambda t: objective.loss(jax.random.key(0), {"rate": t}, geometric, None, data)
     >>> value, slope = jax.value_and_grad(loss)(jnp.log(2.0))
     >>> print(f"{value:.4f}, {abs(slope):.4f}")

@@ -11,7 +11,7 @@ like any other. Nothing is sampled from the model and no derivative in v is take
 of any kind. Members of the family:
 
 - ``NCE``: the loss above; with ``ImportanceBound`` it is variational NCE.
-- ``SelfNormalizedLikelihood``: a bound on the likelihood by the same noise, with the same log Z.
+- ``SelfNormalized``: a bound on the likelihood by the same noise, with the same log Z.
 - ``RankingNCE``: which of ν + 1 points is the row? It needs no log Z, and so stays right where
   covariates give every row a normalizer of its own.
 - ``ConditionalNCE``: the noise is the row itself, moved; no noise to choose, no log Z.

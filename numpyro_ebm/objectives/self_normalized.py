@@ -13,10 +13,10 @@ from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.nce import LOG_NORMALIZER, NCE
 from numpyro_ebm.types import Optimizer, Params
 
-__all__ = ["SelfNormalizedLikelihood"]
+__all__ = ["SelfNormalized"]
 
 
-class SelfNormalizedLikelihood(NCE):
+class SelfNormalized(NCE):
     r"""Self-normalised likelihood (SNL): maximum likelihood with log Z learned beside the energy.
 
     .. math:: \mathcal L(θ, b) = -E_{\text{data}} \log\tilde p(v; θ) + b
@@ -64,7 +64,7 @@ class SelfNormalizedLikelihood(NCE):
     ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
     ...         ebm.energy("E", 0.5 * precision * v**2)
     >>> data = 0.5 * jax.random.normal(jax.random.key(0), (5_000,))
-    >>> objective = ebm.SelfNormalizedLikelihood(dist.Normal(0, 1))
+    >>> objective = ebm.SelfNormalized(dist.Normal(0, 1))
     >>> svi = ebm.EnergySVI(gaussian, None, optax.adam(0.03), objective)
     >>> fit = svi.run(jax.random.key(1), 500, data, progress_bar=False)
     >>> exact = 0.5 * jax.numpy.log(2 * jax.numpy.pi / fit.params["precision"])

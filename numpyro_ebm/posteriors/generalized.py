@@ -59,7 +59,7 @@ class generalized(Calibrated):
     :param model: a NumPyro model with energy statements and priors on its parameters.
     :param objective: a loss that is a function of θ and the data: score matching of every kind,
         ``KernelSteinDiscrepancy`` (KSD-Bayes; never negative with ``pairs="square"``, and robust
-        with ``weight``), ``DiscreteFisherDivergence`` (counts without an end as well),
+        with ``weight``), ``DiscreteFisher`` (counts without an end as well),
         ``PseudoLikelihood``, ``RatioMatching``, ``EnergyDiscrepancy``, ``NCE`` and its relatives.
         ``MaximumLikelihood`` gives the posterior itself.
     :param learning_rate: β, a positive number, or ``"calibrate"``: widths are then those of the

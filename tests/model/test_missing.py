@@ -158,7 +158,7 @@ OBJECTIVES = {
     "EnergyDiscrepancy": (ebm.EnergyDiscrepancy(0.7, 4), "v"),
     "EnergyDiscrepancy of bits": (ebm.EnergyDiscrepancy(num_samples=4, flip_probability=0.3), "x"),
     "PseudoLikelihood": (ebm.PseudoLikelihood(), "x"),
-    "DiscreteFisherDivergence": (ebm.DiscreteFisherDivergence(), "x"),
+    "DiscreteFisher": (ebm.DiscreteFisher(), "x"),
     "RankingNCE": (ebm.RankingNCE(dist.Normal(0.0, 1.2), 4), "v"),
     "ContrastiveDivergence": (
         ebm.ContrastiveDivergence(lambda m: ebm.MALA(m, step_size=0.3), 2),

@@ -91,7 +91,7 @@ def make(name, marginal, dim):
     if name.startswith("NCE"):
         return ebm.NCE(noise, int(name[-1]), marginal)
     if name.startswith("SNL"):
-        return ebm.SelfNormalizedLikelihood(noise, int(name[-1]), marginal)
+        return ebm.SelfNormalized(noise, int(name[-1]), marginal)
     if name.startswith("ranking"):
         return ebm.RankingNCE(noise, 1, marginal)
     if name == "ratios":

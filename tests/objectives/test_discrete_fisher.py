@@ -21,7 +21,7 @@ from numpyro_ebm.errors import ImproperSamplingError, ModelError
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(5)
 COUNTS = ebm.Counting(math.inf)
-DFD = ebm.DiscreteFisherDivergence()
+DFD = ebm.DiscreteFisher()
 
 
 def slow(*values):
@@ -158,7 +158,7 @@ def test_a_calibrated_posterior_of_counts(x64):
 
 def test_what_counts_without_an_end_are_not_for():
     data = np.array([0, 3, 1])
-    with pytest.raises(ModelError, match="'x'.*infinitely many.*DiscreteFisherDivergence"):
+    with pytest.raises(ModelError, match="'x'.*infinitely many.*DiscreteFisher"):
         ebm.PseudoLikelihood().loss(KEY, {"rate": 1.0}, tilted(COUNTS), None, data)
     with pytest.raises(ModelError, match="'x'.*infinitely many"):
         ebm.log_normalizer(KEY, ebm.fixed(tilted(COUNTS), {"rate": 1.0}), data)

@@ -292,7 +292,7 @@ def test_data_off_their_support_are_refused(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("NCE", "SelfNormalizedLikelihood", "FlowContrastive"),
+        *("NCE", "SelfNormalized", "FlowContrastive"),
         *("KernelSteinDiscrepancy", "FisherDivergence"),
     ],
 )

@@ -48,7 +48,7 @@ def test_it_is_a_bound_that_touches_at_log_z(x64, shift):
         return b - here - 1.0 + jnp.exp(jax.nn.logsumexp(potts_density(p["J"], STATES)) - b)
 
     def one(rng_key):
-        objective = ebm.SelfNormalizedLikelihood(UNLIKE, 2)
+        objective = ebm.SelfNormalized(UNLIKE, 2)
         loss = lambda p: objective.loss(rng_key, p, potts, None, x)  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
@@ -88,7 +88,7 @@ SAME = {
 def test_with_the_model_as_noise_every_draw_is_the_likelihood(x64, name):
     model, params, log_z, noise = SAME[name]
     data = np.asarray(noise.sample(KEY, (7,)))
-    objective = ebm.SelfNormalizedLikelihood(noise, 3)
+    objective = ebm.SelfNormalized(noise, 3)
     params = arrays({**params, "log_normalizer": log_z})
     loss = jit(lambda p, key: objective.loss(key, p, model, None, data))
     np.testing.assert_allclose(loss(params, KEY), -np.mean(noise.log_prob(data)), rtol=1e-9)
@@ -103,7 +103,7 @@ def test_the_error_of_b_at_known_parameters_is_that_of_importance_sampling(x64):
     rows, noise = 4_000, dist.Normal(0.0, 1.5)
     data = 0.5 / 1.6 + jax.random.normal(KEY, (rows,)) / np.sqrt(1.6)
     params = arrays({**NORMAL, "log_normalizer": LOG_Z})
-    objective = ebm.SelfNormalizedLikelihood(noise, 2)
+    objective = ebm.SelfNormalized(noise, 2)
     known = objective.log_normalizer(
         jax.random.key(9), params, one_dimensional, None, data, parameters_known=True
     )
@@ -125,7 +125,7 @@ def test_training_ends_at_the_likelihood_and_at_log_z():
     """Couplings, a fitted noise, and counts; the value is that of maximum likelihood."""
     p = np.exp(potts_density(PAIRS, STATES))
     data = STATES[RNG.choice(27, 3_000, p=p / p.sum())]
-    fit = train(potts, ebm.SelfNormalizedLikelihood(UNLIKE, 4), data, 800)
+    fit = train(potts, ebm.SelfNormalized(UNLIKE, 4), data, 800)
     log_z = jax.nn.logsumexp(potts_density(fit.params["J"], STATES))
     np.testing.assert_allclose(fit.params["log_normalizer"], log_z, atol=0.03)
     exact = jit(lambda p: ebm.MaximumLikelihood().loss(KEY, p, potts, None, data))
@@ -135,13 +135,13 @@ def test_training_ends_at_the_likelihood_and_at_log_z():
     np.testing.assert_allclose(np.mean(fit.losses[-50:]), least, atol=0.02)
 
     real = 0.3 + 0.8 * jax.random.normal(KEY, (2_000,))
-    fit = train(one_dimensional, ebm.SelfNormalizedLikelihood(fitted_noise, 2), real, 1_000)
+    fit = train(one_dimensional, ebm.SelfNormalized(fitted_noise, 2), real, 1_000)
     exact = 0.5 * np.log(2 * np.pi / fit.params["t"]) + 0.5 * fit.params["m"] ** 2 / fit.params["t"]
     np.testing.assert_allclose(fit.params["log_normalizer"], exact, atol=0.03)
     np.testing.assert_allclose(fit.params["t"] * jnp.var(real), 1.0, rtol=0.1)
 
     counts = RNG.poisson(2.5, 2_000)
-    noise = ebm.SelfNormalizedLikelihood(dist.GeometricProbs(0.25), 4)
+    noise = ebm.SelfNormalized(dist.GeometricProbs(0.25), 4)
     fit = train(poisson, noise, counts, 600)
     np.testing.assert_allclose(fit.params["rate"], counts.mean(), rtol=0.05)
     np.testing.assert_allclose(fit.params["log_normalizer"], fit.params["rate"], atol=0.1)
@@ -157,7 +157,7 @@ def test_any_guide_leaves_a_bound(x64):
     noise = dist.Normal(jnp.zeros(2), 2.0 * jnp.ones(2)).to_event(1)
     losses = {}
     for marginal in (ebm.ImportanceBound(3), ebm.Enumerated()):
-        objective = ebm.SelfNormalizedLikelihood(noise, 4, marginal)
+        objective = ebm.SelfNormalized(noise, 4, marginal)
 
         def one(rng_key, objective=objective):
             problem = objective.prepare(KEY, params, system.model, system.guide, (data,), {})
@@ -177,18 +177,18 @@ def test_any_guide_leaves_a_bound(x64):
 @pytest.mark.slow
 def test_noise_far_from_the_rows_warns():
     data = jax.random.normal(KEY, (300,))
-    far = ebm.SelfNormalizedLikelihood(dist.Normal(4.0, 0.3))
+    far = ebm.SelfNormalized(dist.Normal(4.0, 0.3))
     with pytest.warns(FarNoiseWarning, match=r"SelfNorm.*almost no row lies where it has"):
         train(one_dimensional, far, data, 1, lr=1e-6)
-    near = ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.5))
+    near = ebm.SelfNormalized(dist.Normal(0.0, 1.5))
     train(one_dimensional, near, data, 1)  # warnings are errors here
 
 
 def test_what_does_not_go_together_is_refused():
-    near = ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.5))
-    with pytest.raises(ModelError, match="the log Z that SelfNormalizedLikelihood learns"):
+    near = ebm.SelfNormalized(dist.Normal(0.0, 1.5))
+    with pytest.raises(ModelError, match="the log Z that SelfNormalized learns"):
         near.log_normalizer(KEY, NORMAL, one_dimensional, None, jnp.arange(3.0))
-    with pytest.raises(ModelError, match="SelfNormalizedLikelihood: `noise_ratio` must"):
-        ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.0), 0)
-    with pytest.raises(ModelError, match="SelfNormalizedLikelihood: `noise_optim` is given"):
-        ebm.SelfNormalizedLikelihood(dist.Normal(0.0, 1.0), noise_optim=numpyro.optim.Adam(0.1))
+    with pytest.raises(ModelError, match="SelfNormalized: `noise_ratio` must"):
+        ebm.SelfNormalized(dist.Normal(0.0, 1.0), 0)
+    with pytest.raises(ModelError, match="SelfNormalized: `noise_optim` is given"):
+        ebm.SelfNormalized(dist.Normal(0.0, 1.0), noise_optim=numpyro.optim.Adam(0.1))

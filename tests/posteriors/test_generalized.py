@@ -79,7 +79,7 @@ def test_the_gradient_of_a_loss_is_that_of_its_value(x64, name):
     guide = coin if name == "VaGES" else None
     model = ebm.generalized(base, objective, 0.4, guide=guide)
     params = {k: jnp.asarray(x, float) for k, x in POINTS[base].items()}
-    if name in ("NCE", "SelfNormalizedLikelihood"):
+    if name in ("NCE", "SelfNormalized"):
         params["log_normalizer"] = jnp.array(0.8)
         prior = model._potential((data,), {})  # of log Z: normal around where it starts, width 10
         here = prior.params(prior.start)

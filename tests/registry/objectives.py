@@ -208,8 +208,8 @@ OBJECTIVES = {
         lambda marginal=None: ebm.FisherDivergence(None, marginal), plain=False
     ),
     "NCE": Objective(partial(ebm.NCE, NOISE, 1), marginals=BOUND, plain=False),
-    "SelfNormalizedLikelihood": Objective(
-        partial(ebm.SelfNormalizedLikelihood, NOISE, 1), marginals=BOUND, plain=False
+    "SelfNormalized": Objective(
+        partial(ebm.SelfNormalized, NOISE, 1), marginals=BOUND, plain=False
     ),
     "FlowContrastive": Objective(
         partial(ebm.FlowContrastive, flow, 1), marginals=BOUND, plain=False
@@ -222,11 +222,11 @@ OBJECTIVES = {
     "EnergyDiscrepancy": Objective(
         lambda marginal=None: ebm.EnergyDiscrepancy(1.0, 8, marginal=marginal), marginals=VALUE
     ),
-    "DiscreteFisherDivergence": Objective(
-        ebm.DiscreteFisherDivergence,
+    "DiscreteFisher": Objective(
+        ebm.DiscreteFisher,
         sites="discrete",
         marginals=VALUE,
-        formulas={"DFD": Formula(ebm.DiscreteFisherDivergence, discrete_fisher_divergence)},
+        formulas={"DFD": Formula(ebm.DiscreteFisher, discrete_fisher_divergence)},
     ),
     "MinimumProbabilityFlow": Objective(
         ebm.MinimumProbabilityFlow,
