@@ -320,7 +320,7 @@ def test_annealed_sequences_in_one_hot_codes(method):
 @pytest.mark.slow
 def test_annealed_ising_of_a_thousand_spins():
     """Kaufman's lattice at its critical point, where correlations reach across all of it."""
-    run = ising_run("ais", 32, num_particles=256, num_temperatures=3_000)
+    run = ising_run("ais", 32, num_particles=192, num_temperatures=1_500)
     found = run(KEY, CRITICAL)
     assert_covers(found, kaufman(32, CRITICAL))
     assert found[1] < 0.3
