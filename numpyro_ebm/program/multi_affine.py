@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from numpyro_ebm._compat import Tracer
+from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.quadratic import quadratic_form
 from numpyro_ebm.program.state_rules import StateWalker
@@ -148,7 +149,10 @@ class MultiAffine:
 
     def interactions(self) -> Any:
         """The graph of the coordinates that interact (:mod:`numpyro_ebm.program.interactions`)."""
-        return interactions(lambda x: self._fn(self._args, x), self._shapes)
+        graph = interactions(lambda x: self._fn(self._args, x), self._shapes)
+        sizes = {name: math.prod(x.shape[1:]) for name, x in self._shapes.items()}
+        own = np.concatenate([np.full(n, name in self.names) for name, n in sizes.items()])
+        return graph if graph is None or np.all(own) else graph[own][:, own]
 
     def name_of(self, coordinate: int) -> str:
         """The name of a coordinate, its site and its index in a row."""
@@ -309,9 +313,9 @@ class MultiAffine:
             values = [next(drawn) if r else x for r, x in zip(is_random, both, strict=True)]
             args, others = jax.tree.unflatten(structure, values[: len(own)])
             fn = lambda x: self._walk(args, values[len(own) :], x, others)  # noqa: E731
-            return self._slopes(fn, point, direction, step)
+            return self._slopes(fn, point, direction, step, colors)
 
-        rng = np.random.default_rng(72)
+        colors, rng = self._colors(), np.random.default_rng(72)
         point, direction = rng.normal(size=(2, self.num_rows, *self._shape))
         with jax.ensure_compile_time_eval():  # inside of `jit` too
             compiled = jax.jit(slopes)
@@ -329,17 +333,30 @@ class MultiAffine:
             raise NotMultiAffine  # infinite values, to which no number is added
         return all(found)
 
-    def _slopes(self, fn, point, direction, step):
-        """Slopes along directions of every coordinate, at two of its points each."""
+    def _slopes(self, fn, point, direction, step, colors):
+        """Slopes along directions of every coordinate, at two of its points each.
 
-        def of_coordinate(i):
-            own = jnp.zeros(self._shape).at[i].set(1.0) * direction
-            slope = lambda x: jax.jvp(fn, (x,), (own,))[1]  # noqa: E731
-            return slope(point), slope(point + step * own)
+        Coordinates of one colour do not interact, and are moved together; where they do, slopes
+        change, and nothing is shown.
+        """
+        gradient = jax.grad(lambda x: jnp.sum(fn(x)))
 
-        number = len(self.values)
+        def along(x):
+            return jnp.sum(jnp.reshape(gradient(x) * direction, (*shape, -1)), -1)
+
+        def of_color(color):
+            own = jnp.reshape(colors == color, (-1, *[1] * (len(self._shape) - 1)))
+            return along(point + step * own * direction)
+
+        shape, number = (self.num_rows, len(self.values)), int(colors.max(initial=0)) + 1
         batch_size = min(number, max(1, AT_ONCE // max(1, point.size)))
-        return jax.lax.map(of_coordinate, jnp.arange(number), batch_size=batch_size)
+        after = jax.lax.map(of_color, jnp.arange(number), batch_size=batch_size)
+        return along(point), after[colors, :, np.arange(len(colors))].T
+
+    def _colors(self):
+        """Colours of the coordinates: those of one do not interact."""
+        graph = self.interactions()
+        return np.arange(len(self.values)) if graph is None else greedy_colors(graph)
 
 
 def value_table(
