@@ -52,6 +52,18 @@ class NonFiniteLossWarning(RuntimeWarning):
         self.result = result
 
 
+class InterruptedWarning(RuntimeWarning):
+    """Training was interrupted (Ctrl-C), and returned what it had.
+
+    :param message: what happened, with the number of rounds.
+    :param result: the :class:`~numpyro.infer.svi.SVIRunResult` so far.
+    """
+
+    def __init__(self, message: str, result: Any = None):
+        super().__init__(message)
+        self.result = result
+
+
 class ConvergenceWarning(RuntimeWarning):
     """Markov chains did not do their work: rows that did not move, drift, or left the support."""
 

@@ -23,7 +23,14 @@ from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
 from numpyro_ebm.svi.compiled import CompiledRounds
-from numpyro_ebm.svi.loop import run_chunks, warn_of_stop, warn_of_undone
+from numpyro_ebm.svi.loop import (
+    Callback,
+    Why,
+    run_chunks,
+    warn_of_interruption,
+    warn_of_stop,
+    warn_of_undone,
+)
 from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.resuming import check_is_state, check_optimizers
 from numpyro_ebm.svi.round import Round
@@ -248,6 +255,8 @@ class EnergySVI(SVI):
         forward_mode_differentiation: bool = False,
         init_state: EnergySVIState | None = None,
         init_params: Params | None = None,
+        callback: Callback | None = None,
+        every: int | None = None,
         **kwargs: Any,
     ) -> SVIRunResult:
         """Run ``num_steps`` rounds.
@@ -267,6 +276,10 @@ class EnergySVI(SVI):
         :param bool forward_mode_differentiation: as in :meth:`update`.
         :param EnergySVIState init_state: state to resume from.
         :param dict init_params: initial values of parameters.
+        :param callback: a function of ``(step, state, losses)``, called on the host after every
+            ``every`` rounds: the rounds so far, the state, and the losses since the last call. For
+            logs, pictures, files, held-out losses; the run ends early where it returns True.
+        :param int every: rounds between two calls of ``callback``.
         :param kwargs: keyword arguments of model and guide.
         :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``.
         :raises ModelError: if ``batch_size`` does not fit the data, or ``init_state`` is that of
@@ -276,7 +289,8 @@ class EnergySVI(SVI):
         Where a loss, a parameter or a number in an optimiser's state is not finite the run stops
         with a :class:`~numpyro_ebm.errors.NonFiniteLossWarning` that names the step, and returns
         the last finite state; the warning carries the same result as ``.result``. With
-        ``stable_update`` it says at the end how many rounds were undone.
+        ``stable_update`` it says at the end how many rounds were undone. Ctrl-C ends the run with a
+        :class:`~numpyro_ebm.errors.InterruptedWarning` and returns what was learned.
         """
         if num_steps < 1:
             raise ValueError("num_steps must be a positive integer.")
@@ -286,6 +300,10 @@ class EnergySVI(SVI):
                 "it cannot be a part of `jit`, `vmap` or `grad`. Call it outside, or put "
                 "`EnergySVI.update` into `jax.lax.scan`."
             )
+        if (callback is None) != (every is None):
+            raise ModelError("EnergySVI.run: give both of `callback` and `every`, or neither.")
+        if every is not None:
+            check_integer("EnergySVI.run", every=every)
         state = self._begin(rng_key, init_state, init_params, args, kwargs)
         data_plate = self._plan.traced.data_plate
         batches = Batches(data_plate, args, kwargs, batch_size, state.rng_key)
@@ -298,17 +316,22 @@ class EnergySVI(SVI):
         def take_chunk(state, length, watched):
             return self._compiled.chunk(state, batches, length, watched=watched, **options)
 
-        state, losses, done, self._length = run_chunks(
+        state, losses, self._length, why = run_chunks(
             take_chunk,
             state,
             num_steps,
             self._length,
             watched=stable_update,
             progress_bar=progress_bar,
+            callback=callback,
+            every=every,
         )
         result = SVIRunResult(self.get_params(state), state, jnp.asarray(losses))
-        if done < num_steps:
-            warn_of_stop(result, done, num_steps)
+        if why is Why.NOT_FINITE:
+            warn_of_stop(result, num_steps)
+            return result
+        if why is Why.INTERRUPTED:
+            warn_of_interruption(result, num_steps)
             return result
         if stable_update:
             warn_of_undone(result, int(np.isnan(losses).sum()), num_steps)

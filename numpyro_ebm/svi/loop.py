@@ -8,8 +8,9 @@ while the host is asked for as little as possible.
 import time
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,22 @@ from numpyro.infer.svi import SVIRunResult
 from tqdm import tqdm
 
 from numpyro_ebm._compat import find_stack_level
-from numpyro_ebm.errors import NonFiniteLossWarning
+from numpyro_ebm.errors import InterruptedWarning, NonFiniteLossWarning
 from numpyro_ebm.program.draws import at, split_off_draws
 from numpyro_ebm.svi.state import EnergySVIState, select
 
-__all__ = ["CHUNK", "run_chunks", "take_rounds", "warn_of_stop", "warn_of_undone"]
+__all__ = [
+    "CHUNK",
+    "Callback",
+    "Why",
+    "run_chunks",
+    "take_rounds",
+    "warn_of_interruption",
+    "warn_of_stop",
+    "warn_of_undone",
+]
+
+Callback: TypeAlias = Callable[[int, EnergySVIState, np.ndarray], bool | None]
 
 CHUNK = 1024
 """The most rounds between two looks at the losses; each chunk is one compiled call."""
@@ -34,6 +46,15 @@ SECONDS_PER_LOOK = 0.5
 
 DRAWN_AHEAD = 4 * 2**20
 """Bytes of random numbers that are drawn before the rounds they are for."""
+
+
+class Why(Enum):
+    """Why a run ended."""
+
+    DONE = "all rounds are taken"
+    NOT_FINITE = "the next round is not finite"
+    CALLBACK = "a callback asked for it"
+    INTERRUPTED = "the user interrupted it"
 
 
 def take_rounds(
@@ -120,8 +141,12 @@ def run_chunks(
     *,
     watched: bool,
     progress_bar: bool,
-) -> tuple[EnergySVIState, np.ndarray, int, int]:
+    callback: Callback | None = None,
+    every: int | None = None,
+) -> tuple[EnergySVIState, np.ndarray, int, Why]:
     """Take rounds chunk by chunk, with a look at the losses in between.
+
+    Ctrl-C ends the run at the last chunk that was finished.
 
     :param take_chunk: ``(state, length, watched) -> (state, losses, taken, ok)``, as
         :func:`take_rounds`.
@@ -131,32 +156,56 @@ def run_chunks(
     :param bool watched: whether to look after every round. Otherwise a chunk that ends with what is
         not finite is taken again, to find the first round that went wrong.
     :param bool progress_bar: whether to show a progress bar.
+    :param callback: ``(step, state, losses)``, called on the host after every so many rounds; the
+        run ends if it returns True.
+    :param int every: how many.
     :return: the last finite state, the losses (with that of the round that was not finite, if there
-        is one), the number of rounds taken, and the length for another chunk.
+        is one), the length for another chunk, and why the run ended.
     """
-    losses, done, stopped = [], 0, False
+    losses, done, told, why = [], 0, 0, Why.DONE
     with tqdm(total=num_steps, disable=not progress_bar) as bar:
-        while done < num_steps and not stopped:
-            now = min(length, num_steps - done)
-            start = time.perf_counter()
-            new, chunk_losses, taken, ok = take_chunk(state, now, watched)
-            if not ok:
-                new, chunk_losses, taken, _ = take_chunk(state, now, True)
-            state, taken = new, int(taken)
-            seconds = time.perf_counter() - start
-            losses.append(np.asarray(chunk_losses)[: min(taken + 1, now)])
-            done += taken
-            stopped = taken < now
-            bar.update(taken)
-            if progress_bar:
-                bar.set_postfix_str(f"loss: {losses[-1].mean():.4f}", refresh=False)
-            if now == length:  # a remainder says nothing about the time of a chunk
-                length = next_length(length, seconds)
-    return state, np.concatenate(losses), done, length
+        try:
+            while done < num_steps and why is Why.DONE:
+                now = min(length, num_steps - done)
+                if every is not None:
+                    now = min(now, told + every - done)
+                start = time.perf_counter()
+                new, chunk_losses, taken, ok = take_chunk(state, now, watched)
+                if not ok:
+                    new, chunk_losses, taken, _ = take_chunk(state, now, True)
+                taken = int(taken)
+                seconds = time.perf_counter() - start
+                found = np.asarray(chunk_losses)[: min(taken + 1, now)]
+                state, done = new, done + taken
+                losses.append(found)
+                why = Why.NOT_FINITE if taken < now else Why.DONE
+                bar.update(taken)
+                if progress_bar:
+                    bar.set_postfix_str(f"loss: {found.mean():.4f}", refresh=False)
+                if now == length:  # a remainder says nothing about the time of a chunk
+                    length = next_length(length, seconds)
+                if callback is not None and why is Why.DONE and done == told + (every or done):
+                    since, told = np.concatenate(losses)[told:], done
+                    if callback(int(state.step), state, since):
+                        why = Why.CALLBACK
+        except KeyboardInterrupt:
+            why = Why.INTERRUPTED
+    return state, np.concatenate([np.zeros(0), *losses]), length, why
 
 
-def warn_of_stop(result: SVIRunResult, done: int, num_steps: int) -> None:
+def warn_of_interruption(result: SVIRunResult, num_steps: int) -> None:
+    """Say that a run was interrupted after so many of its rounds."""
+    warning = InterruptedWarning(
+        f"EnergySVI was interrupted after {len(result.losses)} of {num_steps} rounds. The result "
+        "holds the state after them; `init_state=fit.state` goes on from there.",
+        result,
+    )
+    warnings.warn(warning, stacklevel=find_stack_level())
+
+
+def warn_of_stop(result: SVIRunResult, num_steps: int) -> None:
     """Say that a run stopped after so many of its rounds, since the next one is not finite."""
+    done = len(result.losses) - 1
     warning = NonFiniteLossWarning(
         f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
         f"{float(result.losses[-1])} or parameters, or numbers of an optimiser, that are not "

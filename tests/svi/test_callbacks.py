@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host is told while a run goes on, and how a run ends early."""
+
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import numpyro
+import optax
+import pytest
+
+import numpyro_ebm as ebm
+
+DATA = np.random.default_rng(4).normal(1.0, 1.0, 50)
+
+
+def gaussian(data):
+    mean = numpyro.param("mean", 0.0)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * (v - mean) ** 2)
+
+
+def svi():
+    return ebm.EnergySVI(gaussian, None, optax.sgd(0.1), ebm.DenoisingScoreMatching(0.3))
+
+
+def run(num_steps, **options):
+    return svi().run(jax.random.key(1), num_steps, DATA, progress_bar=False, **options)
+
+
+def test_a_callback_sees_every_loss_once_and_changes_nothing():
+    plain, seen = run(47), []
+    fit = run(47, callback=lambda *told: seen.append(told), every=10)
+    assert [step for step, _, _ in seen] == [10, 20, 30, 40]
+    assert all(int(state.step) == step for step, state, _ in seen)
+    np.testing.assert_array_equal(np.concatenate([x for _, _, x in seen]), plain.losses[:40])
+    np.testing.assert_array_equal(fit.losses, plain.losses)
+    # A run that goes on counts from the first round of all.
+    more, later = svi(), []
+    first = more.run(jax.random.key(1), 20, DATA, progress_bar=False)
+    options = {"init_state": first.state, "callback": lambda *x: later.append(x), "every": 27}
+    more.run(jax.random.key(1), 27, DATA, progress_bar=False, **options)
+    (step, _, losses), *others = later
+    assert (step, others) == (47, [])
+    np.testing.assert_array_equal(losses, plain.losses[20:])
+
+
+def test_a_callback_ends_a_run():
+    means = []
+
+    def patience(step, state, losses):
+        means.append(np.mean(losses))
+        return step == 15
+
+    fit = run(1_000, callback=patience, every=5)
+    assert len(fit.losses) == 15 and int(fit.state.step) == 15 and len(means) == 3
+    np.testing.assert_array_equal(fit.losses, run(15).losses)
+
+
+def test_an_interruption_returns_what_was_learned():
+    """A signal as Ctrl-C sends it, while a chunk of rounds runs."""
+
+    def interrupt(step, state, losses):
+        if step == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    with pytest.warns(ebm.InterruptedWarning, match="after 20 of 1000 rounds") as caught:
+        fit = run(1_000, callback=interrupt, every=10)
+    np.testing.assert_array_equal(fit.losses, run(20).losses)
+    (told,) = (x.message for x in caught if isinstance(x.message, ebm.InterruptedWarning))
+    assert told.result is fit
+
+
+def test_an_interruption_before_the_first_round(monkeypatch):
+    one = svi()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(one._compiled, "chunk", interrupted)
+    with pytest.warns(ebm.InterruptedWarning, match="after 0 of 30"):
+        fit = one.run(jax.random.key(1), 30, DATA, progress_bar=False)
+    assert len(fit.losses) == 0 and fit.params["mean"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"callback": print}, "both of `callback` and `every`"),
+        ({"every": 3}, "both of `callback` and `every`"),
+        ({"callback": print, "every": 0}, "every"),
+        ({"callback": print, "every": 2.5}, "every"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ebm.ModelError, match=message):
+        run(10, **options)
