@@ -28,9 +28,27 @@ def mixed_guide(data, *, num_hidden=3):
         numpyro.sample("h", dist.Categorical(probs).to_event(1))
 
 
+def bit_and_state(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h, k = numpyro.sample("h", ebm.Counting(2)), numpyro.sample("k", ebm.Counting(3))
+        ebm.energy("E", 0.5 * (v - h - k) ** 2)
+
+
+def guide_of_both(data):
+    with numpyro.plate("data", len(data)):
+        v = ebm.visible("v", data)
+        numpyro.sample("h", dist.Bernoulli(logits=v))
+        numpyro.sample("k", dist.Categorical(logits=v[:, None] * jnp.arange(3.0)))
+
+
 @pytest.mark.parametrize(
     ("system", "expected"),
     [
+        (
+            lambda: oracles.System(bit_and_state, guide_of_both, {}, np.ones(3), *[None] * 3),
+            TraceGraph_ELBO,
+        ),
         (lambda: oracles.with_learned_guide(oracles.grbm_system()), ebm.RelaxedELBO),
         (lambda: oracles.with_learned_guide(oracles.linear_system()), Trace_ELBO),
         (lambda: oracles.grbm_system()._replace(guide=mixed_guide), TraceGraph_ELBO),

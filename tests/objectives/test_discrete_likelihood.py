@@ -153,6 +153,9 @@ def test_covariates_give_every_row_a_normalizer_of_its_own():
         return -jnp.mean(dist.Normal(p["w"] * x, jnp.exp(-0.5 * p["w"] * x)).log_prob(data))
 
     assert_likelihood(regression, {"w": 0.7}, (x, data), expected)
+    svi = ebm.EnergySVI(regression, None, numpyro.optim.SGD(0.1), ebm.MaximumLikelihood())
+    state = svi.init(KEY, x, data, init_params={"w": 0.7})  # and in every round of a fit
+    np.testing.assert_allclose(jit(svi.update)(state, x, data)[1], expected({"w": 0.7}), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")

@@ -25,6 +25,11 @@ def test_a_singular_precision_has_no_integral(seed):
     assert np.isnan(log_integral(matrix))
 
 
+def test_correlated_coordinates_are_told_by_their_own_scales():
+    matrix = jnp.array([[1.0, 100.0], [0.0, 1.0]])
+    assert log_integral(matrix) == pytest.approx(np.log(2 * np.pi), abs=2e-3)
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_a_precision_of_full_rank_has_its_integral(scale):
     matrix = np.array([[1.0, 0.3, 0.0], [0.0, scale, -0.2], [0.1, 0.0, 1 / scale]], np.float32)
