@@ -37,7 +37,7 @@ class CompiledRounds:
         options = compiler_options()
         self._chunk: Any = jax.jit(
             self._take_chunk,
-            static_argnames=("minibatches", "watched", "stable", "forward_mode"),
+            static_argnames=("minibatches", "watched", "stable", "forward_mode", "ema"),
             compiler_options=options,
         )
         self._look: Any = jax.jit(
@@ -55,7 +55,7 @@ class CompiledRounds:
         :param EnergySVIState state: where to start.
         :param Batches batches: the arguments of the run.
         :param int length: number of rounds.
-        :param options: ``watched``, ``stable`` and ``forward_mode``.
+        :param options: ``watched``, ``stable``, ``forward_mode``, and ``ema``, the decay.
         """
         indices = batches.indices(int(state.step), CHUNK)
         return self._chunk(
@@ -63,13 +63,14 @@ class CompiledRounds:
         )
 
     def _take_chunk(
-        self, state, arrays, indices, length, *, minibatches, watched, stable, forward_mode
+        self, state, arrays, indices, length, *, minibatches, watched, stable, forward_mode, ema
     ):
         a_round = self._round(minibatches.total_rows)
 
         def one_round(step_key, state, i):
             args, kwargs = minibatches.batch(arrays, indices, i)
-            return a_round.take(step_key, state, args, kwargs, forward_mode)
+            state, loss = a_round.take(step_key, state, args, kwargs, forward_mode)
+            return (state if ema is None else a_round.averaged(state, ema)), loss
 
         return take_rounds(
             one_round, a_round.is_finite, state, length, watched=watched, stable=stable

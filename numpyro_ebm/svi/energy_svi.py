@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import transform_fn
 
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
@@ -35,7 +34,7 @@ from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.resuming import check_is_state, check_optimizers
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
-from numpyro_ebm.svi.state import EnergySVIState, select, shapes_of
+from numpyro_ebm.svi.state import EnergySVIRunResult, EnergySVIState, select, shapes_of
 from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["EnergySVI"]
@@ -257,8 +256,9 @@ class EnergySVI(SVI):
         init_params: Params | None = None,
         callback: Callback | None = None,
         every: int | None = None,
+        ema: float | None = None,
         **kwargs: Any,
-    ) -> SVIRunResult:
+    ) -> EnergySVIRunResult:
         """Run ``num_steps`` rounds.
 
         ``run(key, n, ...)`` followed by ``run(key, m, ..., init_state=result.state)`` gives the
@@ -280,8 +280,13 @@ class EnergySVI(SVI):
             ``every`` rounds: the rounds so far, the state, and the losses since the last call. For
             logs, pictures, files, held-out losses; the run ends early where it returns True.
         :param int every: rounds between two calls of ``callback``.
+        :param float ema: decay λ in (0, 1) of moving averages of all parameters, ``fit.ema_params``
+            and ``fit.state.ema``: a round leaves λ times the old ones, and 1 - λ times the
+            parameters after it, in unconstrained coordinates; the parameters at the start at first.
+            Energies are often sampled at such averages.
         :param kwargs: keyword arguments of model and guide.
-        :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``.
+        :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``, and with
+            ``ema_params``.
         :raises ModelError: if ``batch_size`` does not fit the data, or ``init_state`` is that of
             other parameters, optimisers or another objective; under `jit`, `vmap` or `grad`, for
             which there is :meth:`update`.
@@ -304,6 +309,8 @@ class EnergySVI(SVI):
             raise ModelError("EnergySVI.run: give both of `callback` and `every`, or neither.")
         if every is not None:
             check_integer("EnergySVI.run", every=every)
+        if ema is not None:
+            check_fraction("EnergySVI.run", ema=ema)
         state = self._begin(rng_key, init_state, init_params, args, kwargs)
         data_plate = self._plan.traced.data_plate
         batches = Batches(data_plate, args, kwargs, batch_size, state.rng_key)
@@ -311,7 +318,11 @@ class EnergySVI(SVI):
             state = self._compiled.with_objective_state(state, *batches.batch(int(state.step)))
         elif init_state is not None:
             self._compiled.check_kept(state, batches)
-        options = {"stable": stable_update, "forward_mode": forward_mode_differentiation}
+        if ema is None or state.ema is None:
+            averages = None if ema is None else self._round().unconstrained(state)
+            state = state._replace(ema=averages)
+        forward_mode = forward_mode_differentiation
+        options = {"stable": stable_update, "forward_mode": forward_mode, "ema": ema}
 
         def take_chunk(state, length, watched):
             return self._compiled.chunk(state, batches, length, watched=watched, **options)
@@ -326,7 +337,8 @@ class EnergySVI(SVI):
             callback=callback,
             every=every,
         )
-        result = SVIRunResult(self.get_params(state), state, jnp.asarray(losses))
+        result = EnergySVIRunResult(self.get_params(state), state, jnp.asarray(losses))
+        result.ema_params = self._round().ema_params(state)
         if why is Why.NOT_FINITE:
             warn_of_stop(result, num_steps)
             return result

@@ -129,8 +129,19 @@ class Round(NamedTuple):
 
     def params(self, state: EnergySVIState) -> Params:
         """Values of all parameters that are trained, by name."""
-        groups = self._unconstrained(state)
-        return self.constrain({name: x for group in groups for name, x in group.items()})
+        return self._named(self.unconstrained(state))
+
+    def ema_params(self, state: EnergySVIState) -> Params | None:
+        """Averages of all parameters that are trained, by name, if the state keeps any."""
+        return None if state.ema is None else self._named(state.ema)
+
+    def averaged(self, state: EnergySVIState, decay: float) -> EnergySVIState:
+        """The state after a round with its averages, λ times the old ones + (1 - λ) parameters."""
+
+        def average(old, x):
+            return decay * old + (1 - decay) * x
+
+        return state._replace(ema=jax.tree.map(average, state.ema, self.unconstrained(state)))
 
     def prepare(
         self,
@@ -170,7 +181,10 @@ class Round(NamedTuple):
         ]
         return jnp.all(jnp.stack([jnp.all(jnp.isfinite(loss)), *looks]))
 
-    def _unconstrained(self, state):
+    def _named(self, groups):
+        return self.constrain({name: x for group in groups for name, x in group.items()})
+
+    def unconstrained(self, state: EnergySVIState) -> list[Params]:
         """Parameters in unconstrained coordinates, a dict for each optimiser."""
         groups = [self.optimizers.energy.get_params(state.optim_state)]
         if state.guide_optim_state is not None:

@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from numpyro.infer.svi import SVIRunResult
 
-__all__ = ["EnergySVIState", "select", "shapes_of"]
+from numpyro_ebm.types import Params
+
+__all__ = ["EnergySVIRunResult", "EnergySVIState", "select", "shapes_of"]
 
 
 class EnergySVIState(NamedTuple):
@@ -19,6 +22,8 @@ class EnergySVIState(NamedTuple):
       is tried twice with the same random numbers. A resumed run continues where it stopped.
     - **network_optim_states** - optimiser states of the objective's own networks, in their order.
     - **objective_state** - what the objective keeps from round to round, such as persistent chains.
+    - **ema** - exponential moving averages of all parameters, in unconstrained coordinates, a dict
+      for each optimiser; ``None`` without.
     """
 
     optim_state: Any
@@ -27,11 +32,22 @@ class EnergySVIState(NamedTuple):
     step: jax.Array
     network_optim_states: tuple[Any, ...] = ()
     objective_state: Any = None
+    ema: Any = None
 
     @property
     def step_key(self) -> jax.Array:
         """Key of the next round."""
         return jax.random.fold_in(self.rng_key, self.step)
+
+
+class EnergySVIRunResult(SVIRunResult):
+    """NumPyro's ``SVIRunResult``, of ``params``, ``state`` and ``losses``.
+
+    - **ema_params** - exponential moving averages of the parameters, by name; ``None`` unless
+      ``run`` was asked for them.
+    """
+
+    ema_params: Params | None = None
 
 
 def select(condition: jax.Array, new: EnergySVIState, old: EnergySVIState) -> EnergySVIState:
