@@ -44,7 +44,7 @@ from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior
 from numpyro_ebm.objectives import *  # noqa: F403
 from numpyro_ebm.posteriors import Exchange, emulate_log_normalizer, generalized, normalized
-from numpyro_ebm.svi import EnergySVI
+from numpyro_ebm.svi import EnergySVI, load, save
 
 __version__ = "0.1.0"
 
@@ -77,6 +77,7 @@ __all__ = [
     "fixed",
     "generalized",
     "given",
+    "load",
     "log_likelihood",
     "log_normalizer",
     "models",
@@ -85,6 +86,7 @@ __all__ = [
     "posterior_gap",
     "prior",
     "stein_test",
+    "save",
     "temper",
     "to_arviz",
     "visible",

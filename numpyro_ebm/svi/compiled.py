@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
+from numpyro_ebm.svi.files import SavedState
 from numpyro_ebm.svi.loop import CHUNK, take_rounds
 from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.resuming import check_part
@@ -91,10 +92,10 @@ class CompiledRounds:
         kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
         return state._replace(objective_state=kept)
 
-    def check_kept(self, state: EnergySVIState, batches: Batches) -> None:
-        """That a state to resume from keeps what the objective does.
+    def with_kept(self, state: EnergySVIState, batches: Batches) -> EnergySVIState:
+        """A state to resume from, with what the objective keeps in it.
 
-        :raises ModelError: if it does not.
+        :raises ModelError: if it is not what this objective keeps.
         """
         objective, kept = self._round(None).objective, None
         if objective.has_state:
@@ -104,7 +105,11 @@ class CompiledRounds:
                 state._replace(objective_state=None),
             ).objective_state
         owner = f"what {objective!r} keeps from round to round"
-        check_part("objective_state", owner, kept, state.objective_state)
+        found = state.objective_state
+        if isinstance(found, SavedState):
+            found = found.part("objective_state", kept)
+        check_part("objective_state", owner, kept, found)
+        return state._replace(objective_state=found)
 
     def review(self, state: EnergySVIState, batches: Batches) -> None:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""

@@ -22,6 +22,7 @@ from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
 from numpyro_ebm.svi.compiled import CompiledRounds
+from numpyro_ebm.svi.files import SavedState
 from numpyro_ebm.svi.loop import (
     Callback,
     Why,
@@ -31,7 +32,7 @@ from numpyro_ebm.svi.loop import (
     warn_of_undone,
 )
 from numpyro_ebm.svi.minibatch import Batches
-from numpyro_ebm.svi.resuming import check_is_state, check_optimizers
+from numpyro_ebm.svi.resuming import check_is_state, check_optimizers, restored
 from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
 from numpyro_ebm.svi.state import EnergySVIRunResult, EnergySVIState, select, shapes_of
@@ -274,7 +275,8 @@ class EnergySVI(SVI):
         :param bool stable_update: keep the state and go on where a step is not finite, instead of
             stopping (as NumPyro's option of this name).
         :param bool forward_mode_differentiation: as in :meth:`update`.
-        :param EnergySVIState init_state: state to resume from.
+        :param EnergySVIState init_state: state to resume from, of a fit or of what
+            :func:`~numpyro_ebm.load` read.
         :param dict init_params: initial values of parameters.
         :param callback: a function of ``(step, state, losses)``, called on the host after every
             ``every`` rounds: the rounds so far, the state, and the losses since the last call. For
@@ -317,9 +319,11 @@ class EnergySVI(SVI):
         if init_state is None and self.loss.has_state:
             state = self._compiled.with_objective_state(state, *batches.batch(int(state.step)))
         elif init_state is not None:
-            self._compiled.check_kept(state, batches)
-        if ema is None or state.ema is None:
+            state = self._compiled.with_kept(state, batches)
+        if ema is None or not isinstance(state.ema, list):
             averages = None if ema is None else self._round().unconstrained(state)
+            if ema is not None and isinstance(state.ema, SavedState):
+                averages = state.ema.part("ema", averages)
             state = state._replace(ema=averages)
         forward_mode = forward_mode_differentiation
         options = {"stable": stable_update, "forward_mode": forward_mode, "ema": ema}
@@ -339,6 +343,7 @@ class EnergySVI(SVI):
         )
         result = EnergySVIRunResult(self.get_params(state), state, jnp.asarray(losses))
         result.ema_params = self._round().ema_params(state)
+        result.objective = type(self.loss).__name__
         if why is Why.NOT_FINITE:
             warn_of_stop(result, num_steps)
             return result
@@ -359,6 +364,9 @@ class EnergySVI(SVI):
         plan, state = self._plan, init_state
         if state is not None:
             check_is_state(state)
+        if isinstance(state, SavedState):
+            fresh = self._init(state.rng_key, init_params, args, kwargs)
+            plan, state = self._plan, restored(fresh, state, self.loss)
         if plan is None or state is None:
             fresh = self._init(rng_key, init_params, args, kwargs)
             state = fresh if state is None else state

@@ -7,6 +7,7 @@ import jax
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.svi.files import SavedState
 from numpyro_ebm.svi.state import EnergySVIState, shapes_of
 
 __all__ = ["check_is_state", "check_optimizers", "check_part"]
@@ -17,13 +18,35 @@ def check_is_state(state: Any) -> None:
 
     :raises ModelError: if it is not.
     """
-    if isinstance(state, EnergySVIState):
+    if isinstance(state, EnergySVIState | SavedState):
         return
     whole = "; this is the whole result" if isinstance(state, SVIRunResult) else ""
     raise ModelError(
         "EnergySVI: `init_state` is the state of a run, `fit.state`, and got a "
         f"{type(state).__name__}{whole}."
     )
+
+
+def restored(fresh: EnergySVIState, saved: SavedState, objective: Any) -> EnergySVIState:
+    """The state that was read from a file, put together as a fresh one is.
+
+    :param EnergySVIState fresh: of the run that resumes.
+    :param SavedState saved: as it was read; for what the objective keeps, and for averages, it
+        stands itself until their structure is known.
+    :param objective: that of the run.
+    :raises ModelError: if another class of objective trained it.
+    """
+    mine = type(objective).__name__
+    if saved.objective not in ("", mine):
+        raise ModelError(
+            f"EnergySVI: the saved state was trained by {saved.objective}, and this is {mine}. "
+            "Start anew at its parameters: `init_params=fit.params`."
+        )
+    later: dict[str, Any] = {
+        name: saved if saved.has(name) else None for name in ("objective_state", "ema")
+    }
+    parts = {k: saved.part(k, like) for k, like in fresh._asdict().items() if k not in later}
+    return EnergySVIState(**parts, **later)
 
 
 def check_optimizers(expected: EnergySVIState, state: EnergySVIState) -> None:

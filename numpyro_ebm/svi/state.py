@@ -45,9 +45,11 @@ class EnergySVIRunResult(SVIRunResult):
 
     - **ema_params** - exponential moving averages of the parameters, by name; ``None`` unless
       ``run`` was asked for them.
+    - **objective** - the class of the objective.
     """
 
     ema_params: Params | None = None
+    objective: str = ""
 
 
 def select(condition: jax.Array, new: EnergySVIState, old: EnergySVIState) -> EnergySVIState:
