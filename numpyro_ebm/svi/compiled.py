@@ -102,7 +102,7 @@ class CompiledRounds:
             args, kwargs = batches.batch(int(state.step))
             kept = jax.eval_shape(
                 lambda state: self.with_objective_state(state, args, kwargs),
-                state._replace(objective_state=None),
+                state._replace(objective_state=None, ema=None),
             ).objective_state
         owner = f"what {objective!r} keeps from round to round"
         found = state.objective_state
