@@ -6,10 +6,15 @@ The ``check_...`` functions hold options to their range, with one message for ea
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 __all__ = [
     "ConvergenceWarning",
     "FarNoiseWarning",
     "ImproperSamplingError",
+    "InterruptedWarning",
     "ModelError",
     "NonFiniteLossWarning",
     "NormalizerDisagreementWarning",
@@ -99,20 +104,33 @@ def check_integer(owner: str, minimum: int = 1, **options: Any) -> None:
     :param options: values by name; booleans are no integers.
     """
     for name, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not integer or value < minimum:
             what = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
             raise ModelError(f"{owner}: `{name}` must be {what}, got {value!r}.")
 
 
 def check_positive(owner: str, **options: Any) -> None:
-    """Raise :class:`ModelError` unless options are positive numbers."""
-    for name, value in options.items():
-        if not value > 0:
-            raise ModelError(f"{owner}: `{name}` must be positive, got {value}.")
+    """Raise :class:`ModelError` unless options are positive, finite numbers, or traced."""
+    _check_numbers(owner, options, lambda x: x > 0, "positive")
 
 
 def check_fraction(owner: str, **options: Any) -> None:
-    """Raise :class:`ModelError` unless options are numbers between 0 and 1, without the ends."""
+    """Raise :class:`ModelError` unless options are numbers between 0 and 1, or traced.
+
+    The ends are out of range.
+    """
+    _check_numbers(owner, options, lambda x: (0 < x) & (x < 1), "between 0 and 1")
+
+
+def _check_numbers(owner, options, is_right, what):
     for name, value in options.items():
-        if not 0 < value < 1:
-            raise ModelError(f"{owner}: `{name}` must be between 0 and 1, got {value}.")
+        if isinstance(value, jax.core.Tracer):
+            continue  # nothing is known of it
+        x = np.asarray(value)
+        kinds = jnp.floating, jnp.integer
+        if not x.size or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+            raise ModelError(f"{owner}: `{name}` must be a number, {what}, got {value!r}.")
+        if not np.all(np.isfinite(x) & is_right(x)):
+            finite = "" if np.all(np.isfinite(x)) else " and finite"
+            raise ModelError(f"{owner}: `{name}` must be {what}{finite}, got {value}.")

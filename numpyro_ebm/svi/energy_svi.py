@@ -299,8 +299,7 @@ class EnergySVI(SVI):
         ``stable_update`` it says at the end how many rounds were undone. Ctrl-C ends the run with a
         :class:`~numpyro_ebm.errors.InterruptedWarning` and returns what was learned.
         """
-        if num_steps < 1:
-            raise ValueError("num_steps must be a positive integer.")
+        check_integer("EnergySVI.run", num_steps=num_steps)
         if is_traced(rng_key, args, kwargs, init_state, init_params):
             raise ModelError(
                 "EnergySVI.run compiles its rounds itself and looks at their losses in between, so "

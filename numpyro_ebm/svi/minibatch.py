@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.program.draws import at
 
@@ -86,9 +86,10 @@ class Minibatches(NamedTuple):
         whole = cls(num_rows, num_rows, tree, kinds, static, total_rows=row_model.total_rows)
         if batch_size is None:
             return whole
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= num_rows:
+        check_integer("EnergySVI.run", batch_size=batch_size)
+        if batch_size > num_rows:
             raise ModelError(
-                f"`batch_size` must be an integer from 1 to the {num_rows} rows of the data plate "
+                f"`batch_size` must be at most the {num_rows} rows of the data plate "
                 f"'{row_model.plate}', got {batch_size!r}."
             )
         if row_model.total_rows != num_rows:
