@@ -142,11 +142,18 @@ class ReplicaExchange(AdaptiveKernel):
     """
 
     takes_any_model = True
+    _for_discrete = "`ReplicaExchange(model, kernel=BlockGibbs)`, "
 
     _of_kernel: type["ReplicaExchange"]  # set where it is written, in `replicas_of_kernel`
 
     def __new__(cls, *args: Any, kernel: Any = None, **kwargs: Any) -> "ReplicaExchange":
         is_plain = kernel is None or cls is not ReplicaExchange
+        unused = sorted({"step_size", "adapt_step_size", "target_accept_prob"} & kwargs.keys())
+        if unused and not is_plain:
+            raise ModelError(
+                f"ReplicaExchange: {unused} belong to the steps of continuous sites. Give them to "
+                "the kernel: `kernel=lambda model: DiscreteLangevin(model, step_size=0.5)`."
+            )
         return object.__new__(cls if is_plain else ReplicaExchange._of_kernel)
 
     def __init__(

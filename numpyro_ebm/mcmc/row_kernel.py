@@ -50,6 +50,7 @@ class RowKernel(MCMCKernel):
     takes_any_model = False
 
     _draw_start = staticmethod(unconstrained_values)  # of the sites that it moves
+    _for_discrete = ""  # what to use instead, first of all, where all sites are discrete
 
     def __init__(self, model: Model, init_strategy: Callable[..., Any]):
         self._model = model
@@ -222,8 +223,9 @@ class RowKernel(MCMCKernel):
         if not row_model.visible:
             raise ModelError(
                 f"{self._name} moves continuous sites, and {sorted(row_model.latent)} are "
-                "discrete. Use `numpyro_ebm.DiscreteLangevin`, `numpyro_ebm.BlockGibbs`, "
-                "`numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`, which chooses one."
+                f"discrete. Use {self._for_discrete}`numpyro_ebm.DiscreteLangevin`, "
+                "`numpyro_ebm.BlockGibbs`, `numpyro.infer.DiscreteGibbs`, or `numpyro_ebm.sample`, "
+                "which chooses one."
             )
         if isinstance(row_model, PlainModel):
             return row_model, row_model.log_density

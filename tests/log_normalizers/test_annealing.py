@@ -2,6 +2,7 @@
 """log Z by annealing, with error bars that cover."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from numpyro.distributions import constraints
 from oracles import jit
 
 import numpyro_ebm as ebm
+from numpyro_ebm.log_normalizers import annealing
 from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
 from numpyro_ebm.log_normalizers.base_measure import reference
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
@@ -324,3 +326,15 @@ def test_annealed_ising_of_a_thousand_spins():
     found = run(KEY, CRITICAL)
     assert_covers(found, kaufman(32, CRITICAL))
     assert found[1] < 0.3
+
+
+def test_the_derivative_of_log_z_weighs_the_draws():
+    """E ∂ log p̃ of draws with 0.2 and 0.8: 0.2 times 3 and 0.8 times 5."""
+
+    def value(a):
+        density = SimpleNamespace(log_density=lambda position: a * position["x"])
+        log_weights = jnp.log(jnp.array([[0.2], [0.8]]))
+        position = {"x": jnp.array([3.0, 5.0])}
+        return jnp.sum(annealing._differentiable_at(density, position, log_weights, jnp.ones(1)))
+
+    np.testing.assert_allclose(jax.value_and_grad(value)(2.0), (1.0, 4.6), rtol=1e-6)

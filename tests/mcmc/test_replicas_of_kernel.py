@@ -72,3 +72,9 @@ def test_what_the_kernel_refuses_is_refused():
     kernel = ebm.ReplicaExchange(ebm.fixed(model, {}), kernel=ebm.SwendsenWang)
     with pytest.raises(ebm.ModelError, match="moves discrete sites, and ..v.. are continuous"):
         kernel.init(jax.random.key(0), 0, None, (), {})
+
+
+def test_what_belongs_to_the_steps_is_given_to_the_kernel():
+    model = ebm.fixed(lambda: None, {})
+    with pytest.raises(ebm.ModelError, match=r"\['step_size'\] belong.*kernel=lambda model"):
+        ebm.ReplicaExchange(model, kernel=ebm.BlockGibbs, step_size=0.1)

@@ -153,3 +153,15 @@ def test_components_are_those_of_scipy():
         [0, 1, 2],
         [3, 4, 5],
     ]
+
+
+def test_one_row_with_negative_couplings_among_others_is_refused():
+    def potts():
+        couplings = jnp.array([0.7, -0.4])
+        with numpyro.plate("data", 2):
+            x = numpyro.sample("x", ebm.Counting(3, (2,)))
+            ebm.energy("E", -couplings * (x[:, 0] == x[:, 1]))
+
+    kernel = ebm.SwendsenWang(ebm.fixed(potts, {}))
+    with pytest.raises(ebm.ModelError, match="rewards different values"):
+        kernel.init(jax.random.key(0), 0, None, (), {})

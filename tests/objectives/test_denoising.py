@@ -176,3 +176,11 @@ def test_rows_count_for_the_guide_by_the_inverse_of_their_level():
 def test_sites_have_noise_of_their_own():
     noise = draw_like(jax.random.normal, KEY, {"a": jnp.zeros(4_000), "b": jnp.zeros(4_000)})
     assert abs(np.corrcoef(noise["a"], noise["b"])[0, 1]) < 4 / np.sqrt(4_000)
+
+
+def test_geometric_levels_are_even_in_their_logarithm():
+    objective = ebm.MultiscaleDenoisingScoreMatching(
+        min_noise_scale=0.1, max_noise_scale=10.0, spacing="geometric"
+    )
+    place = (np.log10(np.sort(objective.levels(jax.random.key(3), 50))) + 1) / 2 * 50
+    np.testing.assert_array_equal(np.floor(place), np.arange(50))

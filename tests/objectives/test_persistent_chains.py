@@ -204,3 +204,16 @@ def test_a_share_of_the_rows_restarts(model):
     v = v.T if model is rbm_plated else v
     assert np.all(v == v[:, :1])
     assert abs(np.sum(v[:, 0] == 0) - 0.2 * num) < 4.5 * np.sqrt(0.16 * num)
+
+
+def test_a_full_history_is_in_its_order():
+    """The ring has gone round: three more records than it holds."""
+
+    def advance(chains, record):
+        return chains.advance(chains.position, lambda: record), None
+
+    last = (HISTORY + 3) * SPACING
+    records = jnp.arange(1.0, last + 1)[:, None, None] * jnp.ones((1, 2, 2))
+    chains, _ = jax.lax.scan(advance, Chains.start({}, jnp.zeros((2, 1))), records)
+    expected = SPACING * np.arange(4, HISTORY + 4)
+    np.testing.assert_array_equal(chains.remembered()[:, 1, 0], expected)

@@ -18,6 +18,7 @@ from scipy.special import logsumexp
 
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import adequacy
+from numpyro_ebm.diagnostics.prior_widths import _width
 
 NUM_STEPS = 40
 
@@ -239,3 +240,10 @@ def test_right_runs_are_called_inadequate_in_a_twentieth(name):
 def test_runs_with_a_tenth_of_the_moves_or_less_are_found(name, step_size):
     found = list(verdicts(name, mala(step_size), 40))
     assert sum(not x.is_adequate for x in found) >= 0.95 * len(found)
+
+
+def test_widths_are_those_of_every_element():
+    """Of N(0, 1) and N(0, 3) beside N(0, 1) and N(0, 2): 1 and 1.5."""
+    normal = np.random.default_rng(0).normal(size=(20_000, 2))
+    ratio = _width(normal * [1.0, 3.0]) / _width(normal * [1.0, 2.0])
+    np.testing.assert_allclose(ratio, [1.0, 1.5], rtol=1e-6)
