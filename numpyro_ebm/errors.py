@@ -125,9 +125,10 @@ def check_fraction(owner: str, **options: Any) -> None:
 
 def _check_numbers(owner, options, is_right, what):
     for name, value in options.items():
-        if isinstance(value, jax.core.Tracer):
-            continue  # nothing is known of it
-        x = np.asarray(value)
+        try:
+            x = np.asarray(value)
+        except jax.errors.TracerArrayConversionError:
+            continue  # nothing is known of what is traced
         kinds = jnp.floating, jnp.integer
         if not x.size or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
             raise ModelError(f"{owner}: `{name}` must be a number, {what}, got {value!r}.")

@@ -66,7 +66,7 @@ LONGEST = (
 # brackets holds one of these words. The others are slow.
 MEMBERS = {
     "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "[NCE", "Pseudo"),
-    "test_every_row_has_its_own_normalizer": ("argument]", "in a closure", "the plate's index]"),
+    "test_every_row_has_its_own_normalizer": ("in a closure", "[the plate's index]"),
     "test_value_and_gradient_are_the_formula": ("[SM-", "[DSM-", "median-", "-Exact"),
     "test_loss_and_gradient_are_unbiased": (
         *("SM-VaGES]", "linear-VaGES]", "weighted", "RBF", "DSM-VaGES, cont"),
@@ -98,7 +98,7 @@ MEMBERS = {
     "test_the_divergence_of_a_gaussian": (),
     "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
     "test_discrete.py::test_minimal_at_the_truth": ("ising", "latents"),
-    "test_discrete.py::test_equals_enumeration": ("[PL", "DFD-ising"),
+    "test_discrete.py::test_equals_enumeration": ("PL-ising", "PL-l", "PL-p", "DFD-ising"),
     "test_quadratic_energies_take_less_than_all_neighbours": ("[PL", "DFD-pairs", "RM-a matrix]"),
     "test_annealed_mixture": ("[ais",),
     "test_annealed_gaussian_blocks": ("[smc",),
@@ -108,13 +108,13 @@ MEMBERS = {
         *("[Enum", "GES-S", "GES-D", "GES-NCE", "GES-P", "lled-D", "lled-M", "Bound-NCE"),
     ),
     "test_a_masked_row_is_as_left_out": ("[ScoreM", "Pseudo", "[weight", "[square"),
-    "test_neighbours_are_the_values_of_the_support": ("not quad", "2-quad", "4-quad"),
+    "test_neighbours_are_the_values_of_the_support": ("1-not", "4-not", "2-quad", "4-quad"),
     "test_plain_models.py::test_posteriors": ("mixture-MALA", "-Under", "-ULA"),
     "test_supports_are_kept_where_the_data_are_traced": (
         *("simplex-5", "ordered-300", "Cholesky-5", "one-5"),
     ),
-    "test_laplace_of_a_generalised_posterior_has_the_posteriors_width": ("[objective1",),
-    "test_the_warmup_lets_a_frozen_auxiliary_move": ("[0.001",),
+    "test_laplace_of_a_generalised_posterior_has_the_posteriors_width": (),
+    "test_the_warmup_lets_a_frozen_auxiliary_move": (),
     "test_the_score_that_minimises_at_many_levels": (),
     "test_derivatives_of_exact_log_normalizers": ("[levels",),
     "test_exchange_protocol.py::test_chain_methods": (),

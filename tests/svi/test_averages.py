@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from oracles import jit
 
 import numpyro_ebm as ebm
 
@@ -48,8 +49,9 @@ def test_averages_are_those_of_a_loop():
     np.testing.assert_array_equal(fit.losses, plain.losses)
     state = one.init(jax.random.key(1), DATA)
     expected = {"mean": 0.0, "precision": 0.0, "slope": 0.2}
+    update = jit(one.update)
     for _ in range(12):
-        state, _ = one.update(state, DATA)
+        state, _ = update(state, DATA)
         params = one.get_params(state)
         now = {**params, "precision": np.log(params["precision"])}
         expected = {name: 0.8 * expected[name] + 0.2 * now[name] for name in expected}
@@ -60,6 +62,7 @@ def test_averages_are_those_of_a_loop():
     assert plain.ema_params is None and abs(fit.ema_params["mean"] - fit.params["mean"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_averages_go_on_where_a_run_does():
     one = svi()
     whole = run(one, 20, ema=0.9)

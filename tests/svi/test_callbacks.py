@@ -66,10 +66,15 @@ def test_an_interruption_returns_what_was_learned():
     def interrupt(step, state, losses):
         if step == 20:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+            time.sleep(2)
 
-    with pytest.warns(ebm.InterruptedWarning, match="after 20 of 1000 rounds") as caught:
-        fit = run(1_000, callback=interrupt, every=10)
+    # Workers of pytest-xdist ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.warns(ebm.InterruptedWarning, match="after 20 of 1000 rounds") as caught:
+            fit = run(1_000, callback=interrupt, every=10)
+    finally:
+        signal.signal(signal.SIGINT, before)
     np.testing.assert_array_equal(fit.losses, run(20).losses)
     (told,) = (x.message for x in caught if isinstance(x.message, ebm.InterruptedWarning))
     assert told.result is fit
