@@ -209,18 +209,6 @@ class BlockGibbs(RowKernel):
         rows = row_model.to_rows(state.z)
         return state._replace(potential_energy=-log_density(rows))
 
-    def get_constrain_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        return lambda z: z  # real and discrete sites are unconstrained
-
-    def postprocess_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        row_model = self._read_model(self._model, model_args, model_kwargs)
-
-        return lambda z: {**z, **row_model.deterministic({}, z)}
-
     # Internal
 
     def _target(self, model_args, model_kwargs):

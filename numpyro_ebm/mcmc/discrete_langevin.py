@@ -76,8 +76,8 @@ class DiscreteLangevin(AdaptiveKernel):
         taken, and the stationary law is biased: see the note.
     :param bool adapt_step_size: adapt α in warm-up by dual averaging of the acceptance of each row.
         Where units hardly interact acceptance stays above the target however large α is; it is
-        kept below 1,000 times the squared range of the values, where proposals no longer depend
-        on it.
+        kept at most at the squared range of the values (with exact differences, at 1), or at
+        ``step_size`` if that is larger.
     :param float target_accept_prob: the acceptance probability to adapt to.
     :param str differences: ``"gradient"`` takes the energy's gradient, one evaluation a step, for
         binary and ordinal units; ``"exact"`` prices any change of value alike,
@@ -178,17 +178,6 @@ class DiscreteLangevin(AdaptiveKernel):
         row_model, log_density, values = self._target(model_args, model_kwargs)
         chains = self._evaluate(row_model, log_density, values, state.z)
         return self._cache(state, chains, row_model)
-
-    def get_constrain_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        return lambda z: z
-
-    def postprocess_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        row_model, _ = self._read(self._model, model_args, model_kwargs)
-        return lambda z: {**z, **row_model.deterministic({}, z)}
 
     # Internal
 

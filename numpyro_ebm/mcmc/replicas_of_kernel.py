@@ -26,7 +26,7 @@ from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.mcmc.replica_exchange import ReplicaExchange, ReplicaExchangeState
 from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.samplers import tempering
-from numpyro_ebm.types import Model, SiteValues
+from numpyro_ebm.types import Model
 
 __all__ = ["ReplicasOfKernel"]
 
@@ -97,17 +97,6 @@ class ReplicasOfKernel(ReplicaExchange):
         inner = self._refreshed(betas, inner, model_args, model_kwargs)
         cold, _ = self._replicas(inner.z, model_args, model_kwargs)
         return state._replace(memory=(inner, visited), **self._cold(cold))
-
-    def get_constrain_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        return lambda z: z
-
-    def postprocess_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        row_model = self._read_model(self._model, model_args, model_kwargs)
-        return lambda z: {**z, **row_model.deterministic({}, z)}
 
     # Internal
 

@@ -121,6 +121,8 @@ class RowKernel(MCMCKernel):
     def get_constrain_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[..., SiteValues]:
+        if self.moves_discrete:
+            return lambda z: z  # real and discrete sites are unconstrained
         row_model = self._read_model(self._model, model_args, model_kwargs)
         return lambda z: row_model.constrain(z)[0]
 
@@ -128,6 +130,8 @@ class RowKernel(MCMCKernel):
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[..., SiteValues]:
         row_model = self._read_model(self._model, model_args, model_kwargs)
+        if self.moves_discrete:
+            return lambda z: {**z, **row_model.deterministic({}, z)}
         if row_model.latent:
             return lambda z: row_model.constrain(z)[0]
 

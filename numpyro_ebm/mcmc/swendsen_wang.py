@@ -128,17 +128,6 @@ class SwendsenWang(RowKernel):
         row_model, log_density = self._read(self._model, model_args, model_kwargs)
         return state._replace(potential_energy=-log_density(row_model.to_rows(state.z)))
 
-    def get_constrain_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        return lambda z: z
-
-    def postprocess_fn(
-        self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
-    ) -> Callable[..., SiteValues]:
-        row_model = self._read_model(self._model, model_args, model_kwargs)
-        return lambda z: {**z, **row_model.deterministic({}, z)}
-
     # Internal
 
     def _check_energy(self, state, model_args, model_kwargs):

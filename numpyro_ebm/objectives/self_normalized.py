@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-normalised likelihood: a lower bound on the log-likelihood, which learns log Z."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.nn import sigmoid
 
-from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.nce import LOG_NORMALIZER, NCE
-from numpyro_ebm.types import Optimizer, Params
+from numpyro_ebm.types import Params
 
 __all__ = ["SelfNormalized"]
 
@@ -74,25 +71,6 @@ class SelfNormalized(NCE):
 
     method = "SNL"
     far_noise = "almost no row lies where it has draws, or almost no draw where there are rows"
-
-    def __init__(
-        self,
-        noise: Any,
-        noise_ratio: int = 1,
-        marginal: Marginal | None = None,
-        *,
-        noise_optim: Optimizer | None = None,
-        num_noise_steps: int = 1,
-        init_log_normalizer: float | None = None,
-    ):
-        super().__init__(
-            noise,
-            noise_ratio,
-            marginal,
-            noise_optim=noise_optim,
-            num_noise_steps=num_noise_steps,
-            init_log_normalizer=init_log_normalizer,
-        )
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         row_model, point = problem.row_model, problem.unconstrained
