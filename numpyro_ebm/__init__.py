@@ -44,11 +44,12 @@ from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior
 from numpyro_ebm.objectives import *  # noqa: F403
 from numpyro_ebm.posteriors import Exchange, emulate_log_normalizer, generalized, normalized
-from numpyro_ebm.svi import EnergySVI, load, save
+from numpyro_ebm.svi import Checkpoint, EnergySVI, load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
     "Counting",
     "EnergySVI",
     "Exchange",

@@ -19,6 +19,7 @@ PAGES = [
     pytest.param("docs/objectives.md", marks=pytest.mark.slow),
     pytest.param("docs/weights.md", marks=pytest.mark.slow),
     pytest.param("docs/priors.md", marks=pytest.mark.slow),
+    pytest.param("docs/long_runs.md", marks=pytest.mark.slow),
     pytest.param("docs/sampling.md", marks=pytest.mark.slow),
     pytest.param("docs/normalizers.md", marks=pytest.mark.slow),
     pytest.param("docs/diagnostics.md", marks=pytest.mark.slow),

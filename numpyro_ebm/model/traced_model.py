@@ -128,6 +128,11 @@ class TracedModel:
             if frame.size != sites[frame.name]["args"][0]
         }
 
+    @property
+    def has_priors(self) -> bool:
+        """Whether parameters have priors."""
+        return bool(self._with_role("prior"))
+
     def _with_role(self, *roles):
         return [name for name, role in self._roles.items() if role in roles]
 
@@ -185,6 +190,15 @@ class TracedModel:
             sites = self.visible(rng_key, params)
         for site in sites.values():
             check_data(self._counting(site, weights))
+
+    def data_are_possible(self) -> jax.Array:
+        """Whether :meth:`check_data` would find nothing wrong with the values, which are traced."""
+        rng_key = default_key()
+        weights, looks = self.row_weights(rng_key, {}), []
+        for site in self.visible(rng_key, {}).values():
+            value = self._counting(site, weights).value
+            looks += [jnp.all(jnp.isfinite(value)), jnp.all(site.fn.support(value))]
+        return jnp.all(jnp.stack(looks))
 
     def _counting(self, site, weights):
         """A visible site, with values of other rows in the place of those that do not count."""

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
-from numpyro_ebm.svi.files import SavedState
-from numpyro_ebm.svi.loop import CHUNK, take_rounds
+from numpyro_ebm.svi.loop import take_rounds
 from numpyro_ebm.svi.minibatch import Batches
 from numpyro_ebm.svi.resuming import check_part
 from numpyro_ebm.svi.round import Round
+from numpyro_ebm.svi.saved import SavedState
 from numpyro_ebm.svi.state import EnergySVIState
+from numpyro_ebm.svi.streamed import StreamedBatches
 
 __all__ = ["CompiledRounds"]
 
@@ -50,17 +51,19 @@ class CompiledRounds:
         self._chunk.clear_cache()
         self._look.clear_cache()
 
-    def chunk(self, state: EnergySVIState, batches: Batches, length: int, **options: Any) -> Any:
+    def chunk(
+        self, state: EnergySVIState, batches: Batches | StreamedBatches, length: int, **options: Any
+    ) -> Any:
         """Up to CHUNK rounds on their minibatches; see :func:`~numpyro_ebm.svi.loop.take_rounds`.
 
         :param EnergySVIState state: where to start.
-        :param Batches batches: the arguments of the run.
+        :param batches: the arguments of the run.
         :param int length: number of rounds.
         :param options: ``watched``, ``stable``, ``forward_mode``, and ``ema``, the decay.
         """
-        indices = batches.indices(int(state.step), CHUNK)
+        arrays, indices = batches.chunk(int(state.step))
         return self._chunk(
-            state, batches.arrays, indices, length, minibatches=batches.minibatches, **options
+            state, arrays, indices, length, minibatches=batches.minibatches, **options
         )
 
     def _take_chunk(
@@ -92,7 +95,9 @@ class CompiledRounds:
         kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
         return state._replace(objective_state=kept)
 
-    def with_kept(self, state: EnergySVIState, batches: Batches) -> EnergySVIState:
+    def with_kept(
+        self, state: EnergySVIState, batches: Batches | StreamedBatches
+    ) -> EnergySVIState:
         """A state to resume from, with what the objective keeps in it.
 
         :raises ModelError: if it is not what this objective keeps.
@@ -112,12 +117,11 @@ class CompiledRounds:
             check_part("objective_state", owner, kept, found)
         return state._replace(objective_state=found)
 
-    def review(self, state: EnergySVIState, batches: Batches) -> None:
+    def review(self, state: EnergySVIState, batches: Batches | StreamedBatches) -> None:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
-        batches = batches.resized(max(REVIEW_ROWS, batches.minibatches.batch_size))
-        statistics = self._look(
-            state, batches.arrays, batches.indices(0, 1), minibatches=batches.minibatches
-        )
+        num_rows = max(REVIEW_ROWS, batches.minibatches.batch_size)
+        arrays, indices, minibatches = batches.look(num_rows)
+        statistics = self._look(state, arrays, indices, minibatches=minibatches)
         self._round(None).objective.review(statistics)
 
     def _statistics(self, state, arrays, indices, *, minibatches):

@@ -7,12 +7,12 @@ values; :mod:`~numpyro_ebm.svi.round` holds the equations of a round, and its st
 between chunks; see :mod:`~numpyro_ebm.svi.loop`.
 """
 
+import os
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.util import transform_fn
@@ -21,19 +21,14 @@ from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
+from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.compiled import CompiledRounds
-from numpyro_ebm.svi.files import SavedState
-from numpyro_ebm.svi.loop import (
-    Callback,
-    Why,
-    run_chunks,
-    warn_of_interruption,
-    warn_of_stop,
-    warn_of_undone,
-)
-from numpyro_ebm.svi.minibatch import Batches
+from numpyro_ebm.svi.loop import Callback
 from numpyro_ebm.svi.resuming import check_is_state, check_optimizers, restored
 from numpyro_ebm.svi.round import Round
+from numpyro_ebm.svi.running import Run, opened
+from numpyro_ebm.svi.saved import SavedState
+from numpyro_ebm.svi.sources import find_source
 from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
 from numpyro_ebm.svi.state import EnergySVIRunResult, EnergySVIState, select, shapes_of
 from numpyro_ebm.types import Model, Optimizer, Params
@@ -258,6 +253,7 @@ class EnergySVI(SVI):
         callback: Callback | None = None,
         every: int | None = None,
         ema: float | None = None,
+        checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> EnergySVIRunResult:
         """Run ``num_steps`` rounds.
@@ -267,10 +263,15 @@ class EnergySVI(SVI):
 
         :param rng_key: random key; unused where ``init_state`` is given.
         :param int num_steps: number of rounds.
-        :param args: arguments of model and guide, with all rows.
+        :param args: arguments of model and guide, with all rows; or, in the place of the first,
+            batches: an iterator, an iterable that is no pytree (a data loader), or a function
+            without parameters that makes one. A batch is an array, a pytree, or a tuple or list of
+            several arguments; those after it are the same in all rounds. All batches have one form;
+            one with fewer rows is left out. An iterable that ends is read again.
         :param int batch_size: rows in a minibatch. Batches are drawn without replacement, in a new
             order every epoch; each array argument whose leading axis has the length of the data
-            plate is cut. ``None``: all rows in every round.
+            plate is cut. ``None``: all rows in every round. With it an ``np.memmap``, or an array
+            of h5py or zarr, stays on disk, and only the rows of the batches are read.
         :param bool progress_bar: show a progress bar.
         :param bool stable_update: keep the state and go on where a step is not finite, instead of
             stopping (as NumPyro's option of this name).
@@ -286,21 +287,27 @@ class EnergySVI(SVI):
             and ``fit.state.ema``: a round leaves λ times the old ones, and 1 - λ times the
             parameters after it, in unconstrained coordinates; the parameters at the start at first.
             Energies are often sampled at such averages.
+        :param checkpoint: a :class:`~numpyro_ebm.Checkpoint`, or a folder: the run goes on from
+            the latest checkpoint in it, if there is one, and writes others.
         :param kwargs: keyword arguments of model and guide.
         :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``, and with
             ``ema_params``.
-        :raises ModelError: if ``batch_size`` does not fit the data, or ``init_state`` is that of
-            other parameters, optimisers or another objective; under `jit`, `vmap` or `grad`, for
+        :raises ModelError: if ``batch_size`` does not fit the data, the first batch cannot be used,
+            or ``init_state`` or a checkpoint is that of other parameters, optimisers or another
+            objective; under `jit`, `vmap` or `grad`, for
             which there is :meth:`update`.
 
         Where a loss, a parameter or a number in an optimiser's state is not finite the run stops
         with a :class:`~numpyro_ebm.errors.NonFiniteLossWarning` that names the step, and returns
         the last finite state; the warning carries the same result as ``.result``. With
-        ``stable_update`` it says at the end how many rounds were undone. Ctrl-C ends the run with a
-        :class:`~numpyro_ebm.errors.InterruptedWarning` and returns what was learned.
+        ``stable_update`` it says at the end how many rounds were undone. Ctrl-C, an iterator
+        without more batches and a later batch that cannot be used end the run with an
+        :class:`~numpyro_ebm.errors.InterruptedWarning`, and it returns what was learned.
         """
         check_integer("EnergySVI.run", num_steps=num_steps)
-        if is_traced(rng_key, args, kwargs, init_state, init_params):
+        source = find_source(args, kwargs, batch_size)
+        in_memory = (args, kwargs) if source is None else ()
+        if is_traced(rng_key, in_memory, init_state, init_params):
             raise ModelError(
                 "EnergySVI.run compiles its rounds itself and looks at their losses in between, so "
                 "it cannot be a part of `jit`, `vmap` or `grad`. Call it outside, or put "
@@ -312,49 +319,17 @@ class EnergySVI(SVI):
             check_integer("EnergySVI.run", every=every)
         if ema is not None:
             check_fraction("EnergySVI.run", ema=ema)
-        state = self._begin(rng_key, init_state, init_params, args, kwargs)
-        data_plate = self._plan.traced.data_plate
-        batches = Batches(data_plate, args, kwargs, batch_size, state.rng_key)
-        if init_state is None and self.loss.has_state:
-            state = self._compiled.with_objective_state(state, *batches.batch(int(state.step)))
-        elif init_state is not None:
-            state = self._compiled.with_kept(state, batches)
-        if ema is None or not isinstance(state.ema, list):
-            averages = None if ema is None else self._round().unconstrained(state)
-            if ema is not None and isinstance(state.ema, SavedState):
-                averages = state.ema.part("ema", averages)
-            state = state._replace(ema=averages)
-        forward_mode = forward_mode_differentiation
-        options = {"stable": stable_update, "forward_mode": forward_mode, "ema": ema}
-
-        def take_chunk(state, length, watched):
-            return self._compiled.chunk(state, batches, length, watched=watched, **options)
-
-        state, losses, self._length, why = run_chunks(
-            take_chunk,
-            state,
-            num_steps,
-            self._length,
-            watched=stable_update,
-            progress_bar=progress_bar,
-            callback=callback,
-            every=every,
-        )
-        result = EnergySVIRunResult(self.get_params(state), state, jnp.asarray(losses))
-        result.ema_params = self._round().ema_params(state)
-        result.objective = type(self.loss).__name__
-        if why is Why.NOT_FINITE:
-            warn_of_stop(result, num_steps)
-            return result
-        if why is Why.INTERRUPTED:
-            warn_of_interruption(result, num_steps)
-            return result
-        if stable_update:
-            warn_of_undone(result, int(np.isnan(losses).sum()), num_steps)
-        if type(self.loss).statistics is not Objective.statistics:
-            self._compiled.review(state, batches)
-        self.loss.review_state(state.objective_state)
-        return result
+        batch = {"args": args, "kwargs": kwargs, "batch_size": batch_size, "source": source}
+        start = {"init_state": init_state, "init_params": init_params}
+        rounds = {
+            "stable": stable_update,
+            "forward_mode": forward_mode_differentiation,
+            "ema": ema,
+        }
+        with opened(checkpoint) as kept:
+            return Run(self, rng_key, num_steps, kept, **batch, **start, **rounds).take(
+                progress_bar, callback, every
+            )
 
     # Internal
 

@@ -6,55 +6,36 @@ while the host is asked for as little as possible.
 """
 
 import time
-import warnings
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from numpyro.infer.svi import SVIRunResult
 from tqdm import tqdm
 
-from numpyro_ebm._compat import find_stack_level
-from numpyro_ebm.errors import InterruptedWarning, NonFiniteLossWarning
 from numpyro_ebm.program.draws import at, split_off_draws
+from numpyro_ebm.svi.endings import Why
+from numpyro_ebm.svi.minibatch import CHUNK
 from numpyro_ebm.svi.state import EnergySVIState, select
 
 __all__ = [
-    "CHUNK",
     "Callback",
-    "Why",
+    "Look",
     "run_chunks",
     "take_rounds",
-    "warn_of_interruption",
-    "warn_of_stop",
-    "warn_of_undone",
 ]
 
 Callback: TypeAlias = Callable[[int, EnergySVIState, np.ndarray], bool | None]
-
-CHUNK = 1024
-"""The most rounds between two looks at the losses; each chunk is one compiled call."""
 
 SECONDS_PER_LOOK = 0.5
 """About how long a chunk may take, so that the progress bar moves and Ctrl-C is heard."""
 
 DRAWN_AHEAD = 4 * 2**20
 """Bytes of random numbers that are drawn before the rounds they are for."""
-
-
-class Why(Enum):
-    """Why a run ended."""
-
-    DONE = "all rounds are taken"
-    NOT_FINITE = "the next round is not finite"
-    CALLBACK = "a callback asked for it"
-    INTERRUPTED = "the user interrupted it"
 
 
 def take_rounds(
@@ -133,16 +114,31 @@ def is_counter_based(rng_key: jax.Array) -> bool:
     return jax.random.key_impl(rng_key) == "threefry2x32"
 
 
+class Look(NamedTuple):
+    """What is done on the host from time to time while a run goes on.
+
+    - **call** - a function of the state and of the losses since the run began; the run ends if it
+      returns True.
+    - **rounds** - how many lie between two calls, or ``None``.
+    - **seconds** - after how many seconds it is called at the next occasion, or ``None``.
+    """
+
+    call: Callable[[EnergySVIState, np.ndarray], bool | None]
+    rounds: int | None = None
+    seconds: float | None = None
+
+
 def run_chunks(
     take_chunk: Callable[..., Any],
+    ready: Callable[[EnergySVIState], int],
     state: EnergySVIState,
     num_steps: int,
     length: int,
     *,
     watched: bool,
     progress_bar: bool,
-    callback: Callback | None = None,
-    every: int | None = None,
+    looks: Sequence[Look] = (),
+    before: np.ndarray | None = None,
 ) -> tuple[EnergySVIState, np.ndarray, int, Why]:
     """Take rounds chunk by chunk, with a look at the losses in between.
 
@@ -150,25 +146,32 @@ def run_chunks(
 
     :param take_chunk: ``(state, length, watched) -> (state, losses, taken, ok)``, as
         :func:`take_rounds`.
+    :param ready: how many rounds from a state on have their batches; 0 if there are no more.
     :param EnergySVIState state: where to start.
     :param int num_steps: number of rounds.
     :param int length: number of rounds in the first chunk.
     :param bool watched: whether to look after every round. Otherwise a chunk that ends with what is
         not finite is taken again, to find the first round that went wrong.
     :param bool progress_bar: whether to show a progress bar.
-    :param callback: ``(step, state, losses)``, called on the host after every so many rounds; the
-        run ends if it returns True.
-    :param int every: how many.
+    :param looks: what is done in between.
+    :param before: losses of rounds that the run took before it was stopped; they count.
     :return: the last finite state, the losses (with that of the round that was not finite, if there
         is one), the length for another chunk, and why the run ended.
     """
-    losses, done, told, why = [], 0, 0, Why.DONE
-    with tqdm(total=num_steps, disable=not progress_bar) as bar:
+    losses, why = [np.zeros(0) if before is None else before], Why.DONE
+    done = len(losses[0])
+    last = [(done - done % (look.rounds or 1), time.perf_counter()) for look in looks]
+    with tqdm(total=num_steps, initial=done, disable=not progress_bar) as bar:
         try:
             while done < num_steps and why is Why.DONE:
-                now = min(length, num_steps - done)
-                if every is not None:
-                    now = min(now, told + every - done)
+                available = ready(state)
+                if not available:
+                    why = Why.NO_BATCH
+                    break
+                now = min(length, num_steps - done, available)
+                for look, (told, _) in zip(looks, last, strict=True):
+                    if look.rounds is not None:
+                        now = min(now, told + look.rounds - done)
                 start = time.perf_counter()
                 new, chunk_losses, taken, ok = take_chunk(state, now, watched)
                 if not ok:
@@ -184,50 +187,19 @@ def run_chunks(
                     bar.set_postfix_str(f"loss: {found.mean():.4f}", refresh=False)
                 if now == length:  # a remainder says nothing about the time of a chunk
                     length = next_length(length, seconds)
-                if callback is not None and why is Why.DONE and done == told + (every or done):
-                    since, told = np.concatenate(losses)[told:], done
-                    if callback(int(state.step), state, since):
-                        why = Why.CALLBACK
+                for i, look in enumerate(looks if why is not Why.NOT_FINITE else ()):
+                    if _is_due(look, done, *last[i]):
+                        last[i] = done, time.perf_counter()
+                        if look.call(state, np.concatenate(losses)):
+                            why = Why.CALLBACK
         except KeyboardInterrupt:
             why = Why.INTERRUPTED
-    return state, np.concatenate([np.zeros(0), *losses]), length, why
+    return state, np.concatenate(losses), length, why
 
 
-def warn_of_interruption(result: SVIRunResult, num_steps: int) -> None:
-    """Say that a run was interrupted after so many of its rounds."""
-    warning = InterruptedWarning(
-        f"EnergySVI was interrupted after {len(result.losses)} of {num_steps} rounds. The result "
-        "holds the state after them; `init_state=fit.state` goes on from there.",
-        result,
-    )
-    warnings.warn(warning, stacklevel=find_stack_level())
-
-
-def warn_of_stop(result: SVIRunResult, num_steps: int) -> None:
-    """Say that a run stopped after so many of its rounds, since the next one is not finite."""
-    done = len(result.losses) - 1
-    warning = NonFiniteLossWarning(
-        f"EnergySVI stopped: step {done + 1} of {num_steps} gave a loss of "
-        f"{float(result.losses[-1])} or parameters, or numbers of an optimiser, that are not "
-        f"finite. The result holds the last finite state, after {done} steps. Try a smaller "
-        "learning rate, gradient clipping (`optax.chain(optax.clip_by_global_norm(1.0), ...)`), or "
-        "a bounded parameterisation.",
-        result,
-    )
-    warnings.warn(warning, stacklevel=find_stack_level())
-
-
-def warn_of_undone(result: SVIRunResult, undone: int, num_steps: int) -> None:
-    """Say how many rounds of a run were undone, if any were."""
-    if not undone:
-        return
-    warning = NonFiniteLossWarning(
-        f"EnergySVI: {undone} of {num_steps} rounds were undone (`stable_update`), since a loss, a "
-        "parameter or a number of an optimiser was not finite after them; their losses are NaN. "
-        "Try a smaller learning rate or gradient clipping.",
-        result,
-    )
-    warnings.warn(warning, stacklevel=find_stack_level())
+def _is_due(look, done, told, then):
+    after_rounds = look.rounds is not None and done == told + look.rounds
+    return after_rounds or (look.seconds is not None and time.perf_counter() - then >= look.seconds)
 
 
 def next_length(length: int, seconds: float) -> int:

@@ -5,7 +5,6 @@ The host draws the order of every epoch, and hands each chunk of rounds the rows
 the rows themselves are gathered on the device.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +17,10 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.program.draws import at
 
-__all__ = ["Batches", "Minibatches", "Orders"]
+__all__ = ["CHUNK", "Batches", "Minibatches", "Orders"]
+
+CHUNK = 1024
+"""The most rounds between two looks at the losses; each chunk is one compiled call."""
 
 SHUFFLE_STREAM = 0x5EED
 """Part of the seeds, so that shuffling does not share random numbers with anything else."""
@@ -49,7 +51,8 @@ class Minibatches(NamedTuple):
 
     - **num_rows, batch_size** - rows in all and in a batch; equal where nothing is cut.
     - **tree** - structure of ``(args, kwargs)``.
-    - **kinds** - for each leaf: ``"rows"`` (cut), ``"array"`` (passed) or ``"static"``.
+    - **kinds** - for each leaf: ``"rows"`` (cut), ``"step"`` (batches, one after the other),
+      ``"array"`` (passed) or ``"static"``.
     - **static** - the leaves that are not arrays.
     - **total_rows** - rows of the data plate, before any subsampling of the model's own.
     """
@@ -110,6 +113,33 @@ class Minibatches(NamedTuple):
             )
         return whole._replace(batch_size=batch_size, kinds=kinds)
 
+    @classmethod
+    def streamed(
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        streamed: Sequence[bool],
+        batch_size: int,
+        num_rows: int,
+        total_rows: int | None = None,
+    ) -> Self:
+        """Plan the minibatches of a run that is handed them one after the other.
+
+        :param tuple args: arguments with one batch.
+        :param dict kwargs: keyword arguments with one batch.
+        :param streamed: which of their leaves come anew in every round.
+        :param int batch_size: rows in a batch.
+        :param int num_rows: rows in all, where batches are drawn from them.
+        :param int total_rows: rows in all, if that is known.
+        """
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        kinds = tuple(
+            "step" if new else "array" if _is_array(x) else "static"
+            for new, x in zip(streamed, leaves, strict=True)
+        )
+        static = tuple(x for kind, x in zip(kinds, leaves, strict=True) if kind == "static")
+        return cls(num_rows, batch_size, tree, kinds, static, total_rows)
+
     def resized(self, batch_size: int) -> Self:
         """The same arguments in batches of another size; all rows where there are not as many."""
         if self.batch_size == self.num_rows or batch_size < self.num_rows:
@@ -140,7 +170,13 @@ class Minibatches(NamedTuple):
     def batch(
         self, arrays: Sequence[Any], indices: Any, i: ArrayLike
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments and keyword arguments of the i-th step of a chunk."""
+        """Arguments and keyword arguments of the i-th step of a chunk.
+
+        :param arrays: the arrays among the leaves.
+        :param indices: rows of each step, as of :meth:`indices`; of streamed batches, the place of
+            the first one.
+        :param i: which step.
+        """
         rest, static = iter(arrays), iter(self.static)
         leaves = []
         for kind in self.kinds:
@@ -150,6 +186,8 @@ class Minibatches(NamedTuple):
                 # In bounds by construction; a check would cost a pass over the batch.
                 rows = next(rest).at[at(indices, i)]
                 leaves.append(rows.get(mode="promise_in_bounds", wrap_negative_indices=False))
+            elif kind == "step":
+                leaves.append(at(next(rest), indices + i))
             else:
                 leaves.append(next(rest))
         return jax.tree.unflatten(self.tree, leaves)
@@ -160,6 +198,7 @@ class Batches:
 
     - **minibatches** - how they are cut.
     - **arrays** - the arrays among the arguments.
+    - **error, position** - as of :class:`~numpyro_ebm.svi.streamed.StreamedBatches`: ``None``.
 
     :param DataPlate data_plate: the data plate, or a model, with all rows.
     :param tuple args: arguments with all rows.
@@ -167,6 +206,8 @@ class Batches:
     :param int batch_size: rows in a batch, or ``None``.
     :param rng_key: key of the run.
     """
+
+    error = position = None
 
     def __init__(
         self,
@@ -185,11 +226,22 @@ class Batches:
         """As :meth:`Minibatches.indices`."""
         return self.minibatches.indices(self._orders, first_step, num_steps)
 
-    def resized(self, batch_size: int) -> Self:
-        """As :meth:`Minibatches.resized`."""
-        other = copy.copy(self)
-        other.minibatches = self.minibatches.resized(batch_size)
-        return other
+    def ready(self, step: int) -> int:
+        """How many rounds from this one on can be taken in one chunk."""
+        del step
+        return CHUNK
+
+    def chunk(self, step: int) -> tuple[list[jax.Array], Any]:
+        """What :meth:`Minibatches.batch` takes, for a chunk of rounds from this one on."""
+        return self.arrays, self.indices(step, CHUNK)
+
+    def read_ahead(self, until: jax.Array) -> None:
+        """Read what comes next while a chunk runs, until its losses are there: nothing here."""
+
+    def look(self, num_rows: int) -> tuple[list[jax.Array], Any, Minibatches]:
+        """What :meth:`Minibatches.batch` takes for one batch of other rows, and that itself."""
+        other = self.minibatches.resized(num_rows)
+        return self.arrays, other.indices(self._orders, 0, 1), other
 
     def batch(self, step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of a step."""

@@ -7,10 +7,10 @@ import jax
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.svi.files import SavedState
+from numpyro_ebm.svi.saved import SavedState
 from numpyro_ebm.svi.state import EnergySVIState, shapes_of
 
-__all__ = ["check_is_state", "check_optimizers", "check_part"]
+__all__ = ["check_is_state", "check_optimizers", "check_part", "restored", "steps_of"]
 
 
 def check_is_state(state: Any) -> None:
@@ -25,6 +25,17 @@ def check_is_state(state: Any) -> None:
         "EnergySVI: `init_state` is the state of a run, `fit.state`, and got a "
         f"{type(state).__name__}{whole}."
     )
+
+
+def steps_of(state: Any) -> int:
+    """Rounds before a state to resume from; 0 without one.
+
+    :raises ModelError: if it is no state.
+    """
+    if state is None:
+        return 0
+    check_is_state(state)
+    return int(state.arrays["step"] if isinstance(state, SavedState) else state.step)
 
 
 def restored(fresh: EnergySVIState, saved: SavedState, objective: Any) -> EnergySVIState:

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of EnergySVI: its batches, the state it starts from, its chunks, and how it ends."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.svi.checkpoints import Checkpoint
+from numpyro_ebm.svi.endings import Why, warn_of_end, warn_of_undone
+from numpyro_ebm.svi.loop import Callback, Look, run_chunks
+from numpyro_ebm.svi.minibatch import Batches
+from numpyro_ebm.svi.resuming import steps_of
+from numpyro_ebm.svi.saved import SavedState
+from numpyro_ebm.svi.sources import IterableSource, StoredRows
+from numpyro_ebm.svi.state import EnergySVIRunResult
+from numpyro_ebm.svi.streamed import StreamedBatches
+
+__all__ = ["Run", "opened"]
+
+
+def opened(
+    checkpoint: Checkpoint | str | os.PathLike[str] | None,
+) -> AbstractContextManager[Checkpoint | None]:
+    """A checkpoint that can be read and written, or ``None``."""
+    found = Checkpoint.of(checkpoint)
+    return nullcontext() if found is None else found
+
+
+class Run:
+    """A run, ready to take its rounds.
+
+    :param svi: the :class:`~numpyro_ebm.EnergySVI`.
+    :param rng_key: random key.
+    :param int num_steps: number of rounds, with those before the checkpoint.
+    :param kept: the open :class:`~numpyro_ebm.Checkpoint`, or ``None``.
+    :param args: arguments, as ``run`` got them, and likewise ``kwargs``, ``batch_size``,
+        ``init_state`` and ``init_params``.
+    :param source: where batches come from that are not in memory, or ``None``.
+    :param options: ``stable``, ``forward_mode`` and ``ema``, as of
+        :meth:`~numpyro_ebm.svi.compiled.CompiledRounds.chunk`.
+    """
+
+    def __init__(
+        self,
+        svi: Any,
+        rng_key: jax.Array,
+        num_steps: int,
+        kept: Checkpoint | None,
+        *,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int | None,
+        source: IterableSource | StoredRows | None,
+        init_state: Any,
+        init_params: Any,
+        **options: Any,
+    ):
+        self._svi, self._key, self._num_steps, self._kept = svi, rng_key, num_steps, kept
+        self._options, position, self._before = options, None, np.zeros(0)
+        found = None if kept is None else kept.latest(rng_key)
+        if kept is not None and found is not None:
+            if init_state is not None:
+                raise ModelError(
+                    f"EnergySVI.run: there is a checkpoint in {kept.path} to go on from, and "
+                    "`init_state`. Leave that out, or give another folder."
+                )
+            fit, position = found
+            init_state, self._before = fit.state, np.asarray(fit.losses)
+        step = steps_of(init_state)
+        if source is not None:
+            args, kwargs = source.first(step, position)
+        state = svi._begin(rng_key, init_state, init_params, args, kwargs)
+        traced, key = svi._plan.traced, state.rng_key
+        if source is None:
+            self._batches = Batches(traced.data_plate, args, kwargs, batch_size, key)
+        elif svi.num_rows is None and source.num_rows is None and traced.has_priors:
+            raise ModelError(
+                "EnergySVI.run: parameters have priors, which are weighed against all rows, and "
+                "nobody knows how many rows an iterable has. Say it: `EnergySVI(..., num_rows=N)`."
+            )
+        else:
+            left = num_steps - len(self._before)
+            self._batches = StreamedBatches(source, args, kwargs, key, step, left, traced)
+        self._state = self._complete(state, init_state, options["ema"])
+
+    def take(
+        self, progress_bar: bool, callback: Callback | None, every: int | None
+    ) -> EnergySVIRunResult:
+        """Take the rounds; arguments as of :meth:`EnergySVI.run`."""
+        svi, kept, batches = self._svi, self._kept, self._batches
+
+        def take_chunk(state, length, watched):
+            taken = svi._compiled.chunk(state, batches, length, watched=watched, **self._options)
+            batches.read_ahead(taken[1])
+            return taken
+
+        looks = []
+        if callback is not None and every is not None:
+            looks.append(Look(_with_losses_since(callback, every, len(self._before)), every))
+        if kept is not None:
+            looks.append(Look(self._write, kept.every, kept.seconds))
+        state, losses, svi._length, why = run_chunks(
+            take_chunk,
+            lambda state: batches.ready(int(state.step)),
+            self._state,
+            self._num_steps,
+            svi._length,
+            watched=self._options["stable"],
+            progress_bar=progress_bar,
+            looks=looks,
+            before=self._before,
+        )
+        if kept is not None:
+            self._write(state, losses[:-1] if why is Why.NOT_FINITE else losses)
+        result = self._result(state, losses)
+        if batches.error is not None and not len(losses):
+            raise batches.error
+        if not warn_of_end(why, result, self._num_steps, batches.error):
+            self._review(result)
+        return result
+
+    def _complete(self, state, init_state, ema):
+        """The state with what the objective keeps, and with averages of the parameters."""
+        svi = self._svi
+        if init_state is not None:
+            state = svi._compiled.with_kept(state, self._batches)
+        elif svi.loss.has_state:
+            batch = self._batches.batch(int(state.step))
+            state = svi._compiled.with_objective_state(state, *batch)
+        if ema is not None and isinstance(state.ema, list):
+            return state
+        averages = None if ema is None else svi._round().unconstrained(state)
+        if ema is not None and isinstance(state.ema, SavedState):
+            averages = state.ema.part("ema", averages)
+        return state._replace(ema=averages)
+
+    def _result(self, state, losses):
+        svi = self._svi
+        result = EnergySVIRunResult(svi.get_params(state), state, jnp.asarray(losses))
+        result.ema_params = svi._round().ema_params(state)
+        result.objective = type(svi.loss).__name__
+        return result
+
+    def _write(self, state, losses):
+        if self._kept is not None:
+            self._kept.write(self._key, self._result(state, losses), self._batches.position)
+
+    def _review(self, result):
+        """Say what there is to say of a run that took all its rounds."""
+        svi, state = self._svi, result.state
+        if self._options["stable"]:
+            undone = int(np.isnan(result.losses).sum())
+            warn_of_undone(result, undone, self._num_steps)
+        if type(svi.loss).statistics is not Objective.statistics:
+            svi._compiled.review(state, self._batches)
+        svi.loss.review_state(state.objective_state)
+
+
+def _with_losses_since(callback, every, done):
+    """A callback that is told the losses since it was called before."""
+    told = done - done % every
+
+    def call(state, losses):
+        nonlocal told
+        since, told = losses[told:], len(losses)
+        return callback(int(state.step), state, since)
+
+    return call

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches that are not cut from arrays in memory: those of an iterable, and rows on disk.
+
+A source yields one batch after the other, on the host. Which one belongs to a round is a function
+of the number of rounds wherever that can be had: rows on disk are shuffled as arrays in memory are,
+and an iterable that can begin anew is read up to where a run had come.
+"""
+
+import base64
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.svi.minibatch import Minibatches, Orders
+
+__all__ = ["IterableSource", "StoredRows", "find_source"]
+
+
+def find_source(
+    args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | None
+) -> "IterableSource | StoredRows | None":
+    """The source of batches among the arguments of a run; ``None`` if all are in memory.
+
+    :param tuple args: arguments of model and guide. The first one may be an iterator, an iterable
+        that is no pytree, such as a data loader, or a function without parameters that returns one.
+    :param dict kwargs: keyword arguments.
+    :param int batch_size: rows in a batch, or ``None``. With it, arrays on disk stay there.
+    :raises ModelError: if an iterator stands in another place, or ``batch_size`` would cut the
+        batches of an iterable.
+    """
+    others = (*args[1:], *kwargs.values())
+    if any(map(_is_iterator, jax.tree.leaves(others, is_leaf=_is_iterator))):
+        raise ModelError(
+            "EnergySVI.run: an iterator of batches takes the place of the first argument. Where "
+            "several arguments change from batch to batch it yields tuples: `(data, covariates)`."
+        )
+    epoch = _epoch_of(args[0]) if args else None
+    if epoch is not None:
+        if batch_size is not None:
+            raise ModelError(
+                "EnergySVI.run: batches of an iterable are taken as they come, and `batch_size` "
+                "would cut them once more. Leave it out."
+            )
+        return IterableSource(args[0], epoch, args[1:], kwargs)
+    if batch_size is not None and any(map(_is_stored, jax.tree.leaves((args, kwargs)))):
+        check_integer("EnergySVI.run", batch_size=batch_size)
+        return StoredRows(args, kwargs, batch_size)
+    return None
+
+
+class IterableSource:
+    """Batches of an iterable, again from the first one where it ends, if it can begin anew.
+
+    - **num_rows** - ``None``: how many rows there are is not known.
+    - **num_dropped** - batches that were left out, because they have fewer rows than the first.
+
+    :param source: the first argument of a run.
+    :param epoch: what returns an iterable of the batches of an epoch.
+    :param tuple others: the other arguments, which are the same in all rounds.
+    :param dict kwargs: keyword arguments, likewise.
+    """
+
+    num_rows = None
+
+    def __init__(
+        self,
+        source: Any,
+        epoch: Callable[[], Iterable[Any]],
+        others: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ):
+        self._source, self._epoch, self._others, self._kwargs = source, epoch, others, kwargs
+        self._iterator: Any = None
+        self._form: _Form | None = None
+        self._num_read = self.num_dropped = 0
+
+    def first(
+        self, step: int, position: str | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments of the first batch.
+
+        :param int step: rounds that were taken before. Their batches are read and left out; an
+            iterator goes on from where it is.
+        :param position: what :meth:`position` told, which spares the reading.
+        :raises ModelError: if there is none.
+        """
+        told = json.loads(position or "{}")
+        if told:
+            self._restore(told["state"])
+        self._num_read = told.get("read", step if self._passes_once else 0)
+        self._batches = self._of_one_form(told.get("rows"))
+        for _ in range(step - self._num_read):
+            next(self._batches, None)
+        self._peeked = next(self._batches, None)
+        if self._peeked is None:
+            raise ModelError("EnergySVI.run: the iterable yields no batch.")
+        return (*self._peeked, *self._others), self._kwargs
+
+    def read(self, rng_key: jax.Array) -> Iterator[list[np.ndarray]]:
+        """The arrays of one batch after the other, that of :meth:`first` first.
+
+        :param rng_key: not used; an iterable has an order of its own.
+        :raises ModelError: at a batch of another form.
+        """
+        del rng_key
+        yield jax.tree.leaves(self._peeked)
+        yield from map(jax.tree.leaves, self._batches)
+
+    def position(self) -> str | None:
+        """Where it is, if the source or its iterator can tell.
+
+        That is by ``state_dict`` and ``load_state_dict``, or ``get_state`` and ``set_state``.
+        """
+        for x in (self._iterator, self._source):
+            for ask in ("state_dict", "get_state"):
+                if hasattr(x, ask):
+                    state = getattr(x, ask)()
+                    if isinstance(state, bytes):
+                        state = {"bytes": base64.b64encode(state).decode()}
+                    rows = None if self._form is None else self._form.rows
+                    return json.dumps({"read": self._num_read, "rows": rows, "state": state})
+        return None
+
+    def minibatches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Minibatches:
+        """How the arguments of a round are made.
+
+        :param tuple args: arguments of the first batch.
+        :param dict kwargs: keyword arguments.
+        """
+        num_streamed = len(jax.tree.leaves(self._peeked))
+        streamed = [i < num_streamed for i in range(len(jax.tree.leaves((args, kwargs))))]
+        rows = 1 if self._form is None else self._form.rows
+        return Minibatches.streamed(args, kwargs, streamed, rows, rows)
+
+    @property
+    def _passes_once(self):
+        return _is_iterator(self._source)
+
+    def _iterable(self):
+        """The iterator of the epoch that is being read."""
+        if self._iterator is None:
+            self._iterator = iter(self._epoch())
+        return self._iterator
+
+    def _restore(self, state):
+        if isinstance(state, dict) and state.keys() == {"bytes"}:
+            state = base64.b64decode(state["bytes"])
+        for whose in (lambda: self._source, self._iterable):
+            for tell in ("load_state_dict", "set_state"):
+                if hasattr(whose(), tell):
+                    getattr(whose(), tell)(state)
+                    return
+        raise ModelError(
+            "EnergySVI.run: a checkpoint says where its batches were, and this source cannot go "
+            f"there: {type(self._source).__name__} has no `load_state_dict` and no `set_state`."
+        )
+
+    def _all(self):
+        found = True
+        while found:
+            found = False
+            for batch in self._iterable():
+                found = not self._passes_once
+                yield batch
+            self._iterator = None
+
+    def _of_one_form(self, rows):
+        for batch in self._all():
+            batch = _on_host(batch)
+            form = _Form.of(batch)
+            if self._form is None and rows in (None, form.rows):
+                self._form = form
+            if form == self._form:
+                self._num_read += 1
+                yield batch
+                continue
+            full = rows if self._form is None else self._form.rows
+            if full is None or form.rows >= full:
+                raise ModelError(
+                    f"EnergySVI.run: a batch is {form} and the first one was {self._form}. All "
+                    "batches have one form; only one with fewer rows, as the last of an epoch, "
+                    "is left out."
+                )
+            self.num_dropped += 1
+
+
+class StoredRows:
+    """Minibatches of arrays on disk (``np.memmap``, or chunked ones as of h5py and zarr).
+
+    Batches are those of the same arrays in memory: drawn without replacement, in a new order every
+    epoch, which is a function of the run's key.
+
+    - **num_rows** - N, all rows.
+    - **num_dropped** - 0.
+
+    :param tuple args: arguments of a run.
+    :param dict kwargs: keyword arguments.
+    :param int batch_size: rows in a batch.
+    :raises ModelError: if arrays on disk have other numbers of rows, or fewer than a batch.
+    """
+
+    num_dropped = 0
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int):
+        self._leaves, self._structure = jax.tree.flatten((args, kwargs))
+        lengths = {len(x) for x in self._leaves if _is_stored(x)}
+        self.num_rows = max(lengths)
+        if len(lengths) > 1 or self.num_rows < batch_size:
+            raise ModelError(
+                f"EnergySVI.run: the arrays on disk have {sorted(lengths)} rows; all of them are "
+                f"cut into batches of {batch_size}, so that they need one number of rows, and as "
+                "many as that."
+            )
+        self._streamed = [
+            hasattr(x, "shape") and len(x.shape) > 0 and x.shape[0] == self.num_rows
+            for x in self._leaves
+        ]
+        self._batch_size = batch_size
+
+    def first(
+        self, step: int, position: str | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments with the first rows, by which a model is read.
+
+        :param int step: rounds that were taken before.
+        :param position: not used.
+        """
+        del position
+        self._step, rows = step, np.arange(self._batch_size)
+        leaves = [
+            _rows_of(x, rows) if cut else x
+            for x, cut in zip(self._leaves, self._streamed, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(self._structure, leaves)
+        self._plan = self.minibatches(args, kwargs)
+        return args, kwargs
+
+    def read(self, rng_key: jax.Array) -> Iterator[list[np.ndarray]]:
+        """The arrays of one batch after the other.
+
+        :param rng_key: key of the run, of which the order of the rows is a function.
+        """
+        orders, cut, step = Orders(rng_key, self.num_rows), self._streamed, self._step
+        arrays = [x for x, is_cut in zip(self._leaves, cut, strict=True) if is_cut]
+        whole = np.arange(self.num_rows)[None]
+        while True:
+            indices = self._plan.indices(orders, step, 1)
+            (rows,) = whole if indices is None else indices
+            yield [_rows_of(x, rows) for x in arrays]
+            step += 1
+
+    def position(self) -> None:
+        """``None``: the step says it all."""
+
+    def minibatches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Minibatches:
+        """How the arguments of a round are made; as of :class:`IterableSource`."""
+        return Minibatches.streamed(
+            args, kwargs, self._streamed, self._batch_size, self.num_rows, self.num_rows
+        )
+
+
+class _Form(NamedTuple):
+    """Structure, shapes and types of the arrays of a batch."""
+
+    structure: Any
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, batch):
+        leaves, structure = jax.tree.flatten(batch)
+        return cls(structure, tuple((str(x.dtype), x.shape) for x in leaves))
+
+    @property
+    def rows(self):
+        return self.arrays[0][1][0] if self.arrays and self.arrays[0][1] else 1
+
+    def __str__(self):
+        return ", ".join(f"{dtype}{list(shape)}" for dtype, shape in self.arrays) or "empty"
+
+
+def _on_host(batch):
+    """A batch as a tuple of arguments, of arrays of NumPy."""
+    return jax.tree.map(_to_numpy, tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+
+
+def _to_numpy(x):
+    x = np.asarray(x)
+    if x.dtype.kind in "OSU":
+        raise ModelError(
+            f"EnergySVI.run: a batch holds {x.dtype} values. Batches are arrays of numbers, or "
+            "tuples of them for several arguments; strings and objects stay outside."
+        )
+    return x
+
+
+def _rows_of(x, rows):
+    """``x[rows]``, read in the order in which they lie on disk."""
+    order = np.argsort(rows)
+    found = np.asarray(x[rows[order]])
+    result = np.empty_like(found)
+    result[order] = found
+    return result
+
+
+def _is_iterator(x):
+    return hasattr(x, "__next__")
+
+
+def _is_stored(x):
+    return isinstance(x, np.memmap) or (hasattr(x, "chunks") and hasattr(x, "dtype"))
+
+
+def _epoch_of(x) -> Any:
+    """What makes an iterable of batches of the first argument of a run, or ``None``."""
+    if x is None or hasattr(x, "shape") or isinstance(x, str | bytes | set | frozenset | type):
+        return None
+    if _is_iterator(x):
+        return lambda: x
+    leaves = jax.tree.leaves(x)
+    if len(leaves) != 1 or leaves[0] is not x:  # a pytree: a batch itself, or a network
+        return None
+    if hasattr(x, "__iter__"):
+        return lambda: x
+    return x if callable(x) and _takes_nothing(x) else None
+
+
+def _takes_nothing(function):
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return False
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not p.empty or p.kind in variadic for p in parameters)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: runs that were stopped, or killed, end as if they had not been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+
+import numpyro_ebm as ebm
+
+pytest.importorskip("orbax.checkpoint")
+
+DATA = np.random.default_rng(8).normal(1.0, 2.0, (60, 2)).astype(np.float32)
+KEY = jax.random.key(1)
+
+
+def model(data):
+    mean = numpyro.param("mean", {"a": jnp.zeros(2)})
+    precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(2,)), obs=data)
+        ebm.energy("E", 0.5 * precision * jnp.sum((v - mean["a"]) ** 2, -1))
+
+
+def svi(optim=None):
+    optim = optax.adam(0.1) if optim is None else optim
+    return ebm.EnergySVI(model, None, optim, ebm.DenoisingScoreMatching(0.3))
+
+
+def run(num_steps, *args, one=None, key=KEY, **options):
+    one = svi() if one is None else one
+    args = args or (DATA,)
+    options = {"batch_size": 20 if args[0] is DATA else None, "progress_bar": False, **options}
+    return one.run(key, num_steps, *args, **options)
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert x.dtype == y.dtype and jnp.array_equal(x, y)
+
+
+def parts(fit):
+    return fit.params, fit.state, fit.losses, fit.ema_params
+
+
+class Loader:
+    """Batches that can say where they are."""
+
+    def __init__(self, can_tell=True):
+        self.place = self.num_read = 0
+        if can_tell:
+            self.state_dict = lambda: {"place": self.place}
+            self.load_state_dict = lambda state: setattr(self, "place", state["place"])
+
+    def __iter__(self):
+        while True:
+            self.num_read += 1
+            self.place += 1
+            yield np.roll(DATA, self.place, 0)[:20]
+
+
+def test_the_same_call_goes_on_from_the_latest_checkpoint(tmp_path):
+    seen = {"of whole": [], "of parts": []}
+    options = {"ema": 0.9, "every": 7}
+    whole = run(31, callback=lambda *x: seen["of whole"].append(x), **options)
+    kept = ebm.Checkpoint(tmp_path / "kept", every=5, keep=2)
+    options |= {"checkpoint": kept, "callback": lambda *x: seen["of parts"].append(x)}
+    first = run(13, **options)
+    assert len(first.losses) == 13
+    assert sorted(int(x.name) for x in kept.path.iterdir()) == [10, 13]
+    second = run(31, **options)
+    assert_same(parts(second), parts(whole))
+    read = ebm.load(kept.path)
+    assert_same((read.params, read.losses), (whole.params, whole.losses))
+    third = run(31, **options)  # nothing is left to do
+    assert_same(parts(third), parts(whole))
+    told, again = seen["of whole"], seen["of parts"]
+    assert [x[0] for x in told] == [x[0] for x in again] == [7, 14, 21, 28]
+    for (_, _, x), (_, _, y) in zip(told, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("can_tell", [True, False])
+def test_a_stream_goes_on_where_it_was(can_tell, tmp_path, monkeypatch):
+    monkeypatch.setattr("numpyro_ebm.svi.streamed.BLOCK_BYTES", 4 * 20 * 2 * 4)
+    whole = run(27, Loader())
+    kept, loader = ebm.Checkpoint(tmp_path / "kept", every=5), Loader(can_tell)
+    run(14, Loader(can_tell), checkpoint=kept)
+    second = run(27, loader, checkpoint=kept)
+    assert_same(parts(second), parts(whole))
+    # It is read from where it was, or once more from its beginning.
+    assert loader.num_read < 27 if can_tell else loader.num_read >= 27
+
+
+def test_best_ones_are_kept(tmp_path):
+    kept = ebm.Checkpoint(tmp_path, every=10, keep=1, keep_best=1)
+    rate = optax.piecewise_constant_schedule(0.1, {20: 1e3})  # the best is not the last
+    run(40, one=svi(optax.adam(rate)), checkpoint=kept)
+    found = sorted(int(x.name) for x in tmp_path.iterdir())
+    losses = ebm.load(tmp_path).losses
+    means = [float(losses[i : i + 10].mean()) for i in range(0, 40, 10)]
+    assert found == sorted({40, 10 * (1 + int(np.argmin(means)))}) and len(found) == 2
+
+
+def test_a_run_that_stops_leaves_its_last_finite_state(tmp_path):
+    one = svi(optax.sgd(lambda i: jnp.where(i < 12, 0.1, jnp.inf)))
+    for _ in range(2):
+        with pytest.warns(ebm.NonFiniteLossWarning):
+            fit = run(40, one=one, checkpoint=ebm.Checkpoint(tmp_path, every=5))
+        saved = ebm.load(tmp_path)
+        assert np.isfinite(saved.params["precision"]) and len(saved.losses) == len(fit.losses) - 1
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    run(5, checkpoint=tmp_path / "a")
+    with pytest.raises(ebm.ModelError, match="another random key"):
+        run(9, key=jax.random.key(2), checkpoint=tmp_path / "a")
+    with pytest.raises(ebm.ModelError, match="and `init_state`"):
+        run(9, init_state=run(2).state, checkpoint=tmp_path / "a")
+    with pytest.raises(ebm.ModelError, match="optim_state"):
+        run(9, one=svi(optax.sgd(0.1)), checkpoint=tmp_path / "a")
+    with pytest.raises(ebm.ModelError, match="no checkpoint in"):
+        ebm.load(tmp_path)
+    for options in ({"every": 0}, {"seconds": 0.0}, {"keep": 0}, {"keep_best": -1}):
+        with pytest.raises(ebm.ModelError, match=next(iter(options))):
+            ebm.Checkpoint(tmp_path, **options)
+    with pytest.raises(ebm.ModelError, match="`path`"):
+        run(5, checkpoint=3)
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from test_checkpoints import *
+wait = float(sys.argv[1])
+kept = ebm.Checkpoint({path!r}, every=20)
+fit = run(200, checkpoint=kept, callback=lambda *x: time.sleep(wait), every=5)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_at_most_an_interval(tmp_path):
+    whole = run(200)
+    path = str(tmp_path / "kept")
+    code = PROGRAM.format(folder=os.path.dirname(__file__), path=path)
+    steps, rng = 0, np.random.default_rng(3)
+    for _ in range(4):
+        with subprocess.Popen([sys.executable, "-c", code, "0.2"]) as process:
+            began = time.monotonic()
+            while time.monotonic() - began < 60:  # until it has made some progress
+                time.sleep(0.05)
+                found = os.listdir(path) if os.path.isdir(path) else []
+                done = [int(x) for x in found if x.isdigit()]
+                if done and max(done) > steps:
+                    break
+            time.sleep(rng.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+        assert max(done) >= steps + 20
+        steps = max(int(x) for x in os.listdir(path) if x.isdigit())
+        assert ebm.load(path).losses.shape == (steps,)
+    subprocess.run([sys.executable, "-c", code, "0"], check=True)
+    read = ebm.load(path)
+    assert_same((read.params, read.losses), (whole.params, whole.losses))
