@@ -14,7 +14,7 @@ from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import LogDensity, Params, SiteValues
 
-__all__ = ["Estimate", "ExactMarginal", "Marginal", "score_of"]
+__all__ = ["Estimate", "ExactMarginal", "Marginal", "resampled_particle", "score_of"]
 
 
 class Estimate(NamedTuple):
@@ -78,6 +78,26 @@ class Marginal(ABC):
         :param int order: as in :meth:`check`.
         :return: an :class:`Estimate`.
         """
+
+    def draw_latent(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide,
+        params: Params,
+        unconstrained: SiteValues,
+    ) -> SiteValues:
+        """One draw of the latent sites of every row, as near the posterior as :meth:`bind` gets.
+
+        :param rng_key: random key.
+        :param row_model: the model's :class:`~numpyro_ebm.model.row_model.RowModel`.
+        :param guide: the :class:`~numpyro_ebm.guides.guide.Guide`.
+        :param dict params: parameter values of the model and the guide.
+        :param dict unconstrained: the visible values, in unconstrained coordinates.
+        :return: dict of values by name, constants under differentiation.
+        """
+        visible, _ = row_model.constrain(unconstrained)
+        return {name: x[0] for name, x in guide.draw(rng_key, params, visible, 1).items()}
 
     def required_guide(self, row_model: RowModel, guide: Guide | None) -> Guide:
         """The guide of a marginal that draws from one.
@@ -187,3 +207,31 @@ def score_of(log_density: LogDensity, params: Params) -> Callable[[SiteValues], 
         return jax.grad(total)(unconstrained)
 
     return score
+
+
+def resampled_particle(
+    rng_key: jax.Array,
+    row_model: RowModel,
+    guide: Guide,
+    params: Params,
+    unconstrained: SiteValues,
+    num_particles: int,
+) -> SiteValues:
+    """One of some particles of a guide for every row, drawn by their importance weights.
+
+    The arguments are those of :meth:`Marginal.draw_latent`.
+    """
+    key_draw, key_choose = jax.random.split(rng_key)
+    visible, _ = row_model.constrain(unconstrained)
+    latent = guide.draw(key_draw, params, visible, num_particles)
+
+    def log_weight(h):
+        log_joint = row_model.unconstrained_log_density(params, unconstrained, h)
+        return log_joint - guide.log_density(params, visible, h)
+
+    index = jax.random.categorical(key_choose, jax.vmap(log_weight)(latent), axis=0)
+    rows, chosen = jnp.arange(row_model.num_rows), {}
+    for name, x in latent.items():
+        axis = jnp.ndim(x) + row_model.dim - row_model.latent[name].event_dim
+        chosen[name] = jnp.moveaxis(jnp.moveaxis(x, axis, 1)[index, rows], 0, axis - 1)
+    return chosen

@@ -24,7 +24,7 @@ from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import check_integer
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, resampled_particle, score_of
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import LogDensity, Params, SiteValues
 
@@ -84,6 +84,17 @@ class ImportanceBound(Marginal):
 
         key_value, key_derivative = jax.random.split(rng_key)
         return Estimate(bound(key_derivative), score_of(bound(key_value), constants))
+
+    def draw_latent(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide,
+        params: Params,
+        unconstrained: SiteValues,
+    ) -> SiteValues:
+        num = self.num_particles
+        return resampled_particle(rng_key, row_model, guide, params, unconstrained, num)
 
 
 def weighted_mean(

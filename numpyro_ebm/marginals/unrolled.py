@@ -123,6 +123,19 @@ class Unrolled(Marginal):
         first, second = ratio(keys[0], False), ratio(keys[1], True)
         return Estimate(second, score_of(first, stop_gradient(params)))
 
+    def draw_latent(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide,
+        params: Params,
+        unconstrained: SiteValues,
+    ) -> SiteValues:
+        key_steps, key_draw = jax.random.split(rng_key)
+        unroll = self._unroll(key_steps, row_model, guide, params, stop_gradient(unconstrained))
+        reached = stop_gradient(unroll(params))
+        return super().draw_latent(key_draw, row_model, guide, reached, unconstrained)
+
     def _unroll(self, rng_key, row_model, guide, params, unconstrained):
         """The map from all parameters to those of the guide after the unrolled steps."""
         problem = _Batch(row_model, guide, unconstrained)

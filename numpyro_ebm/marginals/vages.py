@@ -26,7 +26,7 @@ from jax.nn import softmax
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
+from numpyro_ebm.marginals.base import Estimate, Marginal, resampled_particle, score_of
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
 
@@ -98,12 +98,9 @@ class VaGES(Marginal):
     ) -> Estimate:
         self.check(row_model, guide, order)
         guide = self.required_guide(row_model, guide)
-        key_draw, key_refine = jax.random.split(rng_key)
         visible, _ = row_model.constrain(stop_gradient(unconstrained))
         # Two independent sets in one run of the guide: for the value, and for the derivative.
-        latent = guide.draw(key_draw, params, visible, 2 * self.num_particles)
-        if self.refine is not None:
-            latent = self.refine(key_refine, row_model, stop_gradient(params), visible, latent)
+        latent = self._particles(rng_key, row_model, guide, params, visible, 2 * self.num_particles)
         halves = [
             jax.tree.map(lambda x, i=i: x[i * self.num_particles :][: self.num_particles], latent)
             for i in range(2)
@@ -125,6 +122,29 @@ class VaGES(Marginal):
             return log_density
 
         return Estimate(surrogate(1, order), score_of(surrogate(0, 1), stop_gradient(params)))
+
+    def draw_latent(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        guide: Guide,
+        params: Params,
+        unconstrained: SiteValues,
+    ) -> SiteValues:
+        if self.importance_weighted:
+            num = self.num_particles
+            return resampled_particle(rng_key, row_model, guide, params, unconstrained, num)
+        visible, _ = row_model.constrain(unconstrained)
+        latent = self._particles(rng_key, row_model, guide, params, visible, 1)
+        return {name: x[0] for name, x in latent.items()}
+
+    def _particles(self, rng_key, row_model, guide, params, visible, num_particles):
+        """Particles of the guide, refined where it is asked for."""
+        key_draw, key_refine = jax.random.split(rng_key)
+        latent = guide.draw(key_draw, params, visible, num_particles)
+        if self.refine is None:
+            return latent
+        return self.refine(key_refine, row_model, stop_gradient(params), visible, latent)
 
 
 def cumulant_surrogate(

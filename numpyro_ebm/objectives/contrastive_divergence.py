@@ -36,6 +36,7 @@ from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.persistent_chains import Chains
+from numpyro_ebm.objectives.summed_sites import draw_summed_sites
 from numpyro_ebm.types import Params
 
 __all__ = ["ContrastiveDivergence"]
@@ -53,7 +54,8 @@ class ContrastiveDivergence(Objective):
     :param kernel: what moves the negative phase: a function of a model that returns a NumPyro
         ``MCMCKernel``, such as :class:`~numpyro_ebm.BlockGibbs` or
         ``functools.partial(ebm.MALA, step_size=0.01)``. There is no warm-up, so that a Langevin
-        kernel needs its step size.
+        kernel needs its step size. Visible sites that it sums out, such as labels beside real
+        sites, are drawn from their exact conditional.
     :param int num_steps: k, kernel steps in each round.
     :param marginal: how latent sites are integrated out in the energy. Where the kernel draws the
         latents and the marginal is not exact, the negative phase takes the kernel's own.
@@ -172,15 +174,12 @@ class ContrastiveDivergence(Objective):
         return problem, state.advance(stop_gradient(position), latest)
 
     def _at_data(self, rng_key, params, problem):
-        """Where chains start: the visible values, and draws of the guide if there is one."""
-        row_model = problem.row_model
-        start = dict(problem.unconstrained)
-        if problem.guide is not None and row_model.latent:
-            draws = problem.guide.draw(rng_key, params, row_model.visible_values, 1)
-            for name, x in draws.items():
-                site = row_model.latent[name]
-                start[name] = x[0] if site.is_discrete else site.transform.inv(x[0])
-        return start
+        """Where chains start: the visible values, and h as the marginal has it of a guide."""
+        row_model, guide, start = problem.row_model, problem.guide, dict(problem.unconstrained)
+        if guide is None or not row_model.latent:
+            return start
+        latent = problem.marginal.draw_latent(rng_key, row_model, guide, params, start)
+        return start | {name: row_model.latent[name].transform.inv(x) for name, x in latent.items()}
 
     def _move(self, rng_key, params, problem, start):
         """k kernel steps from given positions, at fixed parameters."""
@@ -207,7 +206,7 @@ class ContrastiveDivergence(Objective):
                 "numpyro_ebm, such as `BlockGibbs` or `MALA`."
             )
         args, kwargs = row_model.args, row_model.kwargs
-        key_init, rng_key = jax.random.split(rng_key)
+        key_init, key_summed = jax.random.split(rng_key)
         state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)
 
         def step(_, state):
@@ -217,20 +216,11 @@ class ContrastiveDivergence(Objective):
             state = step(0, state)
         else:
             state = lax.fori_loop(0, self.num_steps, step, state)
-        position = stop_gradient(dict(getattr(state, kernel.sample_field)))
-        self._check_moved(kernel, row_model, position)
-        return position
-
-    def _check_moved(self, kernel, row_model, position):
-        """Raise if the kernel sums visible sites out instead of drawing them."""
-        missing, name = sorted(row_model.visible.keys() - position.keys()), type(kernel).__name__
-        if missing:
-            raise ModelError(
-                f"ContrastiveDivergence: {name} sums the visible site(s) {missing} out, and draws "
-                "no values of them to compare with the data. Draw them in a block of their own: "
-                f"`lambda model: numpyro.infer.Gibbs([({name}(model, ...), {sorted(position)}), "
-                f"(BlockGibbs(model), {missing})])`."
-            )
+        position = dict(getattr(state, kernel.sample_field))
+        name = type(kernel).__name__
+        return stop_gradient(
+            position | draw_summed_sites(key_summed, name, row_model, own, position)
+        )
 
     def _log_density(self, rng_key, params, problem, position):
         """log p̃ of the negative phase, (rows,), with the right first derivative in θ."""

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The negative phase: sites that its kernel sums out, and where its latents start."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from divergence_cases import Draw, DrawState, Stay, arrays
+from jax.scipy.special import logsumexp
+from numpyro.distributions import constraints
+from oracles import assert_unbiased, binary_states, draws, flat
+
+import numpyro_ebm as ebm
+from numpyro_ebm.objectives.persistent_chains import Chains
+
+# log p̃(v, s) = -v²/2 + (b·s) v + c·s for a state s in a table: v given s is N(b·s, 1).
+B, C = np.array([-1.0, 0.4, 1.2]), np.array([0.3, -0.2, 0.5])
+V, LABELS = np.array([-0.7, 0.2, 1.5, 0.1]), np.array([0, 2, 2, 1])
+CLASSES, PAIRS = np.eye(3), binary_states(2)
+
+
+def parameters(size):
+    return numpyro.param("b", jnp.zeros(size)), numpyro.param("c", jnp.zeros(size))
+
+
+def by_index(v, label):
+    b, c = parameters(3)
+    with numpyro.plate("data", len(v)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        y = numpyro.sample("y", ebm.Counting(3), obs=label)
+        ebm.energy("E", 0.5 * v**2 - b[y] * v - c[y])
+
+
+def along_axis(v, label):
+    b, c = parameters(3)
+    with numpyro.plate("data", len(v)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        y = numpyro.sample("y", ebm.Counting(3), obs=label)
+        scores = v[:, None] * b + c
+        ebm.energy("E", 0.5 * v**2 - jnp.take_along_axis(scores, y[:, None], -1)[:, 0])
+
+
+def classifier(v, label):
+    """p(v) p(label | v), the form of JEM."""
+    b, c = parameters(3)
+    with numpyro.plate("data", len(v)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        scores = v[:, None] * b + c
+        numpyro.sample("y", dist.Categorical(logits=scores), obs=label)
+        ebm.energy("E", 0.5 * v**2 - logsumexp(scores, -1))
+
+
+def event_of_bits(v, label):
+    b, c = parameters(2)
+    with numpyro.plate("data", len(v)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        s = numpyro.sample("s", ebm.Counting(event_shape=(2,)), obs=label)
+        ebm.energy("E", 0.5 * v**2 - (s @ b) * v - s @ c)
+
+
+def plate_of_bits(v, label):
+    b, c = parameters(2)
+    with numpyro.plate("data", len(v), dim=-1):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        ebm.energy("E", 0.5 * v**2)
+        with numpyro.plate("units", 2, dim=-2):
+            s = numpyro.sample("s", ebm.Counting(), obs=label.T)
+            ebm.energy("E_s", -(b[:, None] * v + c[:, None]) * s)
+
+
+def two_sites(v, label):
+    b, c = parameters(2)
+    with numpyro.plate("data", len(v)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        s = numpyro.sample("s", ebm.Counting(), obs=label[:, 0])
+        t = numpyro.sample("t", ebm.Counting(), obs=label[:, 1])
+        ebm.energy("E", 0.5 * v**2 - (b[0] * s + b[1] * t) * v - c[0] * s - c[1] * t)
+
+
+BITS = PAIRS[[0, 3, 1, 2]].astype(int)
+SUMMED = {
+    "indexed": (by_index, CLASSES, LABELS),
+    "along an axis": (along_axis, CLASSES, LABELS),
+    "a classifier": (classifier, CLASSES, LABELS),
+    "bits": (event_of_bits, PAIRS, BITS),
+    "bits in a plate": (plate_of_bits, PAIRS, BITS),
+    "two sites": (two_sites, PAIRS, BITS),
+}
+
+
+def draw_v(rng_key, p, num_rows, states):
+    key_s, key_v = jax.random.split(rng_key)
+    shift = states @ p["b"]
+    index = jax.random.categorical(key_s, states @ p["c"] + 0.5 * shift**2, shape=(num_rows,))
+    return {"v": shift[index] + jax.random.normal(key_v, (num_rows,))}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x != "bits")) for x in SUMMED],
+)
+def test_sites_that_a_kernel_sums_out_are_drawn_from_their_conditional(name):
+    """With v from the model the gradient is that of the likelihood of v and label."""
+    model, states, label = SUMMED[name]
+    size = states.shape[1]
+    params = arrays({"b": B[:size], "c": C[:size]})
+    rows = states[label] if label.ndim == 1 else label
+
+    def nll(p):
+        shift = rows @ p["b"]
+        log_z = logsumexp(states @ p["c"] + 0.5 * (states @ p["b"]) ** 2)
+        return log_z - jnp.mean(shift * V + rows @ p["c"])
+
+    objective = ebm.ContrastiveDivergence(partial(Draw, draw=partial(draw_v, states=states)))
+    data = jnp.asarray(V), jnp.asarray(label)
+
+    def one(key):
+        return jax.grad(lambda p: objective.loss(key, p, model, None, *data))(params)
+
+    samples = draws(one, jax.random.key(1), 4_000)
+    assert_unbiased(samples, flat(jax.grad(nll)(params)), name)
+
+
+def test_persistent_chains_keep_the_sites_that_are_drawn():
+    params = arrays({"b": B, "c": C})
+    objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=0.1), persistent=True)
+    args = jnp.asarray(V), jnp.asarray(LABELS)
+
+    @jax.jit
+    def one_round(key):
+        problem = objective.prepare(key, params, by_index, None, args, {})
+        start = {"v": args[0], "y": args[1]}
+        state = Chains.start(start, problem.row_model.flatten(start))
+        problem, state = objective.advance(key, params, problem, state)
+        return state.position, objective.energy_loss(key, params, problem)
+
+    position, loss = one_round(jax.random.key(0))
+    assert position.keys() == {"v", "y"} and position["y"].dtype == args[1].dtype
+    assert np.isfinite(loss) and not np.array_equal(position["v"], V)
+
+
+class StayOnV(Stay):
+    """Does not move, and forgets everything but v."""
+
+    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+        return DrawState({"v": init_params["v"]}, rng_key)
+
+
+def test_sites_without_a_known_conditional_are_refused():
+    def model(v, x):
+        with numpyro.plate("data", len(v)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+            x = numpyro.sample("x", ebm.Lebesgue(), obs=x)
+            ebm.energy("E", 0.5 * (v - x) ** 2 + x**4)
+
+    objective = ebm.ContrastiveDivergence(StayOnV)
+    with pytest.raises(ebm.ModelError, match=r"StayOnV moves \['v'\].*site\(s\) \['x'\].*Gibbs"):
+        objective.loss(jax.random.key(0), {}, model, None, jnp.asarray(V), jnp.asarray(V))
+
+
+# Where latents start
+
+
+def pair(data):
+    """h given v is N(v/2, 1/2)."""
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Lebesgue())
+        ebm.energy("E", 0.5 * (v - h) ** 2 + 0.5 * h**2)
+
+
+def far_guide(data):
+    shift = numpyro.param("shift", 2.0)
+    with numpyro.plate("data", len(data)):
+        numpyro.sample("h", dist.Normal(0.5 * ebm.visible("v", data) + shift, 1.0))
+
+
+def positive_pair(data):
+    """log h given v is N(v/2, 1/2)."""
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Lebesgue(support=constraints.positive))
+        ebm.energy("E", 0.5 * (v - jnp.log(h)) ** 2 + 0.5 * jnp.log(h) ** 2 + jnp.log(h))
+
+
+def positive_guide(data):
+    shift = numpyro.param("shift", 2.0)
+    with numpyro.plate("data", len(data)):
+        numpyro.sample("h", dist.LogNormal(0.5 * ebm.visible("v", data) + shift, 1.0))
+
+
+STARTS = {
+    "refined": ebm.VaGES(2, refine=ebm.LangevinRefinement(60, 0.3, adjusted=True)),
+    "weighted": ebm.VaGES(400, importance_weighted=True),
+    "a bound": ebm.ImportanceBound(400),
+    "unrolled": ebm.Unrolled(num_steps=40, step_size=0.3),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x != "refined")) for x in STARTS]
+)
+@pytest.mark.parametrize(
+    "model, guide",
+    [(pair, far_guide), pytest.param(positive_pair, positive_guide, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_chains_start_where_the_positive_phase_has_its_latents(name, model, guide, persistent):
+    """The guide is two standard deviations off; what follows it in the marginal mends that."""
+    data = jnp.linspace(-1.0, 1.0, 2_000)
+    objective = ebm.ContrastiveDivergence(Stay, 1, STARTS[name], persistent=persistent)
+    params = {"shift": jnp.array(2.0)}
+
+    @jax.jit
+    def start(key):
+        problem = objective.prepare(key, params, model, guide, (data,), {})
+        if persistent:
+            return objective.init_state(key, params, problem).position["h"]
+        return objective.advance(key, params, problem, None)[0].noise["h"]
+
+    error = np.asarray(start(jax.random.key(0)) - 0.5 * data)
+    assert abs(np.mean(error)) < 4 * np.std(error) / np.sqrt(len(data)) + 0.02
