@@ -12,6 +12,7 @@ the functions that it is made of are made anew: the last ones are kept.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm._compat import Tracer, eval_jaxpr
 
-__all__ = ["compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
+__all__ = ["compiled", "compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
 
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 """On CPU: compiles several times faster than the default level and runs within a tenth of it."""
@@ -54,15 +55,29 @@ def run_compiled(
     """
     if is_traced(args, unless):
         return fn(*args)
+    return compiled(fn, *args, options=options)(*args)
+
+
+def compiled(
+    fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """``fn`` as one program for arguments of the shapes and types of these.
+
+    :param fn: a function of pytrees of arrays, which may close over others.
+    :param args: its arguments, which nothing traces.
+    :param dict options: what the compiler is told.
+    :return: a function that does the same. It is traced once, and not compiled again where the
+        program was compiled before.
+    """
     program, constants = constants_as_arguments(fn, *args)
     jitted = jax.jit(program, compiler_options=options)
     if is_traced(constants):  # by a transformation that compiles nothing
-        return jitted(constants, *args)
-    lowered = jitted.lower(constants, *args)
-    return _compiled(lowered, (constants, args), options)(constants, *args)
+        return partial(jitted, constants)
+    executable = _executable(jitted.lower(constants, *args), (constants, args), options)
+    return partial(executable, constants)
 
 
-def _compiled(lowered, args, options):
+def _executable(lowered, args, options):
     """The executable; one that was compiled before where the program is the same."""
     text = lowered.as_text()
     if "callback" in text:  # a function of the host, which the text does not tell from others

@@ -9,6 +9,7 @@ and an iterable that can begin anew is read up to where a run had come.
 import base64
 import inspect
 import json
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -301,10 +302,26 @@ def _to_numpy(x):
 def _rows_of(x, rows):
     """``x[rows]``, read in the order in which they lie on disk."""
     order = np.argsort(rows)
-    found = np.asarray(x[rows[order]])
+    is_file = isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) and x.mode != "c"
+    if is_file and x.filename is not None and x.flags.c_contiguous:
+        found = _from_file(x, rows[order])
+    else:
+        found = np.asarray(x[rows[order]])
     result = np.empty_like(found)
     result[order] = found
     return result
+
+
+def _from_file(x, rows):
+    """The same from the file: pages that are mapped would come to fill the process's memory."""
+    found = np.empty((len(rows), *x.shape[1:]), x.dtype)
+    as_bytes = found.reshape(len(rows), -1).view(np.uint8)
+    with open(x.filename, "rb", buffering=0) as file:
+        for row, part in zip(rows, as_bytes, strict=True):
+            file.seek(x.offset + int(row) * x.strides[0])
+            if file.readinto(part) != part.size:
+                raise OSError(f"{x.filename} is shorter than the {len(x)} rows that were mapped")
+    return found
 
 
 def _is_iterator(x):

@@ -16,7 +16,7 @@ from jax import lax
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.traced_model import TracedModel
-from numpyro_ebm.program.compilation import compiler_options
+from numpyro_ebm.program.compilation import compiled, compiler_options
 from numpyro_ebm.svi.minibatch import CHUNK, Minibatches
 from numpyro_ebm.svi.sources import IterableSource, StoredRows
 
@@ -76,7 +76,7 @@ class StreamedBatches:
         self._like = [(x.shape, jnp.asarray(x).dtype) for x in first]
         self._reader, self._traced, self._next = source.read(rng_key), traced, step
         self.error: Exception | None = None
-        self._are_possible: Any = jax.jit(self._look_at_all, compiler_options=compiler_options())
+        self._are_possible: Any = None
         self._block, self._following = _Block([], step, step, None), None
 
     def ready(self, step: int) -> int:
@@ -147,9 +147,12 @@ class StreamedBatches:
         """How many of the batches can be the data of the model: what is wrong is kept."""
         if not count:
             return 0
-        right = np.asarray(self._are_possible(self._among_others(arrays)))[:count]
+        arrays = self._among_others(arrays)
+        if self._are_possible is None:
+            self._are_possible = compiled(self._look_at_all, arrays, options=compiler_options())
+        right = np.asarray(self._are_possible(arrays))[:count]
         for i in np.flatnonzero(~right):
-            args, kwargs = self.minibatches.batch(self._among_others(arrays), np.int32(i), 0)
+            args, kwargs = self.minibatches.batch(arrays, np.int32(i), 0)
             try:
                 self._at(args, kwargs).check_data(default_key(), {})
             except ModelError as error:

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from disk and from an iterable beside training from memory; what extras of a run cost.
+
+    python benchmarks/streams.py --rows 1000000          # 3.1 GB of disk, and as much of memory
+    python benchmarks/streams.py --extras                # callbacks, averages, checkpoints
+
+Denoising score matching of a Gaussian-Bernoulli RBM, its hidden units summed out, on rows of 784
+values, batch 256. Every way runs in a process of its own, so that its peak memory (of the process,
+in MiB, what it held before the run taken off) is its own; they take turns, and the medians of the
+steps a second are reported, compilation left out.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+
+import numpyro_ebm as ebm
+
+NUM_VISIBLE, NUM_HIDDEN, BATCH = 784, 64, 256
+
+
+def grbm(data):
+    W = numpyro.param("W", lambda key: 0.01 * jax.random.normal(key, (NUM_VISIBLE, NUM_HIDDEN)))
+    b = numpyro.param("b", jnp.zeros(NUM_VISIBLE))
+    c = numpyro.param("c", jnp.zeros(NUM_HIDDEN))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(NUM_VISIBLE,)), obs=data)
+        hidden = jnp.sum(jax.nn.softplus(v @ W + c), -1)
+        ebm.energy("E", 0.5 * jnp.sum((v - b) ** 2, -1) - hidden)
+
+
+def write_rows(path, num_rows):
+    rows = np.lib.format.open_memmap(path, "w+", np.float32, (num_rows, NUM_VISIBLE))
+    rng = np.random.default_rng(0)
+    for start in range(0, num_rows, 10_000):
+        part = rows[start : start + 10_000]
+        part[:] = rng.standard_normal(part.shape, np.float32)
+    rows.flush()
+
+
+def batches_of(path):
+    """What a user would write; the pages of the file that it maps count as memory."""
+    rows, rng = np.load(path, mmap_mode="r"), np.random.default_rng(1)
+    while True:
+        yield rows[np.sort(rng.choice(len(rows), BATCH, replace=False))]
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def arguments(way, path):
+    if way == "memory":
+        return (np.load(path),), {"batch_size": BATCH}
+    if way == "disk":
+        return (np.load(path, mmap_mode="r"),), {"batch_size": BATCH}
+    return (lambda: batches_of(path),), {}
+
+
+def measure(way, path, num_steps, extras):
+    """Peak memory and steps a second of one way, in this process."""
+    svi = ebm.EnergySVI(grbm, None, optax.adam(1e-4), ebm.DenoisingScoreMatching(0.3))
+    svi.run(
+        jax.random.key(1), 5, jnp.zeros((512, NUM_VISIBLE)), batch_size=BATCH, progress_bar=False
+    )
+    before = peak()
+    args, options = arguments(way, path)
+    options |= {name: make() for name, make in extras.items()}
+    svi.run(jax.random.key(1), 200, *args, progress_bar=False, **options)
+    if "checkpoint" in options:
+        options["checkpoint"] = EXTRAS["checkpoint"]["checkpoint"]()
+    start = time.perf_counter()
+    svi.run(jax.random.key(1), num_steps, *args, progress_bar=False, **options)
+    return {"steps/s": num_steps / (time.perf_counter() - start), "MiB": peak() - before}
+
+
+EXTRAS = {
+    "none": {},
+    "callback": {"callback": lambda: lambda *told: None, "every": lambda: 100},
+    "ema": {"ema": lambda: 0.999},
+    "checkpoint": {
+        "checkpoint": lambda: ebm.Checkpoint(tempfile.mkdtemp(), seconds=10.0),
+    },
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--extras", action="store_true")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        way, extra, path = chosen.one
+        print(json.dumps(measure(way, path, chosen.steps, EXTRAS[extra])))
+        return
+    cases = [("memory", extra) for extra in EXTRAS] if chosen.extras else []
+    cases = cases or [(way, "none") for way in ("memory", "disk", "iterable")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.npy"
+        write_rows(path, chosen.rows)
+        found = {case: [] for case in cases}
+        for _ in range(chosen.rounds):
+            for case in cases:
+                command = [sys.executable, __file__, "--steps", str(chosen.steps), "--one"]
+                told = subprocess.run(
+                    [*command, *case, str(path)], check=True, capture_output=True, text=True
+                )
+                found[case].append(json.loads(told.stdout.splitlines()[-1]))
+    base = None
+    print(f"{chosen.rows} rows of {NUM_VISIBLE}, batch {BATCH}: median of {chosen.rounds}")
+    for (way, extra), runs in found.items():
+        rate, memory = (statistics.median(x[what] for x in runs) for what in ("steps/s", "MiB"))
+        base = rate if base is None else base
+        name = extra if chosen.extras else way
+        print(f"  {name:12} {rate:8.0f} steps/s   ratio {rate / base:.3f}   {memory:7.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
