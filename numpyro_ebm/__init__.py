@@ -12,6 +12,7 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 from numpyro_ebm import datasets, diagnostics, marginals, mcmc, models, objectives
 from numpyro_ebm.diagnostics import (
     auxiliary_adequacy,
+    compare,
     energy_gap,
     fisher_divergence,
     plots,
@@ -69,6 +70,7 @@ __all__ = [
     "UnhandledEnergyError",
     "WidthWarning",
     "auxiliary_adequacy",
+    "compare",
     "datasets",
     "diagnostics",
     "emulate_log_normalizer",

@@ -7,6 +7,7 @@ It may import :mod:`numpyro_ebm.svi`, :mod:`numpyro_ebm.objectives` and what the
 from numpyro_ebm.diagnostics import plots
 from numpyro_ebm.diagnostics.adequacy import AuxiliaryAdequacy, auxiliary_adequacy
 from numpyro_ebm.diagnostics.arviz import to_arviz
+from numpyro_ebm.diagnostics.comparison import compare
 from numpyro_ebm.diagnostics.energies import EnergyGap, energy_gap
 from numpyro_ebm.diagnostics.fisher import FisherDivergenceResult, fisher_divergence
 from numpyro_ebm.diagnostics.gap import BiasBound, PosteriorGap, posterior_gap
@@ -20,6 +21,7 @@ __all__ = [
     "PosteriorGap",
     "SteinTest",
     "auxiliary_adequacy",
+    "compare",
     "energy_gap",
     "fisher_divergence",
     "plots",

@@ -27,7 +27,7 @@ from numpyro_ebm.model.row_site import RowSite, placeholder
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues, Trace
 
-__all__ = ["PlainModel", "read_plain_model"]
+__all__ = ["PlainModel", "read_plain_model", "states_energy"]
 
 
 def read_plain_model(
@@ -41,13 +41,23 @@ def read_plain_model(
     :param dict kwargs: its keyword arguments.
     :raises ModelError: if no continuous site is latent, or a plate is subsampled.
     """
-    prepared = substitute(seed(model, default_key()), substitute_fn=placeholder)
     kwargs = {} if kwargs is None else kwargs
+    sites = _sites_without_energy(model, args, kwargs)
+    return None if sites is None else PlainModel(model, args, kwargs, sites)
+
+
+def states_energy(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a NumPyro model states an energy where the handlers around it see it."""
+    return _sites_without_energy(model, args, kwargs) is None
+
+
+def _sites_without_energy(model, args, kwargs):
+    """A trace of a model; `None` if it states an energy."""
+    prepared = substitute(seed(model, default_key()), substitute_fn=placeholder)
     try:
-        sites = trace(_StopAtEnergy(prepared)).get_trace(*args, **kwargs)
+        return trace(_StopAtEnergy(prepared)).get_trace(*args, **kwargs)
     except _EnergyFound:
         return None
-    return PlainModel(model, args, kwargs, sites)
 
 
 class PlainModel:

@@ -32,6 +32,7 @@ from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = [
     "OutsidePlate",
+    "UnsetParams",
     "isolated",
     "check_priors",
     "data_plate",
@@ -50,6 +51,18 @@ class isolated(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         msg["stop"] = True
+
+
+class UnsetParams(Messenger):
+    """Collect the `param` sites of a model to which no handler in it gives a value."""
+
+    def __init__(self, fn: Model | None = None):
+        self.names: set[str] = set()
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "param" and msg["value"] is None:
+            self.names.add(msg["name"])
 
 
 class OutsidePlate(Messenger):

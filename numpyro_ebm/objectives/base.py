@@ -60,6 +60,7 @@ class Objective(ABC):
     needs = "derivatives"  # of the marginal: its "derivatives", a "bound", or its "value"
     has_state = False  # whether something is kept from round to round, which `SVI` cannot
     is_loss = True  # whether its value is the function whose gradient it gives
+    is_scoring_rule = False  # whether minus its loss of a row is a proper score of the model there
     networks = ()  # networks with losses of their own, each a `AuxiliaryNetwork`
 
     def __init__(self, marginal: Marginal | None = None):

@@ -56,6 +56,7 @@ class DiscreteFisher(NeighbourObjective):
     """
 
     adjacent = True
+    is_scoring_rule = True
 
     def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         after, before = log_ratios[0], log_ratios[-1]

@@ -52,5 +52,7 @@ class MinimumProbabilityFlow(NeighbourObjective):
     0.8660, 0.0000
     """
 
+    is_scoring_rule = True
+
     def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         return jnp.sum(jnp.exp(0.5 * log_ratios), 0)

@@ -56,6 +56,8 @@ class PseudoLikelihood(NeighbourObjective):
     True
     """
 
+    is_scoring_rule = True
+
     def coordinate_loss(self, log_ratios: jax.Array) -> jax.Array:
         if len(log_ratios) == 1:
             return jax.nn.softplus(log_ratios[0])

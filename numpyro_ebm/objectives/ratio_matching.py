@@ -43,6 +43,8 @@ class RatioMatching(NeighbourObjective):
     0.1875
     """
 
+    is_scoring_rule = True
+
     def check_num_values(self, site: RowSite, num_values: int) -> None:
         if num_values > 2:
             raise ModelError(

@@ -46,6 +46,7 @@ class ScoreMatching(Objective):
     """
 
     order = 3
+    is_scoring_rule = True
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
@@ -79,6 +80,7 @@ class SlicedScoreMatching(Objective):
     """
 
     order = 3
+    is_scoring_rule = True
 
     def __init__(
         self,

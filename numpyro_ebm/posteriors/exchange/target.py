@@ -15,32 +15,19 @@ from jax.scipy.special import logsumexp
 from numpyro.distributions import biject_to
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import constrain_fn, potential_energy
-from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, unconstrain_fn
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.obs_masks import RowsObserved
-from numpyro_ebm.model.priors import prior_part, read_with_priors
+from numpyro_ebm.model.priors import UnsetParams, prior_part, read_with_priors
 from numpyro_ebm.model.row_site import placeholder
 from numpyro_ebm.posteriors.exchange.repeat import CountedOnce, check_repeated, repeat_rows
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["ExchangeTarget", "complete_prior"]
-
-
-class _UnsetParams(Messenger):
-    """Collect the `param` sites without a value."""
-
-    def __init__(self, fn):
-        self.names = set()
-        super().__init__(fn)
-
-    def process_message(self, msg):
-        if msg["type"] == "param" and msg["value"] is None:
-            self.names.add(msg["name"])
 
 
 def complete_prior(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Model:
@@ -74,7 +61,7 @@ class ExchangeTarget:
         self.model, self.args = model, args
         self.kwargs = {} if kwargs is None else kwargs
         self.by_row = by_row
-        unset = _UnsetParams(model)
+        unset = UnsetParams(model)
         self.row_model = read_with_priors(unset, args, self.kwargs, "Exchange")
         read: Any = self.row_model.model
         if isinstance(read, RowsObserved):  # around `unset`
