@@ -24,6 +24,7 @@ __all__ = [
     "WidthWarning",
     "check_fraction",
     "check_integer",
+    "check_not_negative",
     "check_positive",
 ]
 
@@ -113,6 +114,11 @@ def check_integer(owner: str, minimum: int = 1, **options: Any) -> None:
 def check_positive(owner: str, **options: Any) -> None:
     """Raise :class:`ModelError` unless options are positive, finite numbers, or traced."""
     _check_numbers(owner, options, lambda x: x > 0, "positive")
+
+
+def check_not_negative(owner: str, **options: Any) -> None:
+    """Raise :class:`ModelError` unless options are finite numbers of at least 0, or traced."""
+    _check_numbers(owner, options, lambda x: x >= 0, "not negative")
 
 
 def check_fraction(owner: str, **options: Any) -> None:

@@ -12,13 +12,14 @@ from numpyro.primitives import Messenger, plate
 from numpyro_ebm._compat import handler_stack, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, NORMALIZER
-from numpyro_ebm.language.sites import is_energy, plates_of
+from numpyro_ebm.language.sites import is_energy, masks_of, plates_of, without_masks
 from numpyro_ebm.types import Params
 
 __all__ = [
     "resolve_normalizer",
     "fixed",
     "refuse_energies_in_loops",
+    "restricted",
     "integrated",
     "substitute_and_block",
     "uncondition",
@@ -98,11 +99,50 @@ class uncondition(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["name"] in self.names and msg["is_observed"]:
-            msg["is_observed"] = False
             msg["infer"] = {**msg["infer"], "was_observed": True}
-            msg["value"] = None
-            if msg["kwargs"]["rng_key"] is None:
-                msg["kwargs"]["rng_key"] = numpyro.prng_key()
+            _unobserve(msg)
+
+
+class restricted(Messenger):
+    """Hold some of the observed sites at their values, and make others latent.
+
+    Those that are held are conditions: nothing is learned about their law. A site with an
+    `obs_mask` that is made latent is one site, whatever was observed of it.
+
+    :param fn: a model.
+    :param given: names of the sites that are held.
+    :param latent: names of the sites that are no longer observed.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None = None,
+        given: Iterable[str] = (),
+        latent: Iterable[str] = (),
+    ):
+        self.given, self.latent = frozenset(given), frozenset(latent)
+        self._values: dict[str, Any] = {}  # of sites with an `obs_mask`, by name
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        name = msg.get("name", "")
+        if msg["type"] == "sample" and msg["is_observed"] and name in self.given:
+            msg["infer"] = {**msg["infer"], "given": True}
+        elif msg["type"] == "sample" and msg["is_observed"] and name in self.latent:
+            _unobserve(msg)
+            masked = any(not isinstance(x, bool) for x in masks_of(msg["fn"]))
+            if masked and name.endswith("_observed"):
+                msg["fn"] = without_masks(msg["fn"])
+                self._values[name.removesuffix("_observed")] = None
+        elif msg["type"] == "sample" and name.removesuffix("_unobserved") in self._values:
+            msg["value"], msg["stop"] = self._values[name.removesuffix("_unobserved")], True
+        elif msg["type"] == "deterministic" and name in self._values:
+            msg["value"] = self._values[name]
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        name = msg.get("name", "").removesuffix("_observed")
+        if name in self._values and msg["type"] == "sample" and msg["name"] != name:
+            self._values[name] = msg["value"]
 
 
 class integrated(Messenger):
@@ -273,6 +313,12 @@ class temper(Messenger):
         if msg["type"] == INVERSE_TEMPERATURE:
             before = 1.0 if msg["value"] is None else msg["value"]
             msg["value"] = before * self.inverse_temperature
+
+
+def _unobserve(msg):
+    msg["is_observed"], msg["value"] = False, None
+    if msg["kwargs"]["rng_key"] is None:
+        msg["kwargs"]["rng_key"] = numpyro.prng_key()
 
 
 def _in_any_plate(msg):

@@ -98,7 +98,8 @@ def bind_fixed(traced: TracedModel, rng_key: jax.Array | None = None) -> RowMode
         )
     if not row_model.latent:
         raise ModelError("The model has no unobserved site inside its data plate to sample.")
-    sites, row_model.observed, row_model.visible = row_model.latent, row_model.visible, {}
+    sites = row_model.latent
+    row_model.observed, row_model.visible = {**row_model.observed, **row_model.visible}, {}
     return row_model.with_latent(
         [k for k, site in sites.items() if site.is_discrete or k in row_model.integrated]
     )

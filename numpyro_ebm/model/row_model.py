@@ -40,7 +40,8 @@ class RowModel(DataPlate):
     - **plate, dim, num_rows, total_rows** - the data plate.
     - **plates** - indices of all plates by name.
     - **visible, latent** - dicts of :class:`~numpyro_ebm.model.row_site.RowSite`.
-    - **observed** - sites that ``read_fixed_model`` set aside, because they are observed.
+    - **observed** - sites that are held at their values: those that ``read_fixed_model`` set aside,
+      and those that an objective is conditional on.
     - **parameters** - values of the `param` sites, and of latent sites outside the data plate, by
       name (their values in this trace).
     - **constraints** - constraints of the `param` sites by name.
@@ -74,9 +75,10 @@ class RowModel(DataPlate):
         super().__init__(at.plate, at.dim, at.num_rows, at.total_rows, at.subsampled, at.obs_masked)
         self.energies, self.is_fixed = traced.energies, traced.is_fixed
         self.unconditioned, self.integrated = traced.unconditioned, traced.integrated
-        self.visible = {k: x for k, x in sites.items() if k in traced.observed}
-        self.latent = {k: x for k, x in sites.items() if k not in traced.observed}
-        self.observed: dict[str, RowSite] = {}
+        seen = {k: x for k, x in sites.items() if k in traced.observed}
+        self.visible = {k: x for k, x in seen.items() if k not in traced.given}
+        self.latent = {k: x for k, x in sites.items() if k not in seen}
+        self.observed = {k: x for k, x in seen.items() if k in traced.given}
         self.plates, self.parameters = plates, parameters
         self.constraints, self.priors = constraints, priors
         self.row_weights: jax.Array | None = None
@@ -146,7 +148,8 @@ class RowModel(DataPlate):
 
     def trace_at(self, data: Params) -> Trace:
         """The model's trace at given parameters and site values."""
-        return trace(self.substituted(data)).get_trace(*self.args, **self.kwargs)
+        held = {name: site.value for name, site in self.observed.items()}
+        return trace(self.substituted({**held, **data})).get_trace(*self.args, **self.kwargs)
 
     def substituted(self, data: Params) -> Model:
         """The model at given parameters and site values, its energies allowed to evaluate."""

@@ -119,5 +119,6 @@ def check_data(site: RowSite) -> None:
         raise ModelError(
             f"The data of the visible site '{name}' leave its support, {support}, in "
             f"{np.size(inside) - np.sum(inside)} of {np.size(inside)} places. Recode them (spins "
-            "of -1 and 1 as 0 and 1, for instance), or declare another base measure."
+            "of -1 and 1 as 0 and 1, for instance), declare another base measure, or say which are "
+            "missing, `numpyro.sample(..., obs=data, obs_mask=known)`."
         )

@@ -118,6 +118,7 @@ class TracedModel:
         self._roles = {name: _role(site, self.data_plate) for name, site in sites.items()}
         rows = self._with_role("visible", "latent")
         self.energies, self.observed = self._with_role("energy"), self._with_role("visible")
+        self.given = {k for k in self.observed if sites[k]["infer"].get("given")}
         self.unconditioned = {k for k in rows if sites[k]["infer"].get("was_observed")}
         self.integrated = {k for k in rows if sites[k]["infer"].get("integrated")}
         self.is_fixed = all(unwrap(sites[k]["fn"]).handled_by in RESOLVED for k in self.energies)

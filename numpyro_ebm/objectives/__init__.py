@@ -29,6 +29,7 @@ from numpyro_ebm.objectives.ratio_matching import RatioMatching
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 from numpyro_ebm.objectives.self_normalized import SelfNormalized
 from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
+from numpyro_ebm.objectives.weighted_sum import WeightedSum
 
 __all__ = [
     "NCE",
@@ -50,4 +51,5 @@ __all__ = [
     "ScoreMatching",
     "SelfNormalized",
     "SlicedScoreMatching",
+    "WeightedSum",
 ]

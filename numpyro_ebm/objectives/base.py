@@ -16,6 +16,7 @@ from numpyro_ebm.marginals import Marginal, list_exact
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.parts import Term
 from numpyro_ebm.objectives.plan import Problem, make_plan
 from numpyro_ebm.program.derivatives import once_differentiable
 from numpyro_ebm.types import Model, Optimizer, Params, SiteValues
@@ -41,7 +42,7 @@ class AuxiliaryNetwork(NamedTuple):
     num_steps: int = 1
 
 
-class Objective(ABC):
+class Objective(Term, ABC):
     """Base class of the objectives; each is a loss in NumPyro's sense.
 
     ``objective.loss(rng_key, params, model, guide, *args, **kwargs)`` returns an estimate of the
@@ -97,6 +98,11 @@ class Objective(ABC):
         """What happens before the energy's step: ``(problem, state)`` of this round."""
         return problem, state
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there is anything to :meth:`review`."""
+        return type(self).statistics is not Objective.statistics
+
     def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
         """What :meth:`review` wants to know at the end of a run; a pytree of arrays."""
         return None
@@ -126,7 +132,7 @@ class Objective(ABC):
         key_read, key_perturb = jax.random.split(rng_key)
         row_model = read_model(model, args, kwargs, params, rng_key=key_read)
         plan = make_plan(key_read, self, row_model, guide, params)
-        return plan.place(key_perturb, row_model, guide)
+        return plan.place(key_perturb, row_model, guide, params)
 
     def check_marginal(self, marginal: Marginal) -> None:
         """Raise unless the marginal offers what this objective needs of it."""
@@ -145,18 +151,14 @@ class Objective(ABC):
                 "`ImportanceBound()`."
             )
 
-    def why_no_hessian(self, marginal: Marginal) -> str | None:
-        """Why second derivatives of the loss are not those of the objective, or ``None``."""
+    def why_no_hessian(self, problem: Problem) -> str | None:
+        """Why second derivatives of the loss are not those of the objective: a clause, or None."""
+        marginal = problem.marginal
         if not self.is_loss:
-            why = "its gradient is not that of its value"
-        elif marginal.value == "exact" or marginal.value == self.needs == "bound":
+            return "its gradient is not that of its value"
+        if marginal.value == "exact" or marginal.value == self.needs == "bound":
             return None
-        else:
-            why = f"{type(marginal).__name__} estimates its first derivatives from particles"
-        return (
-            f"{type(self).__name__} has no second derivatives: {why}. Use an exact marginal "
-            f"({list_exact()}) and an objective that is a loss, or a method of first order."
-        )
+        return f"{type(marginal).__name__} estimates its first derivatives from particles"
 
     def check_observed(self, row_model: RowModel) -> None:
         """Raise unless there is something to learn from."""
@@ -226,9 +228,14 @@ class Objective(ABC):
         constants = {**stop_gradient(param_map)}
         problem, _ = self.advance(jax.random.fold_in(key_energy, 1), constants, problem, None)
         loss = self.energy_loss(key_energy, {**constants, **energy}, problem)
-        why_not = self.why_no_hessian(problem.marginal)
+        why_not = self.why_no_hessian(problem)
         if why_not is not None:
-            loss = once_differentiable(loss, why_not)
+            loss = once_differentiable(
+                loss,
+                f"{type(self).__name__} has no second derivatives: {why_not}. Use an exact "
+                f"marginal ({list_exact()}) and an objective that is a loss, or a method of first "
+                "order.",
+            )
         for i, (network, names) in enumerate(zip(self.networks, of_networks, strict=True)):
             network_params = {name: other.pop(name) for name in names}
             key_network = jax.random.fold_in(key_guide, i)
@@ -262,7 +269,7 @@ class Objective(ABC):
         return list(shapes), of_networks
 
     def __repr__(self):
-        hidden = ("_", "networks", "order")
+        hidden = ("_", "networks", "order", "parts")
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith(hidden))
         return f"{type(self).__name__}({options})"
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.marginals import Marginal, choose
+from numpyro_ebm.marginals import Marginal, choose, list_exact
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.reading import read_model
@@ -27,6 +28,7 @@ class Problem(NamedTuple):
       site name.
     - **noise** - what the objective needs to remember of how it made them.
     - **row_weights** - weights of the rows in the guide's loss, of shape (rows,), or ``None``.
+    - **parts** - the problems of the parts of a sum.
     """
 
     row_model: RowModel
@@ -35,6 +37,7 @@ class Problem(NamedTuple):
     unconstrained: SiteValues
     noise: Any = None
     row_weights: jax.Array | None = None
+    parts: tuple["Problem", ...] = ()
 
 
 class Plan(NamedTuple):
@@ -45,6 +48,8 @@ class Plan(NamedTuple):
     - **marginal** - the way the latent sites are integrated out.
     - **covariates, arguments** - what was found out about the model's arguments; see
       :class:`~numpyro_ebm.model.row_model.RowModel`.
+    - **parts** - the plans of the parts of a sum.
+    - **takes_guide** - whether the guide draws the latent sites of this part.
     """
 
     objective: Any
@@ -53,6 +58,8 @@ class Plan(NamedTuple):
     marginal: Marginal
     covariates: list[str]
     arguments: dict[str, str]
+    parts: tuple["Plan", ...] = ()
+    takes_guide: bool = True
 
     def at(self, arguments: Arguments, params: Params) -> "Plan":
         """The same plan, with the model checked at other arguments."""
@@ -62,6 +69,7 @@ class Plan(NamedTuple):
             traced=row_model.traced,
             covariates=row_model.covariates,
             arguments=row_model.arguments,
+            parts=tuple(part.at(arguments, params) for part in self.parts),
         )
 
     def problem(
@@ -92,14 +100,45 @@ class Plan(NamedTuple):
             traced = trace_model(self.model, args, kwargs, params)
         row_model = traced.bind(key_read, params)
         row_model.covariates, row_model.arguments = self.covariates, self.arguments
-        return self.place(key_perturb, row_model, guide)
+        return self.place(key_perturb, row_model, guide, params)
 
-    def place(self, rng_key: jax.Array, row_model: RowModel, guide: Model | None) -> Problem:
-        """Place the batch at which a model was read."""
+    def place(
+        self, rng_key: jax.Array, row_model: RowModel, guide: Model | None, params: Params
+    ) -> Problem:
+        """Place the batch at which a model was read, for a sum those of its parts."""
         reader = _read_guide(guide, row_model)
-        return Problem(
-            row_model, reader, self.marginal, *self.objective.perturb(rng_key, row_model)
+        if not self.parts:
+            return Problem(
+                row_model, reader, self.marginal, *self.objective.perturb(rng_key, row_model)
+            )
+        parts = tuple(
+            part.problem(
+                jax.random.fold_in(rng_key, i),
+                params,
+                guide if part.takes_guide else None,
+                row_model.args,
+                row_model.kwargs,
+            )
+            for i, part in enumerate(self.parts)
         )
+        point = self._where_guide_is_fitted(parts)
+        unconstrained = {**row_model.unconstrain_visible(), **point.unconstrained}
+        return Problem(
+            row_model, reader, self.marginal, unconstrained, None, point.row_weights, parts
+        )
+
+    def _where_guide_is_fitted(self, parts):
+        """The problem of a part whose visible values are those of all that draw from the guide."""
+        drawing = [i for i, part in enumerate(parts) if part.marginal.needs_guide]
+        moving = [i for i in drawing if parts[i].noise is not None]
+        if moving and len(drawing) > 1:
+            raise ModelError(
+                f"{self.objective!r}: {len(drawing)} parts draw from one guide, which is fitted at "
+                f"one set of visible values, and {self.parts[moving[0]].objective!r} adds noise to "
+                "its own. Let one part draw from the guide and give the others an exact marginal "
+                f"({list_exact()}), or take objectives without noise."
+            )
+        return parts[[*moving, *drawing, 0][0]]
 
 
 def make_plan(
@@ -116,6 +155,24 @@ def make_plan(
     :raises ModelError: if the model, the guide and the objective do not go together.
     """
     objective.check_sites(row_model)
+    parts = tuple(_plan_part(rng_key, x, row_model, guide, params) for x in objective.parts)
+    if parts:
+        marginal = parts[0].marginal
+    else:
+        marginal = _choose_marginal(rng_key, objective, row_model, guide, params)
+    return Plan(
+        objective,
+        row_model.model,
+        row_model.traced,
+        marginal,
+        row_model.covariates,
+        row_model.arguments,
+        parts,
+    )
+
+
+def _choose_marginal(rng_key, objective, row_model, guide, params):
+    """The marginal of an objective, after model and guide were checked against it."""
     reader = _read_guide(guide, row_model)
     marginal = choose(row_model) if objective.marginal is None else objective.marginal
     objective.check_marginal(marginal)
@@ -128,14 +185,20 @@ def make_plan(
             params,
             may_ignore_visible=not marginal.needs_guide or marginal.corrects_guide,
         )
-    return Plan(
-        objective,
-        row_model.model,
-        row_model.traced,
-        marginal,
-        row_model.covariates,
-        row_model.arguments,
-    )
+    return marginal
+
+
+def _plan_part(rng_key, part, row_model, guide, params):
+    """The plan of a part of a sum, on its own sites of the model."""
+    objective = part.objective
+    model, sums_out = part.restrict(row_model)
+    if model is not row_model.model:
+        data = row_model.traced.data
+        row_model = read_model(model, row_model.args, row_model.kwargs, data, rng_key=rng_key)
+    draws = objective.marginal is not None and objective.marginal.needs_guide
+    takes_guide = draws or not sums_out  # else it has more latent sites than the guide
+    plan = make_plan(rng_key, objective, row_model, guide if takes_guide else None, params)
+    return plan._replace(takes_guide=takes_guide)
 
 
 def _read_guide(guide, row_model):

@@ -226,26 +226,7 @@ class generalized(Calibrated):
             model, args = AtValues(model), (values, *args)
             guide = None if guide is None else AtValues(guide, observes=False)
         problem = self.objective.prepare(rng_key, params, model, guide, args, kwargs)
-        if weights is not None:
-            row_model = copy.copy(problem.row_model)
-            row_model.row_weights = row_model.weigh(weights)
-            problem = problem._replace(row_model=row_model)
-        marginal = problem.marginal
-        if marginal.needs_guide:
-            if not (isinstance(marginal, VaGES) and marginal.importance_weighted):
-                raise ModelError(
-                    f"generalized: {marginal!r} estimates derivatives, for a guide that is the "
-                    "posterior of h at the same θ, and a posterior of θ has many. Use "
-                    "`VaGES(num_particles, importance_weighted=True)`, or an exact marginal: "
-                    f"{list_exact()}."
-                )
-            marginal = CommonRandomNumbers(marginal.num_particles)
-        elif marginal.value != "exact":
-            raise ModelError(
-                f"generalized: {marginal!r} does not serve. Use {list_exact()}, or "
-                "`VaGES(num_particles, importance_weighted=True)` with a guide."
-            )
-        return problem._replace(marginal=marginal)
+        return _of_posterior(problem, weights)
 
     def _loss(self, rng_key, params, args, kwargs, **changed):
         """The loss; ``values`` of visible sites, or ``weights`` of rows, may be changed."""
@@ -260,6 +241,32 @@ class generalized(Calibrated):
         return Potential(
             self._loss, prior_part(self.model, row_model.plate), row_model, own, args, kwargs
         )
+
+
+def _of_posterior(problem, weights):
+    """A problem at any θ and ``weights`` of rows, if any; those of its parts as well."""
+    if weights is not None:
+        row_model = copy.copy(problem.row_model)
+        row_model.row_weights = row_model.weigh(weights)
+        problem = problem._replace(row_model=row_model)
+    if problem.parts:
+        return problem._replace(parts=tuple(_of_posterior(x, weights) for x in problem.parts))
+    marginal = problem.marginal
+    if marginal.needs_guide:
+        if not (isinstance(marginal, VaGES) and marginal.importance_weighted):
+            raise ModelError(
+                f"generalized: {marginal!r} estimates derivatives, for a guide that is the "
+                "posterior of h at the same θ, and a posterior of θ has many. Use "
+                "`VaGES(num_particles, importance_weighted=True)`, or an exact marginal: "
+                f"{list_exact()}."
+            )
+        marginal = CommonRandomNumbers(marginal.num_particles)
+    elif marginal.value != "exact":
+        raise ModelError(
+            f"generalized: {marginal!r} does not serve. Use {list_exact()}, or "
+            "`VaGES(num_particles, importance_weighted=True)` with a guide."
+        )
+    return problem._replace(marginal=marginal)
 
 
 def _check_objective(objective):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.endings import Why, warn_of_end, warn_of_undone
 from numpyro_ebm.svi.loop import Callback, Look, run_chunks
@@ -157,7 +156,7 @@ class Run:
         if self._options["stable"]:
             undone = int(np.isnan(result.losses).sum())
             warn_of_undone(result, undone, self._num_steps)
-        if type(svi.loss).statistics is not Objective.statistics:
+        if svi.loss.has_statistics:
             svi._compiled.review(state, self._batches)
         svi.loss.review_state(state.objective_state)
 

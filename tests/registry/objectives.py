@@ -222,6 +222,11 @@ OBJECTIVES = {
     "EnergyDiscrepancy": Objective(
         lambda marginal=None: ebm.EnergyDiscrepancy(1.0, 8, marginal=marginal), marginals=VALUE
     ),
+    "WeightedSum": Objective(
+        lambda marginal=None: (
+            0.5 * ebm.ScoreMatching(marginal) + 2.0 * ebm.SlicedScoreMatching(1, marginal)
+        ),
+    ),
     "DiscreteFisher": Objective(
         ebm.DiscreteFisher,
         sites="discrete",
