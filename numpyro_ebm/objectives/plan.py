@@ -124,7 +124,12 @@ class Plan(NamedTuple):
         point = self._where_guide_is_fitted(parts)
         unconstrained = {**row_model.unconstrain_visible(), **point.unconstrained}
         return Problem(
-            row_model, reader, self.marginal, unconstrained, None, point.row_weights, parts
+            row_model,
+            reader,
+            self.marginal,
+            unconstrained,
+            row_weights=point.row_weights,
+            parts=parts,
         )
 
     def _where_guide_is_fitted(self, parts):
