@@ -10,7 +10,7 @@ point i belongs to row i modulo their number.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import support_values
 from numpyro_ebm.model.reading import read_fixed_model, read_model
+from numpyro_ebm.model.row_groups import in_groups
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import constants_as_arguments
 from numpyro_ebm.types import Model, SiteValues
@@ -158,24 +159,7 @@ class Integrand:
         :param keys: a key for every plate of rows, if ``fn`` takes one.
         :return: a function of a position, and of the number of points where the position is empty.
         """
-        num_rows = self.row_model.num_rows
-
-        def mapped(position, num=None):
-            num = len(next(iter(position.values()))) if num is None else num
-            if num == num_rows and keys is None:  # no vmap in a jaxpr that may be analysed
-                return fn(position)
-            groups = -(-num // num_rows)
-
-            def pad(x):
-                missing = groups * num_rows - num
-                x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
-                return jnp.reshape(x, (groups, num_rows, *x.shape[1:]))
-
-            position = jax.tree.map(pad, position)
-            result = jax.vmap(fn)(position) if keys is None else jax.vmap(fn)(position, keys)
-            return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:]))[:num], result)
-
-        return mapped
+        return partial(in_groups, fn, self.row_model.num_rows, keys=keys)
 
 
 def read_integrand(

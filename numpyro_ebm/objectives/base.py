@@ -98,6 +98,12 @@ class Objective(Term, ABC):
         """What happens before the energy's step: ``(problem, state)`` of this round."""
         return problem, state
 
+    def settle(
+        self, rng_key: jax.Array, before: Params, after: Params, problem: Problem, state: Any
+    ) -> Any:
+        """What the objective keeps, after the step of the energy took parameters to others."""
+        return state
+
     @property
     def has_statistics(self) -> bool:
         """Whether there is anything to :meth:`review`."""

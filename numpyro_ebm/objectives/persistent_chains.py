@@ -1,95 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chains of persistent contrastive divergence, and what is remembered of their rounds."""
+"""The chains of persistent contrastive divergence, and which of them move in a round."""
 
 import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from numpyro.diagnostics import split_gelman_rubin
 
 from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ConvergenceWarning, ModelError
+from numpyro_ebm.objectives.chain_history import RECORDS, History
+from numpyro_ebm.objectives.plan import BatchRows, Problem
 from numpyro_ebm.types import SiteValues
 
-__all__ = ["Chains"]
-
-HISTORY, SPACING = 64, 4
-"""Positions of the persistent chains that are remembered for R-hat, and the rounds between them."""
+__all__ = ["Chains", "rows_of_batch"]
 
 R_HAT_OF_STUCK_CHAINS = 3.0
 """R-hat over the remembered rounds above which a run warns: the chains have hardly moved."""
 
 
 class Chains(NamedTuple):
-    """Persistent chains, one a row of the batch.
+    """Persistent chains.
 
-    - **position** - unconstrained values of the sites that the kernel moves, by name.
-    - **history** - their visible coordinates and, last, the energy, after every fourth round:
-      (64, rows, coordinates + 1); a ring.
+    - **position** - unconstrained values of the sites that the kernel moves, by name, one chain a
+      row, rows leading.
     - **num_rounds** - rounds so far.
+    - **history** - what is remembered of them, or ``None``.
+    - **log_weights** - of weighted chains, (chains,).
+    - **begun** - of chains that belong to rows of the data each, whether the row has been in a
+      batch, (chains,).
     """
 
     position: SiteValues
-    history: jax.Array
     num_rounds: jax.Array
+    history: History | None = None
+    log_weights: jax.Array | None = None
+    begun: jax.Array | None = None
 
-    @classmethod
-    def start(cls, position: SiteValues, coordinates: jax.Array) -> "Chains":
-        """Chains at these positions, with visible coordinates of shape (rows, coordinates)."""
-        rows, size = coordinates.shape
-        return cls(position, jnp.zeros((HISTORY, rows, size + 1)), jnp.array(0))
+    @property
+    def num_chains(self) -> int:
+        """How many there are."""
+        return len(jax.tree.leaves(self.position)[0])
 
-    def check(self, num_rows: int) -> None:
-        """Raise unless there is a chain for each of the rows of a batch."""
-        rows = self.history.shape[1]
-        if rows != num_rows:
+    def check(self, expected: int, each: bool) -> None:
+        """Raise unless there are as many as expected.
+
+        :param int expected: how many.
+        :param bool each: whether that is one for each row of the batch.
+        """
+        found = self.num_chains
+        if found == expected:
+            return
+        if each:
             raise ModelError(
-                f"ContrastiveDivergence: the state holds {rows} persistent chains, one for each "
-                f"row of the batch they began with, and this batch has {num_rows} rows. Keep "
+                f"ContrastiveDivergence: the state holds {found} persistent chains, one for each "
+                f"row of the batch they began with, and this batch has {expected} rows. Keep "
                 "`batch_size`, or start anew."
             )
-
-    def advance(self, position: SiteValues, latest: Callable[[], jax.Array]) -> "Chains":
-        """The chains one round later.
-
-        :param dict position: where they are then.
-        :param latest: a function that gives what is remembered of it, (rows, coordinates + 1).
-        """
-        count = self.num_rounds + 1
-        due = count % SPACING == 0
-        kept = lax.cond(
-            due,
-            lambda: latest().astype(self.history.dtype),
-            lambda: jnp.zeros_like(self.history[0]),
+        raise ModelError(
+            f"ContrastiveDivergence: the state holds {found} persistent chains, and there should "
+            f"be {expected}. Keep `num_chains`, `buffer` and the rows of the data, or start anew."
         )
-        place = jnp.where(due, (count // SPACING - 1) % HISTORY, HISTORY)
-        return Chains(position, self.history.at[place].set(kept, mode="drop"), count)
 
-    def remembered(self) -> np.ndarray:
-        """The remembered rounds, in their order: (records, rows, coordinates + 1)."""
-        records = int(self.num_rounds) // SPACING
-        order = np.arange(max(0, records - HISTORY), records) % HISTORY
-        return np.asarray(self.history)[order]
+    def taken(self, index: jax.Array | None) -> SiteValues:
+        """Positions of some chains; of all if ``index`` is ``None``."""
+        return self.position if index is None else {k: x[index] for k, x in self.position.items()}
+
+    def put(self, index: jax.Array | None, chains: SiteValues) -> "Chains":
+        """The chains a round later, with those of :meth:`taken` moved."""
+        position, begun = chains, self.begun
+        if index is not None:
+            position = {k: x.at[index].set(chains[k]) for k, x in self.position.items()}
+            begun = None if begun is None else begun.at[index].set(True)
+        return self._replace(position=position, num_rounds=self.num_rounds + 1, begun=begun)
+
+    def remembered(self) -> dict[str, np.ndarray]:
+        """What the history holds, in its order, arrays of shape (records, chains, ...)."""
+        return {} if self.history is None else self.history.remembered(self.num_rounds)
 
     def review(self) -> None:
         """Warn :class:`~numpyro_ebm.ConvergenceWarning` if the chains do not come around."""
-        if int(self.num_rounds) < HISTORY * SPACING:
+        history = self.history
+        if history is None or history.num_records(self.num_rounds) < RECORDS:
             return
-        found = self.r_hat()
-        worst = max(float(np.max(x)) for x in found.values())
+        found = history.r_hat(self.num_rounds)
+        energy = float(found.pop("energy"))
+        ((name, r_hat),) = found.items()
+        worst = max(energy, float(np.max(r_hat)))
         if worst < R_HAT_OF_STUCK_CHAINS:
             return
-        visible = found["visible"]
-        stuck = int(np.sum(visible >= R_HAT_OF_STUCK_CHAINS))
+        what = {"visible": "visible coordinates", "projections": "projections of them"}[name]
+        stuck = int(np.sum(r_hat >= R_HAT_OF_STUCK_CHAINS))
         warnings.warn(
             ConvergenceWarning(
-                f"ContrastiveDivergence: over the last {HISTORY * SPACING} rounds R-hat of the "
-                f"persistent chains is {worst:.3g} (energy {float(found['energy']):.3g}; "
-                f"{stuck} of {visible.size} visible coordinates have {R_HAT_OF_STUCK_CHAINS:g} or "
+                f"ContrastiveDivergence: over the last {RECORDS * int(history.spacing)} rounds "
+                f"R-hat of the persistent chains is {worst:.3g} (energy {energy:.3g}; "
+                f"{stuck} of {r_hat.size} {what} have {R_HAT_OF_STUCK_CHAINS:g} or "
                 "more): each stays where it is, and the gradient is not that of the likelihood. "
                 "Take more or longer steps of the kernel, lower the learning rate, or set "
                 "`reset_probability`."
@@ -97,15 +103,17 @@ class Chains(NamedTuple):
             stacklevel=find_stack_level(),
         )
 
-    def r_hat(self) -> dict[str, np.ndarray]:
-        """Split R-hat of the ``visible`` coordinates and the ``energy`` over remembered rounds.
 
-        :raises ModelError: after fewer than 16 rounds.
-        """
-        count = int(self.num_rounds)
-        if count < 4 * SPACING:
-            raise ModelError(
-                f"chain_diagnostics: needs at least {4 * SPACING} rounds, there were {count}."
-            )
-        r_hat = split_gelman_rubin(np.moveaxis(self.remembered(), 0, 1))  # chains, draws, ...
-        return {"visible": r_hat[:-1], "energy": r_hat[-1]}
+def rows_of_batch(problem: Problem) -> BatchRows:
+    """Which rows of the data the batch has; raises ModelError if nobody knows."""
+    row_model = problem.row_model
+    if row_model.total_rows != row_model.num_rows:  # the plate subsamples itself
+        return BatchRows(row_model.plates[row_model.plate], row_model.total_rows)
+    if problem.rows is None:
+        raise ModelError(
+            "ContrastiveDivergence: every row has a density of its own, because its energy reads "
+            f"what differs from row to row: {', '.join(row_model.covariates)}. A persistent chain "
+            "then belongs to one row of the data, and only `EnergySVI.run` on arrays tells which "
+            "rows a batch has. Use it, or `persistent=False`."
+        )
+    return problem.rows

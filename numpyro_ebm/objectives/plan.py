@@ -15,7 +15,18 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.traced_model import TracedModel, trace_model
 from numpyro_ebm.types import Model, Params, SiteValues
 
-__all__ = ["Plan", "Problem", "make_plan"]
+__all__ = ["BatchRows", "Plan", "Problem", "make_plan"]
+
+
+class BatchRows(NamedTuple):
+    """Which rows of the data a batch has.
+
+    - **numbers** - which they are, (rows,).
+    - **total** - how many rows the data have.
+    """
+
+    numbers: jax.Array
+    total: int
 
 
 class Problem(NamedTuple):
@@ -29,6 +40,7 @@ class Problem(NamedTuple):
     - **noise** - what the objective needs to remember of how it made them.
     - **row_weights** - weights of the rows in the guide's loss, of shape (rows,), or ``None``.
     - **parts** - the problems of the parts of a sum.
+    - **rows** - which rows of the data the batch has, where the caller knows.
     """
 
     row_model: RowModel
@@ -38,6 +50,7 @@ class Problem(NamedTuple):
     noise: Any = None
     row_weights: jax.Array | None = None
     parts: tuple["Problem", ...] = ()
+    rows: BatchRows | None = None
 
 
 class Plan(NamedTuple):

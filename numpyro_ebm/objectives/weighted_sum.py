@@ -140,6 +140,14 @@ class WeightedSum(Objective):
         problem = problem._replace(parts=tuple(own for own, _ in moved))
         return problem, tuple(kept for _, kept in moved) if self.has_state else None
 
+    def settle(
+        self, rng_key: jax.Array, before: Params, after: Params, problem: Problem, state: Any
+    ) -> Any:
+        each = zip(self._each(rng_key, problem), state, strict=True)
+        return tuple(
+            objective.settle(key, before, after, own, kept) for (objective, key, own), kept in each
+        )
+
     def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
         each = self._each(rng_key, problem)
         return [objective.statistics(key, params, own) for objective, key, own in each]
@@ -171,7 +179,7 @@ class WeightedSum(Objective):
         """The objectives, with a key and a problem for each."""
         for i, (part, own) in enumerate(zip(self.parts, problem.parts, strict=True)):
             key = None if rng_key is None else jax.random.fold_in(rng_key, PART_STREAM + i)
-            yield part.objective, key, own
+            yield part.objective, key, own._replace(rows=problem.rows)
 
     def __repr__(self):
         return f"WeightedSum({' + '.join(map(repr, self.parts))})"

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from numpyro_ebm.objectives.plan import BatchRows
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.loop import take_rounds
 from numpyro_ebm.svi.minibatch import Batches
@@ -73,7 +74,9 @@ class CompiledRounds:
 
         def one_round(step_key, state, i):
             args, kwargs = minibatches.batch(arrays, indices, i)
-            state, loss = a_round.take(step_key, state, args, kwargs, forward_mode)
+            rows = minibatches.rows(indices, i)
+            here = a_round._replace(rows=rows)
+            state, loss = here.take(step_key, state, args, kwargs, forward_mode)
             return (state if ema is None else a_round.averaged(state, ema)), loss
 
         return take_rounds(
@@ -81,10 +84,14 @@ class CompiledRounds:
         )
 
     def with_objective_state(
-        self, state: EnergySVIState, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        state: EnergySVIState,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: BatchRows | None = None,
     ) -> EnergySVIState:
         """The state with what the objective keeps from round to round, at the batch in hand."""
-        a_round = self._round(None)
+        a_round = self._round(None)._replace(rows=rows)
 
         def first(state):
             key = jax.random.fold_in(state.rng_key, STATE_STREAM)
@@ -105,8 +112,9 @@ class CompiledRounds:
         objective, kept = self._round(None).objective, None
         if objective.has_state:
             args, kwargs = batches.batch(int(state.step))
+            rows = batches.rows(int(state.step))
             kept = jax.eval_shape(
-                lambda state: self.with_objective_state(state, args, kwargs),
+                lambda state: self.with_objective_state(state, args, kwargs, rows),
                 state._replace(objective_state=None, ema=None),
             ).objective_state
         owner = f"what {objective!r} keeps from round to round"

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.model.data_plate import DataPlate
+from numpyro_ebm.objectives.plan import BatchRows
 from numpyro_ebm.program.draws import at
 
 __all__ = ["CHUNK", "Batches", "Minibatches", "Orders"]
@@ -192,6 +193,13 @@ class Minibatches(NamedTuple):
                 leaves.append(next(rest))
         return jax.tree.unflatten(self.tree, leaves)
 
+    def rows(self, indices: Any, i: ArrayLike) -> BatchRows | None:
+        """Which rows of the data the batch of the i-th step has; ``None`` of streamed ones."""
+        if "step" in self.kinds:
+            return None
+        index = jnp.arange(self.num_rows) if indices is None else at(indices, i)
+        return BatchRows(index, self.num_rows)
+
 
 class Batches:
     """The arguments of a run, and how they are cut into minibatches.
@@ -246,6 +254,10 @@ class Batches:
     def batch(self, step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of a step."""
         return self.minibatches.batch(self.arrays, self.indices(step, 1), 0)
+
+    def rows(self, step: int) -> BatchRows | None:
+        """Which rows of the data the batch of a step has."""
+        return self.minibatches.rows(self.indices(step, 1), 0)
 
 
 def _is_array(x):

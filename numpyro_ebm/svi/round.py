@@ -22,7 +22,7 @@ from jax import lax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import row_guide_loss
-from numpyro_ebm.objectives.plan import Plan, Problem
+from numpyro_ebm.objectives.plan import BatchRows, Plan, Problem
 from numpyro_ebm.program.draws import scan_keys
 from numpyro_ebm.svi.global_guide import GlobalGuide
 from numpyro_ebm.svi.start import Optimizers
@@ -46,6 +46,7 @@ class Round(NamedTuple):
     - **posterior** - the part of the guide that draws parameters, or ``None``.
     - **num_rows** - N, against which a prior is weighed once: not the rows of a minibatch. If
       ``None``, the rows of the data plate, which has to have as many as where the run started.
+    - **rows** - which rows of the data the batch has, where that is known.
     """
 
     plan: Plan
@@ -57,6 +58,7 @@ class Round(NamedTuple):
     constrain: Callable[[Params], Params]
     posterior: GlobalGuide | None
     num_rows: int | None
+    rows: BatchRows | None = None
 
     @property
     def objective(self) -> Any:
@@ -104,6 +106,12 @@ class Round(NamedTuple):
         (loss, _), optim_state = self.optimizers.energy.eval_and_update(
             loss_fn, state.optim_state, forward_mode_differentiation=forward_mode_differentiation
         )
+        if self.objective.has_state:
+            after = {**params, **self.constrain(self.optimizers.energy.get_params(optim_state))}
+            key_settle = jax.random.fold_in(key_energy, 2)
+            objective_state = self.objective.settle(
+                key_settle, params, after, problem, objective_state
+            )
         state = state._replace(
             step=state.step + 1,
             optim_state=optim_state,
@@ -163,7 +171,7 @@ class Round(NamedTuple):
             guide = self.posterior.given(draw, params)
             params, theta = {**params, **draw.params}, draw.params
         problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
-        return params, theta, problem
+        return params, theta, problem._replace(rows=self.rows)
 
     def is_finite(
         self, state: EnergySVIState, loss: jax.Array, before: EnergySVIState

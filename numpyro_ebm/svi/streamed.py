@@ -105,6 +105,10 @@ class StreamedBatches:
         del step
         return self.minibatches.batch(self._first, 0, 0)
 
+    def rows(self, step: int) -> None:
+        """Which rows of the data a batch has: nobody knows."""
+        del step
+
     @property
     def position(self) -> str | None:
         return self._block.position

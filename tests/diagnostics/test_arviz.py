@@ -203,9 +203,13 @@ def test_a_fit_with_persistent_chains(persistent):
     v = idata["posterior"]["v"]
     assert v.dims == ("chain", "draw", "data", "v_dim_0") and v.shape == (6, 12, 1, 2)
     # The last round that is remembered: the 48th of 50, at place 11 of the ring.
-    np.testing.assert_array_equal(v.values[:, -1, 0], np.asarray(chains.history)[11, :, :2])
+    np.testing.assert_array_equal(
+        v.values[:, -1, 0], np.asarray(chains.history.rings["visible"])[11]
+    )
     energy = idata["sample_stats"]["energy"]
-    np.testing.assert_array_equal(energy.values[:, -1], np.asarray(chains.history)[11, :, -1])
+    np.testing.assert_array_equal(
+        energy.values[:, -1], np.asarray(chains.history.rings["energy"])[11]
+    )
     np.testing.assert_array_equal(idata["training"]["loss"].values, fit.losses)
     assert idata["training"]["loss"].dims == ("step",)
     np.testing.assert_array_equal(idata["constant_data"]["W"].values, fit.params["W"])
@@ -244,7 +248,7 @@ def test_bounded_supports_of_persistent_chains():
         KEY, 8, data, progress_bar=False
     )
     v = ebm.to_arviz(fit, oracles.gamma, data)["posterior"]["v"].values
-    u = np.asarray(fit.state.objective_state.history)[:2, :, 0].T
+    u = np.asarray(fit.state.objective_state.history.rings["visible"])[:2, :, 0].T
     np.testing.assert_allclose(v[..., 0], np.exp(u), rtol=1e-5)
 
 

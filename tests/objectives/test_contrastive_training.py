@@ -17,7 +17,7 @@ from numpyro.infer import SVI
 from oracles import jit
 
 import numpyro_ebm as ebm
-from numpyro_ebm.objectives.persistent_chains import HISTORY, SPACING
+from numpyro_ebm.objectives.chain_history import RECORDS, SPACING
 
 
 def assert_same(left, right):
@@ -45,10 +45,11 @@ def test_chains_are_part_of_the_training_state(persistent_run):
     svi, fit = persistent_run
     chains = fit.state.objective_state
     assert chains.position["v"].shape == (20, 2) and chains.position["h"].shape == (20, 3)
-    assert chains.history.shape == (HISTORY, 20, 3) and int(chains.num_rounds) == 24
+    rings = chains.history.rings
+    assert rings["visible"].shape == (RECORDS, 20, 2) and int(chains.num_rounds) == 24
     records = 24 // SPACING
-    assert np.all(np.std(chains.history[:records], 1) > 0)
-    assert np.all(chains.history[records:] == 0)
+    for ring in rings.values():
+        assert np.all(np.std(ring[:records], 1) > 0) and np.all(ring[records:] == 0)
     r_hat = svi.loss.chain_diagnostics(fit.state)
     assert np.isfinite(r_hat["visible"]).all() and np.isfinite(r_hat["energy"])
 
@@ -211,11 +212,11 @@ def test_a_langevin_kernel_does_not_move_discrete_visibles():
         loss_of(objective, ising, jnp.asarray(BITS), params=arrays(ISING))
 
 
-def test_persistent_chains_have_no_covariates():
+def test_chains_of_rows_with_covariates_need_to_know_their_rows():
     objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True)
     svi = ebm.EnergySVI(regression, None, optax.adam(0.1), objective)
-    with pytest.raises(ebm.ModelError, match="differs from row to row.*`persistent=False`"):
-        svi.run(KEY, 1, jnp.arange(3.0), jnp.ones(3), progress_bar=False)
+    with pytest.raises(ebm.ModelError, match="differs from row to row.*`EnergySVI.run`"):
+        svi.init(KEY, jnp.arange(3.0), jnp.ones(3))
 
 
 def test_without_data_there_is_nothing_to_learn():

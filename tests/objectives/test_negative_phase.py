@@ -135,7 +135,7 @@ def test_persistent_chains_keep_the_sites_that_are_drawn():
     def one_round(key):
         problem = objective.prepare(key, params, by_index, None, args, {})
         start = {"v": args[0], "y": args[1]}
-        state = Chains.start(start, problem.row_model.flatten(start))
+        state = Chains(start, jnp.array(0))
         problem, state = objective.advance(key, params, problem, state)
         return state.position, objective.energy_loss(key, params, problem)
 
@@ -221,7 +221,7 @@ def test_chains_start_where_the_positive_phase_has_its_latents(name, model, guid
         problem = objective.prepare(key, params, model, guide, (data,), {})
         if persistent:
             return objective.init_state(key, params, problem).position["h"]
-        return objective.advance(key, params, problem, None)[0].noise["h"]
+        return objective.advance(key, params, problem, None)[0].noise.position["h"]
 
     error = np.asarray(start(jax.random.key(0)) - 0.5 * data)
     assert abs(np.mean(error)) < 4 * np.std(error) / np.sqrt(len(data)) + 0.02

@@ -26,7 +26,8 @@ from jax import lax
 from oracles import assert_unbiased, binary_states, jit
 
 import numpyro_ebm as ebm
-from numpyro_ebm.objectives.persistent_chains import HISTORY, SPACING, Chains
+from numpyro_ebm.objectives.chain_history import RECORDS, SPACING, History
+from numpyro_ebm.objectives.persistent_chains import Chains
 
 
 def advanced(objective, model, params, data, num_rounds, guide=None):
@@ -72,12 +73,12 @@ def test_persistent_chains_arrive_at_the_model(many_chains):
 
 def test_the_history_is_of_every_fourth_round(many_chains):
     _, chains = many_chains
-    assert int(chains.num_rounds) == 100 and chains.history.shape == (HISTORY, 2_000, 3)
-    latest = chains.history[100 // SPACING - 1]
-    np.testing.assert_array_equal(latest[:, :2], chains.position["v"])
-    v = jnp.asarray(chains.position["v"])
+    rings, v = chains.history.rings, jnp.asarray(chains.position["v"])[:256]
+    assert int(chains.num_rounds) == 100 and rings["visible"].shape == (RECORDS, 256, 2)
+    latest = 100 // SPACING - 1
+    np.testing.assert_array_equal(rings["visible"][latest], v)
     energy = -jax.vmap(lambda v: oracles.grbm_log_density(oracles.GRBM, v))(v)
-    np.testing.assert_allclose(latest[:, 2], energy, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(rings["energy"][latest], energy, rtol=1e-4, atol=1e-4)
 
 
 def test_chains_that_mix_have_an_r_hat_of_one(many_chains):
@@ -115,16 +116,18 @@ def test_diagnostics_without_an_exact_marginal(marginal):
     v = chains.position["v"]
     energy = -jax.vmap(lambda v: oracles.grbm_log_density(oracles.GRBM, v))(v)
     np.testing.assert_allclose(
-        chains.history[20 // SPACING - 1][:, 2], energy, rtol=1e-4, atol=1e-4
+        chains.history.rings["energy"][20 // SPACING - 1], energy, rtol=1e-4, atol=1e-4
     )
     assert objective.chain_diagnostics(as_state(chains))["energy"] < 1.5
 
 
 def test_diagnostics_need_chains_and_rounds():
     objective = ebm.ContrastiveDivergence(Stay, persistent=True)
-    chains = Chains({"v": jnp.zeros(3)}, jnp.zeros((HISTORY, 3, 2)), jnp.array(15))
+    chains = Chains({"v": jnp.zeros(3)}, jnp.array(15), History.start("light", 3, 1))
     with pytest.raises(ebm.ModelError, match="at least 16 rounds, there were 15"):
         objective.chain_diagnostics(as_state(chains))
+    with pytest.raises(ebm.ModelError, match="nothing is remembered.*history=None"):
+        objective.chain_diagnostics(as_state(chains._replace(history=None)))
     with pytest.raises(ebm.ModelError, match="holds no persistent chains"):
         objective.chain_diagnostics(as_state(None))
 
@@ -133,17 +136,13 @@ def one_round(objective, system, chains, data, key=KEY):
     """The negative phase of a round: positions of the chains."""
     params = arrays(system.params)
     problem = objective.prepare(KEY, params, system.model, None, (jnp.asarray(data),), {})
-    return objective.advance(key, params, problem, chains)[0].noise
+    return objective.advance(key, params, problem, chains)[0].noise.position
 
 
 def test_chains_that_all_restart_are_those_of_contrastive_divergence():
     """Bit for bit: what is left of the old latents is overwritten by a sweep."""
     system = oracles.grbm_system(num_rows=50)
-    far = Chains(
-        {"v": jnp.full((50, 2), 100.0), "h": jnp.ones((50, 3), int)},
-        jnp.zeros((HISTORY, 50, 3)),
-        jnp.array(0),
-    )
+    far = Chains({"v": jnp.full((50, 2), 100.0), "h": jnp.ones((50, 3), int)}, jnp.array(0))
     reset = ebm.ContrastiveDivergence(ebm.BlockGibbs, 2, persistent=True, reset_probability=1.0)
     plain = ebm.ContrastiveDivergence(ebm.BlockGibbs, 2)
     with_reset = jit(lambda far: one_round(reset, system, far, system.data))(far)
@@ -166,7 +165,7 @@ def test_as_many_steps_are_taken_as_are_asked_for(num_steps):
         objective = ebm.ContrastiveDivergence(Count, num_steps, persistent=persistent)
         problem = objective.prepare(KEY, {"depth": 1.0}, two_wells, None, (data,), {})
         chains = objective.init_state(KEY, {"depth": 1.0}, problem) if persistent else None
-        moved = objective.advance(KEY, {"depth": 1.0}, problem, chains)[0].noise["v"]
+        moved = objective.advance(KEY, {"depth": 1.0}, problem, chains)[0].noise.position["v"]
         np.testing.assert_array_equal(moved, data + steps)
 
 
@@ -186,7 +185,7 @@ def test_chains_start_at_the_data_and_at_latents_of_the_guide():
     data = jnp.arange(3.0)
     objective = ebm.ContrastiveDivergence(Stay, 1, ebm.VaGES())
     problem = objective.prepare(KEY, {}, model, guide, (data,), {})
-    start = objective.advance(KEY, {}, problem, None)[0].noise
+    start = objective.advance(KEY, {}, problem, None)[0].noise.position
     np.testing.assert_allclose(start["v"], data)
     np.testing.assert_allclose(start["h"], 2.0 + data, rtol=1e-4)
 
@@ -196,24 +195,26 @@ def test_a_share_of_the_rows_restarts(model):
     """Whole rows, whichever axis they are on."""
     num = 1_000
     data = np.zeros((num, 4), int)
-    old = jnp.ones((4, num) if model is rbm_plated else (num, 4), int)
-    chains = Chains({"v": old}, jnp.zeros((HISTORY, num, 5)), jnp.array(0))
+    chains = Chains({"v": jnp.ones((num, 4), int)}, jnp.array(0))
     system = oracles.System(model, None, RBM, data, None, None, None)
     objective = ebm.ContrastiveDivergence(Stay, persistent=True, reset_probability=0.2)
     v = np.asarray(jit(lambda chains: one_round(objective, system, chains, data))(chains)["v"])
-    v = v.T if model is rbm_plated else v
     assert np.all(v == v[:, :1])
     assert abs(np.sum(v[:, 0] == 0) - 0.2 * num) < 4.5 * np.sqrt(0.16 * num)
 
 
-def test_a_full_history_is_in_its_order():
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_full_history_is_in_its_order(share):
     """The ring has gone round: three more records than it holds."""
+    spacing = round(SPACING / share)
+    last = (RECORDS + 3) * spacing
+    history = History.start("light", 2, 1, share)
+    assert history is not None
 
-    def advance(chains, record):
-        return chains.advance(chains.position, lambda: record), None
+    def record(history, i):
+        return history.record(i, lambda: (i * jnp.ones((2, 1)), i * jnp.ones(2))), None
 
-    last = (HISTORY + 3) * SPACING
-    records = jnp.arange(1.0, last + 1)[:, None, None] * jnp.ones((1, 2, 2))
-    chains, _ = jax.lax.scan(advance, Chains.start({}, jnp.zeros((2, 1))), records)
-    expected = SPACING * np.arange(4, HISTORY + 4)
-    np.testing.assert_array_equal(chains.remembered()[:, 1, 0], expected)
+    history, _ = jax.lax.scan(record, history, jnp.arange(1, last + 1))
+    expected = spacing * np.arange(4, RECORDS + 4)
+    for x in history.remembered(jnp.array(last)).values():
+        np.testing.assert_array_equal(x.reshape(RECORDS, -1)[:, 1], expected)

@@ -37,26 +37,25 @@ def convert_fit(
         model = fixed(model, fit.params) if given <= fit.params.keys() else model
     elif args or kwargs:
         raise ModelError("to_arviz: arguments of the model need the model, `to_arviz(fit, model)`.")
-    rounds = chains.remembered() if isinstance(chains, Chains) else ()
-    if not len(rounds):
+    rounds = chains.remembered() if isinstance(chains, Chains) else {}
+    if not rounds or not len(rounds["energy"]):
         groups["posterior"] = {name: x[None, None] for name, x in params.items()}
         return Converted(groups, dims, model, None)
-    history = np.swapaxes(rounds, 0, 1)  # one chain a row
-    draws = {"visible": history[..., :-1]}
-    if model is not None:
+    draws = {name: np.swapaxes(x, 0, 1) for name, x in rounds.items()}  # one chain a row
+    groups["sample_stats"] = {"energy": draws.pop("energy")}
+    if model is not None and "visible" in draws:
         row_model = read_model(model, args, kwargs)
         if not row_model.visible:
             raise ModelError(
                 "to_arviz: to name the coordinates of the chains the model needs its data: "
                 "`to_arviz(fit, model, data)`."
             )
-        draws = _sites_of_chains(row_model, history[..., :-1])
+        draws = _sites_of_chains(row_model, draws["visible"])
         dims |= {
             name: [d for d in row_model.visible[name].dims if d != row_model.plate]
             for name in draws
         }
     groups["posterior"] = draws
-    groups["sample_stats"] = {"energy": history[..., -1]}
     groups["constant_data"] = params
     return Converted(groups, dims, model, None)
 

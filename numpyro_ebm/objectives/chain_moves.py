@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel steps of the chains of contrastive divergence, at fixed parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.lax import stop_gradient
+from numpyro.handlers import substitute
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.model.row_groups import in_groups, num_groups
+from numpyro_ebm.objectives.plan import Problem
+from numpyro_ebm.objectives.summed_sites import draw_summed_sites
+from numpyro_ebm.types import Params, SiteValues
+
+__all__ = ["KernelSteps", "over_chains"]
+
+
+def over_chains(
+    fn: Callable[..., Any], rng_key: jax.Array, problem: Problem, chains: SiteValues
+) -> Any:
+    """``fn(rng_key, rows)``, a function of a plate of rows, at any number of chains, rows leading.
+
+    Chains go through the model as many at a time as the batch has rows.
+    """
+    rows, num = problem.row_model.num_rows, len(jax.tree.leaves(chains)[0])
+    if num == rows:
+        return fn(rng_key, chains)
+    keys = jax.random.split(rng_key, num_groups(num, rows))
+    return in_groups(lambda x, key: fn(key, x), rows, chains, keys=keys)
+
+
+class KernelSteps:
+    """k steps of a kernel.
+
+    :param kernel: a function of a model that returns a NumPyro ``MCMCKernel``.
+    :param int num_steps: k.
+    :param bool weighted: whether the chains have weights.
+    :raises ModelError: if ``kernel`` is none; when used, if it does not fit the rows.
+    """
+
+    def __init__(self, kernel: Callable[..., MCMCKernel], num_steps: int, weighted: bool):
+        if isinstance(kernel, MCMCKernel) or not callable(kernel):
+            raise ModelError(
+                "ContrastiveDivergence: `kernel` must be a function from a model to a kernel, such "
+                f"as `BlockGibbs` or `functools.partial(MALA, step_size=0.01)`, got {kernel!r}."
+            )
+        self.kernel, self.num_steps, self.weighted = kernel, num_steps, weighted
+
+    def __call__(
+        self, rng_key: jax.Array, params: Params, problem: Problem, start: SiteValues
+    ) -> SiteValues:
+        """Where chains are after the steps, unconstrained values by site, rows leading."""
+        row_model = problem.row_model
+
+        def rows(rng_key, start):
+            start = row_model.from_rows(start)
+            return row_model.to_rows(self._move(rng_key, params, problem, start))
+
+        return over_chains(rows, rng_key, problem, start)
+
+    def _move(self, rng_key, params, problem, start):
+        row_model = problem.row_model
+        own = {name: stop_gradient(params[name]) for name in row_model.parameters}
+        free = uncondition(substitute(row_model.model, data=row_model.plates), row_model.visible)
+        kernel = self.kernel(fixed(free, own))
+        self._check_kernel(kernel, row_model)
+        args, kwargs = row_model.args, row_model.kwargs
+        key_init, key_summed = jax.random.split(rng_key)
+        state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)
+
+        def step(_, state):
+            return kernel.sample(state, args, kwargs)
+
+        if self.num_steps == 1:  # no loop, so that its random numbers can be drawn ahead
+            state = step(0, state)
+        else:
+            state = lax.fori_loop(0, self.num_steps, step, state)
+        position = dict(getattr(state, kernel.sample_field))
+        name = type(kernel).__name__
+        self._check_latents(name, row_model, position)
+        return stop_gradient(
+            position | draw_summed_sites(key_summed, name, row_model, own, position)
+        )
+
+    def _check_kernel(self, kernel, row_model):
+        name = type(kernel).__name__
+        if not isinstance(kernel, MCMCKernel):
+            raise ModelError(
+                f"ContrastiveDivergence: `kernel(model)` returned {kernel!r}, not a NumPyro "
+                "`MCMCKernel`."
+            )
+        numpyros = type(kernel).__module__.split(".")[0] == "numpyro"
+        if row_model.num_rows != row_model.total_rows and numpyros:
+            raise ModelError(
+                f"ContrastiveDivergence: the plate '{row_model.plate}' subsamples itself, and "
+                f"{name} would sample the density raised to the power of its "
+                "scale. Drop `subsample_size` and pass `batch_size` to the run."
+            )
+        if row_model.row_weights is not None and numpyros:
+            raise ModelError(
+                f"ContrastiveDivergence: the rows have weights, and {name} of "
+                "NumPyro would sample the density raised to their power. Use a kernel of "
+                "numpyro_ebm, such as `BlockGibbs` or `MALA`."
+            )
+        if self.weighted and (numpyros or not getattr(kernel, "leaves_invariant", True)):
+            why = "accepts all rows together" if numpyros else "does not leave it invariant"
+            raise ModelError(
+                "ContrastiveDivergence: weighted chains stand for the model if their kernel leaves "
+                f"it invariant row by row, and {name} {why}. Use `BlockGibbs`, `MALA` or another "
+                "adjusted kernel of numpyro_ebm."
+            )
+
+    def _check_latents(self, name, row_model, position):
+        """Raise if weighted chains would have no density."""
+        drawn = row_model.latent.keys() & position.keys()
+        if self.weighted and 0 < len(drawn) < len(row_model.latent):
+            raise ModelError(
+                f"ContrastiveDivergence: {name} draws the latent site(s) {sorted(drawn)} and sums "
+                f"{sorted(row_model.latent.keys() - drawn)} out, and weighted chains have a "
+                "density if all latent sites are drawn, or all are summed out. Use `BlockGibbs`."
+            )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many chains contrastive divergence has, where they begin and what is kept of them."""
+
+from typing import Any, NamedTuple
+
+from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.objectives.chain_history import Remembers
+from numpyro_ebm.objectives.chain_starts import OWNER, check_initial
+
+__all__ = ["ChainOptions"]
+
+
+class ChainOptions(NamedTuple):
+    """Options of :class:`~numpyro_ebm.ContrastiveDivergence`, by the names they have there."""
+
+    persistent: bool
+    num_chains: int | None
+    buffer: int | None
+    initial: Any
+    reset_probability: float
+    weighted: bool
+    energy_penalty: float
+    history: Remembers
+
+    def num_moving(self, row_model: RowModel) -> int:
+        """How many persistent chains move in a round."""
+        return row_model.num_rows if self.num_chains is None else self.num_chains
+
+    def check(self) -> None:
+        """Raise if they are out of range or contradict each other."""
+        for name in ("persistent", "weighted"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelError(f"{OWNER}: `{name}` must be True or False.")
+        for name in ("reset_probability", "energy_penalty"):
+            if getattr(self, name) != 0:
+                check_positive(OWNER, **{name: getattr(self, name)})
+        if self.reset_probability > 1:
+            raise ModelError(
+                f"{OWNER}: `reset_probability` must be between 0 and 1, got "
+                f"{self.reset_probability}."
+            )
+        for name in ("num_chains", "buffer"):
+            if getattr(self, name) is not None:
+                check_integer(OWNER, **{name: getattr(self, name)})
+        if isinstance(self.initial, str) and self.initial not in ("data", "gaussian", "uniform"):
+            raise ModelError(
+                f'{OWNER}: `initial` must be "data", "gaussian", "uniform" or a noise such as a '
+                f"NumPyro distribution, got {self.initial!r}."
+            )
+        if self.history not in ("light", "full", None):
+            raise ModelError(
+                f'{OWNER}: `history` must be "light", "full" or None, got {self.history!r}.'
+            )
+        self._check_together()
+
+    def _check_together(self):
+        of_persistent = ("reset_probability", "num_chains", "buffer", "weighted")
+        given = [name for name in of_persistent if getattr(self, name)]
+        if given and not self.persistent:
+            raise ModelError(
+                f"{OWNER}: without `persistent=True` every row of the batch has a chain, which "
+                f"begins anew in every round, and {_listed(given)} means nothing."
+            )
+        if self.buffer is not None and self.buffer < (self.num_chains or 1):
+            raise ModelError(
+                f"{OWNER}: `num_chains` of the chains in the buffer move in a round, and "
+                f"{self.num_chains} are more than the {self.buffer} of `buffer`."
+            )
+        if self.weighted and (self.buffer is not None or self.reset_probability):
+            raise ModelError(
+                f"{OWNER}: chains with `weighted=True` all move in every round and never begin "
+                "anew: drop `buffer` and `reset_probability`, and set `num_chains`."
+            )
+        if self.weighted and isinstance(self.initial, str) and self.initial == "data":
+            raise ModelError(
+                f"{OWNER}: chains with `weighted=True` begin at a distribution whose density is "
+                'known, and the data have none. Set `initial="gaussian"`, `"uniform"` or a NumPyro '
+                "distribution."
+            )
+
+    def check_model(self, row_model: RowModel) -> None:
+        """Raise if a model does not go with them."""
+        check_initial(self.initial, row_model)
+        given = [name for name in ("num_chains", "buffer", "weighted") if getattr(self, name)]
+        if self.persistent and row_model.covariates and given:
+            raise ModelError(
+                f"{OWNER}: every row has a density and a log Z of its own, because its energy "
+                f"reads what differs from row to row: {', '.join(row_model.covariates)}. Each row "
+                f"of the data then has one persistent chain: drop {_listed(given)}."
+            )
+        if self.buffer is not None and self.buffer < self.num_moving(row_model):
+            raise ModelError(
+                f"{OWNER}: as many chains as the batch has rows, {self.num_moving(row_model)}, "
+                f"move in a round, more than the {self.buffer} of `buffer`. Set `num_chains`."
+            )
+        if self.weighted and row_model.priors:
+            raise ModelError(
+                f"{OWNER}: chains with `weighted=True` follow the parameters from value to value, "
+                f"and {sorted(row_model.priors)} have priors, which a guide may draw anew in every "
+                "round. Write them with `numpyro.param`."
+            )
+        if self.energy_penalty and row_model.latent:
+            raise ModelError(
+                f"{OWNER}: `energy_penalty` holds the energies of rows near zero, and with the "
+                f"latent site(s) {sorted(row_model.latent)} a row has none of its own. Bound the "
+                "energy in the model, or regularise its parameters."
+            )
+
+
+def _listed(names):
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains that are not one a row of the batch: their number, buffers, starts, chains of rows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import oracles
+import pytest
+from divergence_cases import BITS, KEY, RBM, Draw, Stay, arrays, draw_grbm, rbm, rbm_plated
+from numpyro.distributions import constraints
+from oracles import assert_unbiased, draws, flat, jit
+
+import numpyro_ebm as ebm
+from numpyro_ebm.models import grbm_log_normalizer
+
+
+def rounds(objective, model, params, data, keys, guide=None):
+    """The state at the start and after every round at fixed parameters, and their chains."""
+    problem = objective.prepare(KEY, params, model, guide, (jnp.asarray(data),), {})
+
+    def one(key, state):
+        problem_of_round, state = objective.advance(key, params, problem, state)
+        return problem_of_round.noise, state
+
+    one, first = jit(one), jit(lambda: objective.init_state(KEY, params, problem))
+    states, moved = [first()], []
+    for key in keys:
+        chains, state = one(key, states[-1])
+        states.append(state)
+        moved.append(chains)
+    return states, moved
+
+
+class Step(Stay):
+    """Adds one to all values."""
+
+    def sample(self, state, model_args, model_kwargs):
+        return state._replace(z={name: x + 1.0 for name, x in state.z.items()})
+
+
+def still(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * v**2)
+
+
+def test_a_round_moves_so_many_chains_of_the_buffer():
+    objective = ebm.ContrastiveDivergence(Step, persistent=True, num_chains=5, buffer=12)
+    keys = jax.random.split(KEY, 6)
+    states, moved = rounds(objective, still, {}, jnp.zeros(3), keys)
+    positions = np.stack([x.position["v"] for x in states])
+    np.testing.assert_array_equal(positions[0], 1.0)  # all have moved once
+    steps = np.diff(positions, axis=0)
+    assert set(np.unique(steps)) == {0.0, 1.0} and np.all(steps.sum(1) == 5)
+    assert len(np.unique(steps, axis=0)) > 1  # not the same ones every time
+    for before, step, negative in zip(positions, steps, moved, strict=False):
+        chains = np.sort(negative.position["v"])
+        np.testing.assert_array_equal(chains, np.sort(before[step == 1]) + 1)
+    assert int(states[-1].history.spacing) == round(4 * 12 / 5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("num_chains", [2, 7])
+def test_any_number_of_chains_has_the_gradient_of_the_likelihood(num_chains):
+    """Also with weights of the rows, which are none of the chains."""
+    system = oracles.grbm_system(num_rows=4)
+    weights = jnp.array([1.0, 0.25, 2.0, 0.5])
+
+    def model(data):
+        with numpyro.handlers.scale(scale=weights):
+            return system.model(data)
+
+    params, data = arrays(system.params), jnp.asarray(system.data)
+    draw = partial(Draw, draw=draw_grbm)
+    objective = ebm.ContrastiveDivergence(draw, persistent=True, num_chains=num_chains)
+
+    def one(key):
+        problem = objective.prepare(KEY, params, model, None, (data,), {})
+        keys = jax.random.split(key, 3)
+        chains = objective.init_state(keys[0], params, problem)
+        problem, _ = objective.advance(keys[1], params, problem, chains)
+        return jax.grad(lambda p: objective.energy_loss(keys[2], p, problem))(params)
+
+    def nll(p):
+        rows = jax.vmap(lambda v: system.log_density(p, v))(data)
+        return jnp.mean(weights * (grbm_log_normalizer(p) - rows))
+
+    assert_unbiased(draws(one, KEY, 3_000), flat(jax.grad(nll)(params)), "pool")
+
+
+def start_of(initial, model, params, data, num=1_000):
+    objective = ebm.ContrastiveDivergence(
+        Stay, persistent=True, num_chains=num, initial=initial, history=None
+    )
+    (state,), _ = rounds(objective, model, params, data, [])
+    return np.asarray(state.position["v"], float)
+
+
+def interval(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((2,), constraints.interval(1.0, 3.0)), obs=data)
+        ebm.energy("E", jnp.sum(v, -1))
+
+
+def test_chains_begin_at_noise_at_a_gaussian_or_at_the_data():
+    rng = np.random.default_rng(0)
+    bits = start_of("uniform", rbm, RBM, BITS)
+    assert bits.shape == (1_000, 4) and np.all(np.abs(bits.mean(0) - 0.5) < 4.5 / 2 / 1_000**0.5)
+    assert start_of("uniform", rbm_plated, RBM, BITS).shape == (1_000, 4)
+    biased = start_of(dist.Bernoulli(0.9).expand([4]).to_event(1), rbm, RBM, BITS)
+    assert np.all(np.abs(biased.mean(0) - 0.9) < 4.5 * 0.3 / 1_000**0.5)
+    data = jnp.asarray(rng.uniform(1.5, 2.0, size=(9, 2)), jnp.float32)
+    u = start_of("uniform", interval, {}, data)
+    v = 1 + 2 / (1 + np.exp(-u))
+    assert np.all(np.abs(v.mean(0) - 2.0) < 4.5 / 3**0.5 / 1_000**0.5) and v.std() > 0.5
+    u, logits = start_of("gaussian", interval, {}, data), np.log((data - 1) / (3 - data))
+    np.testing.assert_allclose(u.mean(0), logits.mean(0), atol=4.5 * logits.std(0).max() / 31)
+    np.testing.assert_allclose(u.std(0), logits.std(0), rtol=4.5 / 2_000**0.5)
+    rows = start_of("data", still, {}, jnp.arange(3.0), num=7)
+    np.testing.assert_array_equal(rows, [0, 1, 2, 0, 1, 2, 0])
+
+
+def test_resets_go_to_where_chains_begin():
+    objective = ebm.ContrastiveDivergence(
+        Stay, persistent=True, reset_probability=0.3, initial=dist.Normal(50.0, 1.0)
+    )
+    states, _ = rounds(objective, still, {}, jnp.zeros(1_000), [jax.random.key(3)])
+    before, after = (np.asarray(x.position["v"]) for x in states)
+    assert np.all(before > 40)
+    share = np.mean(before != after)
+    assert abs(share - 0.3) < 4.5 * (0.21 / 1_000) ** 0.5
+
+
+def test_a_penalty_of_energies():
+    """α times the mean squared energies of rows and of chains, here at the rows too."""
+    data = jnp.array([1.0, 2.0])
+
+    def model(data):
+        offset = numpyro.param("offset", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", dist.Normal(0, 1), obs=data)
+            ebm.energy("E", offset + v)
+
+    def loss(penalty):
+        objective = ebm.ContrastiveDivergence(Stay, energy_penalty=penalty)
+        of = lambda p: objective.loss(KEY, p, model, None, data)  # noqa: E731
+        return jax.value_and_grad(of)({"offset": jnp.array(0.5)})
+
+    value, gradient = loss(0.1)
+    energies = 0.5 + np.asarray(data)
+    np.testing.assert_allclose(value, 0.1 * 2 * np.mean(energies**2), rtol=1e-6)
+    np.testing.assert_allclose(gradient["offset"], 0.1 * 4 * np.mean(energies), rtol=1e-6)
+
+
+def near(x, data):
+    w = numpyro.param("w", jnp.array(0.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 5e5 * (v - x) ** 2 + w * v)
+
+
+def test_every_row_has_a_chain_of_its_own_which_meets_its_own_covariates():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=20), jnp.float32)
+    objective = ebm.ContrastiveDivergence(
+        ebm.BlockGibbs, persistent=True, initial=dist.Normal(50.0, 1.0)
+    )
+    svi = ebm.EnergySVI(near, None, optax.sgd(1e-8), objective)
+    for num_steps, options in ((1, {"batch_size": 5}), (4, {"batch_size": 5}), (1, {})):
+        fit = svi.run(KEY, num_steps, x, jnp.zeros(20), progress_bar=False, **options)
+        chains = fit.state.objective_state
+        begun, v = np.asarray(chains.begun), np.asarray(chains.position["v"])
+        assert begun.sum() == num_steps * options.get("batch_size", 20)
+        np.testing.assert_allclose(v[begun], x[begun], atol=0.01)
+    with pytest.raises(ebm.ModelError, match="nothing is remembered.*a row of the data"):
+        svi.loss.chain_diagnostics(fit.state)
+
+
+def grouped(x, group, data):
+    w, s = numpyro.param("w", jnp.zeros(3)), numpyro.param("s", jnp.array(0.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * jnp.exp(s) * (v - w[group] * x) ** 2)
+
+
+@pytest.mark.slow
+def test_conditional_chains_learn_a_regression():
+    """Least squares in each group, and the residual variance, from 200 rows and a group index."""
+    rng = np.random.default_rng(1)
+    x, group = rng.normal(size=200), np.arange(200) % 3
+    y = np.array([1.0, -2.0, 0.5])[group] * x + 0.5 * rng.normal(size=200)
+    slopes = [np.sum((x * y)[group == g]) / np.sum((x**2)[group == g]) for g in range(3)]
+    log_precision = -np.log(np.mean((y - np.asarray(slopes)[group] * x) ** 2))
+    objective = ebm.ContrastiveDivergence(
+        partial(ebm.MALA, step_size=0.1), 3, persistent=True, initial="gaussian"
+    )
+    optim = optax.adam(optax.exponential_decay(0.05, 400, 0.3))
+    svi = ebm.EnergySVI(grouped, None, optim, objective)
+    args = jnp.asarray(x), jnp.asarray(group), jnp.asarray(y)
+    fit = svi.run(KEY, 2_500, *args, batch_size=50, progress_bar=False)
+    np.testing.assert_allclose(fit.params["w"], slopes, atol=0.05)
+    np.testing.assert_allclose(fit.params["s"], log_precision, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_chains": 3}, "without `persistent=True`.*`num_chains`"),
+        ({"buffer": 3}, "without `persistent=True`.*`buffer`"),
+        ({"persistent": True, "num_chains": 5, "buffer": 3}, "5 are more than the 3"),
+        ({"persistent": True, "num_chains": 0}, "`num_chains` must be a positive integer"),
+        ({"persistent": True, "initial": "noise"}, '`initial` must be "data", "gaussian"'),
+        ({"persistent": True, "history": "all"}, '`history` must be "light", "full" or None'),
+        ({"energy_penalty": -1.0}, "`energy_penalty` must be positive"),
+        ({"weighted": True}, "without `persistent=True`.*`weighted`"),
+        ({"persistent": True, "weighted": True}, "begin at a distribution whose density"),
+        (
+            {"persistent": True, "weighted": True, "initial": "gaussian", "buffer": 9},
+            "drop `buffer` and `reset_probability`",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(options, message):
+    with pytest.raises(ebm.ModelError, match=message):
+        ebm.ContrastiveDivergence(ebm.BlockGibbs, **options)
+
+
+@pytest.mark.parametrize(
+    "model, args, options, message",
+    [
+        (rbm, (BITS,), {"initial": "gaussian"}, r"\['v'\] are discrete"),
+        (still, (jnp.zeros(3),), {"initial": "uniform"}, "bounded or finite.*'v'"),
+        (still, (jnp.zeros(3),), {"buffer": 2}, "as the batch has rows, 3.*the 2 of `buffer`"),
+        (rbm, (BITS,), {"energy_penalty": 0.1}, r"latent site\(s\) \['h'\]"),
+        (near, (jnp.arange(3.0), jnp.zeros(3)), {"num_chains": 4}, "drop `num_chains`"),
+        (near, (jnp.arange(3.0), jnp.zeros(3)), {"buffer": 4}, "drop `buffer`"),
+    ],
+)
+def test_models_that_options_do_not_go_with(model, args, options, message):
+    objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True, **options)
+    svi = ebm.EnergySVI(model, None, optax.sgd(0.1), objective)
+    with pytest.raises(ebm.ModelError, match=message):
+        svi.run(KEY, 1, *map(jnp.asarray, args), progress_bar=False)
+
+
+def draw_rows(rng_key, params, num_rows):
+    return {"v": jax.random.normal(rng_key, (num_rows, 3_072))}
+
+
+@pytest.mark.parametrize("kernel, is_stuck", [(Stay, True), (partial(Draw, draw=draw_rows), False)])
+def test_a_light_history_of_many_coordinates(kernel, is_stuck):
+    """128 chains of 3,072 coordinates: under a MB, and stuck chains are still seen."""
+    data = jax.random.normal(KEY, (128, 3_072))
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((3_072,)), obs=data)
+            ebm.energy("E", 0.5 * jnp.sum(v**2, -1))
+
+    objective = ebm.ContrastiveDivergence(kernel, persistent=True)
+    problem = objective.prepare(KEY, {}, model, None, (data,), {})
+    chains = objective.init_state(KEY, {}, problem)
+    assert sum(x.nbytes for x in jax.tree.leaves(chains.history)) < 1e6
+    advance = jit(lambda key, chains: objective.advance(key, {}, problem, chains)[1])
+    for key in jax.random.split(KEY, 24):
+        chains = advance(key, chains)
+    r_hat = chains.history.r_hat(chains.num_rounds)["projections"]
+    assert r_hat.shape == (16,) and np.all(r_hat > 3 if is_stuck else r_hat < 2)
