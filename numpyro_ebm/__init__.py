@@ -44,7 +44,13 @@ from numpyro_ebm.mcmc import *  # noqa: F403
 from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior
 from numpyro_ebm.objectives import *  # noqa: F403
-from numpyro_ebm.posteriors import Exchange, emulate_log_normalizer, generalized, normalized
+from numpyro_ebm.posteriors import (
+    Exchange,
+    emulate_log_normalizer,
+    generalized,
+    normalized,
+    predictive,
+)
 from numpyro_ebm.svi import Checkpoint, EnergySVI, load, save
 
 __version__ = "0.1.0"
@@ -87,6 +93,7 @@ __all__ = [
     "normalized",
     "plots",
     "posterior_gap",
+    "predictive",
     "prior",
     "stein_test",
     "save",

@@ -40,8 +40,9 @@ def check_comparable(found: dict[str, RowScores], is_log: bool) -> None:
             if not _same_data(one.data, other.data):
                 raise ModelError(
                     f"{both} observe different data ({_shown_data(one.data)}; "
-                    f"{_shown_data(other.data)}). Scores are compared at the same values of the same visible sites; if a model "
-                    "transforms its data, let it do so inside of its energy, with the log-Jacobian."
+                    f"{_shown_data(other.data)}). Scores are compared at the same values of the "
+                    "same visible sites; if a model transforms its data, let it do so inside of "
+                    "its energy, with the log-Jacobian."
                 )
             if is_log and one.is_discrete != other.is_discrete:
                 raise ModelError(

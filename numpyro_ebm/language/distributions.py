@@ -132,9 +132,10 @@ class Lebesgue(dist.ImproperUniform):
         raise ImproperSamplingError(
             f"Lebesgue(event_shape={self.event_shape}) is an improper base measure and has no "
             "draws: the energy decides where its site lives. Draw from the model with "
-            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)`, or run "
-            "`MCMC(numpyro_ebm.MALA(fixed(model, params)), ...)`; to evaluate the model at given "
-            "values pass them through `obs=` or `numpyro.handlers.substitute`."
+            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)`, at draws of a "
+            "posterior with `numpyro_ebm.predictive(rng_key, model, posterior_samples, ...)`, or "
+            "run `MCMC(numpyro_ebm.MALA(fixed(model, params)), ...)`; to evaluate the model at "
+            "given values pass them through `obs=` or `numpyro.handlers.substitute`."
         )
 
 

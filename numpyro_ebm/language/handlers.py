@@ -91,15 +91,22 @@ class uncondition(Messenger):
 
     :param fn: a model.
     :param names: names of sites.
+    :param bool start_there: whether chains start at what was observed.
     """
 
-    def __init__(self, fn: Callable[..., Any] | None = None, names: Iterable[str] = ()):
-        self.names = frozenset(names)
+    def __init__(
+        self,
+        fn: Callable[..., Any] | None = None,
+        names: Iterable[str] = (),
+        *,
+        start_there: bool = True,
+    ):
+        self.names, self.start_there = frozenset(names), start_there
         super().__init__(fn)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["name"] in self.names and msg["is_observed"]:
-            msg["infer"] = {**msg["infer"], "was_observed": True}
+            msg["infer"] = {**msg["infer"], "was_observed": self.start_there}
             _unobserve(msg)
 
 

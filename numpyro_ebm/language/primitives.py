@@ -175,7 +175,8 @@ def _forbid_forward_draws(name, plates):
     if drawn:
         raise ImproperSamplingError(
             f"`Predictive` would draw {', '.join(map(repr, drawn))} from the base measure and "
-            f"ignore the energy '{name}'. Draw from the model with "
-            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)` or by MCMC, and give "
-            "those draws to `Predictive(model, posterior_samples)`."
+            f"ignore the energy '{name}'. Draw them with `numpyro_ebm.predictive(rng_key, "
+            "model, posterior_samples, ...)` at draws of the parameters, at given ones with "
+            "`numpyro_ebm.sample(rng_key, fixed(model, params), num_samples)` or by MCMC; such "
+            "draws may be given to `Predictive(model, posterior_samples)`."
         )

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.diagnostics import split_gelman_rubin
 
 from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ConvergenceWarning
@@ -81,7 +80,11 @@ class Convergence(NamedTuple):
 
 
 def assess_draws(
-    row_model: RowModel, draws: SiteValues, fields: dict[str, Any], adjusted: bool = True
+    row_model: RowModel,
+    draws: SiteValues,
+    fields: dict[str, Any],
+    adjusted: bool = True,
+    num_laws: int = 1,
 ) -> Convergence:
     """What the draws of all chains, and what the kernel collected beside them, say of the rows.
 
@@ -89,6 +92,8 @@ def assess_draws(
     :param dict fields: ``accept_prob``, ``diverging`` and ``potential_energy``, (chains, draws,
         rows), as far as there are.
     :param bool adjusted: whether the kernel ever rejects.
+    :param int num_laws: how many laws the chains have, those of one law side by side and as many of
+        each: R-hat is then that of the mean variances over laws, between chains and within them.
     """
     rows = row_model.num_rows
     draws = {k: x for k, x in draws.items() if not _is_partly_unread(row_model, k)}
@@ -114,7 +119,7 @@ def assess_draws(
         frozen=frozen,
         acceptance=accept.mean((0, 1)) if accept is not None and enough else None,
         diverging=None if diverging is None else float(diverging.mean()),
-        r_hat=_r_hat(real + other + energy, frozen == num_chains)
+        r_hat=_r_hat(real + other + energy, frozen == num_chains, num_laws)
         if enough and num_draws >= 4
         else None,
         largest=float(max([np.abs(x).max() for x in real], default=0.0)),
@@ -208,23 +213,33 @@ def _by_row(row_model, name, x):
     return x.reshape(*x.shape[:3], -1)
 
 
-def _r_hat(arrays, frozen):
+def _r_hat(arrays, frozen, num_laws=1):
     """The largest split R-hat of every row; infinite where no chain moves."""
     found = []
     for x in arrays:
         picked = np.unique(np.linspace(0, x.shape[-1] - 1, MAX_COORDINATES).astype(int))
-        found.append(_split_r_hat(x[..., picked]).max(-1))
+        found.append(_split_r_hat(x[..., picked], num_laws).max(-1))
     return np.where(frozen, np.inf, np.max(found, 0))
 
 
-def _split_r_hat(x):
+def _split_r_hat(x, num_laws=1):
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
-    chains, draws = x.shape[:2]
-    constant = np.all(x == x[:1, :1], (0, 1))
-    ranks = rankdata(x.reshape(chains * draws, -1), axis=0).reshape(x.shape)
-    normal = ndtri((ranks - 0.375) / (chains * draws + 0.25))
+    x = np.reshape(x, (num_laws, -1, *np.shape(x)[1:])).astype(float)  # (laws, chains, draws, ...)
+    num = len(x[0]) * len(x[0, 0])
+    constant = np.all(x == x[:, :1, :1], (0, 1, 2))
+    ranks = rankdata(x.reshape(num_laws, num, -1), axis=1).reshape(x.shape)
+    normal = ndtri((ranks - 0.375) / (num + 0.25))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        r_hat = np.fmax(split_gelman_rubin(normal), split_gelman_rubin(x.astype(float)))
+        r_hat = np.fmax(_pooled_r_hat(normal), _pooled_r_hat(x))
     return np.where(constant, 1.0, np.where(np.isnan(r_hat), np.inf, r_hat))
+
+
+def _pooled_r_hat(x):
+    """R-hat of the halves of all chains, variances averaged over laws."""
+    half = x.shape[2] // 2
+    halves = np.concatenate([x[:, :, :half], x[:, :, -half:]], 1)
+    within = np.mean(np.var(halves, 2, ddof=1), (0, 1))
+    between = np.mean(np.var(np.mean(halves, 2), 1, ddof=1), 0)
+    return np.sqrt((half - 1) / half + between / within)

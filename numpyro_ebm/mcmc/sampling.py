@@ -19,10 +19,11 @@ from numpyro_ebm.mcmc.convergence import assess_draws, warn_of_convergence
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
 from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import run_compiled
-from numpyro_ebm.types import Model, Params
+from numpyro_ebm.types import Model, Params, SiteValues
 
-__all__ = ["sample"]
+__all__ = ["complete_draws", "name_of_kernel", "pick_kernel", "run_chains", "sample"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,47 +85,101 @@ def sample(
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
     key_chains, key_latent = jax.random.split(rng_key)
     row_model = read_fixed_model(model, args, kwargs)
+    kernel = pick_kernel("sample", kernel, model, row_model)
+    logger.info("sample: %s", name_of_kernel(kernel))
+    if kernel is None:
+        return complete_draws(key_latent, row_model, {}, num_samples)
+    per_chain = math.ceil(num_samples / num_chains)
+    grouped, fields = run_chains(
+        key_chains,
+        kernel,
+        args,
+        kwargs,
+        num_chains=num_chains,
+        num_warmup=num_warmup,
+        num_draws=per_chain,
+        every=thinning,
+        init_params=init_params,
+        progress_bar=progress_bar,
+    )
+    if not_jax_tracer(rng_key):
+        sites = {name: grouped[name] for name in row_model.sites if name in grouped}
+        adjusted = getattr(kernel, "leaves_invariant", True)
+        warn_of_convergence(
+            f"sample ({name_of_kernel(kernel)})", assess_draws(row_model, sites, fields, adjusted)
+        )
+    draws = {name: jnp.reshape(x, (-1, *x.shape[2:]))[:num_samples] for name, x in grouped.items()}
+    return complete_draws(key_latent, row_model, draws, num_samples)
+
+
+def pick_kernel(
+    who: str,
+    kernel: MCMCKernel | Callable[..., MCMCKernel] | None,
+    model: Model,
+    row_model: RowModel,
+) -> MCMCKernel | None:
+    """The kernel that the user gave, or made of the model, or that is chosen; `None` for none.
+
+    :raises ModelError: if it is none.
+    """
     if kernel is None:
         kernel = kernel_for_rows(model, row_model)
     elif not isinstance(kernel, MCMCKernel):
         kernel = kernel(model) if callable(kernel) else kernel
         if not isinstance(kernel, MCMCKernel):
             raise ModelError(
-                "sample: `kernel` must be a NumPyro `MCMCKernel` on the model, or a class of one, "
+                f"{who}: `kernel` must be a NumPyro `MCMCKernel` on the model, or a class of one, "
                 f"got {kernel!r}."
             )
-    logger.info("sample: %s", _name_of(kernel))
-    if kernel is None:
-        draws = exact_marginal(row_model).draw(key_latent, row_model, {}, {}, num_samples)
-        return _with_deterministic(row_model, draws)
-    if isinstance(kernel, RowKernel):
-        kernel = kernel.unwatched()
+    return kernel.unwatched() if isinstance(kernel, RowKernel) else kernel
+
+
+def run_chains(
+    rng_key: jax.Array,
+    kernel: MCMCKernel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    num_chains: int,
+    num_warmup: int,
+    num_draws: int,
+    every: int,
+    init_params: Params | None = None,
+    progress_bar: bool = False,
+) -> tuple[SiteValues, dict[str, jax.Array]]:
+    """Draws of a kernel and what it collects beside them, both of shape (chains, draws, ...).
+
+    :param int every: steps between two draws of a chain.
+    """
     vectorized = not isinstance(kernel, Gibbs | DiscreteGibbs)
     chain_method: Any = "vectorized" if vectorized else jax.vmap  # which NumPyro takes as well
     mcmc = MCMC(
         kernel,
         num_warmup=num_warmup,
-        num_samples=math.ceil(num_samples / num_chains) * thinning,
-        thinning=thinning,
+        num_samples=num_draws * every,
+        thinning=every,
         num_chains=num_chains,
         chain_method=chain_method,
         progress_bar=progress_bar and vectorized,
     )
-    grouped, fields = _run(mcmc, key_chains, init_params, args, kwargs)
-    if not_jax_tracer(rng_key):
-        sites = {name: grouped[name] for name in row_model.sites if name in grouped}
-        adjusted = getattr(kernel, "leaves_invariant", True)
-        warn_of_convergence(
-            f"sample ({_name_of(kernel)})", assess_draws(row_model, sites, fields, adjusted)
-        )
-    draws = {name: jnp.reshape(x, (-1, *x.shape[2:]))[:num_samples] for name, x in grouped.items()}
+    return _run(mcmc, rng_key, init_params, args, kwargs)
+
+
+def complete_draws(
+    rng_key: jax.Array, row_model: RowModel, draws: SiteValues, num_samples: int
+) -> SiteValues:
+    """Draws of all sites, those that no chain moved drawn from their exact conditional.
+
+    :param dict draws: values of the sites that chains moved, draws leading, and of deterministic
+        sites if these are all.
+    """
     missing = [name for name in row_model.sites if name not in draws]
-    if missing:
-        rest = row_model.with_latent(missing)
-        others = {name: draws[name] for name in rest.visible}
-        drawn = exact_marginal(rest).draw(key_latent, rest, {}, others, num_samples)
-        draws = _with_deterministic(row_model, {**draws, **drawn})
-    return draws
+    if not missing:
+        return draws
+    rest = row_model.with_latent(missing)
+    others = {name: draws[name] for name in rest.visible}
+    drawn = exact_marginal(rest).draw(rng_key, rest, {}, others, num_samples)
+    return _with_deterministic(row_model, {**draws, **drawn})
 
 
 def _run(mcmc, rng_key, init_params, args, kwargs):
@@ -166,7 +221,8 @@ def _run(mcmc, rng_key, init_params, args, kwargs):
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drawn)
 
 
-def _name_of(kernel):
+def name_of_kernel(kernel: MCMCKernel | None) -> str:
+    """What draws, for messages."""
     if kernel is None:
         return "drawn from the probabilities of all joint states"
     if not isinstance(kernel, Gibbs):

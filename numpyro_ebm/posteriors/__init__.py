@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a prior and an energy to a posterior of the parameters, three ways.
+"""From a prior and an energy to a posterior of the parameters, and what follows from it.
 
 It may import everything below: objectives, log normalizers, kernels and what these stand on.
 """
@@ -8,6 +8,7 @@ from numpyro_ebm.posteriors.emulation import EmulatedLogNormalizer, emulate_log_
 from numpyro_ebm.posteriors.exchange import Exchange
 from numpyro_ebm.posteriors.generalized import generalized
 from numpyro_ebm.posteriors.normalized import normalized
+from numpyro_ebm.posteriors.predictive import predictive
 
 __all__ = [
     "EmulatedLogNormalizer",
@@ -15,4 +16,5 @@ __all__ = [
     "emulate_log_normalizer",
     "generalized",
     "normalized",
+    "predictive",
 ]

@@ -9,7 +9,10 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+import scipy.special
+import scipy.stats
 from kernel_cases import run, slow
+from numpyro.diagnostics import split_gelman_rubin
 from numpyro.distributions import constraints
 from numpyro.infer import Gibbs
 
@@ -214,3 +217,19 @@ def test_r_hat_is_the_larger_of_values_and_of_ranks():
     noise = np.random.default_rng(0).normal(size=(2, 100))
     apart = (np.array([-10.0, 10.0])[:, None] + noise)[..., None]
     assert _split_r_hat(away) > 2 and _split_r_hat(apart) > 2
+
+
+def test_r_hat_of_many_laws_is_that_of_their_chains():
+    """Laws that differ are no chains that stay apart; of one law it is NumPyro's."""
+    rng = np.random.default_rng(0)
+    laws = 100 * rng.normal(size=(50, 1, 1, 1))
+    right = laws + rng.normal(size=(50, 2, 10, 3))
+    stuck = right + 20 * rng.integers(0, 2, (50, 2, 1, 1))  # in half of the laws chains part
+    right, stuck = (x.reshape(100, 10, 3) for x in (right, stuck))
+    assert np.all(_split_r_hat(right) > 2)
+    assert np.all(abs(_split_r_hat(right, 50) - 1) < 0.1) and np.all(_split_r_hat(stuck, 50) > 2)
+    one = rng.standard_cauchy((4, 100, 2)) + np.arange(4)[:, None, None]
+    ranks = scipy.stats.rankdata(one.reshape(400, 2), axis=0).reshape(one.shape)
+    normal = scipy.special.ndtri((ranks - 0.375) / 400.25)
+    numpyros = np.fmax(split_gelman_rubin(one), split_gelman_rubin(normal))
+    np.testing.assert_allclose(_split_r_hat(one), numpyros, rtol=1e-6)

@@ -75,14 +75,14 @@ def quadratic(v):
 )
 def test_the_kernel_follows_from_supports_and_energy(model, expected):
     kernel = choose_kernel(model())
-    from numpyro_ebm.mcmc.sampling import _name_of
+    from numpyro_ebm.mcmc.sampling import name_of_kernel
 
     if expected is None:
         assert kernel is None
     else:
         import re
 
-        assert re.fullmatch(expected, _name_of(kernel)), _name_of(kernel)
+        assert re.fullmatch(expected, name_of_kernel(kernel)), name_of_kernel(kernel)
 
 
 def test_sample_says_what_it_does(caplog, grbm):
