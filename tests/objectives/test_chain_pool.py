@@ -49,6 +49,13 @@ def still(data):
         ebm.energy("E", 0.5 * v**2)
 
 
+def still_scaled(data):
+    precision = numpyro.param("precision", 1.0, constraint=constraints.positive)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * v**2)
+
+
 def test_a_round_moves_so_many_chains_of_the_buffer():
     objective = ebm.ContrastiveDivergence(Step, persistent=True, num_chains=5, buffer=12)
     keys = jax.random.split(KEY, 6)
@@ -270,3 +277,39 @@ def test_a_light_history_of_many_coordinates(kernel, is_stuck):
         chains = advance(key, chains)
     r_hat = chains.history.r_hat(chains.num_rounds)["projections"]
     assert r_hat.shape == (16,) and np.all(r_hat > 3 if is_stuck else r_hat < 2)
+
+
+RESUMED = {
+    "a buffer": (
+        still_scaled,
+        {"num_chains": 6, "buffer": 9, "reset_probability": 0.3, "initial": dist.Normal(0.0, 2.0)},
+    ),
+    "weights": (still_scaled, {"num_chains": 64, "weighted": True, "initial": "gaussian"}),
+    "rows": (grouped, {"initial": "gaussian", "energy_penalty": 0.1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_runs_resume_from_a_file_bit_for_bit(name, tmp_path):
+    model, options = RESUMED[name]
+    rng = np.random.default_rng(0)
+    args = jnp.asarray(rng.normal(size=20), jnp.float32), jnp.arange(20) % 3
+    args = (*args, args[0] + 0.5) if model is grouped else args[:1]
+    kernel = partial(ebm.MALA, step_size=0.2)
+    objective = ebm.ContrastiveDivergence(kernel, 2, persistent=True, **options)
+    svi = ebm.EnergySVI(model, None, optax.adam(0.01), objective)
+    run = partial(svi.run, batch_size=5, progress_bar=False)
+    whole, first = run(KEY, 13, *args), run(KEY, 6, *args)
+    ebm.save(tmp_path / "fit", first)
+    second = run(KEY, 7, *args, init_state=ebm.load(tmp_path / "fit").state)
+    for x, y in zip(jax.tree.leaves(whole.state), jax.tree.leaves(second.state), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+    losses = np.concatenate([first.losses, second.losses])
+    np.testing.assert_array_equal(losses, whole.losses)
+    args = tuple(jnp.concatenate([x, x[:5]]) for x in args)
+    if name == "rows":
+        with pytest.raises(ebm.ModelError, match="holds 20 persistent chains.*should be 25"):
+            run(KEY, 1, *args, init_state=first.state)

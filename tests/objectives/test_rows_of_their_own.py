@@ -138,7 +138,7 @@ NEED_ONE = {
         m,
         None,
         optax.adam(0.1),
-        ebm.ContrastiveDivergence(lambda k: ebm.MALA(k, step_size=0.1), persistent=True),
+        ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True, num_chains=5),
     ).run(KEY, 1, *args, progress_bar=False),
     "stein_test": lambda m, args: ebm.stein_test(KEY, ebm.fixed(m, PARAMS), *args),
     "fisher_divergence": lambda m, args: ebm.fisher_divergence(
