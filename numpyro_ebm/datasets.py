@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Two-dimensional toy datasets, generated rather than downloaded.
+r"""Two-dimensional toy datasets, generated rather than downloaded; and :func:`dequantize`.
 
 Every toy is a pure function ``toy(rng_key, num_samples)`` that draws independent points of the
 plane, and an entry of the registry :data:`TOYS`, which also holds its exact log-density (the two
@@ -28,6 +28,7 @@ __all__ = [
     "checkerboard",
     "checkerboard_4x4",
     "cosine",
+    "dequantize",
     "eight_gaussians",
     "log_density",
     "moons",
@@ -168,6 +169,67 @@ def log_density(name: str, x: ArrayLike) -> jax.Array:
             f"no exact log-density for {name!r}; known for: {', '.join(sorted(known))}"
         )
     return known[name](x)
+
+
+def dequantize(rng_key: jax.Array, values: ArrayLike, num_levels: int) -> jax.Array:
+    r"""Spread whole numbers, such as the grey values of images, over the unit interval.
+
+    .. math:: v = (x + u) / K, \qquad u \sim \mathrm{Uniform}(0, 1)^D
+
+    On a grid a density of continuous values can grow without end, and the grey values 0 and K - 1
+    lie on the boundary of the unit interval. With noise as wide as a step neither is so, and a
+    density of v bounds the probability of x, its integral over the cell of x:
+
+    .. math:: \log P(x) \ge E_u \log p(v) - D \log K
+
+    Draw anew in every epoch where there are few rows: the noise is learned by heart otherwise.
+
+    Source: uniform dequantisation, Uria, Murray and Larochelle, NeurIPS 2013; the bound, Theis, van
+    den Oord and Bethge, ICLR 2016.
+
+    Parameters
+    ----------
+    rng_key : jax.Array
+        A PRNG key.
+    values : array_like
+        Whole numbers from 0 to ``num_levels`` - 1, of any shape and type; traced ones are not
+        looked at.
+    num_levels : int
+        K, 256 for bytes and 17 for scikit-learn's digits.
+
+    Returns
+    -------
+    jax.Array
+        Numbers inside of (0, 1), of JAX's default float type.
+
+    Raises
+    ------
+    ValueError
+        If ``num_levels`` is not an integer of at least 2, or ``values`` are not whole numbers of
+        that range.
+
+    Examples
+    --------
+    >>> from numpyro_ebm import datasets
+    >>> v = datasets.dequantize(jax.random.key(0), jnp.array([0, 255]), 256)
+    >>> bool(0 < v[0] < 1 / 256 < 255 / 256 < v[1] < 1)
+    True
+    """
+    if not isinstance(num_levels, Integral) or isinstance(num_levels, bool) or num_levels < 2:
+        raise ValueError(f"num_levels must be an int of at least 2, got {num_levels!r}")
+    x = jnp.asarray(values, jnp.result_type(float))
+    try:
+        whole = np.asarray((x == jnp.floor(x)) & (x >= 0) & (x < num_levels))
+    except jax.errors.TracerArrayConversionError:
+        whole = np.array(True)
+    if not whole.all():
+        raise ValueError(
+            f"values must be whole numbers from 0 to {num_levels - 1}, and "
+            f"{np.size(whole) - np.sum(whole)} of {np.size(whole)} are not; numbers of the unit "
+            "interval are whole after `jnp.round(x * (num_levels - 1))`"
+        )
+    edge = num_levels * jnp.finfo(x.dtype).eps  # so that nothing is rounded to 0 or 1
+    return (x + jax.random.uniform(rng_key, x.shape, x.dtype, edge, 1 - edge)) / num_levels
 
 
 def _squares(rng_key, num_samples, low, side, num_columns):

@@ -22,7 +22,7 @@ from numpyro.handlers import substitute, trace
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.model.reference import reference_log_prob
-from numpyro_ebm.model.row_site import RowSite
+from numpyro_ebm.model.row_site import RowSite, coordinates
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues, Trace
 
@@ -38,7 +38,7 @@ class RowModel(DataPlate):
     - **traced** - its operations, a :class:`~numpyro_ebm.model.traced_model.TracedModel`.
     - **model, args, kwargs** - the model and its arguments.
     - **plate, dim, num_rows, total_rows** - the data plate.
-    - **plates** - indices of all plates by name.
+    - **plates** - indices of all plates, and states of networks, by name.
     - **visible, latent** - dicts of :class:`~numpyro_ebm.model.row_site.RowSite`.
     - **observed** - sites that are held at their values: those that ``read_fixed_model`` set aside,
       and those that an objective is conditional on.
@@ -240,11 +240,11 @@ class RowModel(DataPlate):
         return {name: site.value for name, site in self.visible.items()}
 
     def unconstrain_visible(self) -> SiteValues:
-        """Observed visible values in unconstrained coordinates, u = T⁻¹(v)."""
-        return {
-            name: site.value if site.is_unconstrained else site.transform.inv(site.value)
-            for name, site in self.visible.items()
-        }
+        """Observed visible values in unconstrained coordinates, u = T⁻¹(v).
+
+        :raises ModelError: if values lie on the boundary of their support, as far as is known.
+        """
+        return {name: coordinates(site) for name, site in self.visible.items()}
 
     def constrain(self, unconstrained: SiteValues) -> tuple[SiteValues, jax.Array | float]:
         """Map unconstrained coordinates to site values.

@@ -14,7 +14,7 @@ from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.distributions import Counting, is_real, scalar_support
 from numpyro_ebm.language.sites import unwrap
 
-__all__ = ["RowSite", "check_data", "placeholder"]
+__all__ = ["RowSite", "check_data", "coordinates", "placeholder"]
 
 
 class RowSite(NamedTuple):
@@ -122,3 +122,33 @@ def check_data(site: RowSite) -> None:
             "of -1 and 1 as 0 and 1, for instance), declare another base measure, or say which are "
             "missing, `numpyro.sample(..., obs=data, obs_mask=known)`."
         )
+
+
+def coordinates(site: RowSite) -> Any:
+    """The value of a visible site in unconstrained coordinates, T⁻¹(v).
+
+    :param RowSite site: the site.
+    :raises ModelError: if values lie on the boundary of their support, where coordinates are
+        infinite; traced values are not looked at.
+    """
+    value, support = site.value, site.fn.support
+    if site.is_unconstrained:
+        return value
+    if not_jax_tracer(value):
+        with jax.ensure_compile_time_eval():
+            found = site.transform.inv(value)
+            if isinstance(scalar_support(support), type(constraints.simplex)):
+                bad = jnp.asarray(value) <= 0  # in the last place its coordinates are cut off
+            else:
+                bad = ~jnp.isfinite(found)
+        bad = np.asarray(bad) if not_jax_tracer(bad) else np.array(False)
+        if bad.any():
+            raise ModelError(
+                f"The data of the visible site '{site.name}' lie on the boundary of its support, "
+                f"{support}, in {np.sum(bad)} of {np.size(bad)} places, where their unconstrained "
+                "coordinates are infinite. Declare a wider support (for numbers from 0 to 1 "
+                "`constraints.interval(-0.05, 1.05)`, say), or move them inside: whole numbers, "
+                "such as grey values, by `numpyro_ebm.datasets.dequantize`; or leave those rows "
+                "out."
+            )
+    return site.transform.inv(value)

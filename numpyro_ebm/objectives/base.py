@@ -167,12 +167,13 @@ class Objective(Term, ABC):
         return f"{type(marginal).__name__} estimates its first derivatives from particles"
 
     def check_observed(self, row_model: RowModel) -> None:
-        """Raise unless there is something to learn from."""
+        """Raise unless there is something to learn from, and it has coordinates."""
         if not row_model.visible:
             raise ModelError(
                 f"{type(self).__name__}: the model has no observed site, so there is nothing to "
                 "learn from. Pass the data, and give it as `obs=` to the visible sites."
             )
+        row_model.unconstrain_visible()  # which data on the boundary of a support do not have
 
     def check_sites(self, row_model: RowModel) -> None:
         """Raise unless the objective is defined for the visible sites of the model."""

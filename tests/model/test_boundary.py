@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data on the boundary of their support have no coordinates: refused, whoever asks for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.distributions import constraints
+from numpyro.handlers import mask
+
+import numpyro_ebm as ebm
+from numpyro_ebm.model.reading import read_model
+
+KEY = jax.random.key(0)
+INSIDE = [[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]
+BOUNDARY = {
+    "black": (constraints.unit_interval, INSIDE, [0.0, 0.3, 0.5]),
+    "white": (constraints.unit_interval, INSIDE, [0.2, 1.0, 0.5]),
+    "ends of an interval": (constraints.interval(-1.0, 2.0), INSIDE, [0.1, 2.0, 0.3]),
+    "no events": (constraints.nonnegative, INSIDE, [0.4, 0.0, 2.0]),
+    "a lower bound": (constraints.greater_than_eq(0.05), INSIDE, [0.05, 0.3, 0.3]),
+    "an upper bound": (constraints.less_than_eq(0.9), INSIDE, [0.9, 0.3, 0.3]),
+    "a share of nothing": (constraints.simplex, INSIDE, [0.0, 0.4, 0.6]),
+    "nothing in the last place": (constraints.simplex, INSIDE, [0.4, 0.6, 0.0]),
+    "half a turn": (constraints.circular, INSIDE, [0.1, np.pi, 0.3]),
+}
+
+
+def model(data, support):
+    slope = numpyro.param("slope", jnp.ones(3))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((3,), support=support), obs=data)
+        ebm.energy("E", v @ slope + jnp.sum(v**2, -1))
+
+
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_data_on_the_boundary_are_refused(name):
+    support, inside, edge = BOUNDARY[name]
+    inside = jnp.asarray(inside)
+    u = read_model(model, (inside, support)).unconstrain_visible()["v"]
+    assert np.all(np.isfinite(u))
+    with pytest.raises(ebm.ModelError, match="'v' lie on the boundary.* in 1 of .*dequantize"):
+        read_model(model, (inside.at[1].set(jnp.array(edge)), support)).unconstrain_visible()
+
+
+UNIT = constraints.unit_interval
+OBJECTIVES = {
+    "ScoreMatching": ebm.ScoreMatching(),
+    "DenoisingScoreMatching": ebm.DenoisingScoreMatching(0.3),
+    "EnergyDiscrepancy": ebm.EnergyDiscrepancy(0.5),
+    "NCE": ebm.NCE(dist.Uniform(0.0, 1.0).expand([3]).to_event(1)),
+    "ContrastiveDivergence": ebm.ContrastiveDivergence(lambda m: ebm.MALA(m, step_size=0.1)),
+    "KernelSteinDiscrepancy": ebm.KernelSteinDiscrepancy(),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_asks_for_coordinates(name):
+    """All rows are looked at, not those of the first batch alone."""
+    data = np.full((64, 3), 0.5, np.float32)
+    data[-1, 1] = 1.0
+    svi = ebm.EnergySVI(model, None, optax.adam(0.01), OBJECTIVES[name])
+    with pytest.raises(ebm.ModelError, match="'v' lie on the boundary.* in 1 of 192"):
+        svi.run(KEY, 2, data, UNIT, batch_size=8, progress_bar=False)
+
+
+def test_new_data_are_looked_at_and_rows_that_do_not_count_are_not():
+    data = jnp.array([[0.2, 0.5, 0.4], [0.0, 0.5, 1.0]])
+
+    def masked(data, support):
+        with mask(mask=jnp.array([True, False])):
+            model(data, support)
+
+    u = read_model(masked, (data, UNIT)).unconstrain_visible()["v"]
+    assert np.all(np.isfinite(u))
+    svi = ebm.EnergySVI(model, None, optax.adam(0.01), ebm.DenoisingScoreMatching(0.3))
+    state = svi.init(KEY, data[:1], UNIT)
+    with pytest.raises(ebm.ModelError, match="lie on the boundary"):
+        svi.update(state, data[1:], UNIT)
+
+
+def test_numbers_on_a_grid_spread_over_the_unit_interval():
+    """Each over its own step, evenly, and nothing reaches the ends: however many levels."""
+    levels = jnp.repeat(jnp.arange(4), 50_000)
+    v = np.asarray(ebm.datasets.dequantize(KEY, levels, 4))
+    assert v.dtype == np.float32
+    np.testing.assert_array_equal(np.floor(4 * v), levels)
+    rest = 4 * v - np.asarray(levels)
+    error = np.sqrt(1 / 12 / len(rest))
+    assert abs(np.mean(rest) - 0.5) < 4 * error and abs(12 * np.var(rest) - 1) < 0.02
+    ends = np.asarray(ebm.datasets.dequantize(KEY, np.full(300_000, 255, np.uint8), 256))
+    assert 255 / 256 <= ends.min() and ends.max() < 1
+    zeros = np.asarray(ebm.datasets.dequantize(KEY, np.zeros(300_000), 65_536))
+    assert 0 < zeros.min() and zeros.max() <= 1 / 65_536
+
+
+@pytest.mark.parametrize(
+    ("values", "num_levels", "message"),
+    [
+        ([0.0, 0.5], 17, "whole numbers from 0 to 16, and 1 of 2"),
+        ([0, 16], 16, "from 0 to 15"),
+        ([-1, 3], 16, "1 of 2"),
+        ([0, float("nan")], 16, "1 of 2"),
+        ([0, 1], 1, "num_levels must be an int of at least 2, got 1"),
+        ([0, 1], 2.0, "got 2.0"),
+        ([0, 1], True, "got True"),
+    ],
+)
+def test_what_is_no_level_is_refused(values, num_levels, message):
+    with pytest.raises(ValueError, match=message):
+        ebm.datasets.dequantize(KEY, values, num_levels)
