@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditional noise contrast: the noise is the row, moved."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax.nn import softplus
 
 from numpyro_ebm.errors import check_integer, check_positive
@@ -9,6 +12,7 @@ from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import each
+from numpyro_ebm.objectives.overlap import mean_overlap, warn_if_apart
 from numpyro_ebm.objectives.symmetric_kernel import Perturbation, SymmetricKernel
 from numpyro_ebm.types import Params
 
@@ -29,7 +33,8 @@ class ConditionalNCE(Objective):
     a time see what single ones cannot, modes that differ in more of them.
 
     :param noise_scale: σ, in the units of v (of its unconstrained coordinates on other
-        supports than the reals). Not used on discrete sites.
+        supports than the reals). If ``None``, the standard deviation of each coordinate in the
+        batch over √D, with D the number of real coordinates of a row. Not used on discrete sites.
     :param int noise_ratio: moved copies of each row.
     :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param flip_probability: the probability that a coordinate of a discrete site moves; ``None``
@@ -39,8 +44,11 @@ class ConditionalNCE(Objective):
         beyond the ends, where it stays; counts without an end are moved so.
     :raises ModelError: if ``noise_scale`` or ``noise_ratio`` is not positive, ``flip_probability``
         is not inside (0, 1) or ``perturbation`` is unknown; when used, if a visible site is
-        continuous and ``noise_scale`` is not given, a discrete one has values that are not moved
-        so, or the marginal has no exact values.
+        continuous, ``noise_scale`` is not given and there is one row, a discrete one has values
+        that are not moved so, or the marginal has no exact values.
+
+    Warns :class:`~numpyro_ebm.errors.FarNoiseWarning` at the end of a run if rows and their copies
+    are told apart without doubt, so that the loss is flat.
 
     Reference: Ceylan, Gutmann, ICML 2018.
 
@@ -95,6 +103,11 @@ class ConditionalNCE(Objective):
         return softplus(log_ratios)
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
+        log_ratios = self._log_ratios(rng_key, params, problem)
+        return problem.row_model.mean(self.pair_loss(log_ratios))
+
+    def _log_ratios(self, rng_key, params, problem):
+        """log p̃ at the moved copies minus at the rows, (noise_ratio, rows)."""
         key_noise, key_marginal = jax.random.split(rng_key)
         row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)
@@ -103,5 +116,19 @@ class ConditionalNCE(Objective):
         def there(rng_key):
             return estimate.log_density(params, self._kernel.draw(rng_key, row_model, point))
 
-        moved = each(there, jax.random.split(key_noise, self.noise_ratio))
-        return row_model.mean(self.pair_loss(moved - here))
+        return each(there, jax.random.split(key_noise, self.noise_ratio)) - here
+
+    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+        slope = jnp.vectorize(jax.grad(self.pair_loss))
+        log_ratios = self._log_ratios(rng_key, params, problem)
+        return mean_overlap(problem.row_model, slope(log_ratios) / slope(0.0))
+
+    def review(self, statistics: Any) -> None:
+        warn_if_apart(
+            type(self).__name__,
+            statistics,
+            "rows and their moved copies are told apart without doubt",
+            "the loss is flat, and the parameters are hardly determined. Move rows less far "
+            "(`noise_scale=None` goes by the data, `flip_probability=None` changes one "
+            "coordinate), or take a score-based objective or PseudoLikelihood.",
+        )

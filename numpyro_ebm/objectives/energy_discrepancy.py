@@ -10,14 +10,16 @@ with expensive or no derivatives, and for modes that score matching cannot weigh
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.objectives.overlap import mean_overlap, overlap_of_many, warn_if_apart
 from numpyro_ebm.objectives.symmetric_kernel import Perturbation, SymmetricKernel
 from numpyro_ebm.types import Params
 
@@ -50,7 +52,10 @@ class EnergyDiscrepancy(Objective):
     times that of maximum likelihood, at w = 0 twice to twenty times.
 
     :param float noise_scale: t, the standard deviation of the Gaussian perturbation, in
-        unconstrained coordinates. Not used on discrete sites.
+        unconstrained coordinates. If ``None``, that of each coordinate in the batch over √D, with
+        D the number of real coordinates of a row: wide enough to see what lies between rows, and
+        not so wide that in many dimensions every row is told from its perturbations. Not used on
+        discrete sites.
     :param int num_samples: M, perturbations of each row.
     :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param float w: weight of the row itself, which stabilises the logarithm; 1 unless there is a
@@ -63,7 +68,10 @@ class EnergyDiscrepancy(Objective):
     :raises ModelError: if ``noise_scale`` is not positive, ``num_samples`` is not a positive
         integer, ``w`` is negative, ``flip_probability`` is not inside (0, 1) or ``perturbation`` is
         unknown; when used, if a discrete visible site has infinitely many values that are not moved
-        so, or the marginal has no exact value.
+        so, the marginal has no exact value, or ``noise_scale`` is not given and there is one row.
+
+    Warns :class:`~numpyro_ebm.errors.FarNoiseWarning` at the end of a run if rows are told from
+    their perturbations without doubt: the loss then stands at its bound, log(w/M), and is flat.
 
     Reference: Schröder et al., *Energy discrepancies: a score-independent loss for energy-based
     models*, NeurIPS 2023; for discrete and mixed data, Schröder et al., *Energy-based modelling for
@@ -90,7 +98,7 @@ class EnergyDiscrepancy(Objective):
 
     def __init__(
         self,
-        noise_scale: float = 1.0,
+        noise_scale: float | None = None,
         num_samples: int = 16,
         marginal: Marginal | None = None,
         *,
@@ -98,10 +106,8 @@ class EnergyDiscrepancy(Objective):
         flip_probability: float = 0.1,
         perturbation: Perturbation = "uniform",
     ):
-        if not 0 < noise_scale < math.inf:
-            raise ModelError(
-                f"EnergyDiscrepancy: `noise_scale` must be positive, got {noise_scale!r}."
-            )
+        if noise_scale is not None:
+            check_positive("EnergyDiscrepancy", noise_scale=noise_scale)
         check_integer("EnergyDiscrepancy", num_samples=num_samples)
         if not 0 <= w < math.inf:
             raise ModelError(f"EnergyDiscrepancy: `w` must be zero or positive, got {w!r}.")
@@ -120,6 +126,12 @@ class EnergyDiscrepancy(Objective):
         self._kernel.check_sites(row_model)
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
+        log_ratios = self._log_ratios(rng_key, params, problem)
+        rows = jax.nn.logsumexp(log_ratios, axis=0) - math.log(self.num_samples)
+        return problem.row_model.mean(rows)
+
+    def _log_ratios(self, rng_key, params, problem):
+        """log p̃(xʲ) - log p̃(x) of all perturbations, led by log w if there is any w."""
         key_marginal, key_y, key_samples = jax.random.split(rng_key, 3)
         row_model, point = problem.row_model, problem.unconstrained
         estimate = self.estimate(key_marginal, params, problem)
@@ -133,4 +145,20 @@ class EnergyDiscrepancy(Objective):
         if self.w > 0:
             own = jnp.full_like(log_ratios[:1], math.log(self.w))
             log_ratios = jnp.concatenate([own, log_ratios])
-        return row_model.mean(jax.nn.logsumexp(log_ratios, axis=0) - math.log(self.num_samples))
+        return log_ratios
+
+    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+        if not self.w:
+            return None  # without a bound that the loss could stand at
+        log_ratios = self._log_ratios(rng_key, params, problem)
+        return mean_overlap(problem.row_model, overlap_of_many(log_ratios))
+
+    def review(self, statistics: Any) -> None:
+        if statistics is not None:
+            warn_if_apart(
+                "EnergyDiscrepancy",
+                statistics,
+                "rows are told from their perturbations without doubt",
+                "the loss stands at its bound, log(w/M), and is flat. Lower `noise_scale` (`None` "
+                "goes by the data) or `flip_probability`, or take a score-based objective.",
+            )

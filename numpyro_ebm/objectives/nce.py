@@ -2,7 +2,6 @@
 """Noise-contrastive estimation, which learns log Z as a parameter, with its standard error."""
 
 import math
-import warnings
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ from jax.nn import sigmoid, softplus
 from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
 
-from numpyro_ebm._compat import eval_provenance, find_stack_level, not_jax_tracer
-from numpyro_ebm.errors import FarNoiseWarning, ModelError, check_integer
+from numpyro_ebm._compat import eval_provenance
+from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.reading import read_model
@@ -22,15 +21,13 @@ from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import AuxiliaryNetwork, Problem
 from numpyro_ebm.objectives.noise_contrast import NoiseContrast
+from numpyro_ebm.objectives.overlap import warn_if_apart
 from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["NCE"]
 
 LOG_NORMALIZER = "log_normalizer"
 """Name of the parameter log Z of :class:`NCE`."""
-
-LOW_OVERLAP = 0.02
-"""Overlap of noise and data, 1 at best, under which :class:`NCE` warns."""
 
 MOST_PARAMETERS = 2_000
 """The most parameters whose joint covariance is inverted for a standard error."""
@@ -190,17 +187,14 @@ class NCE(NoiseContrast):
         return self.overlap(rng_key, params, problem)
 
     def review(self, statistics: Any) -> None:
-        overlap = statistics
-        if not_jax_tracer(overlap) and not overlap > LOW_OVERLAP:
-            warnings.warn(
-                FarNoiseWarning(
-                    f"{type(self).__name__}: the noise is far from the data (overlap "
-                    f"{float(overlap):.2g} of 1): {self.far_noise}, and log Z and the parameters "
-                    "are hardly determined. Choose a noise closer to the data (a fitted Gaussian, "
-                    "a flow), or FlowContrastive, ConditionalNCE or a score-based objective."
-                ),
-                stacklevel=find_stack_level(),
-            )
+        warn_if_apart(
+            type(self).__name__,
+            statistics,
+            "the noise is far from the data",
+            f"{self.far_noise}, and log Z and the parameters are hardly determined. Choose a noise "
+            "closer to the data (a fitted Gaussian, a flow), or FlowContrastive, ConditionalNCE or "
+            "a score-based objective.",
+        )
 
     def log_normalizer(
         self,

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Symmetric kernels q(y | x) that move a row, over sites of any kind."""
 
+import math
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from numpyro_ebm.errors import ModelError, check_fraction
 from numpyro_ebm.model.finite_supports import (
@@ -29,7 +31,7 @@ class SymmetricKernel:
 
     :param str owner: the objective, for messages.
     :param noise_scale: standard deviation of the noise, in unconstrained coordinates; ``None``
-        where no site is continuous.
+        for that of the data, coordinate by coordinate, over the root of their number.
     :param flip_probability: the probability that a discrete coordinate moves, each by itself;
         ``None`` for exactly one of each row, chosen at random.
     :param str perturbation: to any other value (``"uniform"``), or one place up or down: round and
@@ -59,10 +61,11 @@ class SymmetricKernel:
         """Raise unless all visible sites can be moved."""
         for name, site in row_model.visible.items():
             if not site.is_discrete:
-                if self.noise_scale is None:
+                if self.noise_scale is None and row_model.num_rows < 2:
                     raise ModelError(
-                        f"{self.owner}: the visible site '{name}' is continuous. Say how far it "
-                        "moves by `noise_scale`, in its unconstrained coordinates."
+                        f"{self.owner}: the visible site '{name}' is continuous, and one row has "
+                        "no standard deviation. Say how far it moves by `noise_scale`, in its "
+                        "unconstrained coordinates."
                     )
             elif lowest_count(site) is None:
                 check_values(site, self.owner)
@@ -81,8 +84,9 @@ class SymmetricKernel:
         """
         keys = jax.random.split(rng_key, len(point))
         chosen = self._one_of_each_row(rng_key, row_model, point)
+        scales, sites = self._scales(row_model), row_model.visible
         return {
-            name: self._moved(key, row_model.visible[name], jnp.asarray(x), chosen.get(name))
+            name: self._moved(key, sites[name], jnp.asarray(x), chosen.get(name), scales.get(name))
             for key, (name, x) in zip(keys, point.items(), strict=True)
         }
 
@@ -102,9 +106,25 @@ class SymmetricKernel:
             chosen[name], start = jnp.reshape(here, x.shape), start + sizes[name]
         return row_model.from_rows(chosen)
 
-    def _moved(self, rng_key, site, x, moves):
+    def _scales(self, row_model) -> dict[str, Any]:
+        """How far the coordinates of continuous sites move, by site."""
+        data = row_model.unconstrain_visible()
+        rows = {k: x for k, x in data.items() if not row_model.visible[k].is_discrete}
+        if self.noise_scale is not None or not rows:
+            return dict.fromkeys(rows, self.noise_scale)
+        num = sum(math.prod(jnp.shape(x)) for x in rows.values()) // row_model.num_rows
+        rows, found = row_model.to_rows(rows), {}
+        for name, x in rows.items():
+            spread = _deviation(x, row_model.row_weights)
+            rounding = 16 * jnp.finfo(spread.dtype).eps * jnp.max(jnp.abs(x), 0)
+            same = spread <= rounding  # in all rows: such coordinates move as the others do
+            scale = jnp.where(same, jnp.sqrt(jnp.mean(spread**2)), spread) / math.sqrt(num)
+            found[name] = jnp.broadcast_to(stop_gradient(scale), jnp.shape(x))
+        return row_model.from_rows(found)
+
+    def _moved(self, rng_key, site, x, moves, scale):
         if not site.is_discrete:
-            return x + self.noise_scale * jax.random.normal(rng_key, x.shape, x.dtype)
+            return x + scale * jax.random.normal(rng_key, x.shape, x.dtype)
         key_move, key_where = jax.random.split(rng_key)
         if moves is None:
             moves = jax.random.bernoulli(key_move, self.flip_probability, x.shape)
@@ -123,3 +143,12 @@ class SymmetricKernel:
             end = jnp.where(up, values[-1], values[0])
             moves = moves & (x != end.astype(x.dtype))
         return jnp.where(moves, other, x)
+
+
+def _deviation(rows, weights):
+    """Standard deviation of every coordinate over the rows, which lead."""
+    if weights is None:
+        return jnp.std(rows, 0)
+    share = jnp.reshape(weights / jnp.sum(weights), (-1,) + (1,) * (jnp.ndim(rows) - 1))
+    mean = jnp.sum(share * rows, 0)
+    return jnp.sqrt(jnp.sum(share * (rows - mean) ** 2, 0))
