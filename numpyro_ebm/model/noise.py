@@ -5,9 +5,11 @@ A noise may be written as a NumPyro distribution over the one visible site, a di
 by site name, a stack of transforms of a standard Normal, a flow of another library with ``sample``
 and ``log_prob`` (flowjax), or a NumPyro function: one that returns a distribution (or a dict of
 them), or one that samples the visible sites inside the data plate, as a guide does. A function is
-called with the model's arguments, or without any if it takes none.
+called with the model's arguments, or without any if it takes none; covariates among them may give
+every row a noise of its own, as a batch shape.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,9 @@ from numpyro_ebm.model.noise_forms import (
     with_arguments,
 )
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.model.row_trials import row_axis_of
+from numpyro_ebm.program.row_axes import row_axes
+from numpyro_ebm.program.rows import MIXED
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["Noise"]
@@ -54,6 +59,7 @@ class Noise:
     ):
         self.row_model, self.name = row_model, name
         self._function: Callable[..., Any] | None = None
+        self._written = noise
         self._leaves, self._tree, self._trained = [], None, {}
         if isinstance(noise, Transform | list | tuple):
             noise = transformed_normal(noise, row_model)
@@ -93,6 +99,33 @@ class Noise:
                 "`dist.MixtureSameFamily`."
             )
 
+    def refuse_own_rows(self) -> None:
+        """Raise if the noise of a row is made of the values of that row.
+
+        It may read covariates, and statistics of all rows. What is contrasted with a noise around
+        itself is another likelihood; a symmetric one around the row is that of ConditionalNCE.
+        """
+        row_model, traced = self.row_model, self.row_model.traced
+        if self._function is None or not row_model.arguments:
+            return
+        arrays = {label: traced.arguments.arrays[label] for label in row_model.arguments}
+        sites = {label: row_model.visible[name] for label, name in row_model.arguments.items()}
+        point = row_model.unconstrain_visible()
+
+        def rows(arrays):
+            here, other = traced.arguments.with_arrays(arrays), copy.copy(row_model)
+            other.args, other.kwargs = here.args, here.kwargs
+            return Noise(self._written, other, self.name).log_density({}, point)
+
+        axes = [row_axis_of(sites[label], arrays[label], row_model) for label in sorted(arrays)]
+        if row_axes(rows, arrays, axes)[0] not in (None, MIXED):
+            names = ", ".join(repr(x) for x in sorted(set(row_model.arguments.values())))
+            raise ModelError(
+                f"The noise of a row reads the values of {names} in that very row, and is no "
+                "noise then. Make it of covariates or of statistics of all rows; for noise around "
+                "the row itself there is ConditionalNCE."
+            )
+
     def distribution(self, params: Params) -> Any:
         """The noise itself at given parameters: a distribution, a dict of them, or a flow."""
         if self._function is None:
@@ -118,8 +151,11 @@ class Noise:
             keys = jax.random.split(rng_key, len(sites))
             values = {}
             for key, (name, site) in zip(keys, sites.items(), strict=True):
-                shape = (num, *site.fn.batch_shape)
-                values[name] = found[name].sample(key, shape)
+                fn, batch = found[name], site.fn.batch_shape
+                if self._function is not None and isinstance(fn, dist.Distribution):  # by rows
+                    values[name] = fn.expand(batch).sample(key, (num,))
+                else:
+                    values[name] = fn.sample(key, (num, *batch))
         for name, site in sites.items():
             expected = (num, *jnp.shape(site.value))
             if jnp.shape(values[name]) != expected:
@@ -217,6 +253,13 @@ class Noise:
                 f"`dist.Normal(0, 1).expand({list(site.fn.event_shape)}).to_event("
                 f"{len(site.fn.event_shape)})`."
             )
+        batch = site.fn.batch_shape
+        if self._function is not None and _broadcast(tuple(fn.batch_shape), batch) != batch:
+            raise ModelError(
+                f"The noise of the visible site '{name}' has batch shape {tuple(fn.batch_shape)}, "
+                f"and the rows of the site {batch}. Give one distribution for all rows, or one "
+                "for each, made of the covariates."
+            )
         support: Any = fn.support
         same_kind = (
             bool(support.is_discrete) == site.is_discrete
@@ -228,6 +271,13 @@ class Noise:
                 f"The noise of the visible site '{name}' has the support {support}, and the "
                 f"site {site.fn.support}: noise has to live where the data do, and everywhere."
             )
+
+
+def _broadcast(shape, other):
+    try:
+        return np.broadcast_shapes(shape, other)
+    except ValueError:
+        return None
 
 
 def _same_bounds(support, other):

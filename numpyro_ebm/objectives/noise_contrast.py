@@ -55,6 +55,7 @@ class NoiseContrast(Objective):
 
     def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)
+        self.read_noise(row_model).refuse_own_rows()
 
     def read_noise(self, row_model: RowModel) -> Noise:
         """The noise, beside a model."""
