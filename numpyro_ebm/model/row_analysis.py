@@ -89,6 +89,8 @@ def _follow_terms(row_model):
     found = []
     for path, x in jax.tree_util.tree_leaves_with_path(data):
         kind, name = path[0].key, path[1].key
+        if name in traced.states:
+            kind = "states"
         if kind == "plates" and _counts(x):
             found.append(Rows.counted(0, WORDS[kind].format(name)))
         else:
@@ -113,6 +115,7 @@ def _follow_terms(row_model):
 WORDS = {
     "parameters": "the parameter '{}'",
     "plates": "the indices of the plate '{}'",
+    "states": "the state '{}' of a network",
     "observed": "the observed site '{}'",
     "arrays": "{}",
 }

@@ -15,12 +15,12 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, Tracer
-from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwrap
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.data_plate import find_data_plate
+from numpyro_ebm.model.network_state import held_state
 from numpyro_ebm.model.obs_masks import row_observed
 from numpyro_ebm.model.reference import FillUnobserved
 from numpyro_ebm.model.row_model import RowModel
@@ -105,7 +105,7 @@ class TracedModel:
         self._thaw_visible, visible = _frozen(visible)
         self._thaw, found = _frozen(
             rows,
-            {name: values[name] for name in self._with_role("plate")},
+            {name: values[name] for name in self._with_role("plate", "mutable")},
             {name: values[name] for name in self._with_role("param", "prior")},
             {name: constraint for name, (_, constraint) in param_sites(sites).items()},
             {name: sites[name]["fn"] for name in self._with_role("prior")},
@@ -121,6 +121,7 @@ class TracedModel:
         self.given = {k for k in self.observed if sites[k]["infer"].get("given")}
         self.unconditioned = {k for k in rows if sites[k]["infer"].get("was_observed")}
         self.integrated = {k for k in rows if sites[k]["infer"].get("integrated")}
+        self.states = self._with_role("mutable")
         self.is_fixed = all(unwrap(sites[k]["fn"]).handled_by in RESOLVED for k in self.energies)
         self.subsampled_priors = {  # by name, and in which plate
             name: frame.name
@@ -175,6 +176,8 @@ class TracedModel:
         weights = self.row_weights(rng_key, params)
         self.check_data(rng_key, params)
         sites, plates, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
+        with jax.ensure_compile_time_eval():  # numbers that a program holds are NumPy's
+            plates |= {name: jax.tree.map(jnp.asarray, plates[name]) for name in self.states}
         sites |= {name: self._counting(sites[name], weights) for name in self.observed}
         row_model = RowModel(self, sites, plates, {**own, **params}, constraints, priors)
         row_model.row_weights = weights
@@ -292,13 +295,8 @@ class TracedModel:
 
 def _role(site, data_plate):
     """What a site of a trace is to a row model, or ``None``."""
-    if site["type"] in ("param", "plate"):
+    if site["type"] in ("param", "plate", "mutable"):
         return site["type"]
-    if site["type"] == "mutable":
-        raise ModelError(
-            f"The mutable site '{site['name']}' (state of a network, such as batch normalisation) "
-            "couples the rows of a batch; use a network without mutable state."
-        )
     if site["type"] != "sample":
         return None
     if is_energy(site):
@@ -322,7 +320,9 @@ class _mark_values(Messenger):
             self.has_loops = True  # its sites have their values already, inside of it
         if msg["type"] == "sample" and (is_energy(msg) or msg["fn"].event_shape == (0,)):
             return  # an energy, or a `numpyro.factor`
-        if msg["type"] in ("sample", "param", "plate", "deterministic"):
+        if msg["type"] == "mutable":
+            msg["value"] = held_state(msg)
+        if msg["type"] in ("sample", "param", "plate", "mutable", "deterministic"):
             if msg["type"] == "sample" and msg["is_observed"] and not msg["fn"].support.is_discrete:
                 msg["value"] = _with_dtype(msg["value"], jnp.result_type(msg["value"], float))
             if msg["type"] == "param":
