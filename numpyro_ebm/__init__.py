@@ -50,6 +50,7 @@ from numpyro_ebm.posteriors import (
     generalized,
     normalized,
     predictive,
+    simulation_based_calibration,
 )
 from numpyro_ebm.svi import Checkpoint, EnergySVI, load, save
 
@@ -97,6 +98,7 @@ __all__ = [
     "prior",
     "stein_test",
     "save",
+    "simulation_based_calibration",
     "temper",
     "to_arviz",
     "visible",

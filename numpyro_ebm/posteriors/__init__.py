@@ -9,12 +9,18 @@ from numpyro_ebm.posteriors.exchange import Exchange
 from numpyro_ebm.posteriors.generalized import generalized
 from numpyro_ebm.posteriors.normalized import normalized
 from numpyro_ebm.posteriors.predictive import predictive
+from numpyro_ebm.posteriors.simulation_based_calibration import (
+    SimulationBasedCalibration,
+    simulation_based_calibration,
+)
 
 __all__ = [
     "EmulatedLogNormalizer",
     "Exchange",
+    "SimulationBasedCalibration",
     "emulate_log_normalizer",
     "generalized",
     "normalized",
     "predictive",
+    "simulation_based_calibration",
 ]

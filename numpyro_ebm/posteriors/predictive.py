@@ -143,7 +143,7 @@ def predictive(
 
     draws, looks = [], []
     keys = jax.random.split(rng_key, num)
-    for found, sites, fields in in_groups(one, (keys, params), _at_once(there, num)):
+    for found, sites, fields in side_by_side(one, (keys, params), _at_once(there, num)):
         draws.append(jax.tree.map(np.asarray, found))
         if seen[0] is not None:
             looks.append(_assess(there, sites, fields, getattr(seen[0], "leaves_invariant", True)))
@@ -158,7 +158,7 @@ def predictive(
     }
 
 
-def in_groups(fn: Callable[..., Any], trees: tuple[Any, ...], size: int) -> Any:
+def side_by_side(fn: Callable[..., Any], trees: tuple[Any, ...], size: int) -> Any:
     """A function of every element of the leading axis, so many side by side, compiled once.
 
     :param fn: a function of the elements.

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulation-based calibration: right routes pass it, wrong ones do not."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import NUTS
+from scipy import stats
+
+import numpyro_ebm as ebm
+from numpyro_ebm.posteriors.uniform_ranks import rank_bands
+
+KEY = jax.random.key(0)
+X = np.linspace(0.5, 2.0, 10)
+
+
+def gaussian(data):
+    precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * X * v**2)
+
+
+def exact_rows(rng_key, params):
+    return {"v": jax.random.normal(rng_key, (10,)) / jnp.sqrt(params["precision"] * X)}
+
+
+@partial(jax.jit, static_argnames="num")
+def conjugate(rng_key, data, *, power=1.0, factor=1.0, num=49):
+    shape, rate = 2.0 + power * 5, 1.0 + power * 0.5 * jnp.sum(X * data**2)
+    return {"precision": factor * jax.random.gamma(rng_key, shape, (num,)) / rate}
+
+
+def p_value(route, num=300, **options):
+    found = ebm.simulation_based_calibration(
+        KEY, gaussian, route, num, np.zeros(10), simulate=exact_rows, **options
+    )
+    return found.p_value
+
+
+def test_right_routes_have_uniform_ranks_and_wrong_ones_do_not():
+    assert p_value(conjugate) > 0.01
+    assert p_value(lambda key, data: conjugate(key, data, num=500)) > 0.01  # thinned
+    # standard deviations of a half, and means off by a third
+    assert p_value(lambda key, data: conjugate(key, data, power=4.0)) < 1e-3
+    assert p_value(lambda key, data: conjugate(key, data, factor=1.33)) < 1e-3
+
+
+def test_p_values_of_uniform_ranks_are_uniform():
+    rng = np.random.default_rng(3)
+    bands = rank_bands(100, 19)
+    found = bands.p_values(rng.integers(0, 20, (100, 2_000)))
+    for level in (0.01, 0.1, 0.5):
+        share = np.mean(found <= level)
+        assert share < level + 4 * np.sqrt(level * (1 - level) / 2_000)
+        assert share > 0.6 * level  # counts are whole numbers
+    inside = [low_high for low_high in zip(*bands.band(0.95), strict=True)]
+    functions = bands.distribution(rng.integers(0, 20, (100, 2_000)))
+    low, high = np.array(inside).T
+    within = np.mean(np.all((functions >= low - 1e-9) & (functions <= high + 1e-9), 1))
+    assert abs(within - 0.95) < 0.03
+
+
+def two_parameters(data, *, num_bits=2):
+    with numpyro.plate("pair", 2):
+        logit = numpyro.sample("logit", dist.Normal(0.0, 1.0))
+    numpyro.sample("coin", dist.Bernoulli(0.5))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Counting(event_shape=(num_bits,)), obs=data)
+        ebm.energy("E", -v @ logit)
+
+
+def test_parameters_are_judged_together_and_ties_are_broken():
+    def prior_only(rng_key, data, *, num_bits):
+        key_logit, key_coin = jax.random.split(rng_key)
+        return {
+            "logit": jax.random.normal(key_logit, (19, 2)),
+            "coin": jax.random.bernoulli(key_coin, 0.5, (19,)).astype(int),
+        }
+
+    found = ebm.simulation_based_calibration(
+        KEY, two_parameters, prior_only, 400, np.zeros((1, 2), int), num_draws=19, num_bits=2
+    )
+    # Ranks of the prior among its own draws are uniform, of a discrete parameter too.
+    assert found.ranks["logit"].shape == (400, 2) and found.p_values["coin"].shape == ()
+    assert found.p_value > 0.01
+    each = np.append(found.p_values["logit"], found.p_values["coin"])
+    assert found.p_value == min(1.0, 3 * each.min())
+    pytest.importorskip("matplotlib").use("agg")
+    assert len(found.plot().lines) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exchange", "normalized", "a loss at a high rate"])
+def test_kernels_on_all_data_sets_are_one_program(name):
+    kernel = {
+        "exchange": lambda: ebm.Exchange(gaussian, exact_rows),
+        "normalized": lambda: NUTS(ebm.normalized(gaussian)),
+        "a loss at a high rate": lambda: NUTS(ebm.generalized(gaussian, ebm.ScoreMatching(), 4.0)),
+    }[name]()
+    found = p_value(kernel, 200, num_draws=19, num_warmup=300)
+    assert found < 1e-3 if "loss" in name else found > 0.01
+
+
+def test_correlated_draws_are_told():
+    def slow(rng_key, data):
+        draws = jnp.repeat(conjugate(rng_key, data, num=10)["precision"], 5)
+        return {"precision": draws}
+
+    with pytest.warns(ebm.ConvergenceWarning, match="'precision' have a correlation of 0"):
+        p_value(slow, num=20)
+
+
+def transformed(data):
+    precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=jnp.log(data))
+        ebm.energy("E", 0.5 * precision * v**2)
+
+
+def unset(data):
+    mean = numpyro.param("mean", 0.0)
+    precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * precision * (v - mean) ** 2)
+
+
+@pytest.mark.parametrize(
+    "model, route, options, words",
+    [
+        (gaussian, lambda key, data: conjugate(key, data, num=5), {}, "returned .5. draws"),
+        (gaussian, lambda key, data: jnp.zeros(49), {}, "must return draws"),
+        (gaussian, lambda key, data: {"tau": jnp.zeros(49)}, {}, "returned draws of .'tau'."),
+        (gaussian, lambda key, data: {"precision": jnp.zeros((49, 2))}, {}, r"shape \(49, 2\)"),
+        (gaussian, lambda key, data: {"precision": jnp.full(49, jnp.nan)}, {}, "not finite in 3"),
+        (gaussian, conjugate, {"simulate": lambda key, params: {"x": 1.0}}, "must return 'v'"),
+        (gaussian, conjugate, {"num_draws": 0}, "`num_draws`"),
+        (transformed, conjugate, {}, "'v' are no argument"),
+        (unset, conjugate, {}, "'mean'. have no prior"),
+    ],
+)
+def test_bad_routes_are_refused(model, route, options, words):
+    options = {"simulate": exact_rows, **options}
+    with pytest.raises(ebm.ModelError, match=words):
+        ebm.simulation_based_calibration(KEY, model, route, 3, np.ones(10), **options)
+
+
+def test_the_rate_of_the_gamma_is_that_of_the_oracle():
+    """The conjugate posterior that the tests above take for right, against a grid."""
+    data = np.asarray(exact_rows(KEY, {"precision": 1.5})["v"])
+    grid = np.linspace(1e-3, 15, 20_000)
+    log_p = stats.gamma(2.0).logpdf(grid) + 5 * np.log(grid) - 0.5 * grid * np.sum(X * data**2)
+    p = np.exp(log_p - log_p.max())
+    shape, rate = 7.0, 1 + 0.5 * np.sum(X * data**2)
+    np.testing.assert_allclose(np.sum(grid * p) / p.sum(), shape / rate, rtol=1e-3)
