@@ -42,6 +42,7 @@ LONGEST = (
     "test_counts_are_dispersed_as_they_were",
     "test_divergent_integrals_are_found[out of",
     "test_edges_of_the_graph",
+    "test_eight_devices_and_two_processes",
     "test_error_bars_cover_at_their_nominal_rate",
     "test_every_support_and_kernel_with_defaults",
     "test_larger_models_with_latents[",

@@ -48,7 +48,7 @@ def run_ais(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNo
             rng_key, path, schedule, num_particles, options.num_temperatures, num_sweeps
         )
 
-    _, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps)
+    _, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps, options.sharding)
     diagnostics = {"num_temperatures": options.num_temperatures}
     return LogNormalizer(value, mcse, ess, "ais", "below", diagnostics)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
@@ -30,6 +31,7 @@ from numpyro_ebm.log_normalizers.particles import by_problem, log_mean_weight
 from numpyro_ebm.log_normalizers.path import Path
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule, adaptive_schedule
 from numpyro_ebm.program.derivatives import once_differentiable, without_derivatives
+from numpyro_ebm.program.devices import spread_draws
 from numpyro_ebm.program.multi_affine import multi_affine
 from numpyro_ebm.program.tempered_form import Tempered
 from numpyro_ebm.samplers.gibbs_blocks import plan_block
@@ -49,7 +51,11 @@ NO_HESSIAN = (
 
 
 def anneal(
-    rng_key: jax.Array, integrand: Integrand, weigh: Callable[..., Any], num_sweeps: int
+    rng_key: jax.Array,
+    integrand: Integrand,
+    weigh: Callable[..., Any],
+    num_sweeps: int,
+    sharding: NamedSharding | None = None,
 ) -> tuple[AnnealingSchedule, tuple[jax.Array, jax.Array, jax.Array]]:
     """log Z of every problem of a density from particles that are annealed to it.
 
@@ -60,12 +66,13 @@ def anneal(
         density, their weights of shape (particles, problems).
     :param int num_sweeps: sweeps at each temperature, of which finding the temperatures takes five
         at least.
+    :param sharding: how the particles are spread over devices, or ``None``.
     :return: the :class:`AnnealingSchedule`; and log Z, its standard error and the effective sample
         size of the weights, of shape (problems,) each.
     :raises ModelError: if the density runs away, or the particles do not reach it.
     """
     key_plan, key_schedule, key_run = jax.random.split(rng_key, 3)
-    plan = _plan(key_plan, integrand)
+    plan = _plan(key_plan, integrand)._replace(sharding=sharding)
     num_scouts = max(SCOUTS // integrand.num_problems, 64)
 
     def scout(rng_key, path):
@@ -117,6 +124,7 @@ class _Plan(NamedTuple):
     - **cloud** - :class:`Gaussian` of all real sites, or ``None`` without them.
     - **fitted** - a first distribution of the flat real sites, or ``None`` without them.
     - **refit** - ``(rng_key, position) -> fitted``, the next one; ``None`` where one is enough.
+    - **sharding** - how particles are spread over devices, or ``None``.
     """
 
     integrand: Integrand
@@ -125,6 +133,7 @@ class _Plan(NamedTuple):
     cloud: Gaussian | None = None
     fitted: Gaussian | Mixture | None = None
     refit: Callable | None = None
+    sharding: NamedSharding | None = None
 
     def blocks(self, log_density):
         """How to draw every group from its conditionals under a log-density."""
@@ -135,6 +144,8 @@ class _Plan(NamedTuple):
     def path(self, fitted):
         """The path from the reference in which flat real sites have the ``fitted`` distribution."""
         log_densities, draw = reference(self.integrand, fitted)
+        if self.sharding is not None:
+            draw = spread_draws(draw, self.sharding)
         precondition = self.cloud if self.moved else None
         path = Path(log_densities, draw, self.moved, (), precondition, self.integrand.num_problems)
         # How blocks are drawn depends on the density between the two, the reference included.

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 from numpyro.handlers import substitute
 
@@ -37,6 +38,7 @@ from numpyro_ebm.log_normalizers.quadrature import (
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.smc import run_smc
 from numpyro_ebm.log_normalizers.visible_grid import quadrature_of_parameters
+from numpyro_ebm.program.devices import leading_sharding
 from numpyro_ebm.types import Model
 
 __all__ = ["METHODS", "Method", "MethodName", "log_normalizer", "run_method"]
@@ -91,6 +93,7 @@ def log_normalizer(
     num_temperatures: int = 500,
     num_replicates: int = 16,
     max_states: int = 1_048_576,
+    sharding: Mesh | NamedSharding | None = None,
     **kwargs: Any,
 ) -> LogNormalizer:
     r"""log Z of a fixed energy-based model, for one row, with its error.
@@ -136,6 +139,8 @@ def log_normalizer(
     :param int num_replicates: independent runs of SMC; its ``mcse`` is widened to Student's
         quantile for as many.
     :param int max_states: the most states that are enumerated.
+    :param sharding: how particles of AIS and SMC are spread over devices: a mesh, or a sharding of
+        their axis.
     :param kwargs: keyword arguments of the model.
     :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer` with ``value``, ``mcse``, ``ess``
         and ``method``; each a scalar, or of shape (rows,) where rows have a log Z of their own. The
@@ -172,7 +177,10 @@ def log_normalizer(
     >>> log_z.method, round(float(log_z.value), 3)
     ('enumerate', 44.595)
     """
-    options = Options(num_particles, num_sweeps, num_temperatures, num_replicates, max_states)
+    spread = None if sharding is None else leading_sharding("log_normalizer", sharding)
+    options = Options(
+        num_particles, num_sweeps, num_temperatures, num_replicates, max_states, spread
+    )
     options.check()
     names = (method,) if method is None or isinstance(method, str) else tuple(method)
     if not names:

@@ -54,7 +54,7 @@ def run_smc(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNo
             rng_key, path, schedule, num_particles, num_sweeps, options.num_replicates
         )
 
-    schedule, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps)
+    schedule, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps, options.sharding)
     mcse = mcse * student_factor(options.num_replicates)
     diagnostics = {"num_temperatures": schedule.num_temperatures}
     return LogNormalizer(value, mcse, ess * num_particles, "smc", "below", diagnostics)

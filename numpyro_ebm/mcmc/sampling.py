@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from numpyro.infer import MCMC, DiscreteGibbs, Gibbs
 from numpyro.infer.mcmc import MCMCKernel
 
@@ -21,6 +22,7 @@ from numpyro_ebm.mcmc.row_kernel import RowKernel
 from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.program.devices import check_divides, everywhere, leading_sharding, placed
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["complete_draws", "name_of_kernel", "pick_kernel", "run_chains", "sample"]
@@ -38,6 +40,7 @@ def sample(
     num_warmup: int = 500,
     thinning: int = 10,
     init_params: Params | None = None,
+    sharding: Mesh | NamedSharding | None = None,
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
@@ -60,6 +63,7 @@ def sample(
     :param int num_warmup: warm-up steps of each chain.
     :param int thinning: steps between two draws of a chain.
     :param init_params: initial unconstrained values, chains leading.
+    :param sharding: how the chains are spread over devices: a mesh, or a sharding of their axis.
     :param bool progress_bar: show NumPyro's progress bar.
     :param kwargs: keyword arguments of the model.
     :return: dict of sites, of shape (num_samples, rows, ...) each, draws leading, the model's
@@ -100,6 +104,7 @@ def sample(
         num_draws=per_chain,
         every=thinning,
         init_params=init_params,
+        sharding=sharding,
         progress_bar=progress_bar,
     )
     if not_jax_tracer(rng_key):
@@ -145,6 +150,7 @@ def run_chains(
     num_draws: int,
     every: int,
     init_params: Params | None = None,
+    sharding: Mesh | NamedSharding | None = None,
     progress_bar: bool = False,
 ) -> tuple[SiteValues, dict[str, jax.Array]]:
     """Draws of a kernel and what it collects beside them, both of shape (chains, draws, ...).
@@ -162,7 +168,14 @@ def run_chains(
         chain_method=chain_method,
         progress_bar=progress_bar and vectorized,
     )
-    return _run(mcmc, rng_key, init_params, args, kwargs)
+    spread = None if sharding is None else leading_sharding("sample", sharding)
+    check_divides("sample", spread, chains=num_chains)
+    if spread is not None and not isinstance(kernel, RowKernel):
+        raise ModelError(
+            f"sample: `sharding` spreads the chains of this library's kernels, got {kernel!r}. For "
+            "others there is `MCMC(..., chain_method='parallel')`."
+        )
+    return _run(mcmc, rng_key, init_params, spread, args, kwargs)
 
 
 def complete_draws(
@@ -182,14 +195,14 @@ def complete_draws(
     return _with_deterministic(row_model, {**draws, **drawn})
 
 
-def _run(mcmc, rng_key, init_params, args, kwargs):
+def _run(mcmc, rng_key, init_params, spread, args, kwargs):
     """Draws and fields of an ``MCMC`` by chain.
 
     Where nobody watches the progress of one of our kernels, all its steps are one program that is
     kept; NumPyro makes its loop anew, around the arrays that the model closes over.
     """
     kernel, thinning = mcmc.sampler, mcmc.thinning
-    if mcmc.progress_bar or not isinstance(kernel, RowKernel):
+    if spread is None and (mcmc.progress_bar or not isinstance(kernel, RowKernel)):
         mcmc.run(rng_key, *args, init_params=init_params, **kwargs)
         return (
             mcmc.get_samples(group_by_chain=True),
@@ -197,6 +210,13 @@ def _run(mcmc, rng_key, init_params, args, kwargs):
         )
     keys = rng_key if mcmc.num_chains == 1 else jax.random.split(rng_key, mcmc.num_chains)
     state = kernel.init(keys, mcmc.num_warmup, init_params, args, kwargs)
+    if spread is not None:
+        by_chain = [jnp.ndim(x) > 0 and len(x) == mcmc.num_chains for x in jax.tree.leaves(state)]
+        state = jax.tree.map(
+            lambda x, mine: placed(x, spread if mine else everywhere(spread)),
+            state,
+            jax.tree.unflatten(jax.tree.structure(state), by_chain),
+        )
     names = [name for name in kernel.default_fields if name != kernel.sample_field]
 
     def run(state):

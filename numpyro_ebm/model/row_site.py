@@ -93,8 +93,8 @@ def check_data(site: RowSite) -> None:
     :raises ModelError: if they contain NaN, have another shape or leave the support.
     """
     name, value, support = site.name, site.value, site.fn.support
-    if not_jax_tracer(value) and not np.isfinite(np.asarray(value)).all():
-        what = "NaN" if np.isnan(np.asarray(value)).any() else "infinite values"
+    if not_jax_tracer(value) and _number_where("isfinite", value) < jnp.size(value):
+        what = "NaN" if _number_where("isnan", value) else "infinite values"
         raise ModelError(
             f"The data of the visible site '{name}' contain {what}, and nothing is masked in "
             "silence. Leave those rows out, `numpyro.handlers.mask(mask="
@@ -114,11 +114,11 @@ def check_data(site: RowSite) -> None:
         inside = support(value)
     if not not_jax_tracer(inside):  # its bounds depend on parameters
         return
-    inside = np.asarray(inside)
-    if not np.all(inside):
+    num_outside = _number_where("logical_not", inside)
+    if num_outside:
         raise ModelError(
             f"The data of the visible site '{name}' leave its support, {support}, in "
-            f"{np.size(inside) - np.sum(inside)} of {np.size(inside)} places. Recode them (spins "
+            f"{num_outside} of {jnp.size(inside)} places. Recode them (spins "
             "of -1 and 1 as 0 and 1, for instance), declare another base measure, or say which are "
             "missing, `numpyro.sample(..., obs=data, obs_mask=known)`."
         )
@@ -141,14 +141,22 @@ def coordinates(site: RowSite) -> Any:
                 bad = jnp.asarray(value) <= 0  # in the last place its coordinates are cut off
             else:
                 bad = ~jnp.isfinite(found)
-        bad = np.asarray(bad) if not_jax_tracer(bad) else np.array(False)
-        if bad.any():
+        num_bad = _number_where("asarray", bad) if not_jax_tracer(bad) else 0
+        if num_bad:
             raise ModelError(
                 f"The data of the visible site '{site.name}' lie on the boundary of its support, "
-                f"{support}, in {np.sum(bad)} of {np.size(bad)} places, where their unconstrained "
+                f"{support}, in {num_bad} of {jnp.size(bad)} places, where their unconstrained "
                 "coordinates are infinite. Declare a wider support (for numbers from 0 to 1 "
                 "`constraints.interval(-0.05, 1.05)`, say), or move them inside: whole numbers, "
                 "such as grey values, by `numpyro_ebm.datasets.dequantize`; or leave those rows "
                 "out."
             )
     return site.transform.inv(value)
+
+
+def _number_where(is_so, x):
+    """How many elements are so: also on the devices of other processes, where some are there."""
+    if getattr(x, "is_fully_addressable", True):
+        return int(np.sum(getattr(np, is_so)(np.asarray(x))))
+    with jax.ensure_compile_time_eval():
+        return int(jnp.sum(getattr(jnp, is_so)(x)))

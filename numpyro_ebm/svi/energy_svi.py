@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
 from numpyro.infer.util import transform_fn
@@ -254,6 +255,7 @@ class EnergySVI(SVI):
         every: int | None = None,
         ema: float | None = None,
         checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+        sharding: Mesh | NamedSharding | None = None,
         **kwargs: Any,
     ) -> EnergySVIRunResult:
         """Run ``num_steps`` rounds.
@@ -289,6 +291,9 @@ class EnergySVI(SVI):
             Energies are often sampled at such averages.
         :param checkpoint: a :class:`~numpyro_ebm.Checkpoint`, or a folder: the run goes on from
             the latest checkpoint in it, if there is one, and writes others.
+        :param sharding: how the rows are spread over devices: a mesh, or the sharding of the rows
+            of the data. ``None``: as the data are. Each device evaluates the model at its own rows;
+            parameters are on all of them.
         :param kwargs: keyword arguments of model and guide.
         :return: NumPyro's ``SVIRunResult`` with ``params``, ``state`` and ``losses``, and with
             ``ema_params``.
@@ -320,7 +325,7 @@ class EnergySVI(SVI):
         if ema is not None:
             check_fraction("EnergySVI.run", ema=ema)
         batch = {"args": args, "kwargs": kwargs, "batch_size": batch_size, "source": source}
-        start = {"init_state": init_state, "init_params": init_params}
+        start = {"init_state": init_state, "init_params": init_params, "sharding": sharding}
         rounds = {
             "stable": stable_update,
             "forward_mode": forward_mode_differentiation,

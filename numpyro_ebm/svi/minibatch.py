@@ -11,11 +11,14 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.objectives.plan import BatchRows
+from numpyro_ebm.program.devices import check_divides, everywhere, placed
 from numpyro_ebm.program.draws import at
 
 __all__ = ["CHUNK", "Batches", "Minibatches", "Orders"]
@@ -56,6 +59,7 @@ class Minibatches(NamedTuple):
       ``"array"`` (passed) or ``"static"``.
     - **static** - the leaves that are not arrays.
     - **total_rows** - rows of the data plate, before any subsampling of the model's own.
+    - **sharding** - how the rows of a batch are spread over devices, or ``None``.
     """
 
     num_rows: int
@@ -64,6 +68,7 @@ class Minibatches(NamedTuple):
     kinds: tuple[str, ...]
     static: tuple[Any, ...] = ()
     total_rows: int | None = None
+    sharding: NamedSharding | None = None
 
     @classmethod
     def of(
@@ -186,9 +191,10 @@ class Minibatches(NamedTuple):
             elif kind == "rows":
                 # In bounds by construction; a check would cost a pass over the batch.
                 rows = next(rest).at[at(indices, i)]
-                leaves.append(rows.get(mode="promise_in_bounds", wrap_negative_indices=False))
+                rows = rows.get(mode="promise_in_bounds", wrap_negative_indices=False)
+                leaves.append(self._spread(rows))
             elif kind == "step":
-                leaves.append(at(next(rest), indices + i))
+                leaves.append(self._spread(at(next(rest), indices + i)))
             else:
                 leaves.append(next(rest))
         return jax.tree.unflatten(self.tree, leaves)
@@ -199,6 +205,11 @@ class Minibatches(NamedTuple):
             return None
         index = jnp.arange(self.num_rows) if indices is None else at(indices, i)
         return BatchRows(index, self.num_rows)
+
+    def _spread(self, rows):
+        if self.sharding is None:
+            return rows
+        return lax.with_sharding_constraint(rows, self.sharding)
 
 
 class Batches:
@@ -213,6 +224,7 @@ class Batches:
     :param dict kwargs: keyword arguments with all rows.
     :param int batch_size: rows in a batch, or ``None``.
     :param rng_key: key of the run.
+    :param sharding: how the rows are spread over devices, or ``None``.
     """
 
     error = position = None
@@ -224,11 +236,23 @@ class Batches:
         kwargs: dict[str, Any],
         batch_size: int | None,
         rng_key: jax.Array,
+        sharding: NamedSharding | None = None,
     ):
-        self.minibatches = Minibatches.of(data_plate, args, kwargs, batch_size)
-        self._orders = Orders(rng_key, self.minibatches.num_rows)
-        leaves = zip(self.minibatches.kinds, jax.tree.leaves((args, kwargs)), strict=True)
+        plan = Minibatches.of(data_plate, args, kwargs, batch_size)
+        self._orders = Orders(rng_key, plan.num_rows)
+        leaves = zip(plan.kinds, jax.tree.leaves((args, kwargs)), strict=True)
         self.arrays = [jnp.asarray(x) for kind, x in leaves if kind != "static"]
+        if sharding is not None:
+            numbers = {"rows of data": plan.num_rows, "rows of a batch": plan.batch_size}
+            check_divides("EnergySVI.run", sharding, **numbers)
+            plan = plan._replace(sharding=sharding)
+            whole = everywhere(sharding)
+            of_rows = [x.ndim > 0 and len(x) == plan.num_rows for x in self.arrays]
+            self.arrays = [
+                placed(x, sharding if spread else whole)
+                for x, spread in zip(self.arrays, of_rows, strict=True)
+            ]
+        self.minibatches = plan
 
     def indices(self, first_step: int, num_steps: int) -> np.ndarray | None:
         """As :meth:`Minibatches.indices`."""

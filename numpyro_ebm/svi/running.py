@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.program.devices import everywhere, leading_sharding, placed
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.endings import Why, warn_of_end, warn_of_undone
 from numpyro_ebm.svi.loop import Callback, Look, run_chunks
@@ -39,7 +41,7 @@ class Run:
     :param int num_steps: number of rounds, with those before the checkpoint.
     :param kept: the open :class:`~numpyro_ebm.Checkpoint`, or ``None``.
     :param args: arguments, as ``run`` got them, and likewise ``kwargs``, ``batch_size``,
-        ``init_state`` and ``init_params``.
+        ``sharding``, ``init_state`` and ``init_params``.
     :param source: where batches come from that are not in memory, or ``None``.
     :param options: ``stable``, ``forward_mode`` and ``ema``, as of
         :meth:`~numpyro_ebm.svi.compiled.CompiledRounds.chunk`.
@@ -56,6 +58,7 @@ class Run:
         kwargs: dict[str, Any],
         batch_size: int | None,
         source: IterableSource | StoredRows | None,
+        sharding: Mesh | NamedSharding | None,
         init_state: Any,
         init_params: Any,
         **options: Any,
@@ -76,8 +79,9 @@ class Run:
             args, kwargs = source.first(step, position)
         state = svi._begin(rng_key, init_state, init_params, args, kwargs)
         traced, key = svi._plan.traced, state.rng_key
+        spread = leading_sharding("EnergySVI.run", sharding, args, kwargs)
         if source is None:
-            self._batches = Batches(traced.data_plate, args, kwargs, batch_size, key)
+            self._batches = Batches(traced.data_plate, args, kwargs, batch_size, key, spread)
         elif svi.num_rows is None and source.num_rows is None and traced.has_priors:
             raise ModelError(
                 "EnergySVI.run: parameters have priors, which are weighed against all rows, and "
@@ -85,8 +89,13 @@ class Run:
             )
         else:
             left = num_steps - len(self._before)
-            self._batches = StreamedBatches(source, args, kwargs, key, step, left, traced)
-        self._state = self._complete(state, init_state, options["ema"])
+            self._batches = StreamedBatches(source, args, kwargs, key, step, left, traced, spread)
+        state = self._complete(state, init_state, options["ema"])
+        if spread is not None:  # what the objective keeps lies as the rows do
+            kept = state.objective_state
+            state = placed(state._replace(objective_state=None), everywhere(spread))
+            state = state._replace(objective_state=kept)
+        self._state = state
 
     def take(
         self, progress_bar: bool, callback: Callback | None, every: int | None

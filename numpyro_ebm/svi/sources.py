@@ -319,7 +319,7 @@ def _from_file(x, rows):
     with open(x.filename, "rb", buffering=0) as file:
         for row, part in zip(rows, as_bytes, strict=True):
             file.seek(x.offset + int(row) * x.strides[0])
-            if file.readinto(part) != part.size:
+            if file.readinto(part.data) != part.size:
                 raise OSError(f"{x.filename} is shorter than the {len(x)} rows that were mapped")
     return found
 

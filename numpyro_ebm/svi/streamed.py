@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.traced_model import TracedModel
 from numpyro_ebm.program.compilation import compiled, compiler_options
+from numpyro_ebm.program.devices import check_divides, everywhere, on_axis, placed
 from numpyro_ebm.svi.minibatch import CHUNK, Minibatches
 from numpyro_ebm.svi.sources import IterableSource, StoredRows
 
@@ -53,6 +55,7 @@ class StreamedBatches:
     :param int step: rounds that were taken before.
     :param int num_steps: rounds of the run: no more batches are read.
     :param TracedModel traced: the model at the first batch.
+    :param sharding: how the rows of a batch are spread over devices, or ``None``.
     """
 
     def __init__(
@@ -64,14 +67,19 @@ class StreamedBatches:
         step: int,
         num_steps: int,
         traced: TracedModel,
+        sharding: NamedSharding | None = None,
     ):
-        self.minibatches = source.minibatches(args, kwargs)
+        plan = source.minibatches(args, kwargs)
+        self.minibatches = plan._replace(sharding=sharding)
+        check_divides("EnergySVI.run", sharding, **{"rows of a batch": plan.batch_size})
         self._source, self._unread = source, num_steps
         leaves = zip(self.minibatches.kinds, jax.tree.leaves((args, kwargs)), strict=True)
         self._leaves = [(kind, x) for kind, x in leaves if kind != "static"]
         first = [np.asarray(x) for kind, x in self._leaves if kind == "step"]
-        self._others = [None if kind == "step" else jnp.asarray(x) for kind, x in self._leaves]
-        self._first = self._among_others([jnp.asarray(x)[None] for x in first])
+        self._others = [
+            None if kind == "step" else self._placed(jnp.asarray(x)) for kind, x in self._leaves
+        ]
+        self._first = self._among_others([self._placed(x[None], axis=1) for x in first])
         self._size = max(1, min(CHUNK, BLOCK_BYTES // max(sum(x.nbytes for x in first), 1)))
         self._like = [(x.shape, jnp.asarray(x).dtype) for x in first]
         self._reader, self._traced, self._next = source.read(rng_key), traced, step
@@ -113,6 +121,14 @@ class StreamedBatches:
     def position(self) -> str | None:
         return self._block.position
 
+    def _placed(self, x, axis=None):
+        """An array on the devices: its rows are spread, or it is on all of them."""
+        sharding = self.minibatches.sharding
+        if sharding is None:
+            return jnp.asarray(x)
+        where = everywhere(sharding) if axis is None else on_axis(sharding, axis)
+        return placed(x, where)
+
     def _among_others(self, streamed):
         mine = iter(streamed)
         return [next(mine) if x is None else x for x in self._others]
@@ -133,7 +149,7 @@ class StreamedBatches:
                 break
         for rows in block:
             rows[count:] = 0
-        arrays = [jnp.asarray(x) for x in block]
+        arrays = [self._placed(x, axis=1) for x in block]
         count = self._possible(arrays, count)
         start, self._next, self._unread = self._next, self._next + count, self._unread - count
         return _Block(arrays, start, self._next, position)
