@@ -16,6 +16,7 @@ from numpyro_ebm.marginals.exact import Exact
 from numpyro_ebm.marginals.gaussian_latents import GaussianLatents
 from numpyro_ebm.marginals.importance_bound import ImportanceBound
 from numpyro_ebm.marginals.langevin_refinement import LangevinRefinement
+from numpyro_ebm.marginals.persistent_particles import PersistentParticles
 from numpyro_ebm.marginals.unrolled import Unrolled
 from numpyro_ebm.marginals.vages import VaGES
 from numpyro_ebm.model.row_model import RowModel
@@ -26,6 +27,7 @@ __all__ = [
     "GaussianLatents",
     "ImportanceBound",
     "LangevinRefinement",
+    "PersistentParticles",
     "Unrolled",
     "VaGES",
 ]

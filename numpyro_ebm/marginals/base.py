@@ -42,11 +42,13 @@ class Marginal(ABC):
       bound of it in the mean; or ``None``, nothing: only its derivatives mean something.
     - **corrects_guide** - whether importance weights make up for any guide, so that one which
       does not look at v may serve.
+    - **has_state** - whether something of every row is kept from round to round.
     """
 
     needs_guide = False
     value: str | None = "exact"
     corrects_guide = False
+    has_state = False
 
     @abstractmethod
     def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:
@@ -78,6 +80,30 @@ class Marginal(ABC):
         :param int order: as in :meth:`check`.
         :return: an :class:`Estimate`.
         """
+
+    def init_state(
+        self, rng_key: jax.Array, row_model: RowModel, params: Params, rows: Any = None
+    ) -> Any:
+        """What is kept of every row, at the start; a pytree with rows leading, or ``None``.
+
+        :param rows: which rows of the data the batch has, where that is known.
+        """
+        return None
+
+    def advance(
+        self,
+        rng_key: jax.Array,
+        row_model: RowModel,
+        params: Params,
+        state: Any,
+        rows: Any = None,
+    ) -> tuple["Marginal", Any]:
+        """The marginal as it is for a round, and what is kept after it."""
+        return self, state
+
+    def held(self) -> SiteValues:
+        """Unconstrained latent values of every row, near the posterior, if any are kept."""
+        return {}
 
     def draw_latent(
         self,

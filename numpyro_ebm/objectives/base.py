@@ -98,6 +98,11 @@ class Objective(Term, ABC):
         """What happens before the energy's step: ``(problem, state)`` of this round."""
         return problem, state
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it, or its marginal, keeps something from round to round."""
+        return self.has_state or (self.marginal is not None and self.marginal.has_state)
+
     def settle(
         self, rng_key: jax.Array, before: Params, after: Params, problem: Problem, state: Any
     ) -> Any:
@@ -221,7 +226,7 @@ class Objective(Term, ABC):
         :raises ModelError: if the model, the guide and the objective do not go together, or the
             objective has parameters or a state that the caller does not bring.
         """
-        if self.has_state:
+        if self.keeps:
             raise ModelError(
                 f"{self!r} keeps a state from round to round, for which a loss of parameters alone "
                 "(as `numpyro.infer.SVI` wants) has no place. Train with `numpyro_ebm.EnergySVI`."

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 from jax.lax import stop_gradient
-from numpyro.handlers import substitute
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.marginals.kernel_steps import (
+    check_kernel_maker,
+    draw_hidden,
+    hidden_sites,
+    make_kernel,
+    take_steps,
+)
 from numpyro_ebm.model.row_groups import in_groups, num_groups
 from numpyro_ebm.objectives.plan import Problem
 from numpyro_ebm.objectives.summed_sites import draw_summed_sites
@@ -44,11 +48,7 @@ class KernelSteps:
     """
 
     def __init__(self, kernel: Callable[..., MCMCKernel], num_steps: int, weighted: bool):
-        if isinstance(kernel, MCMCKernel) or not callable(kernel):
-            raise ModelError(
-                "ContrastiveDivergence: `kernel` must be a function from a model to a kernel, such "
-                f"as `BlockGibbs` or `functools.partial(MALA, step_size=0.01)`, got {kernel!r}."
-            )
+        check_kernel_maker("ContrastiveDivergence", kernel)
         self.kernel, self.num_steps, self.weighted = kernel, num_steps, weighted
 
     def __call__(
@@ -66,47 +66,25 @@ class KernelSteps:
     def _move(self, rng_key, params, problem, start):
         row_model = problem.row_model
         own = {name: stop_gradient(params[name]) for name in row_model.parameters}
-        free = uncondition(substitute(row_model.model, data=row_model.plates), row_model.visible)
-        kernel = self.kernel(fixed(free, own))
-        self._check_kernel(kernel, row_model)
-        args, kwargs = row_model.args, row_model.kwargs
+        who, visible = "ContrastiveDivergence", row_model.visible
+        kernel = make_kernel(who, self.kernel, row_model, own, visible)
+        self._check_weighted(kernel)
+        hidden = hidden_sites(who, kernel, row_model)
+        start = {name: x for name, x in start.items() if name not in hidden}
         key_init, key_summed = jax.random.split(rng_key)
-        state = kernel.init(key_init, 0, stop_gradient(start), args, kwargs)
-
-        def step(_, state):
-            return kernel.sample(state, args, kwargs)
-
-        if self.num_steps == 1:  # no loop, so that its random numbers can be drawn ahead
-            state = step(0, state)
-        else:
-            state = lax.fori_loop(0, self.num_steps, step, state)
-        position = dict(getattr(state, kernel.sample_field))
+        position = take_steps(kernel, key_init, row_model, start, self.num_steps)
+        key_hidden = jax.random.fold_in(key_summed, 1)
+        position |= draw_hidden(key_hidden, row_model, own, position, hidden)
         name = type(kernel).__name__
         self._check_latents(name, row_model, position)
         return stop_gradient(
             position | draw_summed_sites(key_summed, name, row_model, own, position)
         )
 
-    def _check_kernel(self, kernel, row_model):
+    def _check_weighted(self, kernel):
+        """Raise if chains with weights would not stand for the model."""
         name = type(kernel).__name__
-        if not isinstance(kernel, MCMCKernel):
-            raise ModelError(
-                f"ContrastiveDivergence: `kernel(model)` returned {kernel!r}, not a NumPyro "
-                "`MCMCKernel`."
-            )
         numpyros = type(kernel).__module__.split(".")[0] == "numpyro"
-        if row_model.num_rows != row_model.total_rows and numpyros:
-            raise ModelError(
-                f"ContrastiveDivergence: the plate '{row_model.plate}' subsamples itself, and "
-                f"{name} would sample the density raised to the power of its "
-                "scale. Drop `subsample_size` and pass `batch_size` to the run."
-            )
-        if row_model.row_weights is not None and numpyros:
-            raise ModelError(
-                f"ContrastiveDivergence: the rows have weights, and {name} of "
-                "NumPyro would sample the density raised to their power. Use a kernel of "
-                "numpyro_ebm, such as `BlockGibbs` or `MALA`."
-            )
         if self.weighted and (numpyros or not getattr(kernel, "leaves_invariant", True)):
             why = "accepts all rows together" if numpyros else "does not leave it invariant"
             raise ModelError(

@@ -53,7 +53,7 @@ class ContrastiveDivergence(NegativePhase):
 
     with :math:`v^-` held constant. The value is the difference of the mean (free) energies in nats,
     which is near zero at the end; it is no likelihood. Where the marginal is not exact, bounds of
-    the guide stand for the free energies in the value.
+    the guide stand for the free energies in the value, and joint energies with particles.
 
     :param kernel: what moves the negative phase: a function of a model that returns a NumPyro
         ``MCMCKernel``, such as :class:`~numpyro_ebm.BlockGibbs` or
@@ -170,11 +170,12 @@ class ContrastiveDivergence(NegativePhase):
             positive = estimate.log_density(params, problem.unconstrained)
             negative = self._densities(key_negative, params, problem, chains)
             loss = self._contrast(problem, positive, negative)
-            # Both have the right derivative and values of their own, not to be compared.
-            data = row_model.to_rows(problem.unconstrained)
-            positive = self._free_densities(key_positive, params, problem, data)
-            negative = self._free_densities(key_negative, params, problem, visible)
-            loss += stop_gradient(self._contrast(problem, positive, negative) - loss)
+            if not problem.marginal.has_state:  # particles have joint energies, as the chains have
+                # Both have the right derivative and values of their own, not to be compared.
+                data = row_model.to_rows(problem.unconstrained)
+                positive = self._free_densities(key_positive, params, problem, data)
+                negative = self._free_densities(key_negative, params, problem, visible)
+                loss += stop_gradient(self._contrast(problem, positive, negative) - loss)
         if self._options.energy_penalty:
             loss += self._options.energy_penalty * self._squared_energies(params, problem, visible)
         return loss

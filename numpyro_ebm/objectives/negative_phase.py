@@ -136,6 +136,8 @@ class NegativePhase(Objective):
         row_model, guide = problem.row_model, problem.guide
         key_visible = jax.random.fold_in(rng_key, 1)
         visible = draw_visible(self._options.initial, key_visible, params, problem, num)
+        if problem.marginal.has_state and num == row_model.num_rows:  # h of the rows themselves
+            return {**visible, **row_model.to_rows(problem.marginal.held())}
         if guide is None or not row_model.latent:
             return visible
 
@@ -187,6 +189,13 @@ class NegativePhase(Objective):
         visible = {name: position[name] for name in row_model.visible}
         latent = {name: position[name] for name in row_model.latent if name in position}
         if len(latent) < len(row_model.latent):
+            if problem.marginal.has_state:
+                raise ModelError(
+                    f"ContrastiveDivergence: {problem.marginal!r} knows h of the data, and the "
+                    "kernel of the negative phase sums "
+                    f"{sorted(row_model.latent.keys() - latent.keys())} out. Let it draw them: "
+                    "`BlockGibbs`, or a block of their own in `numpyro.infer.Gibbs`."
+                )
             problem = problem._replace(unconstrained=visible)
             return self.estimate(rng_key, params, problem).log_density(params, visible)
         latent = {
@@ -214,8 +223,12 @@ class NegativePhase(Objective):
     def _look(self, rng_key, params, problem, state):
         """Visible coordinates of the chains that are remembered, and their energies."""
         row_model = problem.row_model
-        visible = {k: state.position[k][: state.history.num_chains] for k in row_model.visible}
-        energies = -self._free_densities(rng_key, params, problem, visible)
+        some = {name: x[: state.history.num_chains] for name, x in state.position.items()}
+        visible = {name: some[name] for name in row_model.visible}
+        if problem.marginal.has_state:  # no value of log p̃(v) without a guide: that of the joint
+            energies = -self._densities(rng_key, params, problem, some)
+        else:
+            energies = -self._free_densities(rng_key, params, problem, visible)
         return row_model.flatten(row_model.from_rows(visible)), energies
 
 

@@ -52,6 +52,10 @@ class Problem(NamedTuple):
     parts: tuple["Problem", ...] = ()
     rows: BatchRows | None = None
 
+    def at_rows(self, rows: BatchRows | None) -> "Problem":
+        """The same problem, and those of its parts, of a batch with these rows."""
+        return self._replace(rows=rows, parts=tuple(part.at_rows(rows) for part in self.parts))
+
 
 class Plan(NamedTuple):
     """A model, a guide and an objective that go together. Made by :func:`make_plan`.

@@ -91,6 +91,10 @@ class WeightedSum(Objective):
         return any(part.objective.has_state for part in self.parts)
 
     @property
+    def keeps(self) -> bool:
+        return any(part.objective.keeps for part in self.parts)
+
+    @property
     def is_loss(self) -> bool:
         return all(part.objective.is_loss for part in self.parts)
 
@@ -179,7 +183,7 @@ class WeightedSum(Objective):
         """The objectives, with a key and a problem for each."""
         for i, (part, own) in enumerate(zip(self.parts, problem.parts, strict=True)):
             key = None if rng_key is None else jax.random.fold_in(rng_key, PART_STREAM + i)
-            yield part.objective, key, own._replace(rows=problem.rows)
+            yield part.objective, key, own
 
     def __repr__(self):
         return f"WeightedSum({' + '.join(map(repr, self.parts))})"

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from numpyro_ebm.objectives.kept_marginals import start_marginals
 from numpyro_ebm.objectives.plan import BatchRows
 from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.loop import take_rounds
@@ -26,6 +27,12 @@ REVIEW_ROWS = 2_048
 
 STATE_STREAM, REVIEW_STREAM = 0x57A7E, 0x4E71E
 """Folded into the run's key for what happens outside the rounds."""
+
+KEPT = {
+    "objective_state": "what {!r} keeps from round to round",
+    "marginal_state": "what the marginal of {!r} keeps of every row",
+}
+"""Parts of a state that are kept beside parameters, and whose they are."""
 
 
 class CompiledRounds:
@@ -97,10 +104,13 @@ class CompiledRounds:
             key = jax.random.fold_in(state.rng_key, STATE_STREAM)
             key_prepare, key_state = jax.random.split(key)
             params, _, problem = a_round.prepare(key, key_prepare, state, args, kwargs)
-            return a_round.objective.init_state(key_state, params, problem)
+            own, objective = None, a_round.objective
+            if objective.has_state:
+                own = objective.init_state(key_state, params, problem)
+            return own, start_marginals(jax.random.fold_in(key, 1), problem, params)
 
-        kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
-        return state._replace(objective_state=kept)
+        own, kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
+        return state._replace(objective_state=own, marginal_state=kept)
 
     def with_kept(
         self, state: EnergySVIState, batches: Batches | StreamedBatches
@@ -109,21 +119,22 @@ class CompiledRounds:
 
         :raises ModelError: if it is not what this objective keeps.
         """
-        objective, kept = self._round(None).objective, None
-        if objective.has_state:
+        objective, kept = self._round(None).objective, state._replace(**dict.fromkeys(KEPT))
+        if objective.keeps:
             args, kwargs = batches.batch(int(state.step))
             rows = batches.rows(int(state.step))
             kept = jax.eval_shape(
                 lambda state: self.with_objective_state(state, args, kwargs, rows),
-                state._replace(objective_state=None, ema=None),
-            ).objective_state
-        owner = f"what {objective!r} keeps from round to round"
-        found = state.objective_state
-        if isinstance(found, SavedState):
-            found = found.part("objective_state", kept)
-        if _kinds(kept) != _kinds(found):  # other numbers of rows are the objective's to refuse
-            check_part("objective_state", owner, kept, found)
-        return state._replace(objective_state=found)
+                kept._replace(ema=None),
+            )
+        for part, owner in KEPT.items():
+            expected, found = getattr(kept, part), getattr(state, part)
+            if isinstance(found, SavedState):
+                found = found.part(part, expected)
+            if _kinds(expected) != _kinds(found):  # other numbers of rows are theirs to refuse
+                check_part(part, owner.format(objective), expected, found)
+            state = state._replace(**{part: found})
+        return state
 
     def review(self, state: EnergySVIState, batches: Batches | StreamedBatches) -> None:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""

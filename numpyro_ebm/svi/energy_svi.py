@@ -176,7 +176,7 @@ class EnergySVI(SVI):
         :return: :class:`EnergySVIState`.
         """
         state = self._init(rng_key, init_params, args, kwargs)
-        if not self.loss.has_state:
+        if not self.loss.keeps:
             return state
         return self._compiled.with_objective_state(state, args, kwargs)
 

@@ -54,7 +54,8 @@ def restored(fresh: EnergySVIState, saved: SavedState, objective: Any) -> Energy
             "Start anew at its parameters: `init_params=fit.params`."
         )
     later: dict[str, Any] = {
-        name: saved if saved.has(name) else None for name in ("objective_state", "ema")
+        name: saved if saved.has(name) else None
+        for name in ("objective_state", "ema", "marginal_state")
     }
     parts = {k: saved.part(k, like) for k, like in fresh._asdict().items() if k not in later}
     return EnergySVIState(**parts, **later)

@@ -22,6 +22,7 @@ from jax import lax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import row_guide_loss
+from numpyro_ebm.objectives.kept_marginals import move_marginals
 from numpyro_ebm.objectives.plan import BatchRows, Plan, Problem
 from numpyro_ebm.program.draws import scan_keys
 from numpyro_ebm.svi.global_guide import GlobalGuide
@@ -33,6 +34,9 @@ __all__ = ["THETA_STREAM", "Round"]
 
 THETA_STREAM = 0x7E7A
 """Folded into the key of a round for its draw of the parameters."""
+
+MARGINAL_STREAM = 0x3A26
+"""Folded into the key of a round for what marginals move in it."""
 
 
 class Round(NamedTuple):
@@ -83,6 +87,7 @@ class Round(NamedTuple):
         """
         key_prepare, key_energy, key_guide = jax.random.split(step_key, 3)
         params, theta, problem = self.prepare(step_key, key_prepare, state, args, kwargs)
+        problem, marginal_state = self._with_marginals(step_key, params, problem, state)
         guide_optim_state = state.guide_optim_state
         if guide_optim_state is not None:
             own = {**self.constrain(self.optimizers.energy.get_params(state.optim_state)), **theta}
@@ -118,6 +123,7 @@ class Round(NamedTuple):
             guide_optim_state=guide_optim_state,
             network_optim_states=tuple(network_optim_states),
             objective_state=objective_state,
+            marginal_state=marginal_state,
         )
         return state, loss
 
@@ -131,6 +137,7 @@ class Round(NamedTuple):
         """The loss of the energy with the random numbers of the round, before anyone's step."""
         key_prepare, key_energy, _ = jax.random.split(step_key, 3)
         params, _, problem = self.prepare(step_key, key_prepare, state, args, kwargs)
+        problem, _ = self._with_marginals(step_key, params, problem, state)
         key_advance = jax.random.fold_in(key_energy, 1)
         problem, _ = self.objective.advance(key_advance, params, problem, state.objective_state)
         return self._energy_loss(step_key, key_energy, params, problem)
@@ -171,7 +178,7 @@ class Round(NamedTuple):
             guide = self.posterior.given(draw, params)
             params, theta = {**params, **draw.params}, draw.params
         problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
-        return params, theta, problem._replace(rows=self.rows)
+        return params, theta, problem.at_rows(self.rows)
 
     def is_finite(
         self, state: EnergySVIState, loss: jax.Array, before: EnergySVIState
@@ -202,6 +209,10 @@ class Round(NamedTuple):
     def _networks(self, state):
         optims, states = self.optimizers.networks, state.network_optim_states
         return list(zip(self.objective.networks, optims, states, strict=True))
+
+    def _with_marginals(self, step_key, params, problem, state):
+        key = jax.random.fold_in(step_key, MARGINAL_STREAM)
+        return move_marginals(key, problem, lax.stop_gradient(params), state.marginal_state)
 
     def _fit_guide(self, rng_key, params, optim_state, problem):
         def step(rng_key, optim_state):

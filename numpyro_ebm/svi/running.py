@@ -138,7 +138,7 @@ class Run:
         svi = self._svi
         if init_state is not None:
             state = svi._compiled.with_kept(state, self._batches)
-        elif svi.loss.has_state:
+        elif svi.loss.keeps:
             step = int(state.step)
             args, kwargs = self._batches.batch(step)
             rows = self._batches.rows(step)

@@ -24,6 +24,7 @@ class EnergySVIState(NamedTuple):
     - **objective_state** - what the objective keeps from round to round, such as persistent chains.
     - **ema** - exponential moving averages of all parameters, in unconstrained coordinates, a dict
       for each optimiser; ``None`` without.
+    - **marginal_state** - what marginals keep of every row, such as persistent particles.
     """
 
     optim_state: Any
@@ -33,6 +34,7 @@ class EnergySVIState(NamedTuple):
     network_optim_states: tuple[Any, ...] = ()
     objective_state: Any = None
     ema: Any = None
+    marginal_state: Any = None
 
     @property
     def step_key(self) -> jax.Array:

@@ -56,4 +56,5 @@ MARGINALS = {
     ),
     "ImportanceBound": Marginal(partial(ebm.ImportanceBound, 3), None),
     "Unrolled": Marginal(partial(ebm.Unrolled, 2), None),
+    "PersistentParticles": Marginal(partial(ebm.PersistentParticles, ebm.BlockGibbs, 2), None),
 }

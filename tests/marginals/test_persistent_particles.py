@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Persistent particles: their law, the gradients they give, and that they belong to rows.
+
+Oracles are conjugate: x | z ~ N(z w, s²) under a Gaussian prior of z that an energy tilts, and
+v | h ~ Exp(h) under a Gamma prior of h, whose posteriors and marginal likelihoods are known.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.distributions import constraints
+from numpyro.handlers import block
+from numpyro.infer import SVI
+from oracles import assert_unbiased
+
+import numpyro_ebm as ebm
+from numpyro_ebm.objectives.plan import BatchRows
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+NOISE, A, B = 0.5, 3.0, 4.0
+W = np.array([1.0, -0.5, 0.8])
+KEY = jax.random.key(0)
+
+
+def draw_data(num, seed=0):
+    """z ~ N(b / (1 + a), 1 / (1 + a)), x | z ~ N(z w, s²)."""
+    rng = np.random.default_rng(seed)
+    z = B / (1 + A) + rng.normal(size=num) / np.sqrt(1 + A)
+    return jnp.asarray(z[:, None] * W + NOISE * rng.normal(size=(num, 3)))
+
+
+def latent_prior(x):
+    """exp(-E(z)) tilts N(0, 1); p(x | z) is normalised."""
+    a = numpyro.param("a", 0.0, constraint=constraints.greater_than(-1.0))
+    b = numpyro.param("b", 0.0)
+    w = jnp.concatenate([jnp.ones(1), numpyro.param("w", jnp.zeros(2))])
+    with numpyro.plate("data", len(x)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(z[:, None] * w, NOISE).to_event(1), obs=x)
+        ebm.energy("E", 0.5 * a * z**2 - b * z)
+
+
+def marginal_likelihood(params, x):
+    w = jnp.concatenate([jnp.ones(1), params["w"]])
+    mean, variance = params["b"] / (1 + params["a"]), 1 / (1 + params["a"])
+    covariance = variance * jnp.outer(w, w) + NOISE**2 * jnp.eye(3)
+    return jnp.mean(dist.MultivariateNormal(mean * w, covariance).log_prob(x))
+
+
+def log_normalizer(params):
+    return 0.5 * (params["b"] ** 2 / (1 + params["a"]) - jnp.log1p(params["a"]))
+
+
+def truth():
+    return {"a": jnp.array(A), "b": jnp.array(B), "w": jnp.asarray(W[1:])}
+
+
+def mala(model):
+    return ebm.MALA(model, step_size=0.15)
+
+
+def prior_chains(model):
+    """z by a chain on its prior alone, which x is hidden from; x is drawn given z."""
+    return ebm.MALA(block(model, hide=["x"]), step_size=0.3)
+
+
+def in_rounds(objective, model, params, data, num_rounds, read):
+    """What ``read(problem)`` gives in rounds at fixed parameters, rounds leading."""
+
+    def run(key):
+        problem = objective.prepare(key, params, model, None, (data,), {})
+        row_model = problem.row_model
+        state = problem.marginal.init_state(key, row_model, params)
+
+        def one(state, key):
+            held, state = problem.marginal.advance(key, row_model, params, state)
+            return state, read(problem._replace(marginal=held))
+
+        return jax.lax.scan(one, state, jax.random.split(key, num_rounds))[1]
+
+    return jax.jit(run)(KEY)
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_the_marginal_likelihood():
+    """∂_θ log p̃(x) = ∂_θ (log p(x) + log Z): averages of rounds, which hardly depend."""
+    data, params = draw_data(50), truth()
+    marginal = ebm.PersistentParticles(mala, 4, num_steps=5)
+    objective = ebm.ContrastiveDivergence(mala, 1, marginal)
+
+    def read(problem):
+        def positive(params):
+            estimate = objective.estimate(KEY, params, problem)
+            return problem.row_model.mean(estimate.log_density(params, problem.unconstrained))
+
+        return jax.grad(positive)(params)
+
+    found = in_rounds(objective, latent_prior, params, data, 1_000, read)
+    expected = jax.grad(lambda p: marginal_likelihood(p, data) + log_normalizer(p))(params)
+    for name, x in found.items():
+        x = np.asarray(x[200:], float).reshape(40, 20, -1).mean(1)  # batches of 20 rounds
+        assert_unbiased(x, np.ravel(expected[name]), name)
+
+
+def rates(v):
+    """h ~ Gamma(2, b) by a tilted Lebesgue measure, v | h ~ Exp(h z) with a covariate z."""
+    rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+    scale = jnp.linspace(0.5, 2.0, 200)[: len(v)]
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", ebm.Lebesgue(support=constraints.positive))
+        v = numpyro.sample("v", ebm.Lebesgue(support=constraints.positive), obs=v)
+        ebm.energy("E", rate * h - jnp.log(h) - jnp.log(h * scale) + h * scale * v)
+
+
+@pytest.mark.slow
+def test_particles_of_a_positive_latent_follow_their_rows():
+    """200 rows, a covariate in a closure: h | v ~ Gamma(3, rate + z v)."""
+    v = jnp.asarray(np.random.default_rng(0).exponential(1.0, 200))
+    kernel = partial(ebm.MALA, step_size=0.08)
+    marginal = ebm.PersistentParticles(kernel, 8, num_steps=5)
+    objective = ebm.ContrastiveDivergence(kernel, 1, marginal)
+    params = {"rate": jnp.array(1.5)}
+    draws = in_rounds(
+        objective, rates, params, v, 400, lambda p: jnp.exp(p.marginal._held["h"]).mean(0)
+    )
+    mean = np.asarray(draws[100:]).mean(0)  # rows
+    beta = 1.5 + np.linspace(0.5, 2.0, 200) * np.asarray(v)
+    z = (mean - 3.0 / beta) / (np.sqrt(3.0) / beta / np.sqrt(8 * 300 / 10))
+    assert np.abs(z).max() < 5.0 and abs(z.mean()) < 0.3
+
+
+def runs_of(objective, data):
+    optim = numpyro.optim.Adam(lambda i: 0.1 / (1 + 0.005 * i))
+    svi = ebm.EnergySVI(latent_prior, None, optim, objective)
+    return lambda num, **options: svi.run(
+        jax.random.key(1), num, data, progress_bar=False, **options
+    )
+
+
+@pytest.mark.slow
+def test_a_latent_prior_is_learned_with_chains_of_its_prior():
+    """Mean, variance and W by CD, no guide: the maximum likelihood estimate in closed form."""
+    data = draw_data(1_000)
+    marginal = ebm.PersistentParticles(mala, 2, num_steps=3)
+    objective = ebm.ContrastiveDivergence(prior_chains, 3, marginal, persistent=True)
+    fit = runs_of(objective, data)(1_500, batch_size=100, ema=0.995)
+
+    def step(params, _):
+        gradient = jax.grad(marginal_likelihood)(params, data)
+        return jax.tree.map(lambda x, g: x + 0.3 * g, params, gradient), None
+
+    best = jax.jit(lambda p: jax.lax.scan(step, p, length=5_000)[0])(truth())
+    found = fit.ema_params
+    np.testing.assert_allclose(
+        found["b"] / (1 + found["a"]), best["b"] / (1 + best["a"]), atol=0.03
+    )
+    np.testing.assert_allclose(1 / (1 + found["a"]), 1 / (1 + best["a"]), rtol=0.15)
+    np.testing.assert_allclose(found["w"], best["w"], atol=0.03)
+
+
+@pytest.mark.slow
+def test_scores_take_one_half_of_the_particles():
+    """Score matching of a model that GaussianLatents covers: the same gradient in the mean."""
+    data, params = draw_data(20), truth()
+    objective = ebm.ScoreMatching(ebm.PersistentParticles(mala, 8, num_steps=10))
+
+    def read(problem):
+        return jax.grad(lambda p: objective.energy_loss(KEY, p, problem))(params)
+
+    found = in_rounds(objective, latent_prior, params, data, 800, read)
+    exact = ebm.ScoreMatching(ebm.GaussianLatents())
+    expected = jax.grad(lambda p: exact.loss(KEY, p, latent_prior, None, data))(params)
+    for name, x in found.items():
+        x = np.asarray(x[100:], float).reshape(35, 20, -1).mean(1)
+        assert_unbiased(x, np.ravel(expected[name]), name)
+
+
+# What belongs to a row
+
+
+def test_a_batch_moves_the_particles_of_its_rows():
+    data, batch = draw_data(6), jnp.array([4, 1])
+    objective = ebm.ContrastiveDivergence(mala, 1, ebm.PersistentParticles(mala, 3))
+
+    @jax.jit
+    def both(key):
+        problem = objective.prepare(key, truth(), latent_prior, None, (data[batch],), {})
+        rows, row_model = BatchRows(batch, 6), problem.row_model
+        state = problem.marginal.init_state(key, row_model, truth(), rows)
+        held, after = problem.marginal.advance(key, row_model, truth(), state, rows)
+        return state["z"], after["z"], held._held["z"]
+
+    before, after, held = both(KEY)
+    assert before.shape == (6, 3)
+    np.testing.assert_array_equal(
+        np.any(before != after, -1), [False, True, False, False, True, False]
+    )
+    np.testing.assert_array_equal(after[batch].T, held)
+
+
+@pytest.mark.slow
+def test_particles_resume_bit_for_bit(tmp_path):
+    data = draw_data(30)
+    objective = 0.5 * ebm.ContrastiveDivergence(mala, 1, PARTICLES, persistent=True)
+    run = partial(runs_of(objective, data), batch_size=10)
+    whole, first = run(20), run(7)
+    ebm.save(tmp_path / "fit", first)
+    saved = ebm.load(tmp_path / "fit").state
+    second = run(13, init_state=saved)
+    np.testing.assert_array_equal(np.concatenate([first.losses, second.losses]), whole.losses)
+    for part in ("params", "state"):
+        one, other = (getattr(fit, part) for fit in (whole, second))
+        one, other = (jax.tree.leaves(x) for x in (one, other))
+        for x, y in zip(one, other, strict=True):
+            if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                np.testing.assert_array_equal(x, y)
+    other = ebm.ContrastiveDivergence(mala, 1, ebm.GaussianLatents(), persistent=True)
+    with pytest.raises(ebm.ModelError, match="marginal_state.*does not belong"):
+        runs_of(0.5 * other, data)(2, init_state=first.state)
+
+
+def no_latents(x):
+    b = numpyro.param("b", 0.0)
+    with numpyro.plate("data", len(x)):
+        x = numpyro.sample("x", ebm.Lebesgue(), obs=x)
+        ebm.energy("E", 0.5 * x**2 - b * x)
+
+
+PARTICLES = ebm.PersistentParticles(mala, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "message"),
+    [
+        (lambda: ebm.PersistentParticles(mala, 0), None, "num_particles"),
+        (lambda: ebm.PersistentParticles(ebm.MALA(latent_prior), 1), None, "from a model to a"),
+        (lambda: ebm.ScoreMatching(PARTICLES), latent_prior, "order 3.*sets of 3 particles"),
+        (
+            lambda: ebm.EnergyDiscrepancy(1.0, 4, marginal=PARTICLES),
+            latent_prior,
+            "PersistentParticles has none",
+        ),
+        (lambda: ebm.NCE(dist.Normal(0, 1), 1, PARTICLES), latent_prior, "derivatives only"),
+        (
+            lambda: ebm.DenoisingScoreMatching(0.1, ebm.PersistentParticles(mala, 4)),
+            latent_prior,
+            "adds\\s+noise to the data",
+        ),
+        (lambda: ebm.ContrastiveDivergence(mala, 1, PARTICLES), no_latents, "latent sites"),
+    ],
+)
+def test_what_particles_cannot_serve_is_refused(make, model, message):
+    with pytest.raises(ebm.ModelError, match=f"(?s){message}"):
+        objective = make()
+        data = draw_data(4) if model is latent_prior else draw_data(4)[:, 0]
+        ebm.EnergySVI(model, None, numpyro.optim.Adam(0.1), objective).init(KEY, data)
+
+
+def test_batches_whose_rows_are_not_known_are_refused():
+    objective = ebm.ContrastiveDivergence(mala, 1, PARTICLES)
+    svi = ebm.EnergySVI(latent_prior, None, numpyro.optim.Adam(0.1), objective)
+    data = draw_data(6)
+    state = svi.init(KEY, data)
+    with pytest.raises(ebm.ModelError, match="particles of 6 rows.*2 rows of this batch"):
+        svi.update(state, data[:2])
+    with pytest.raises(ebm.ModelError, match="keeps a state.*EnergySVI"):
+        SVI(latent_prior, None, numpyro.optim.Adam(0.1), objective).run(
+            KEY, 1, data, progress_bar=False
+        )
+
+
+def test_what_is_hidden_from_chains_integrates_to_one():
+    """An energy that reads x, or a flat x, is no part of p(x | z): a chain on z needs them."""
+
+    def reads(x):
+        b = numpyro.param("b", 0.0)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            x = numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            ebm.energy("E", 0.5 * (x - b * z) ** 2)
+
+    def flat(x):
+        b = numpyro.param("b", 0.0)
+        with numpyro.plate("data", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            x = numpyro.sample("x", ebm.Lebesgue(), obs=x)
+            ebm.energy("E", 0.5 * (x - b * z) ** 2)
+
+    data = draw_data(4)[:, 0]
+    for model, message in ((reads, r"\['E'\] read it"), (flat, r"\['E'\] read it")):
+        objective = ebm.ContrastiveDivergence(prior_chains, 1, PARTICLES)
+        with pytest.raises(ebm.ModelError, match=f"hides 'x'.*{message}"):
+            problem = objective.prepare(KEY, {"b": 0.3}, model, None, (data,), {})
+            objective.advance(KEY, {"b": 0.3}, problem, None)
