@@ -36,7 +36,7 @@ from numpyro_ebm.errors import (
 )
 from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
 from numpyro_ebm.language.distributions import Counting, Lebesgue
-from numpyro_ebm.language.handlers import fixed, temper
+from numpyro_ebm.language.handlers import fixed, integrated, temper
 from numpyro_ebm.language.primitives import energy, visible
 from numpyro_ebm.log_normalizers import log_likelihood, log_normalizer
 from numpyro_ebm.marginals import *  # noqa: F403
@@ -87,6 +87,7 @@ __all__ = [
     "fixed",
     "generalized",
     "given",
+    "integrated",
     "load",
     "log_likelihood",
     "log_normalizer",

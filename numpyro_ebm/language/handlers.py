@@ -153,18 +153,50 @@ class restricted(Messenger):
 
 
 class integrated(Messenger):
-    """Mark real sites to be integrated out in closed form, as discrete sites are summed out.
+    r"""Let kernels move part of the sites, and integrate real ones out in closed form.
 
-    :param fn: a model.
-    :param names: names of sites.
+    .. math:: p(z) = \int p(z, x)\, dx
+
+    A kernel on the model then moves the other sites, z, by their exact marginal, as discrete sites
+    are summed out of it. :func:`~numpyro_ebm.sample` and ``ContrastiveDivergence`` draw x from its
+    exact conditional beside it: chains on the latents of a latent-space prior alone, for example.
+    Hiding a site from a kernel by ``numpyro.handlers.block`` does not leave it out of the density.
+
+    :param model: a model with fixed parameters, ``fixed(model, params)``.
+    :param names: names of real sites that are jointly Gaussian given the rest.
+    :return: a NumPyro model with the same arguments.
+    :raises ModelError: if there is no such site; when a kernel runs on it, if the sites are not
+        Gaussian given the rest.
+
+    **Example**
+
+    >>> import jax, numpyro
+    >>> import numpyro.distributions as dist
+    >>> import numpyro_ebm as ebm
+    >>> def latent_prior(rows=1):
+    ...     with numpyro.plate("data", rows):
+    ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         numpyro.sample("x", dist.Normal(3.0 * z, 0.1))
+    ...         ebm.energy("E", z**4)
+    >>> model = ebm.integrated(ebm.fixed(latent_prior, {}), ["x"])
+    >>> state = ebm.MALA(model, step_size=0.1).init(jax.random.key(0), 0, None, (), {})
+    >>> list(state.z)
+    ['z']
     """
 
     def __init__(self, fn: Callable[..., Any] | None = None, names: Iterable[str] = ()):
-        self.names = frozenset(names)
+        self.names, self._seen = frozenset(names), set()
         super().__init__(fn)
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        missing = sorted(self.names - self._seen)
+        if exc_type is None and missing:
+            raise ModelError(f"`integrated`: the model has no site(s) {missing}.")
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["name"] in self.names:
+            self._seen.add(msg["name"])
             msg["infer"] = {**msg["infer"], "integrated": True}
 
 

@@ -65,7 +65,12 @@ def unconstrained_values(
         return z
     unknown = sorted(set(init_params) - set(row_model.sites))
     if unknown:
-        raise ModelError(f"`init_params` names {unknown}, which are not unobserved sites.")
+        raise ModelError(
+            f"`init_params` names {unknown}, which are not unobserved sites of the kernel's model. "
+            "For a kernel on part of the sites do not hide the others by `block`: move them in "
+            "blocks of `numpyro.infer.Gibbs`, or integrate real ones out, "
+            f"`numpyro_ebm.integrated(model, {unknown})`."
+        )
     given = {k: jnp.asarray(x) for k, x in init_params.items() if k in row_model.visible}
     if GIBBS_SITES_KWARG in row_model.kwargs:  # Gibbs hands over constrained values
         given = {k: row_model.visible[k].transform.inv(x) for k, x in given.items()}

@@ -12,6 +12,7 @@ import pytest
 from divergence_cases import Draw, DrawState, Stay, arrays
 from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
+from numpyro.handlers import block
 from oracles import assert_unbiased, binary_states, draws, flat
 
 import numpyro_ebm as ebm
@@ -124,6 +125,39 @@ def test_sites_that_a_kernel_sums_out_are_drawn_from_their_conditional(name):
 
     samples = draws(one, jax.random.key(1), 4_000)
     assert_unbiased(samples, flat(jax.grad(nll)(params)), name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_kernels_on_part_of_the_sites():
+    """v ~ N(b, 1) by a chain on v alone, x ~ N(w v, 1) beside it: the likelihood's gradient."""
+
+    def model(v, x):
+        b, w = numpyro.param("b", 0.0), numpyro.param("w", 0.0)
+        with numpyro.plate("data", len(v)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+            numpyro.sample("x", dist.Normal(w * v, 1.0), obs=x)
+            ebm.energy("E", 0.5 * v**2 - b * v)
+
+    x, params = np.array([0.4, -0.3, 1.0, 0.2]), arrays({"b": 0.3, "w": 0.8})
+
+    def nll(p):
+        return jnp.mean(0.5 * (V - p["b"]) ** 2 + 0.5 * (x - p["w"] * V) ** 2)
+
+    def loss_of(kernel):
+        objective = ebm.ContrastiveDivergence(kernel, 40)
+        args = jnp.asarray(V), jnp.asarray(x)
+        return lambda key: jax.grad(lambda p: objective.loss(key, p, model, None, *args))(params)
+
+    integrated = lambda m: ebm.MALA(ebm.integrated(m, ["x"]), step_size=1.0)  # noqa: E731
+    samples = draws(loss_of(integrated), jax.random.key(1), 2_000)
+    assert_unbiased(samples, flat(jax.grad(nll)(params)), "part")
+    hidden = lambda m: ebm.MALA(block(m, hide=["x"]), step_size=1.0)  # noqa: E731
+    with pytest.raises(ebm.ModelError, match=r"\['x'\].*do not hide.*ebm.integrated\(model"):
+        loss_of(hidden)(jax.random.key(0))
+    absent = lambda m: ebm.MALA(ebm.integrated(m, ["y"]), step_size=1.0)  # noqa: E731
+    with pytest.raises(ebm.ModelError, match=r"`integrated`: the model has no site\(s\) \['y'\]"):
+        loss_of(absent)(jax.random.key(0))
 
 
 def test_persistent_chains_keep_the_sites_that_are_drawn():
