@@ -136,7 +136,6 @@ class AnnealedLangevin(RowKernel):
         self._init_scale = init_scale
         self._denoise_variance = last**2 if denoise and last is not None else None
         self._num_steps = num_steps
-        self._kernel = annealed.build_kernel(num_steps)
         super().__init__(model, init_to_uniform)
 
     def get_diagnostics_str(self, state: Any) -> str:
@@ -207,7 +206,7 @@ class AnnealedLangevin(RowKernel):
         levels, step_sizes = (jnp.asarray(x, dtype) for x in (self._levels, self._step_sizes))
 
         def run(key, row):
-            return self._kernel(
+            return annealed.build_kernel(self._num_steps)(
                 key, row, one_row, levels, step_sizes, self._init_scale, self._denoise_variance
             )
 

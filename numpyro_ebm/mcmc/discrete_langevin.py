@@ -148,7 +148,6 @@ class DiscreteLangevin(AdaptiveKernel):
             )
         self.leaves_invariant = self.is_reversible = adjusted
         self._differences = differences
-        self._kernel = discrete_langevin.build_kernel(adjusted, differences)
         adapt_step_size = adapt_step_size and adjusted
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
@@ -265,7 +264,8 @@ class DiscreteLangevin(AdaptiveKernel):
             row_model.to_rows(state.z), -state.potential_energy, state.differences
         )
         form = discrete_form(row_model, values) if self._differences == "exact" else None
-        chains, info = self._kernel(
+        kernel = discrete_langevin.build_kernel(self.is_reversible, self._differences)
+        chains, info = kernel(
             key_step, chains, log_density, state.adapt_state.step_size, values, form
         )
         mean = jnp.mean(info.acceptance_rate)

@@ -90,7 +90,6 @@ class MALA(ChainKernel):
         init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         self.has_mass_matrix = adapt_mass_matrix
-        self._kernel = blackjax.mala.build_kernel()
         super().__init__(
             model,
             step_size,
@@ -107,7 +106,7 @@ class MALA(ChainKernel):
             scale = unravel(jnp.sqrt(adapt_state.inverse_mass_matrix).astype(flat.dtype))
         start = _whiten(MALAState(*chain[:3]), scale)
         log_density = one_row if scale is None else lambda y: one_row(_times(y, scale))
-        new, info = self._kernel(rng_key, start, log_density, step_size)
+        new, info = blackjax.mala.build_kernel()(rng_key, start, log_density, step_size)
         accept_prob = info.acceptance_rate
         position, gradient = new.position, new.logdensity_grad
         if scale is not None:  # a rejected row keeps its position exactly
@@ -157,12 +156,11 @@ class ULA(ChainKernel):
     ):
         if step_size is None:
             raise ModelError("ULA: pass a `step_size`; there is nothing to adapt it to.")
-        self._kernel = langevin.build_kernel()
         super().__init__(model, step_size, init_strategy, adapt_step_size=False)
 
     def _move(self, rng_key, chain, one_row, step_size, adapt_state, i):
         start = langevin.ULAState(*chain[:3])
-        new, info = self._kernel(rng_key, start, one_row, step_size)
+        new, info = langevin.build_kernel()(rng_key, start, one_row, step_size)
         one = jnp.ones_like(new.logdensity)
         return chain._replace(
             position=new.position, logdensity=new.logdensity, logdensity_grad=new.logdensity_grad

@@ -127,10 +127,6 @@ class MCLMC(ChainKernel):
         self._trajectory_length = trajectory_length
         if trajectory_length is None:
             self._length_factor = ADJUSTED_LENGTH if adjusted else 1.0
-        if adjusted:
-            self._kernel = blackjax.adjusted_mclmc.build_kernel()
-        else:
-            self._kernel = blackjax.mclmc.build_kernel()
 
     def get_diagnostics_str(self, state: Any) -> str:
         steps = f" {state.num_steps} steps." if self._adjusted else ""
@@ -161,7 +157,7 @@ class MCLMC(ChainKernel):
         typical = jnp.exp(jnp.mean(jnp.log(adapt_state.step_size)))
         mean: Any = jnp.maximum(adapt_state.trajectory_length / typical, 1.0)
         num_steps = jnp.clip(trajectory_length(i, mean), 1, self._max_num_steps).astype(int)
-        new, info = self._kernel(
+        new, info = blackjax.adjusted_mclmc.build_kernel()(
             rng_key,
             HMCState(*chain[:3]),
             one_row,
@@ -183,7 +179,7 @@ class MCLMC(ChainKernel):
         start = IntegratorState(
             chain.position, chain.memory, chain.logdensity, chain.logdensity_grad
         )
-        new, info = self._kernel(
+        new, info = blackjax.mclmc.build_kernel()(
             rng_key,
             start,
             one_row,

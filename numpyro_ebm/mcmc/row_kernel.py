@@ -62,6 +62,10 @@ class RowKernel(MCMCKernel):
         self._redraws = False  # whether `_initial_values` draws bad rows anew
         self._traced = None  # of the model, at arguments that it was read at
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was read of the model is read again; where it stands is in the state, not here.
+        return {**self.__dict__, **dict.fromkeys(("_sample_fn", "_traced", "_watch"))}
+
     @property
     def model(self) -> Model:
         return self._model

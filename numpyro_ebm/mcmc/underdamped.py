@@ -92,7 +92,6 @@ class UnderdampedLangevin(ChainKernel):
     ):
         check_positive("UnderdampedLangevin", friction=friction)
         self._friction = friction
-        self._kernel = blackjax.ghmc.build_kernel()
         super().__init__(
             model,
             step_size,
@@ -126,7 +125,8 @@ class UnderdampedLangevin(ChainKernel):
         state = GHMCState(
             chain.position, unravel(flat / scale), chain.logdensity, chain.logdensity_grad, slice_
         )
-        new, info = self._kernel(rng_key, state, one_row, step_size, scale, alpha, delta)
+        kernel = blackjax.ghmc.build_kernel()
+        new, info = kernel(rng_key, state, one_row, step_size, scale, alpha, delta)
         # A slice of exactly 0, one in 2²⁴, accepts whatever is proposed, and turns NaN.
         impossible = info.is_accepted & (info.acceptance_rate < LEAST_ACCEPTANCE)
         new = jax.tree.map(lambda x, old: jnp.where(impossible, old, x), new, state)

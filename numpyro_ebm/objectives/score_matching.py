@@ -19,11 +19,18 @@ from numpyro_ebm.types import Params
 
 __all__ = ["ScoreMatching", "SlicedScoreMatching"]
 
+MOST_VALUES = 2**22
+"""Values of directions that :class:`ScoreMatching` goes along together."""
+
 
 class ScoreMatching(Objective):
     r"""Score matching (SM) with the exact trace.
 
     .. math:: \mathcal L(θ) = E\big[\tfrac12 \|s(v; θ)\|^2 + \operatorname{tr} ∇_v s(v; θ)\big]
+
+    It costs a second derivative for each of the D coordinates of a row. Where D² times the rows is
+    more than memory holds they are taken in blocks; from hundreds of coordinates on
+    :class:`~numpyro_ebm.SlicedScoreMatching` is the cheaper one, of the same minimiser.
 
     :param marginal: how latent sites are integrated out; ``VaGES`` needs three particles.
     :raises ModelError: when used, if a visible site is discrete.
@@ -50,10 +57,8 @@ class ScoreMatching(Objective):
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
-        directions = _basis(problem)
-        trace = jax.vmap(lambda e: second_derivative(params, estimate, problem, e))(directions)
-        rows = half_square(params, estimate, problem) + jnp.sum(trace, 0)
-        return problem.row_model.mean(rows)
+        trace = _trace(lambda e: second_derivative(params, estimate, problem, e), problem)
+        return problem.row_model.mean(half_square(params, estimate, problem) + trace)
 
 
 class SlicedScoreMatching(Objective):
@@ -119,16 +124,33 @@ def _sliced_half_square(params, estimate, problem, direction):
     return half_value(constant_once(along_a) * along_b)
 
 
-def _basis(problem):
-    """One direction for each coordinate of a row, the same in all rows; directions lead."""
+def _trace(along, problem):
+    """The sum of ``along(direction)``, of shape (rows,), over the coordinates of a row.
+
+    As many coordinates as memory allows go together, and nothing is kept of a block but its sum:
+    the backward pass evaluates it once more.
+    """
     row_model, point = problem.row_model, problem.unconstrained
     one_row = {k: jnp.take(x, 0, axis=row_model.row_axis(k, x)) for k, x in point.items()}
     flat, unravel = ravel_pytree(one_row)
 
     def direction(e):
+        """A direction of a row, the same in all rows."""
         return {
             k: jnp.broadcast_to(jnp.expand_dims(x, row_model.row_axis(k, point[k])), point[k].shape)
             for k, x in unravel(e).items()
         }
 
-    return jax.vmap(direction)(jnp.eye(flat.size, dtype=flat.dtype))
+    num_values = flat.size * row_model.num_rows  # of a direction of all rows
+    together = max(1, MOST_VALUES // max(num_values, 1))
+    if flat.size <= together:
+        directions = jax.vmap(direction)(jnp.eye(flat.size, dtype=flat.dtype))
+        return jnp.sum(jax.vmap(along)(directions), 0)
+
+    @jax.checkpoint
+    def block(total, coordinates):
+        basis = jax.nn.one_hot(coordinates, flat.size, dtype=flat.dtype)  # beyond the last: zero
+        return total + jnp.sum(jax.vmap(along)(jax.vmap(direction)(basis)), 0), None
+
+    blocks = jnp.arange(-(-flat.size // together) * together).reshape(-1, together)
+    return jax.lax.scan(block, jnp.zeros(row_model.num_rows, flat.dtype), blocks)[0]

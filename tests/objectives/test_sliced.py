@@ -51,3 +51,25 @@ def test_levels_weigh_the_score_and_the_noise(x64):
     score = -1.4 * (data + levels * noise["v"])
     expected = np.mean(0.5 * (score / levels + noise["v"] / 0.6**2) ** 2)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_coordinates_in_blocks_give_the_trace(monkeypatch):
+    """Σ over seven coordinates, two at a time: ½‖Pv‖² - tr P for a Gaussian of precision P."""
+    rows = np.random.default_rng(3).normal(size=(5, 7)).astype(np.float32)
+
+    def gaussian(data):
+        precision = numpyro.param("precision", jnp.ones(7))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(event_shape=(7,)), obs=data)
+            ebm.energy("E", 0.5 * jnp.sum(precision * v**2, -1))
+
+    def loss(precision):
+        params = {"precision": precision}
+        return ebm.ScoreMatching().loss(jax.random.key(1), params, gaussian, None, rows)
+
+    monkeypatch.setattr("numpyro_ebm.objectives.score_matching.MOST_VALUES", 2 * rows.size)
+    precision = jnp.linspace(0.5, 2.0, 7)
+    value, gradient = jax.value_and_grad(loss)(precision)
+    second = np.mean(rows**2, 0)
+    np.testing.assert_allclose(value, np.sum(0.5 * precision**2 * second - precision), rtol=1e-5)
+    np.testing.assert_allclose(gradient, precision * second - 1.0, rtol=1e-5, atol=1e-6)
