@@ -123,20 +123,24 @@ def compare(
 
     **Example**
 
-    >>> import jax, numpyro
+    >>> import jax, jax.numpy as jnp
+    >>> import numpyro
     >>> import numpyro_ebm as ebm
-    >>> def gaussian(data, power=2):
-    ...     precision = numpyro.param("precision", 1.0)
+    >>> def bits(data):
+    ...     logit = numpyro.param("logit", 0.0)
     ...     with numpyro.plate("data", len(data)):
-    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-    ...         ebm.energy("E", 0.5 * precision * v**2)
-    >>> data = jax.random.normal(jax.random.key(0), (200,))
-    >>> models = {"right": (gaussian, {"precision": 1.0}), "wide": (gaussian, {"precision": 0.3})}
+    ...         v = numpyro.sample("v", ebm.Counting(event_shape=(3,)), obs=data)
+    ...         ebm.energy("E", -logit * jnp.sum(v, -1))
+    >>> data = jax.random.bernoulli(jax.random.key(0), 0.7, (200, 3)).astype(int)
+    >>> models = {"fair": (bits, {"logit": 0.0}), "right": (bits, {"logit": jnp.log(7 / 3)})}
     >>> table = ebm.compare(models, data)
-    >>> list(table.index), bool(table.elpd_diff["wide"] < -4 * table.dse["wide"])
-    (['right', 'wide'], True)
-    >>> list(ebm.compare(models, data, score="hyvarinen").index)
-    ['right', 'wide']
+    >>> list(table.index), bool(table.elpd_diff["fair"] < -2 * table.dse["fair"])
+    (['right', 'fair'], True)
+    >>> local = ebm.compare(
+    ...     models, data, score="pseudo_likelihood"
+    ... )  # the same for independent bits
+    >>> bool(abs(local.score_diff["fair"] - table.elpd_diff["fair"]) < 1e-3)
+    True
     """
     if not isinstance(models, Mapping) or not models:
         raise ModelError(

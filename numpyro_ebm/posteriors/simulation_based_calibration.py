@@ -106,6 +106,7 @@ def simulation_based_calibration(
           leading. It is called once for each data set; more than ``num_draws`` are thinned evenly;
         - a NumPyro kernel on parameters, ``Exchange(model, ...)``, ``NUTS(normalized(model))`` or
           ``NUTS(generalized(model, objective))``: its chains on all data sets are one program.
+          Draws that are adjusted to their data (``learning_rate="calibrate"``) need a function.
     :param int num_simulations: how many data sets. 200 see draws that are twice too narrow, 1,000
         some ten per cent.
     :param args: arguments of the model, its data among them: any of the right shape and type, they
@@ -138,21 +139,23 @@ def simulation_based_calibration(
     >>> import numpyro, numpyro.distributions as dist
     >>> import numpyro_ebm as ebm
     >>> def gaussian(data):
-    ...     precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    ...     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
     ...     with numpyro.plate("data", len(data)):
     ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-    ...         ebm.energy("E", 0.5 * precision * v**2)
+    ...         ebm.energy("E", 0.5 * (v - mean) ** 2)
     >>> @jax.jit
-    ... def conjugate(rng_key, data, power=1.0):  # a power of the likelihood: 1 is right
-    ...     shape, rate = 2.0 + power * len(data) / 2, 1.0 + power * jnp.sum(data**2) / 2
-    ...     return {"precision": jax.random.gamma(rng_key, shape, (49,)) / rate}
-    >>> def narrow(rng_key, data):
-    ...     return conjugate(rng_key, data, power=4.0)
-    >>> found = [
-    ...     ebm.simulation_based_calibration(jax.random.key(0), gaussian, route, 200, jnp.zeros(20))
-    ...     for route in (conjugate, narrow)
-    ... ]
-    >>> [x.p_value > 0.01 for x in found], found[0].ranks["precision"].shape
+    ... def conjugate(rng_key, data, power=1.0):  # of the likelihood: 1 is right
+    ...     precision = 1.0 + power * len(data)
+    ...     noise = jax.random.normal(rng_key, (49,)) / jnp.sqrt(precision)
+    ...     return {"mean": power * jnp.sum(data) / precision + noise}
+    >>> def rows(rng_key, params):
+    ...     return {"v": params["mean"] + jax.random.normal(rng_key, (20,))}
+    >>> def calibrate(route):
+    ...     return ebm.simulation_based_calibration(
+    ...         jax.random.key(0), gaussian, route, 200, jnp.zeros(20), simulate=rows
+    ...     )
+    >>> found = [calibrate(conjugate), calibrate(lambda *args: conjugate(*args, power=4.0))]
+    >>> [x.p_value > 0.01 for x in found], found[0].ranks["mean"].shape
     ([True, False], (200,))
     """
     check_integer(WHO, num_simulations=num_simulations, num_draws=num_draws, thinning=thinning)

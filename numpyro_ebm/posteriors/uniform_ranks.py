@@ -11,13 +11,14 @@ Reference: Säilynoja, Bürkner, Vehtari, *Graphical test for discrete uniformit
 in goodness-of-fit evaluation and multiple sample comparison*, Statistics and Computing 2022.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 __all__ = ["RankBands", "rank_bands"]
 
-NUM_NULL = 50_000
+NUM_NULL = 20_000
 """Samples of uniform ranks: p-values are no smaller than one over their number."""
 
 
@@ -53,6 +54,7 @@ class RankBands(NamedTuple):
         return np.append(low, 1.0), np.append(high, 1.0)
 
 
+@lru_cache(maxsize=8)
 def rank_bands(num_ranks: int, num_draws: int) -> RankBands:
     """The law of the statistic for uniform ranks.
 

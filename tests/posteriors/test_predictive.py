@@ -31,15 +31,16 @@ def regression(data):
 
 
 def test_every_draw_of_the_parameters_has_its_own_law():
+    rng = np.random.default_rng(0)
     draws = {
-        "slope": np.array([[-3.0, 0.0], [3.0, 1.0]]),
-        "precision": np.array([[[1.0, 100.0], [4.0, 25.0]], [[1.0, 1.0], [9.0, 4.0]]]),
+        "slope": 3 * rng.normal(size=(2, 4)),
+        "precision": rng.choice([1.0, 4.0, 100.0], size=(2, 4, 2)),
         "other": np.zeros(7),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error", ebm.ConvergenceWarning)  # laws differ, and chains are right
         found = ebm.predictive(KEY, regression, draws, np.zeros(200, np.float32))
-    assert found["v"].shape == (2, 2, 200) and found["sd"].shape == (2, 2, 2)
+    assert found["v"].shape == (2, 4, 200) and found["sd"].shape == (2, 4, 2)
     np.testing.assert_allclose(found["twice"], 2 * found["v"])
     scale = draws["precision"][..., GROUP] ** -0.5
     z = (found["v"] - draws["slope"][..., None] * X) / scale
