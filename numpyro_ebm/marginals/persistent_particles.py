@@ -54,7 +54,8 @@ class PersistentParticles(Marginal):
     :raises ModelError: if an argument is out of range; when used, if the model has no latent sites,
         the kernel sums some of them out, the objective adds noise to the visible values (whose
         posterior is another one in every round) or needs values of log p̃(v), the model subsamples
-        its data plate itself, or rows come without their numbers: train by ``EnergySVI.run``.
+        its data plate itself, or nobody knows which rows a batch has, as ``EnergySVI.run`` on
+        arrays does.
 
     Reference: Kuntz, Lim, Johansen, AISTATS 2023.
 
@@ -113,12 +114,11 @@ class PersistentParticles(Marginal):
                 f"PersistentParticles: the plate '{row_model.plate}' subsamples itself, and all "
                 "rows have particles. Drop `subsample_size` and pass `batch_size` to the run."
             )
+        total = _rows_that_are_known(rows).total
         keys = jax.random.split(rng_key, self.num_particles)
         start = jax.vmap(lambda key: self._moved(key, row_model, params, None, 0))(keys)
         by_row = self._by_row(row_model, start)
-        if rows is None:
-            return by_row
-        place = jnp.arange(rows.total) % row_model.num_rows  # starts are of no row in particular
+        place = jnp.arange(total) % row_model.num_rows  # starts are of no row in particular
         return {name: x[place] for name, x in by_row.items()}
 
     def advance(
@@ -129,23 +129,21 @@ class PersistentParticles(Marginal):
         state: Any,
         rows: Any = None,
     ) -> tuple[Marginal, Any]:
-        found, numbers = len(jax.tree.leaves(state)[0]), None if rows is None else rows.numbers
-        if found != (row_model.num_rows if rows is None else rows.total):
+        found, numbers = len(jax.tree.leaves(state)[0]), _rows_that_are_known(rows).numbers
+        if found != rows.total:
             raise ModelError(
-                f"PersistentParticles: there are particles of {found} rows, and which of them are "
-                f"the {row_model.num_rows} rows of this batch is not known. Train by "
-                "`EnergySVI.run` on arrays, with `batch_size=`; resume with the same data."
+                f"PersistentParticles: there are particles of {found} rows, and the data have "
+                f"{rows.total}. Resume with the same data, or start anew at the parameters: "
+                "`init_params=fit.params`."
             )
-        own = state if rows is None else {name: x[numbers] for name, x in state.items()}
+        own = {name: x[numbers] for name, x in state.items()}
         keys, start = jax.random.split(rng_key, self.num_particles), self._leading(row_model, own)
         held = copy.copy(self)
         held._held = jax.vmap(
             lambda key, one: self._moved(key, row_model, params, one, self.num_steps)
         )(keys, start)
         moved = self._by_row(row_model, held._held)
-        if rows is not None:
-            moved = {name: x.at[numbers].set(moved[name]) for name, x in state.items()}
-        return held, moved
+        return held, {name: x.at[numbers].set(moved[name]) for name, x in state.items()}
 
     def _moved(self, rng_key, row_model, params, start, num_steps):
         """One particle of every row after some steps."""
@@ -206,3 +204,17 @@ class PersistentParticles(Marginal):
 
         score = score_of(partial(surrogate, of_score=half > 0, order=1), stop_gradient(params))
         return Estimate(partial(surrogate, of_score=False, order=order), score)
+
+
+def _rows_that_are_known(rows):
+    """Which rows of the data a batch has.
+
+    :raises ModelError: if nobody knows.
+    """
+    if rows is None:
+        raise ModelError(
+            "PersistentParticles: particles belong to rows of the data, and only `EnergySVI.run` "
+            "on arrays tells which rows a batch has. Use it, with `batch_size=` for minibatches; "
+            "for `update` and for batches from an iterable use `VaGES` with a guide."
+        )
+    return rows

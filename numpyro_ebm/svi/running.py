@@ -92,9 +92,10 @@ class Run:
             self._batches = StreamedBatches(source, args, kwargs, key, step, left, traced, spread)
         state = self._complete(state, init_state, options["ema"])
         if spread is not None:  # what the objective keeps lies as the rows do
-            kept = state.objective_state
-            state = placed(state._replace(objective_state=None), everywhere(spread))
-            state = state._replace(objective_state=kept)
+            own, rows = state.objective_state, state.marginal_state
+            state = state._replace(objective_state=None, marginal_state=None)
+            state = placed(state, everywhere(spread))
+            state = state._replace(objective_state=own, marginal_state=rows)
         self._state = state
 
     def take(

@@ -75,11 +75,11 @@ def in_rounds(objective, model, params, data, num_rounds, read):
 
     def run(key):
         problem = objective.prepare(key, params, model, None, (data,), {})
-        row_model = problem.row_model
-        state = problem.marginal.init_state(key, row_model, params)
+        row_model, rows = problem.row_model, BatchRows(jnp.arange(len(data)), len(data))
+        state = problem.marginal.init_state(key, row_model, params, rows)
 
         def one(state, key):
-            held, state = problem.marginal.advance(key, row_model, params, state)
+            held, state = problem.marginal.advance(key, row_model, params, state, rows)
             return state, read(problem._replace(marginal=held))
 
         return jax.lax.scan(one, state, jax.random.split(key, num_rounds))[1]
@@ -240,7 +240,11 @@ PARTICLES = ebm.PersistentParticles(mala, 2)
     [
         (lambda: ebm.PersistentParticles(mala, 0), None, "num_particles"),
         (lambda: ebm.PersistentParticles(ebm.MALA(latent_prior), 1), None, "from a model to a"),
-        (lambda: ebm.ScoreMatching(PARTICLES), latent_prior, "order 3.*sets of 3 particles"),
+        (
+            lambda: ebm.ScoreMatching(ebm.PersistentParticles(mala, 5)),
+            latent_prior,
+            "order 3.*sets of 3 particles",
+        ),
         (
             lambda: ebm.EnergyDiscrepancy(1.0, 4, marginal=PARTICLES),
             latent_prior,
@@ -266,9 +270,10 @@ def test_batches_whose_rows_are_not_known_are_refused():
     objective = ebm.ContrastiveDivergence(mala, 1, PARTICLES)
     svi = ebm.EnergySVI(latent_prior, None, numpyro.optim.Adam(0.1), objective)
     data = draw_data(6)
-    state = svi.init(KEY, data)
-    with pytest.raises(ebm.ModelError, match="particles of 6 rows.*2 rows of this batch"):
-        svi.update(state, data[:2])
+    with pytest.raises(ebm.ModelError, match="only `EnergySVI.run`.*which rows"):
+        svi.init(KEY, data)
+    with pytest.raises(ebm.ModelError, match="only `EnergySVI.run`.*which rows"):
+        svi.run(KEY, 1, iter([data, data]), progress_bar=False)
     with pytest.raises(ebm.ModelError, match="keeps a state.*EnergySVI"):
         SVI(latent_prior, None, numpyro.optim.Adam(0.1), objective).run(
             KEY, 1, data, progress_bar=False
