@@ -48,10 +48,12 @@ LONGEST = (
     "test_larger_models_with_latents[",
     "test_loss_and_gradient_are_unbiased_for_the_other_pairs",
     "test_more_particles_take_more_of_the_bias_away",
+    "test_particles_of_a_positive_latent_follow_their_rows",
     "test_right_runs_are_called_inadequate_in_a_twentieth",
     "test_one_gradient_is_every_change[",
     "test_plain_models.py::",
     "test_rows_of_a_chain_want_rare_flips",
+    "test_scores_take_one_half_of_the_particles",
     "test_runs_with_a_tenth_of_the_moves_or_less_are_found",
     "test_stationary_law_in_double_precision",
     "test_stein_test_with_draws_of_a_kernel_has_its_size",
@@ -66,6 +68,7 @@ LONGEST = (
 # Laws over many members of which the default run takes some, one of each kind: those whose name in
 # brackets holds one of these words. The others are slow.
 MEMBERS = {
+    "test_parts_are_the_laws_of_the_model": ("are the joint", "entropy", "beside a label"),
     "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "[NCE", "Pseudo"),
     "test_every_row_has_its_own_normalizer": ("in a closure", "[the plate's index]"),
     "test_value_and_gradient_are_the_formula": ("[SM-", "[DSM-", "median-", "-Exact"),

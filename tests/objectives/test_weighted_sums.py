@@ -270,6 +270,7 @@ def test_a_posterior_of_a_sum():
     np.testing.assert_allclose(*log_joints, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_svi_takes_a_sum_as_its_loss():
     objective = ML().on("x") + PL().on("y", given="x")
     svi = SVI(classes, lambda x, y: None, numpyro.optim.SGD(0.1), loss=objective)
