@@ -22,6 +22,7 @@ __all__ = [
     "ShortAuxiliaryWarning",
     "UnhandledEnergyError",
     "WidthWarning",
+    "check_finite",
     "check_fraction",
     "check_integer",
     "check_not_negative",
@@ -121,6 +122,11 @@ def check_not_negative(owner: str, **options: Any) -> None:
     _check_numbers(owner, options, lambda x: x >= 0, "not negative")
 
 
+def check_finite(owner: str, **options: Any) -> None:
+    """Raise :class:`ModelError` unless options are finite numbers, or traced."""
+    _check_numbers(owner, options, np.isfinite, "finite")
+
+
 def check_fraction(owner: str, **options: Any) -> None:
     """Raise :class:`ModelError` unless options are numbers between 0 and 1, or traced.
 
@@ -139,5 +145,5 @@ def _check_numbers(owner, options, is_right, what):
         if not x.size or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
             raise ModelError(f"{owner}: `{name}` must be a number, {what}, got {value!r}.")
         if not np.all(np.isfinite(x) & is_right(x)):
-            finite = "" if np.all(np.isfinite(x)) else " and finite"
+            finite = "" if what == "finite" or np.all(np.isfinite(x)) else " and finite"
             raise ModelError(f"{owner}: `{name}` must be {what}{finite}, got {value}.")

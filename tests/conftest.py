@@ -28,6 +28,8 @@ import numpyro_ebm as ebm
 gc.freeze()
 gc.set_threshold(100_000, 20, 50)
 
+collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in processes of its own
+
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (
     "test_adjusted_intervals_cover_at_their_nominal_rates[",

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
 # From the ground up. A file may import from its own folder and from the floors below.
 FLOORS = [
     {"_compat", "datasets", "errors", "keys", "types"},
+    {"signatures"},
     {"language", "program"},
     {"samplers"},
     {"model", "models"},

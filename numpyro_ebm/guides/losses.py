@@ -21,12 +21,19 @@ from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import set_visible, substitute_and_block
 from numpyro_ebm.language.sites import masks_of, plates_of, unwrap
 from numpyro_ebm.model.reference import Completed
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.types import Model, Params
 
-__all__ = ["PosteriorScore", "RelaxedELBO", "default_guide_loss", "row_guide_loss"]
+__all__ = [
+    "PosteriorScore",
+    "RelaxedELBO",
+    "check_guide_loss",
+    "default_guide_loss",
+    "row_guide_loss",
+]
 
 
-class RelaxedELBO:
+class RelaxedELBO(Checked):
     r"""Evidence lower bound with relaxed Bernoulli latents, for fitting a guide.
 
     .. math:: \mathcal L(φ) = E\big[\log q(\tilde h | v; ⊥φ) - \log\tilde p(v, \tilde h; θ)\big],
@@ -95,7 +102,7 @@ class RelaxedELBO:
         return f"RelaxedELBO(temperature={self.temperature}{held})"
 
 
-class PosteriorScore:
+class PosteriorScore(Checked):
     r"""Fisher divergence between the guide and the posterior, for continuous latents.
 
     .. math:: \mathcal L(φ) = \tfrac12 E_{q(h | v; φ)} \|∇_h \log q(h | v; φ) -
@@ -210,6 +217,15 @@ def row_guide_loss(
 
 
 _BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
+
+
+def check_guide_loss(owner: str, guide_loss: Any) -> None:
+    """Raise :class:`ModelError` unless it is a loss of guides, or ``None``."""
+    if guide_loss is not None and not hasattr(guide_loss, "loss"):
+        raise ModelError(
+            f"{owner}: `guide_loss` must be a NumPyro ELBO, `RelaxedELBO` or `PosteriorScore`, got "
+            f"{guide_loss!r}."
+        )
 
 
 class _relax_bernoulli(Messenger):

@@ -25,6 +25,7 @@ from numpyro_ebm.errors import (
     check_integer,
 )
 from numpyro_ebm.language.questions import who_resolves
+from numpyro_ebm.signatures import checked
 
 __all__ = ["Counting", "Lebesgue", "Unnormalized"]
 
@@ -99,10 +100,11 @@ class Lebesgue(dist.ImproperUniform):
 
     pytree_aux_fields = ("handled_by",)
 
+    @checked
     def __init__(
         self,
         event_shape: tuple[int, ...] = (),
-        support: Any = constraints.real,
+        support: constraints.Constraint = constraints.real,
         *,
         batch_shape: tuple[int, ...] = (),
         validate_args: bool | None = None,
@@ -177,6 +179,7 @@ class Counting(dist.Distribution):
         """Never: NumPyro would say so of a distribution without parameters."""
         return False
 
+    @checked
     def __init__(
         self,
         num_values: float = 2,

@@ -9,10 +9,11 @@ import numpyro
 from jax.typing import ArrayLike
 from numpyro.primitives import Messenger, plate
 
-from numpyro_ebm._compat import handler_stack, not_jax_tracer
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm._compat import handler_stack
+from numpyro_ebm.errors import ModelError, check_not_negative
 from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, NORMALIZER
 from numpyro_ebm.language.sites import is_energy, masks_of, plates_of, without_masks
+from numpyro_ebm.signatures import checked
 from numpyro_ebm.types import Params
 
 __all__ = [
@@ -184,6 +185,7 @@ class integrated(Messenger):
     ['z']
     """
 
+    @checked
     def __init__(self, fn: Callable[..., Any] | None = None, names: Iterable[str] = ()):
         self.names, self._seen = frozenset(names), set()
         super().__init__(fn)
@@ -246,6 +248,7 @@ class fixed(Messenger):
     ['E', 'data', 'v']
     """
 
+    @checked
     def __init__(self, fn: Callable[..., Any] | None = None, params: Params | None = None):
         if not isinstance(params, dict):
             raise ModelError(
@@ -333,6 +336,7 @@ class temper(Messenger):
     -0.5
     """
 
+    @checked
     def __init__(self, fn: Callable[..., Any] | None = None, inverse_temperature: ArrayLike = 1.0):
         if jnp.ndim(inverse_temperature) > 0:
             raise ModelError(
@@ -340,11 +344,7 @@ class temper(Messenger):
                 f"{jnp.shape(inverse_temperature)}."
             )
         beta: Any = inverse_temperature
-        if not_jax_tracer(beta) and not 0 <= beta < float("inf"):
-            raise ModelError(
-                "`temper`: `inverse_temperature` must be finite and not negative, got "
-                f"{inverse_temperature}."
-            )
+        check_not_negative("temper", inverse_temperature=beta)
         self.inverse_temperature = inverse_temperature
         super().__init__(fn)
 

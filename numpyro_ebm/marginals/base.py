@@ -12,6 +12,7 @@ from jax import lax
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.types import LogDensity, Params, SiteValues
 
 __all__ = ["Estimate", "ExactMarginal", "Marginal", "resampled_particle", "score_of"]
@@ -34,7 +35,7 @@ class Estimate(NamedTuple):
     score: Callable[..., Any]
 
 
-class Marginal(ABC):
+class Marginal(Checked, ABC):
     """Base class of the ways to integrate h out of p̃(v, h; θ).
 
     - **needs_guide** - whether it draws from a guide q(h | v).

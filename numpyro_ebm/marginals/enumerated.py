@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
+from numpyro_ebm.errors import check_integer
 from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.marginals.plated_sums import (
     coupled_sites,
@@ -60,6 +61,7 @@ class Enumerated(ExactMarginal):
     """
 
     def __init__(self, *, max_states: int = 65_536):
+        check_integer("Enumerated", max_states=max_states)
         self.max_states = max_states
 
     def why_not(self, row_model: RowModel) -> str | None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 
+from numpyro_ebm.errors import check_integer
 from numpyro_ebm.marginals.base import ExactMarginal
 from numpyro_ebm.model.finite_supports import in_all_rows, joint_states, num_joint_states
 from numpyro_ebm.model.row_model import RowModel
@@ -65,6 +66,7 @@ class GaussianLatents(ExactMarginal):
     """
 
     def __init__(self, *, max_states: int = 4_096):
+        check_integer("GaussianLatents", max_states=max_states)
         self.max_states = max_states
 
     def why_not(self, row_model: RowModel) -> str | None:

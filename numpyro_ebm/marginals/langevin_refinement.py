@@ -15,12 +15,13 @@ from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.samplers.per_row import per_row
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.types import Params, SiteValues
 
 __all__ = ["LangevinRefinement"]
 
 
-class LangevinRefinement:
+class LangevinRefinement(Checked):
     r"""Langevin steps on continuous latent sites, for ``VaGES(refine=...)``.
 
     .. math:: h' = h + ε\,∇_h \log\tilde p(v, h; θ) + \sqrt{2ε}\,ξ

@@ -27,7 +27,12 @@ from numpyro.infer import TraceGraph_ELBO
 
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.guides.guide import Guide
-from numpyro_ebm.guides.losses import RelaxedELBO, default_guide_loss, row_guide_loss
+from numpyro_ebm.guides.losses import (
+    RelaxedELBO,
+    check_guide_loss,
+    default_guide_loss,
+    row_guide_loss,
+)
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.draws import scan_keys
@@ -80,6 +85,7 @@ class Unrolled(Marginal):
         self.num_steps = num_steps
         self.step_size = step_size
         self.num_particles = num_particles
+        check_guide_loss("Unrolled", guide_loss)
         self.guide_loss = guide_loss
 
     def check(self, row_model: RowModel, guide: Guide | None, order: int) -> None:

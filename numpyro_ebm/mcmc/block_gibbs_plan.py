@@ -6,7 +6,7 @@ Every unobserved site is in one block, and the energy's operations say how
 tried before they are believed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ def parse_blocks(blocks: Sequence[Sequence[str]] | None) -> tuple[tuple[str, ...
     """
     if blocks is None:
         return None
-    if isinstance(blocks, str) or any(isinstance(names, str) for names in blocks):
+    if any(isinstance(x, str) or not isinstance(x, Iterable) for x in (blocks, *blocks)):
         raise ModelError(
             "BlockGibbs: `blocks` is a sequence of sequences of site names, such as "
             f'[["v"], ["h"]], got {blocks!r}.'

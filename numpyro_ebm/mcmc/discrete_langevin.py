@@ -147,7 +147,7 @@ class DiscreteLangevin(AdaptiveKernel):
                 "no acceptance to adapt it to."
             )
         self.leaves_invariant = self.is_reversible = adjusted
-        self._differences = differences
+        self._differences: Literal["gradient", "exact"] = differences
         adapt_step_size = adapt_step_size and adjusted
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 

@@ -26,12 +26,13 @@ from numpyro_ebm.mcmc.watch import Watch
 from numpyro_ebm.model.plain_model import PlainModel, read_plain_model
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.types import LogDensity, Model, SiteValues
 
 __all__ = ["RowKernel"]
 
 
-class RowKernel(MCMCKernel):
+class RowKernel(Checked, MCMCKernel):
     """NumPyro's protocol for a kernel on the unobserved sites of the rows of a fixed model.
 
     What a kernel is, it says by these attributes, which others ask for:

@@ -14,6 +14,7 @@ from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.questions import NORMALIZER
 from numpyro_ebm.language.sites import is_energy, plates_of, unwrap
 from numpyro_ebm.model.priors import isolated
+from numpyro_ebm.signatures import checked
 from numpyro_ebm.types import Model
 
 __all__ = ["given"]
@@ -57,6 +58,7 @@ class given(Messenger):
     >>> kernel = Gibbs([(exchange, ["precision"]), (NUTS(hierarchy), ["mu"])])
     """
 
+    @checked
     def __init__(self, fn: Model | None = None, names: Sequence[str] = ()):
         if isinstance(names, str) or not names or not all(isinstance(x, str) for x in names):
             raise ModelError(

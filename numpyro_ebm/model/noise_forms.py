@@ -16,6 +16,7 @@ from numpyro_ebm.model.row_model import RowModel
 
 __all__ = [
     "FORMS",
+    "check_noise",
     "is_float_array",
     "is_flow",
     "named_leaves",
@@ -32,6 +33,14 @@ FORMS = (
 def is_flow(x: Any) -> bool:
     """A distribution of another library, such as flowjax: a pytree with a density and draws."""
     return all(hasattr(x, name) for name in ("sample", "log_prob", "shape"))
+
+
+def check_noise(owner: str, **options: Any) -> None:
+    """Raise :class:`ModelError` unless options are of one of the forms of a noise."""
+    for name, x in options.items():
+        known = Transform | list | tuple | dict | dist.Distribution
+        if not (callable(x) or is_flow(x) or isinstance(x, known)):
+            raise ModelError(f"{owner}: `{name}` must be {FORMS}; got {x!r}.")
 
 
 def transformed_normal(transforms: Any, row_model: RowModel) -> dist.Distribution:

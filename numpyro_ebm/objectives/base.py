@@ -19,6 +19,7 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.parts import Term
 from numpyro_ebm.objectives.plan import Problem, make_plan
 from numpyro_ebm.program.derivatives import once_differentiable
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.types import Model, Optimizer, Params, SiteValues
 
 __all__ = ["AuxiliaryNetwork", "Objective", "Problem"]
@@ -42,7 +43,7 @@ class AuxiliaryNetwork(NamedTuple):
     num_steps: int = 1
 
 
-class Objective(Term, ABC):
+class Objective(Checked, Term, ABC):
     """Base class of the objectives; each is a loss in NumPyro's sense.
 
     ``objective.loss(rng_key, params, model, guide, *args, **kwargs)`` returns an estimate of the

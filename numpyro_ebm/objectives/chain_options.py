@@ -4,6 +4,7 @@
 from typing import Any, NamedTuple
 
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.model.noise_forms import check_noise
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.chain_history import Remembers
 from numpyro_ebm.objectives.chain_starts import OWNER, check_initial
@@ -43,7 +44,9 @@ class ChainOptions(NamedTuple):
         for name in ("num_chains", "buffer"):
             if getattr(self, name) is not None:
                 check_integer(OWNER, **{name: getattr(self, name)})
-        if isinstance(self.initial, str) and self.initial not in ("data", "gaussian", "uniform"):
+        if not isinstance(self.initial, str):
+            check_noise(OWNER, initial=self.initial)
+        elif self.initial not in ("data", "gaussian", "uniform"):
             raise ModelError(
                 f'{OWNER}: `initial` must be "data", "gaussian", "uniform" or a noise such as a '
                 f"NumPyro distribution, got {self.initial!r}."

@@ -155,7 +155,9 @@ class MultiscaleDenoisingScoreMatching(Objective):
     ):
         if noise_scale is not None:
             check_positive("MultiscaleDenoisingScoreMatching", noise_scale=noise_scale)
-        if not 0 < min_noise_scale <= max_noise_scale:
+        name = "MultiscaleDenoisingScoreMatching"
+        check_positive(name, min_noise_scale=min_noise_scale, max_noise_scale=max_noise_scale)
+        if not min_noise_scale <= max_noise_scale:
             raise ModelError(
                 "MultiscaleDenoisingScoreMatching: needs 0 < min_noise_scale <= max_noise_scale, "
                 f"got {min_noise_scale} and {max_noise_scale}."

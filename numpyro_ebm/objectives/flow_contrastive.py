@@ -18,7 +18,7 @@ import jax
 import numpyro.distributions as dist
 from jax.lax import stop_gradient
 
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError, check_integer, check_not_negative
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.model.row_model import RowModel
@@ -77,6 +77,8 @@ class FlowContrastive(NCE):
     (True, True)
     """
 
+    noise_name = "flow"
+
     def __init__(
         self,
         flow: Any,
@@ -89,10 +91,7 @@ class FlowContrastive(NCE):
         likelihood_weight: float = 0.0,
     ):
         check_integer("FlowContrastive", num_flow_steps=num_flow_steps)
-        if not likelihood_weight >= 0:
-            raise ModelError(
-                f"FlowContrastive: `likelihood_weight` must not be negative: {likelihood_weight}."
-            )
+        check_not_negative("FlowContrastive", likelihood_weight=likelihood_weight)
         super().__init__(flow, noise_ratio, marginal, init_log_normalizer=init_log_normalizer)
         self.likelihood_weight = likelihood_weight
         self.networks = (

@@ -74,6 +74,7 @@ class MaximumLikelihood(Objective):
     ):
         check_integer("MaximumLikelihood", 4, num_nodes=num_nodes)
         self.num_nodes = num_nodes
+        check_integer("MaximumLikelihood", max_states=max_states)
         self.max_states = max_states
         super().__init__(marginal)
 

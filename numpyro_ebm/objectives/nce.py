@@ -13,7 +13,7 @@ from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
 
 from numpyro_ebm._compat import eval_provenance
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError, check_finite, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.reading import read_model
@@ -104,6 +104,8 @@ class NCE(NoiseContrast):
         init_log_normalizer: float | None = None,
     ):
         super().__init__(noise, noise_ratio, marginal)
+        if init_log_normalizer is not None:
+            check_finite(type(self).__name__, init_log_normalizer=init_log_normalizer)
         self.init_log_normalizer = init_log_normalizer
         check_integer(type(self).__name__, num_noise_steps=num_noise_steps)
         if noise_optim is not None and (

@@ -35,6 +35,7 @@ from jax.lax import stop_gradient
 from numpyro_ebm.errors import check_integer
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.noise import Noise
+from numpyro_ebm.model.noise_forms import check_noise
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.types import Params, SiteValues
@@ -46,9 +47,11 @@ class NoiseContrast(Objective):
     """What objectives with a noise distribution share."""
 
     order = 1
+    noise_name = "noise"  # of the argument
 
     def __init__(self, noise: Any, noise_ratio: int, marginal: Marginal | None):
         check_integer(type(self).__name__, noise_ratio=noise_ratio)
+        check_noise(type(self).__name__, **{self.noise_name: noise})
         self.noise = noise
         self.noise_ratio = noise_ratio
         super().__init__(marginal)

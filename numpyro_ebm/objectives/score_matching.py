@@ -57,7 +57,9 @@ class ScoreMatching(Objective):
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
-        trace = _trace(lambda e: second_derivative(params, estimate, problem, e), problem)
+        trace = _sum_over_coordinates(
+            lambda e: second_derivative(params, estimate, problem, e), problem
+        )
         return problem.row_model.mean(half_square(params, estimate, problem) + trace)
 
 
@@ -124,7 +126,7 @@ def _sliced_half_square(params, estimate, problem, direction):
     return half_value(constant_once(along_a) * along_b)
 
 
-def _trace(along, problem):
+def _sum_over_coordinates(along, problem):
     """The sum of ``along(direction)``, of shape (rows,), over the coordinates of a row.
 
     As many coordinates as memory allows go together, and nothing is kept of a block but its sum:

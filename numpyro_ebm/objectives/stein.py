@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
@@ -106,11 +106,8 @@ class KernelSteinDiscrepancy(Objective):
                 f"KernelSteinDiscrepancy: `kernel` must be one of {sorted(KERNELS)}, got "
                 f"{kernel!r}."
             )
-        if bandwidth != "median" and (isinstance(bandwidth, str) or not bandwidth > 0):
-            raise ModelError(
-                "KernelSteinDiscrepancy: `bandwidth` must be a positive number or 'median', got "
-                f"{bandwidth!r}."
-            )
+        if bandwidth != "median":
+            check_positive("KernelSteinDiscrepancy", bandwidth=bandwidth)
         if pairs not in ("all", "square", "halves"):
             raise ModelError(
                 "KernelSteinDiscrepancy: `pairs` must be 'all', 'square' or 'halves', got "

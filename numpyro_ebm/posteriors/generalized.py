@@ -35,6 +35,7 @@ from numpyro_ebm.posteriors.conjugate import GaussianPosterior, gaussian_posteri
 from numpyro_ebm.posteriors.potential import Potential, own_parameter_prior
 from numpyro_ebm.posteriors.simulated_rows import AtValues
 from numpyro_ebm.program.jaxprs import needed
+from numpyro_ebm.signatures import checked
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["generalized"]
@@ -114,6 +115,7 @@ class generalized(Calibrated):
 
     posterior_kind = "loss"  # for `to_arviz`
 
+    @checked
     def __init__(
         self,
         model: Model,

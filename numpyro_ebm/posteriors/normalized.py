@@ -25,6 +25,7 @@ from numpyro_ebm.model.enumerated_values import EnumeratedValues
 from numpyro_ebm.model.priors import data_plate, isolated, read_with_priors, run_prior
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_analysis import check_rows_alike
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["NormalizedRow", "normalized"]
@@ -37,7 +38,7 @@ OF_PARAMETERS = {
 """The methods that give log Z as a function of the parameters."""
 
 
-class normalized:
+class normalized(Checked):
     r"""Give a model its log Z(θ): an ordinary NumPyro model with the exact posterior.
 
     .. math:: \log p(v_n \mid θ) = \log \tilde p(v_n; θ) - \log Z(θ)
@@ -117,6 +118,7 @@ class normalized:
         self.model = model
         self.log_normalizer = log_normalizer
         self._marginal = marginal
+        check_integer("normalized", max_states=max_states)
         self._num_nodes, self._max_states = num_nodes, max_states
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:

@@ -17,13 +17,14 @@ import numpy as np
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.signatures import Checked
 from numpyro_ebm.svi.saved import as_it_was, packed, unpacked
 from numpyro_ebm.svi.state import EnergySVIRunResult
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 
 
-class Checkpoint:
+class Checkpoint(Checked):
     """Where a run keeps its checkpoints, and how many: for ``EnergySVI.run(..., checkpoint=...)``.
 
     A run that finds one there goes on from the latest, and ends where it would have ended without

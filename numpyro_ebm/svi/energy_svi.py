@@ -19,9 +19,11 @@ from numpyro.infer import SVI
 from numpyro.infer.util import transform_fn
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_integer
+from numpyro_ebm.guides.losses import check_guide_loss
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
+from numpyro_ebm.signatures import checked
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.compiled import CompiledRounds
 from numpyro_ebm.svi.loop import Callback
@@ -118,6 +120,7 @@ class EnergySVI(SVI):
     True
     """
 
+    @checked
     def __init__(
         self,
         model: Model,
@@ -136,6 +139,7 @@ class EnergySVI(SVI):
                 "EnergySVI: `loss` must be an objective such as `DenoisingScoreMatching(0.05)`, "
                 f"got {loss!r}. A NumPyro ELBO belongs in `guide_loss`."
             )
+        check_guide_loss("EnergySVI", guide_loss)
         check_integer("EnergySVI", num_guide_steps=num_guide_steps)
         if num_rows is not None:
             check_integer("EnergySVI", num_rows=num_rows)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
-from registry.kernels import KERNELS
+from registry.kernels import KERNELS, nothing
 
 import numpyro_ebm as ebm
 
@@ -65,13 +65,13 @@ def asymmetry(make, model):
 REVERSIBLE = {
     name: kernel.make if name == "SwendsenWang" else partial(kernel.make, step_size=0.7)
     for name, kernel in KERNELS.items()
-    if kernel.make(None).is_reversible
+    if kernel.make(nothing).is_reversible
 }
 REVERSIBLE["BlockGibbs there and back"] = partial(ebm.BlockGibbs, reversible=True)
 
 
 def model_of(make):
-    kernel = make(None)
+    kernel = make(nothing)
     if isinstance(kernel, ebm.SwendsenWang):
         return clusters
     return discrete if kernel.moves_discrete else real

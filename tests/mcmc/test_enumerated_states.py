@@ -12,7 +12,7 @@ import numpyro
 import pytest
 from jax import lax
 from oracles.values import Values
-from registry.kernels import kernels
+from registry.kernels import kernels, nothing
 
 import numpyro_ebm as ebm
 
@@ -177,4 +177,4 @@ def test_the_law_of_every_sampler_is_that_of_enumeration(sampler, energy):
 def test_every_sampler_of_discrete_sites_is_here():
     registered = kernels(moves_discrete=True, leaves_invariant=True).values()
     classes = {type(make(None)) for make in SAMPLERS.values()}
-    assert {type(kernel.make(None)) for kernel in registered} <= classes
+    assert {type(kernel.make(nothing)) for kernel in registered} <= classes

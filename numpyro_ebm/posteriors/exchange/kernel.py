@@ -161,6 +161,8 @@ class Exchange(AdaptiveKernel):
         check_integer("Exchange", 0, num_bridges=num_bridges)
         if num_references is not None:
             check_integer("Exchange", num_references=num_references)
+        numbers = {"num_auxiliary_steps": num_auxiliary_steps, "max_states": max_states}
+        check_integer("Exchange", **numbers)
         self._auxiliary = make_auxiliary(auxiliary, num_auxiliary_steps, max_states)
         self._is_langevin = proposal == "langevin"
         self._num_bridges = num_bridges

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a signature says of its arguments is made sure of where an object is made.
+
+An option of the wrong type would else be met in the middle of a compiled program, or never: any
+object serves as a flag. The annotations are there already, so that one function looks at all of
+them; ranges are looked at by the ``check_...`` functions of :mod:`numpyro_ebm.errors`.
+"""
+
+import collections.abc
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, Union
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from numpyro_ebm.errors import ModelError
+
+__all__ = ["Checked", "checked"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Checked:
+    """A class whose subclasses look at the arguments that they are made with."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__)
+
+
+def checked(function: Function) -> Function:
+    """A function, or the ``__init__`` of a class, that looks at its arguments first.
+
+    :param function: the function. Of its annotations, flags, whole and other numbers, strings,
+        literals, functions, classes and unions of these are looked at.
+    :return: the same, which raises :class:`ModelError` with the name of an argument that is none of
+        what its annotation says.
+    """
+    signature = inspect.signature(function)
+    is_init = function.__name__ == "__init__"
+
+    @functools.wraps(function)
+    def looking(*args, **kwargs):
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # which says what is missing
+        hints = _hints(function)
+        owner = type(args[0]).__name__ if is_init else function.__name__
+        for name, value in given.items():
+            hint = hints.get(name, Any)
+            if signature.parameters[name].kind in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            ):
+                continue
+            if not _is_one(value, hint):
+                raise ModelError(f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}.")
+        return function(*args, **kwargs)
+
+    return typing.cast(Function, looking)
+
+
+@functools.cache
+def _hints(function):
+    return typing.get_type_hints(function)
+
+
+def _is_one(value, hint):
+    """Whether a value is what an annotation says, as far as that can be told."""
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if hint == ArrayLike:
+        numbers = isinstance(value, int | float | complex | list | tuple)
+        return (numbers or hasattr(value, "dtype")) and not isinstance(value, bool)
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if set(typing.get_args(ArrayLike)) < set(typing.get_args(hint)):
+            return value is None or _is_one(value, ArrayLike)
+        return any(_is_one(value, x) for x in typing.get_args(hint))
+    if origin is Literal:
+        return any(type(value) is type(x) and value == x for x in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool | np.bool_)
+    if hint is int:
+        return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if hint is float:
+        numbers = int | float | np.number | np.ndarray | jax.Array
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    kind = hint if origin is None else origin
+    if kind is tuple:
+        return isinstance(value, tuple | list)
+    if kind is collections.abc.Callable:
+        return callable(value)
+    if kind is collections.abc.Sequence:
+        return hasattr(value, "__len__") and not isinstance(value, str | bytes | dict)
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _worded(hint):
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType) and hint != ArrayLike:
+        numbers = typing.get_args(ArrayLike)
+        if set(numbers) < set(typing.get_args(hint)):
+            return "a number, an array or `None`"
+        return " or ".join(dict.fromkeys(map(_worded, typing.get_args(hint))))
+    if origin is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    kind = hint if origin is None else origin
+    if hint == ArrayLike:
+        return "a number or an array"
+    words = {
+        type(None): "`None`",
+        bool: "True or False",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        tuple: "a tuple",
+        collections.abc.Callable: "a function",
+        collections.abc.Sequence: "a sequence",
+    }
+    return words[kind] if kind in words else f"a `{getattr(kind, '__name__', kind)}`"
