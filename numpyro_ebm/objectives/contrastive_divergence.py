@@ -68,8 +68,8 @@ class ContrastiveDivergence(NegativePhase):
         the data has a chain of its own, which moves when the row is in the batch.
     :param int num_chains: persistent chains that move in a round; as many as the batch has rows if
         ``None``.
-    :param int buffer: how many persistent chains are kept, of which ``num_chains`` at random move
-        in a round (a replay buffer); if ``None``, all that are kept move.
+    :param int buffer: how many persistent chains are kept, of which ``num_chains`` move in a round,
+        neighbours from a random place on (a replay buffer); all that are kept if ``None``.
     :param initial: where chains begin: ``"data"``, the rows of the batch; ``"gaussian"``,
         independent Gaussians with the means and standard deviations of its unconstrained
         coordinates; ``"uniform"``, noise on bounded or finite supports; or a noise as

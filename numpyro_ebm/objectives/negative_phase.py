@@ -129,7 +129,10 @@ class NegativePhase(Objective):
             state.check(num, each=options.num_chains is None)
             return None
         state.check(options.buffer, each=False)
-        return jax.random.choice(rng_key, options.buffer, (num,), replace=False)
+        # Neighbours from a random place on: chains do not differ, and a shuffle of all costs more
+        # than a round.
+        first = jax.random.randint(rng_key, (), 0, options.buffer)
+        return (first + jnp.arange(num)) % options.buffer
 
     def _start(self, rng_key, params, problem, num):
         """Where chains begin: visible values, and h as the marginal has it of a guide."""
