@@ -15,10 +15,13 @@ import numpy as np
 from numpyro_ebm.diagnostics.row_scores import RowScores
 from numpyro_ebm.errors import ModelError
 
-__all__ = ["check_comparable", "comparison_table"]
+__all__ = ["check_comparable", "comparison_table", "same_data"]
 
 MOST_OF_ERROR = 0.5
 """Share of an error bar's square that one row, or log Z, may have before the table warns."""
+
+ROUNDING = 1e-5
+"""Error bars below this share of a sum are those of floats."""
 
 
 def check_comparable(found: dict[str, RowScores], is_log: bool) -> None:
@@ -37,7 +40,7 @@ def check_comparable(found: dict[str, RowScores], is_log: bool) -> None:
         if not _are_close(one.weights, other.weights):
             raise ModelError(f"{both} give rows other weights, by `handlers.scale` or `mask`.")
         if one.data is not None and other.data is not None:
-            if not _same_data(one.data, other.data):
+            if not same_data(one.data, other.data):
                 raise ModelError(
                     f"{both} observe different data ({_shown_data(one.data)}; "
                     f"{_shown_data(other.data)}). Scores are compared at the same values of the "
@@ -63,7 +66,8 @@ def _are_close(x, y):
     return np.shape(x) == np.shape(y) and bool(np.allclose(x, y, rtol=1e-5, equal_nan=True))
 
 
-def _same_data(one, other):
+def same_data(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether visible values are the same, to the precision of the shorter floats."""
     if one.keys() != other.keys() and len(one) == len(other) == 1:
         return _are_close(*one.values(), *other.values())  # under another name
     return one.keys() == other.keys() and all(_are_close(one[k], other[k]) for k in one)
@@ -118,7 +122,8 @@ def _error(weights, values, scores):
         np.sum((weights * x.errors) ** 2) + (np.sum(weights) * x.shared_error) ** 2 for x in scores
     )
     square = np.sum(of_rows) + of_log_z
-    doubt = max(np.max(of_rows), of_log_z) > MOST_OF_ERROR * square > 0
+    rounding = ROUNDING * max(float(weights @ np.abs(x.values)) for x in scores)
+    doubt = max(np.max(of_rows), of_log_z) > MOST_OF_ERROR * square > rounding**2
     return float(np.sqrt(square)), bool(doubt)
 
 

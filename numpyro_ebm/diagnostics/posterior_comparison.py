@@ -8,6 +8,7 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from numpyro_ebm.diagnostics.arviz import to_arviz
+from numpyro_ebm.diagnostics.comparison_table import same_data
 from numpyro_ebm.errors import ModelError
 
 __all__ = ["compare_posteriors", "is_of_posterior"]
@@ -45,7 +46,7 @@ def compare_posteriors(
     found = {name: _with_likelihood(name, entry) for name, entry in models.items()}
     (first, data), *rest = [(name, _observed(entry)) for name, entry in found.items()]
     for name, other in rest:
-        if data and other and not _are_same(data, other):
+        if data and other and not same_data(data, other):
             raise ModelError(
                 f"compare: '{first}' and '{name}' observe different data. Fit both to the same "
                 "rows."
@@ -67,16 +68,8 @@ def _with_likelihood(name, entry):
 
 
 def _observed(entry):
-    """Arrays of the observed data, and the number of rows in all."""
+    """Arrays of the observed data by name; none where there are none."""
     group = getattr(entry, "observed_data", None)
     if group is None:
         return {}
     return {name: np.asarray(x) for name, x in group.data_vars.items()}
-
-
-def _are_same(one, other):
-    if len(one) == len(other) == 1:
-        return np.array_equal(*one.values(), *other.values(), equal_nan=True)
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[k], other[k], equal_nan=True) for k in one
-    )

@@ -167,6 +167,7 @@ def test_baselines_and_normalized_models_have_their_likelihood():
     model = ebm.normalized(bayesian, lambda p: 0.5 * jnp.log(2 * jnp.pi / p["precision"]))
     found = ebm.compare({"normalized": (model, {"precision": 1.0}), "plain": normal}, ROWS)
     np.testing.assert_allclose(found.elpd, stats.norm.logpdf(ROWS).sum(), rtol=1e-5)
+    assert not found.warning.any()  # differences are those of floats
 
 
 def positive(data):
@@ -262,6 +263,7 @@ def test_posteriors_are_handed_to_arviz():
     good, bad = (stats.norm.logpdf(data, draws + mean) for mean in (0.0, 0.5))
     found = ebm.compare({"bad": posterior(bad, data), "good": posterior(good, data)})
     assert list(found.index) == ["good", "bad"]
+    ebm.compare({"bad": posterior(bad, data), "good": posterior(good, data.astype(np.float32))})
     with pytest.raises(ebm.ModelError, match="observe different data"):
         ebm.compare({"bad": posterior(bad, data + 1), "good": posterior(good, data)})
     with pytest.raises(ebm.ModelError, match="'b' are no posteriors"):

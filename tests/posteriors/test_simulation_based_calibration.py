@@ -45,12 +45,23 @@ def p_value(route, num=300, **options):
     return found.p_value
 
 
-def test_right_routes_have_uniform_ranks_and_wrong_ones_do_not():
-    assert p_value(conjugate) > 0.01
-    assert p_value(lambda key, data: conjugate(key, data, num=500)) > 0.01  # thinned
-    # standard deviations of a half, and means that are one of them off
-    assert p_value(lambda key, data: conjugate(key, data, power=4.0)) < 1e-3
-    assert p_value(lambda key, data: conjugate(key, data, shift=1.0)) < 1e-3
+def slow(*values, **options):
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
+@pytest.mark.parametrize(
+    "options, is_right",
+    [
+        pytest.param({}, True, id="right"),
+        slow({"num": 500}, True, id="thinned"),
+        pytest.param({"power": 4.0}, False, id="half as wide"),
+        slow({"power": 0.25}, False, id="twice as wide"),
+        slow({"shift": 1.0}, False, id="a standard deviation off"),
+    ],
+)
+def test_right_routes_have_uniform_ranks_and_wrong_ones_do_not(options, is_right):
+    found = p_value(partial(conjugate, **options))
+    assert found > 0.01 if is_right else found < 1e-3
 
 
 def test_p_values_of_uniform_ranks_are_uniform():
@@ -86,7 +97,14 @@ def test_parameters_are_judged_together_and_ties_are_broken():
         }
 
     found = ebm.simulation_based_calibration(
-        KEY, two_parameters, prior_only, 400, np.zeros((1, 2), int), num_draws=19, num_bits=2
+        KEY,
+        two_parameters,
+        prior_only,
+        400,
+        np.zeros((1, 2), int),
+        num_draws=19,
+        num_bits=2,
+        simulate=lambda key, params: {"v": jnp.zeros((1, 2), int)},
     )
     # Ranks of the prior among its own draws are uniform, of a discrete parameter too.
     assert found.ranks["logit"].shape == (400, 2) and found.p_values["coin"].shape == ()
