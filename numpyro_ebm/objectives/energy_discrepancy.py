@@ -52,10 +52,10 @@ class EnergyDiscrepancy(Objective):
     times that of maximum likelihood, at w = 0 twice to twenty times.
 
     :param float noise_scale: t, the standard deviation of the Gaussian perturbation, in
-        unconstrained coordinates. If ``None``, that of each coordinate in the batch over √D, with
-        D the number of real coordinates of a row: wide enough to see what lies between rows, and
-        not so wide that in many dimensions every row is told from its perturbations. Not used on
-        discrete sites.
+        unconstrained coordinates. If ``None``, that of each coordinate in the other rows of the
+        batch over √D, with D the number of real coordinates of a row: wide enough to see what lies
+        between rows, and not so wide that in many dimensions every row is told from its
+        perturbations. Not used on discrete sites.
     :param int num_samples: M, perturbations of each row.
     :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param float w: weight of the row itself, which stabilises the logarithm; 1 unless there is a
@@ -68,7 +68,8 @@ class EnergyDiscrepancy(Objective):
     :raises ModelError: if ``noise_scale`` is not positive, ``num_samples`` is not a positive
         integer, ``w`` is negative, ``flip_probability`` is not inside (0, 1) or ``perturbation`` is
         unknown; when used, if a discrete visible site has infinitely many values that are not moved
-        so, the marginal has no exact value, or ``noise_scale`` is not given and there is one row.
+        so, the marginal has no exact value, or ``noise_scale`` is not given and there are less than
+        three rows.
 
     Warns :class:`~numpyro_ebm.errors.FarNoiseWarning` at the end of a run if rows are told from
     their perturbations without doubt: the loss then stands at its bound, log(w/M), and is flat.

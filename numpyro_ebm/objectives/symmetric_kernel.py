@@ -31,7 +31,7 @@ class SymmetricKernel:
 
     :param str owner: the objective, for messages.
     :param noise_scale: standard deviation of the noise, in unconstrained coordinates; ``None``
-        for that of the data, coordinate by coordinate, over the root of their number.
+        for that of the other rows, coordinate by coordinate, over the root of their number.
     :param flip_probability: the probability that a discrete coordinate moves, each by itself;
         ``None`` for exactly one of each row, chosen at random.
     :param str perturbation: to any other value (``"uniform"``), or one place up or down: round and
@@ -61,11 +61,11 @@ class SymmetricKernel:
         """Raise unless all visible sites can be moved."""
         for name, site in row_model.visible.items():
             if not site.is_discrete:
-                if self.noise_scale is None and row_model.num_rows < 2:
+                if self.noise_scale is None and row_model.num_rows < 3:
                     raise ModelError(
-                        f"{self.owner}: the visible site '{name}' is continuous, and one row has "
-                        "no standard deviation. Say how far it moves by `noise_scale`, in its "
-                        "unconstrained coordinates."
+                        f"{self.owner}: the visible site '{name}' is continuous, and a row moves "
+                        "as far as the others of its batch are spread, which takes three rows. "
+                        "Say how far it moves by `noise_scale`, in its unconstrained coordinates."
                     )
             elif lowest_count(site) is None:
                 check_values(site, self.owner)
@@ -113,14 +113,9 @@ class SymmetricKernel:
         if self.noise_scale is not None or not rows:
             return dict.fromkeys(rows, self.noise_scale)
         num = sum(math.prod(jnp.shape(x)) for x in rows.values()) // row_model.num_rows
-        rows, found = row_model.to_rows(rows), {}
-        for name, x in rows.items():
-            spread = _deviation(x, row_model.row_weights)
-            rounding = 16 * jnp.finfo(spread.dtype).eps * jnp.max(jnp.abs(x), 0)
-            same = spread <= rounding  # in all rows: such coordinates move as the others do
-            scale = jnp.where(same, jnp.sqrt(jnp.mean(spread**2)), spread) / math.sqrt(num)
-            found[name] = jnp.broadcast_to(stop_gradient(scale), jnp.shape(x))
-        return row_model.from_rows(found)
+        rows = row_model.to_rows(rows)
+        found = {k: _spread_of_others(x, row_model.row_weights) for k, x in rows.items()}
+        return row_model.from_rows({k: x / math.sqrt(num) for k, x in found.items()})
 
     def _moved(self, rng_key, site, x, moves, scale):
         if not site.is_discrete:
@@ -145,10 +140,19 @@ class SymmetricKernel:
         return jnp.where(moves, other, x)
 
 
-def _deviation(rows, weights):
-    """Standard deviation of every coordinate over the rows, which lead."""
-    if weights is None:
-        return jnp.std(rows, 0)
-    share = jnp.reshape(weights / jnp.sum(weights), (-1,) + (1,) * (jnp.ndim(rows) - 1))
-    mean = jnp.sum(share * rows, 0)
-    return jnp.sqrt(jnp.sum(share * (rows - mean) ** 2, 0))
+def _spread_of_others(rows, weights):
+    """Standard deviation of every coordinate over all rows but the one in whose place it stands.
+
+    With that row among them the kernel would not be symmetric: a row that lies far out is moved
+    farther than what comes of it. A coordinate that is the same in all rows moves as the others do.
+    """
+    weights = jnp.ones(len(rows)) if weights is None else weights
+    w = jnp.reshape(weights, (-1,) + (1,) * (jnp.ndim(rows) - 1))
+    x = rows - jnp.sum(w * rows, 0) / jnp.sum(w)
+    rest = jnp.sum(w) - w
+    variance = (jnp.sum(w * x**2, 0) - w * x**2) / rest - (w * x / rest) ** 2
+    rounding = 16 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(rows), 0)
+    same = variance <= rounding**2
+    mean = jnp.mean(jnp.where(same, 0.0, variance), tuple(range(1, jnp.ndim(x))), keepdims=True)
+    mean = jnp.where(mean > 0, mean, jnp.nan)  # where nothing varies there is no scale
+    return stop_gradient(jnp.sqrt(jnp.where(same, mean, variance)))
