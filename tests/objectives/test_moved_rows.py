@@ -190,8 +190,10 @@ def test_what_is_not_moved_is_refused():
 
     args = np.array([0, 1]), np.array([0.3, 0.1]), np.array([4, 0])
     for make in LOSSES:
-        for options in ({}, {"noise_scale": 0.5}):
-            message = "'n' has infinitely many values.*'ordinal'"
+        for options, message in (
+            ({}, "'v' is continuous.*`noise_scale`"),
+            ({"noise_scale": 0.5}, "'n' has infinitely many values.*'ordinal'"),
+        ):
             with pytest.raises(ModelError, match=f"{make.__name__}: the .*{message}"):
                 make(**options).loss(KEY, {"a": 1.0}, mixed, None, *args)
         loss = make(0.5, perturbation="ordinal").loss(KEY, {"a": 1.0}, mixed, None, *args)
