@@ -239,7 +239,11 @@ PARTICLES = ebm.PersistentParticles(mala, 2)
     ("make", "model", "message"),
     [
         (lambda: ebm.PersistentParticles(mala, 0), None, "num_particles"),
-        (lambda: ebm.PersistentParticles(ebm.MALA(latent_prior), 1), None, "from a model to a"),
+        (
+            lambda: ebm.PersistentParticles(ebm.MALA(latent_prior), 1),
+            None,
+            "`kernel` must be a function",
+        ),
         (
             lambda: ebm.ScoreMatching(ebm.PersistentParticles(mala, 5)),
             latent_prior,
