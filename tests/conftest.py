@@ -32,6 +32,7 @@ collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in proces
 
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (
+    "test_a_run_in_two_parts_is_one_run[",
     "test_adjusted_intervals_cover_at_their_nominal_rates[",
     "test_annealed_ising[",
     "test_annealed_supports[",
