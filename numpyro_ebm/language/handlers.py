@@ -161,7 +161,8 @@ class integrated(Messenger):
     A kernel on the model then moves the other sites, z, by their exact marginal, as discrete sites
     are summed out of it. :func:`~numpyro_ebm.sample` and ``ContrastiveDivergence`` draw x from its
     exact conditional beside it: chains on the latents of a latent-space prior alone, for example.
-    Hiding a site from a kernel by ``numpyro.handlers.block`` does not leave it out of the density.
+    A site that integrates to one given the rest, and that no energy reads, needs no integral:
+    chains of ``ContrastiveDivergence`` may hide it, ``numpyro.handlers.block(model, hide=["x"])``.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``.
     :param names: names of real sites that are jointly Gaussian given the rest.

@@ -127,7 +127,9 @@ def hidden_sites(who: str, kernel: MCMCKernel, row_model: RowModel) -> list[str]
                 what = f"{others} read it" if others else "its base measure is flat"
                 raise ModelError(
                     f"{who}: {type(kernel).__name__} is on a model that hides '{name}', which is "
-                    f"right if it integrates to one given the rest, and {what}. Do not hide it."
+                    f"right if it integrates to one given the rest, and {what}. Do not hide it; or "
+                    f"`numpyro_ebm.integrated(model, ['{name}'])`, where it is Gaussian given "
+                    "the rest."
                 )
     return names
 
