@@ -17,6 +17,7 @@ from oracles import assert_unbiased, draws, flat, jit
 
 import numpyro_ebm as ebm
 from numpyro_ebm.models import grbm_log_normalizer
+from numpyro_ebm.objectives.plan import BatchRows
 
 
 def rounds(objective, model, params, data, keys, guide=None):
@@ -171,20 +172,47 @@ def near(x, data):
         ebm.energy("E", 5e5 * (v - x) ** 2 + w * v)
 
 
-def test_every_row_has_a_chain_of_its_own_which_meets_its_own_covariates():
+@pytest.mark.parametrize(
+    "num_steps, batch_size", [(3, 5), pytest.param(1, None, marks=pytest.mark.slow)]
+)
+def test_every_row_has_a_chain_of_its_own_which_meets_its_own_covariates(num_steps, batch_size):
     x = jnp.asarray(np.random.default_rng(0).normal(size=20), jnp.float32)
     objective = ebm.ContrastiveDivergence(
         ebm.BlockGibbs, persistent=True, initial=dist.Normal(50.0, 1.0)
     )
     svi = ebm.EnergySVI(near, None, optax.sgd(1e-8), objective)
-    for num_steps, options in ((1, {"batch_size": 5}), (4, {"batch_size": 5}), (1, {})):
-        fit = svi.run(KEY, num_steps, x, jnp.zeros(20), progress_bar=False, **options)
-        chains = fit.state.objective_state
-        begun, v = np.asarray(chains.begun), np.asarray(chains.position["v"])
-        assert begun.sum() == num_steps * options.get("batch_size", 20)
-        np.testing.assert_allclose(v[begun], x[begun], atol=0.01)
+    fit = svi.run(KEY, num_steps, x, jnp.zeros(20), batch_size=batch_size, progress_bar=False)
+    chains = fit.state.objective_state
+    begun, v = np.asarray(chains.begun), np.asarray(chains.position["v"])
+    assert begun.sum() == num_steps * (batch_size or 20)
+    np.testing.assert_allclose(v[begun], x[begun], atol=0.01)
     with pytest.raises(ebm.ModelError, match="nothing is remembered.*a row of the data"):
         svi.loss.chain_diagnostics(fit.state)
+
+
+def test_a_chain_of_a_row_begins_when_the_row_is_first_in_a_batch():
+    data = jnp.arange(1.0, 21.0)
+    objective = ebm.ContrastiveDivergence(Step, persistent=True)
+
+    def after(state, rows):
+        args = jnp.zeros(5), data[jnp.array(rows)]
+        problem = objective.prepare(KEY, {"w": 0.0}, near, None, args, {})
+        problem = problem._replace(rows=BatchRows(jnp.array(rows), 20))
+        if state is None:
+            state = objective.init_state(KEY, {"w": 0.0}, problem)
+        problem, state = objective.advance(KEY, {"w": 0.0}, problem, state)
+        np.testing.assert_array_equal(
+            problem.noise.position["v"], state.position["v"][jnp.array(rows)]
+        )
+        return state
+
+    state = after(None, [7, 0, 3, 19, 4])
+    state = after(state, [1, 7, 2, 19, 5])
+    steps = np.zeros(20)
+    steps[[7, 0, 3, 19, 4, 1, 2, 5]], steps[[7, 19]] = 1, 2
+    moved = steps > 0
+    np.testing.assert_array_equal(state.begun, moved)
+    np.testing.assert_array_equal(state.position["v"][moved], (data + steps)[moved])
 
 
 def grouped(x, group, data):

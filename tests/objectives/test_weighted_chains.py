@@ -136,7 +136,7 @@ def test_weights_find_the_shares_of_modes_that_chains_do_not_leave():
 
 @pytest.mark.usefixtures("x64")
 def test_resampling_keeps_every_expectation_and_every_population_to_itself():
-    """Of the gradient's half and of each island; equal weights are left alone."""
+    """Of the gradient's half and of each island; weights that are nearly even are left alone."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=128))
     log_weights = jnp.asarray(2.0 * rng.normal(size=128))
@@ -159,9 +159,10 @@ def test_resampling_keeps_every_expectation_and_every_population_to_itself():
     varies = np.std(found, 0) > 1e-9
     assert varies.sum() > 8
     assert_unbiased(np.asarray(found)[:, varies], expected[varies], "resampling")
-    same, w = resampled(KEY, {"x": x}, jnp.full(128, 3.0))
+    even = 3.0 + 0.1 * log_weights
+    same, w = resampled(KEY, {"x": x}, even)
     np.testing.assert_array_equal(same["x"], x)
-    np.testing.assert_array_equal(w, 3.0)
+    np.testing.assert_array_equal(w, even)
     np.testing.assert_allclose(jnp.sum(gradient_weights(log_weights)), 1.0)
 
 
