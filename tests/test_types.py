@@ -102,6 +102,10 @@ idata = ebm.to_arviz(mcmc, log_normalizer=log_z)
 gap: jax.Array = ebm.posterior_gap(jax.random.key(6), grbm, guide, fit.params, data).value
 posterior = ebm.generalized(grbm, ebm.PseudoLikelihood(), learning_rate="calibrate")
 exchange = ebm.Exchange(grbm, ebm.BlockGibbs, proposal="langevin", num_bridges=10)
+table = ebm.compare({"grbm": (grbm, fit)}, data, score="hyvarinen", check_integrable=False)
+replicated: dict[str, jax.Array] = ebm.predictive(jax.random.key(7), grbm, {"W": data}, data)
+calibration = ebm.simulation_based_calibration(jax.random.key(8), grbm, exchange, 100, data)
+p_value: float = calibration.p_value
 ax = ebm.plots.density(model, xlim=(-4.0, 4.0), ylim=(-4.0, 4.0))
 '''
 
@@ -113,6 +117,7 @@ WRONG = {
     'ebm.KernelSteinDiscrepancy(kernel="gaussian")': "arg-type",
     'ebm.Exchange(model, "enumerated")': "arg-type",
     "ebm.VaGES(num_particles=2.5)": "arg-type",
+    'ebm.compare({}, score="crps")': "arg-type",
     "ebm.MALA(model, adapt=True)": "call-arg",
     'ebm.energy("E")': "call-arg",
     "ebm.log_normalizer(key, model).variance": "attr-defined",

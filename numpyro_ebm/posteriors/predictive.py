@@ -25,6 +25,7 @@ from numpyro_ebm.mcmc.sampling import complete_draws, name_of_kernel, pick_kerne
 from numpyro_ebm.model.priors import UnsetParams
 from numpyro_ebm.model.reading import read_fixed_model, read_model
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.posteriors.exchange.repeat import CountedOnce
 from numpyro_ebm.program.compilation import constants_as_arguments
 from numpyro_ebm.types import Model, Params
 
@@ -63,8 +64,9 @@ def predictive(
     would ignore the energy, and is stopped.
 
     The model is run with its data, which give the number of rows and the shapes: its visible sites
-    are drawn anew all the same, at the covariates, plates and masks of the data. Kernels are chosen
-    as by :func:`~numpyro_ebm.sample`, and every draw of the parameters has chains of its own.
+    are drawn anew all the same, at the covariates of the data, each row once whatever its weight.
+    Kernels are chosen as by :func:`~numpyro_ebm.sample`, and every draw of the parameters has
+    chains of its own.
 
     :param rng_key: random key.
     :param model: a model with energy statements, not fixed.
@@ -116,6 +118,8 @@ def predictive(
             f"{sorted(row_model.visible) or 'nothing'}."
         )
     drawn = [name for name in row_model.visible if name not in observed]
+    if row_model.row_weights is not None:  # each row is drawn, and once
+        model = CountedOnce(model, row_model.plate)
     free = uncondition(model, drawn, start_there=False)
     first = jax.tree.map(lambda x: x[0], params)
     there = read_fixed_model(fixed(free, first), args, kwargs)

@@ -9,7 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.handlers import substitute
+from numpyro import handlers
 
 import numpyro_ebm as ebm
 
@@ -61,7 +61,7 @@ def bits(data, num_bits=3):
 
 def test_rows_whose_states_can_be_counted_are_drawn_exactly():
     logit = np.linspace(-2.0, 2.0, 150)  # more than run side by side
-    model = substitute(bits, data={"w": 1.0})
+    model = handlers.substitute(bits, data={"w": 1.0})
     found = ebm.predictive(KEY, model, {"logit": logit}, np.zeros((200, 3), np.int8))
     assert found["v"].dtype == np.int8 and found["h"].shape == (150, 200, 1)
     p = 1 / (1 + np.exp(-logit))
@@ -80,6 +80,20 @@ def test_observed_sites_stay():
     np.testing.assert_array_equal(
         found["h"], 2 * (draws["w"][:, None, None] > 0) * np.ones((5, 4, 1))
     )
+
+
+def test_weights_of_rows_are_none_of_draws():
+    def weighted(data, weight=3.0, counts=(True, False, True)):
+        logit = numpyro.sample("logit", dist.Normal(0.0, 1.0))
+        weights = handlers.scale(scale=weight), handlers.mask(mask=np.array(counts))
+        with numpyro.plate("data", len(data)), weights[0], weights[1]:
+            v = numpyro.sample("v", ebm.Counting(event_shape=(3,)), obs=data)
+            ebm.energy("E", -logit * jnp.sum(v, -1))
+
+    draws = {"logit": np.array([-1.0, 2.0])}
+    found = ebm.predictive(KEY, weighted, draws, np.zeros((3, 3), int))
+    plain = ebm.predictive(KEY, weighted, draws, np.zeros((3, 3), int), 1.0, 3 * (True,))
+    np.testing.assert_array_equal(found["v"], plain["v"])
 
 
 def two_modes(data):
