@@ -30,9 +30,6 @@ class ChainOptions(NamedTuple):
 
     def check(self) -> None:
         """Raise if they are out of range or contradict each other."""
-        for name in ("persistent", "weighted"):
-            if not isinstance(getattr(self, name), bool):
-                raise ModelError(f"{OWNER}: `{name}` must be True or False.")
         for name in ("reset_probability", "energy_penalty"):
             if getattr(self, name) != 0:
                 check_positive(OWNER, **{name: getattr(self, name)})
@@ -50,10 +47,6 @@ class ChainOptions(NamedTuple):
             raise ModelError(
                 f'{OWNER}: `initial` must be "data", "gaussian", "uniform" or a noise such as a '
                 f"NumPyro distribution, got {self.initial!r}."
-            )
-        if self.history not in ("light", "full", None):
-            raise ModelError(
-                f'{OWNER}: `history` must be "light", "full" or None, got {self.history!r}.'
             )
         self._check_together()
 

@@ -249,7 +249,7 @@ def test_conditional_chains_learn_a_regression():
         ({"persistent": True, "num_chains": 5, "buffer": 3}, "5 are more than the 3"),
         ({"persistent": True, "num_chains": 0}, "`num_chains` must be a positive integer"),
         ({"persistent": True, "initial": "noise"}, '`initial` must be "data", "gaussian"'),
-        ({"persistent": True, "history": "all"}, '`history` must be "light", "full" or None'),
+        ({"persistent": True, "history": "all"}, "`history` must be 'light' or 'full'"),
         ({"energy_penalty": -1.0}, "`energy_penalty` must be positive"),
         ({"weighted": True}, "without `persistent=True`.*`weighted`"),
         ({"persistent": True, "weighted": True}, "begin at a distribution whose density"),
