@@ -3,7 +3,8 @@
 
 An option of the wrong type would else be met in the middle of a compiled program, or never: any
 object serves as a flag. The annotations are there already, so that one function looks at all of
-them; ranges are looked at by the ``check_...`` functions of :mod:`numpyro_ebm.errors`.
+them, once the object has had its say; ranges are looked at by the ``check_...`` functions of
+:mod:`numpyro_ebm.errors`.
 """
 
 import collections.abc
@@ -21,6 +22,8 @@ from jax.typing import ArrayLike
 from numpyro_ebm.errors import ModelError
 
 __all__ = ["Checked", "checked"]
+
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,21 +51,31 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def looking(*args, **kwargs):
         try:
+            result = function(*args, **kwargs)
+        except ModelError:  # which says more
+            raise
+        except Exception as error:
+            wrong = find_wrong(args, kwargs)
+            if wrong is None:
+                raise
+            raise ModelError(wrong) from error
+        wrong = find_wrong(args, kwargs)
+        if wrong is not None:
+            raise ModelError(wrong)
+        return result
+
+    def find_wrong(args, kwargs):
+        try:
             given = signature.bind(*args, **kwargs).arguments
-        except TypeError:
-            return function(*args, **kwargs)  # which says what is missing
+        except TypeError:  # something is missing, or unknown
+            return None
         hints = _hints(function)
         owner = type(args[0]).__name__ if is_init else function.__name__
         for name, value in given.items():
             hint = hints.get(name, Any)
-            if signature.parameters[name].kind in (
-                inspect.Parameter.VAR_POSITIONAL,
-                inspect.Parameter.VAR_KEYWORD,
-            ):
-                continue
-            if not _is_one(value, hint):
-                raise ModelError(f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}.")
-        return function(*args, **kwargs)
+            if signature.parameters[name].kind not in VARIADIC and not _is_one(value, hint):
+                return f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}."
+        return None
 
     return typing.cast(Function, looking)
 

@@ -25,7 +25,8 @@ LIBRARIES = re.compile(r"(jax|numpyro|blackjax|arviz)(\.|$)")
 
 # What the documentation of each library describes.
 PROMISED = re.compile(
-    r"jax(\.(numpy|lax|nn|random|tree|tree_util|typing|flatten_util|dtypes|ad_checkpoint|scipy(\.\w+)?))?"
+    r"jax(\.(numpy|lax|nn|random|tree|tree_util|typing|sharding|flatten_util|dtypes))?"
+    r"|jax\.(ad_checkpoint|scipy(\.\w+)?)"
     r"|numpyro(\.(distributions(\.(constraints|transforms))?|diagnostics|handlers|infer(\.(autoguide|mcmc|svi))?|optim))?"
     r"|blackjax|arviz"
 )

@@ -220,8 +220,9 @@ _BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
 
 
 def check_guide_loss(owner: str, guide_loss: Any) -> None:
-    """Raise :class:`ModelError` unless it is a loss of guides, or ``None``."""
-    if guide_loss is not None and not hasattr(guide_loss, "loss"):
+    """Raise :class:`ModelError` unless it is a loss of guides as below, or ``None``."""
+    known = hasattr(guide_loss, "rows") or hasattr(guide_loss, "loss")
+    if guide_loss is not None and not known:
         raise ModelError(
             f"{owner}: `guide_loss` must be a NumPyro ELBO, `RelaxedELBO` or `PosteriorScore`, got "
             f"{guide_loss!r}."

@@ -148,7 +148,7 @@ class DiscreteLangevin(AdaptiveKernel):
             )
         self.leaves_invariant = self.is_reversible = adjusted
         self._differences: Literal["gradient", "exact"] = differences
-        adapt_step_size = adapt_step_size and adjusted
+        adapt_step_size = adapt_step_size and bool(adjusted)
         super().__init__(model, step_size, init_strategy, adapt_step_size, target_accept_prob)
 
     @property

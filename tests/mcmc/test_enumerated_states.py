@@ -176,5 +176,5 @@ def test_the_law_of_every_sampler_is_that_of_enumeration(sampler, energy):
 
 def test_every_sampler_of_discrete_sites_is_here():
     registered = kernels(moves_discrete=True, leaves_invariant=True).values()
-    classes = {type(make(None)) for make in SAMPLERS.values()}
+    classes = {type(make(nothing)) for make in SAMPLERS.values()}
     assert {type(kernel.make(nothing)) for kernel in registered} <= classes

@@ -180,12 +180,13 @@ def test_the_step_size_after_the_warm_up_is_the_averaged_one():
     assert np.all(np.abs(np.log(averaged / last_one)) > 1e-3)
 
 
-def test_the_energy_error_of_mclmc_is_for_each_dimension():
+def test_the_energy_error_of_mclmc_is_for_each_dimension(monkeypatch):
     kernel = ebm.MCLMC(ebm.fixed(flat, {}), adjusted=False, target_energy_variance=1e-3)
     x = {"x": jnp.zeros(7)}
     moved = SimpleNamespace(position=x, logdensity=0.0, logdensity_grad=x, momentum=x)
     info = SimpleNamespace(energy_change=jnp.array(0.2), nonans=jnp.array(True))
-    kernel._kernel = lambda *args: (moved, info)
+    made = SimpleNamespace(build_kernel=lambda: lambda *args: (moved, info))
+    monkeypatch.setattr("numpyro_ebm.mcmc.mclmc.blackjax", SimpleNamespace(mclmc=made))
     adapted = SimpleNamespace(inverse_mass_matrix=jnp.ones(7), trajectory_length=1.0)
     chain = Chain(x, jnp.array(0.0), x, x)
     _, found = kernel._move(None, chain, None, 0.1, adapted, 0)

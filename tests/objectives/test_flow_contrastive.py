@@ -228,7 +228,7 @@ def clash():
         (lambda: ebm.FlowContrastive([3.0]), "a list has to hold NumPyro transforms"),
         (lambda: ebm.FlowContrastive(function, 0), "`noise_ratio` must be a positive integer"),
         (lambda: ebm.FlowContrastive(function, num_flow_steps=0), "`num_flow_steps` must be"),
-        (lambda: ebm.FlowContrastive(function, likelihood_weight=-1.0), "must not be negative"),
+        (lambda: ebm.FlowContrastive(function, likelihood_weight=-1.0), "not negative, got -1.0"),
         (
             lambda: ebm.FlowContrastive(dist.Normal(jnp.zeros(2), jnp.ones(2)).to_event(1)),
             r"event shape \(2,\), and the site \(\)",
