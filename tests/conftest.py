@@ -73,22 +73,20 @@ LONGEST = (
 MEMBERS = {
     "test_parts_are_the_laws_of_the_model": ("are the joint", "entropy", "beside a label"),
     "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "[NCE", "Pseudo"),
-    "test_every_row_has_its_own_normalizer": ("in a closure", "[the plate's index]"),
+    "test_every_row_has_its_own_normalizer": ("[the plate's index]",),
     "test_value_and_gradient_are_the_formula": ("[SM-", "[DSM-", "median-", "-Exact"),
     "test_loss_and_gradient_are_unbiased": (
         *("SM-VaGES]", "linear-VaGES]", "weighted", "RBF", "DSM-VaGES, cont"),
     ),
-    "test_the_gradient_of_a_loss_is_that_of_its_value": (
-        *("[ScoreMatching]", "[MaximumL", "Pseudo", "KSD"),
-    ),
+    "test_the_gradient_of_a_loss_is_that_of_its_value": (*("[ScoreMatching]", "[MaximumL", "KSD"),),
     "test_a_loss_is_the_weighted_sum_of_those_of_the_rows": (
         *("[ScoreM", "KernelS", "[NCE", "Flow", "[Fisher", "Contrastive", "[MaximumL", "Pseudo"),
     ),
-    "test_a_fit_traces_its_model_five_times_at_most": ("[all", "batches", "an ELBO", "posterior]"),
+    "test_a_fit_traces_its_model_five_times_at_most": ("[all", "batches", "posterior]"),
     "test_a_chain_traces_its_model_four_times_at_most": ("[MALA]", "Replica", "Block"),
     "test_normalized_is_the_likelihood_under_the_same_handlers": ("both", "masked"),
     "test_bi_level_objectives_train_a_step": ("BiDSM",),
-    "test_stationary_law_is_that_of_enumeration": ("BlockGibbs", "Langevin-ordinal"),
+    "test_stationary_law_is_that_of_enumeration": ("BlockGibbs",),
     "test_sampling.py::test_chain_methods": ("vectorized",),
     "test_bad_models": ("[MALA]", "[MCLMC]", "Annealed"),
     "test_kernels.py::test_protocol": ("MALA-mass", "Replica", "Annealed"),
@@ -98,14 +96,14 @@ MEMBERS = {
     "test_chains_that_hardly_move_give_the_prior_and_say_so": (),
     "test_a_posterior_outside_of_the_design_is_found_out": (),
     "test_rows_are_left_out_where_they_stand": ("covariates", "blocks", "weights"),
-    "test_exchange.py::test_the_posterior_is_the_exact_one": ("gaussian-exact", "ising3"),
+    "test_exchange.py::test_the_posterior_is_the_exact_one": ("gaussian-exact",),
     "test_chains_that_move_are_adequate": (),
     "test_a_thousand_rows_are_a_thousand_chains": ("Underdamped",),
     "test_kernels.py::test_blocks_of_gibbs": ("Underdamped",),
     "test_the_divergence_of_a_gaussian": (),
     "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
     "test_discrete.py::test_minimal_at_the_truth": ("ising", "latents"),
-    "test_discrete.py::test_equals_enumeration": ("PL-ising", "PL-l", "PL-p", "DFD-ising"),
+    "test_discrete.py::test_equals_enumeration": ("PL-ising", "PL-l", "PL-p"),
     "test_quadratic_energies_take_less_than_all_neighbours": ("[PL", "DFD-pairs", "RM-a matrix]"),
     "test_annealed_mixture": ("[ais",),
     "test_annealed_gaussian_blocks": ("[smc",),
@@ -115,13 +113,13 @@ MEMBERS = {
         *("[Enum", "GES-S", "GES-D", "GES-NCE", "GES-P", "lled-D", "lled-M", "Bound-NCE"),
     ),
     "test_a_masked_row_is_as_left_out": ("[ScoreM", "Pseudo", "[weight", "[square"),
-    "test_neighbours_are_the_values_of_the_support": ("1-not", "4-not", "2-quad", "4-quad"),
+    "test_neighbours_are_the_values_of_the_support": ("4-not", "4-quad"),
     "test_plain_models.py::test_posteriors": ("mixture-MALA", "-Under", "-ULA"),
     "test_supports_are_kept_where_the_data_are_traced": (
         *("simplex-5", "ordered-300", "Cholesky-5", "one-5"),
     ),
     "test_laplace_of_a_generalised_posterior_has_the_posteriors_width": (),
-    "test_the_warmup_lets_a_frozen_auxiliary_move": ("[0.001",),
+    "test_the_warmup_lets_a_frozen_auxiliary_move": (),
     "test_the_score_that_minimises_at_many_levels": (),
     "test_derivatives_of_exact_log_normalizers": ("[levels",),
     "test_exchange_protocol.py::test_chain_methods": (),
@@ -142,6 +140,8 @@ MEMBERS = {
 def pytest_collection_modifyitems(items):
     for item in items:
         is_slow = item.get_closest_marker("slow") is not None
+        if isinstance(item, pytest.DoctestItem):  # two minutes in all
+            item.add_marker(pytest.mark.slow)
         law, _, member = item.nodeid.partition("[")
         words = next((words for name, words in MEMBERS.items() if law.endswith(name)), None)
         if member and words is not None and not any(word in "[" + member for word in words):

@@ -181,6 +181,7 @@ def test_missing_units_are_drawn_given_the_others(kernel):
     assert np.sum((counts - expected) ** 2 / expected) < 3 + 4.5 * 6**0.5
 
 
+@pytest.mark.slow
 def test_sampling_again_compiles_nothing_and_keeps_nothing(caplog):
     """The model and its fixed parameters made anew each time, at other values."""
 

@@ -44,6 +44,7 @@ def pairs_of(energy, num_values=3, size=4):
     return ebm.fixed(model, {})
 
 
+@pytest.mark.slow
 def test_rows_have_couplings_of_their_own():
     coupling = jnp.repeat(jnp.array([0.3, 0.9]), 50)
     kernel = ebm.SwendsenWang(ebm.fixed(potts, {}))

@@ -38,6 +38,7 @@ def expected():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_elements_that_stay_in_the_model_integrate_to_what_was_observed():
     model, latent = ebm.normalized(pairs, log_normalizer), np.zeros((2, 2))  # (units, rows)

@@ -257,6 +257,7 @@ def lattice_model(data):
 LATTICE = np.array([[[1, 1, 0], [0, 1, 1], [0, 0, 1]], [[0, 0, 1], [1, 0, 0], [1, 1, 1]]])
 
 
+@pytest.mark.slow
 def test_few_lattices_are_calibrated_by_simulation(x64):
     """J against the sum over all 512 states, of gradients that JAX takes one by one."""
     model = ebm.generalized(lattice_model, ebm.PseudoLikelihood(), "calibrate")

@@ -197,6 +197,7 @@ def test_nuts_and_score_matching_with_weights():
     assert abs(draws.mean() - mean) < 4 * draws.std() / np.sqrt(len(draws) / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["normalized", "exchange"], ids=["normalized", "exchange"])
 def test_rows_without_observation_integrate_to_one(route):
     def unobserved(data, mask):

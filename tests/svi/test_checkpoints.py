@@ -90,7 +90,7 @@ def test_the_same_call_goes_on_from_the_latest_checkpoint(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("can_tell", [True, False])
+@pytest.mark.parametrize("can_tell", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_stream_goes_on_where_it_was(can_tell, tmp_path, monkeypatch):
     monkeypatch.setattr("numpyro_ebm.svi.streamed.BLOCK_BYTES", 4 * 20 * 2 * 4)
     whole = run(27, Loader())
@@ -112,6 +112,7 @@ def test_best_ones_are_kept(tmp_path):
     assert found == sorted({40, 10 * (1 + int(np.argmin(means)))}) and len(found) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_leaves_its_last_finite_state(tmp_path):
     one = svi(optax.sgd(lambda i: jnp.where(i < 12, 0.1, jnp.inf)))
     for _ in range(2):

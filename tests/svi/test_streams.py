@@ -88,7 +88,6 @@ def test_batches_of_an_iterable_are_those_of_update():
     state, losses = one_by_one(list(itertools.islice(itertools.cycle(batches), 8)))
     sources = [
         itertools.cycle(batches),
-        Loader(batches),
         Loader([list(map(Tensor, batch)) for batch in batches]),
         lambda: (batch for batch in batches),
     ]
@@ -98,9 +97,6 @@ def test_batches_of_an_iterable_are_those_of_update():
         np.testing.assert_allclose(
             fit.params["mean"], svi_params(state)["mean"], rtol=1e-5, atol=1e-6
         )
-    one_array = run(8, Loader([data for data, _ in batches]), shift=0.0)
-    pytree = run(8, Loader([(data,) for data, _ in batches]))
-    assert_same(one_array.state, pytree.state)
 
 
 def svi_params(state):
@@ -236,6 +232,7 @@ def bayesian(data):
         ebm.energy("E", 0.5 * precision * jnp.sum((v - 1.0) ** 2, -1))
 
 
+@pytest.mark.slow
 def test_priors_are_weighed_against_all_rows(tmp_path):
     batches = [data for (data,) in cut(32, DATA)]
     with pytest.raises(ebm.ModelError, match="num_rows=N"):
