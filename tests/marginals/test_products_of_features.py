@@ -132,7 +132,6 @@ def test_refinement_starts_at_the_particles_on_every_support():
     np.testing.assert_allclose(found["h"], latent["h"], rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_units_are_drawn_beside_what_they_share():
     """Two units, 3 or 4, that read two sites of their row: P(h₁ = h₂) = σ(6)² + σ(-6)²."""
 
