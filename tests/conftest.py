@@ -32,7 +32,13 @@ collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in proces
 
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (
+    "test_a_killed_run_loses_at_most_an_interval",
     "test_a_run_in_two_parts_is_one_run[",
+    "test_annealed_ising_at_the_critical_point[smc",
+    "test_mixed_sites[ais",
+    "test_the_posterior_is_the_exact_one[gaussian-mala",
+    "test_the_posterior_is_the_exact_one[ising4",
+    "test_stein_test_has_its_size_and_power[guide-imq",
     "test_adjusted_intervals_cover_at_their_nominal_rates[",
     "test_annealed_ising[",
     "test_annealed_supports[",

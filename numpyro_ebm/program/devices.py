@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
@@ -47,13 +47,35 @@ def leading_sharding(
         if sharding is None:
             return None
     if isinstance(sharding, Mesh):
-        return NamedSharding(sharding, PartitionSpec(sharding.axis_names))
+        return NamedSharding(_automatic(sharding), PartitionSpec(sharding.axis_names))
     if not isinstance(sharding, NamedSharding) or not sharding.spec or not sharding.spec[0]:
         raise ModelError(
             f"{owner}: `sharding` is a `jax.sharding.Mesh`, or a `NamedSharding` that spreads the "
             f"leading axis, got {sharding!r}."
         )
-    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    return NamedSharding(_automatic(sharding.mesh), PartitionSpec(sharding.spec[0]))
+
+
+def partitioned_by_compiler(tree: Any) -> Any:
+    """The same arrays, those on a mesh with explicit axes on one that the compiler partitions.
+
+    Axes of `jax.make_mesh` are explicit: JAX then asks for the sharding of every result that it
+    does not follow from those of the operands, a gather of rows for one, which a model cannot say.
+    """
+
+    def leaf(x):
+        sharding = getattr(x, "sharding", None) if _is_whole(x) else None
+        if not isinstance(sharding, NamedSharding) or _automatic(sharding.mesh) is sharding.mesh:
+            return x
+        return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
+
+    return jax.tree.map(leaf, tree)
+
+
+def _automatic(mesh):
+    if not isinstance(mesh, Mesh) or all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def divides(sharding: NamedSharding, number: int) -> bool:

@@ -11,7 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.program.devices import everywhere, leading_sharding, placed
+from numpyro_ebm.program.devices import (
+    everywhere,
+    leading_sharding,
+    partitioned_by_compiler,
+    placed,
+)
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.endings import Why, warn_of_end, warn_of_undone
 from numpyro_ebm.svi.loop import Callback, Look, run_chunks
@@ -77,6 +82,8 @@ class Run:
         step = steps_of(init_state)
         if source is not None:
             args, kwargs = source.first(step, position)
+        else:
+            args, kwargs = partitioned_by_compiler((args, kwargs))
         state = svi._begin(rng_key, init_state, init_params, args, kwargs)
         traced, key = svi._plan.traced, state.rng_key
         spread = leading_sharding("EnergySVI.run", sharding, args, kwargs)

@@ -72,6 +72,14 @@ def test_shardings_that_cannot_be():
     fit = svi.run(jax.random.key(1), 3, np.arange(4.0), sharding=mesh, progress_bar=False)
     plain = svi.run(jax.random.key(1), 3, np.arange(4.0), progress_bar=False)
     np.testing.assert_array_equal(fit.losses, plain.losses)
+    explicit = jax.make_mesh(
+        (1,), ("rows",)
+    )  # of a kind that asks for the sharding of every result
+    rows = jax.device_put(np.arange(4.0), NamedSharding(explicit, PartitionSpec("rows")))
+    for data, options in ((np.arange(4.0), {"sharding": explicit}), (rows, {})):
+        fit = svi.run(jax.random.key(1), 3, data, batch_size=2, progress_bar=False, **options)
+        plain = svi.run(jax.random.key(1), 3, np.arange(4.0), batch_size=2, progress_bar=False)
+        np.testing.assert_array_equal(fit.losses, plain.losses)
     eight = jax.sharding.AbstractMesh((4, 2), ("a", "b"))
     for spec, parts in ((PartitionSpec("a"), 4), (PartitionSpec(("a", "b")), 8)):
         check_divides("sample", NamedSharding(eight, spec), chains=16)
