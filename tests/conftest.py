@@ -118,8 +118,9 @@ MEMBERS = {
     "test_marginals_serve_or_are_refused_by_name": (
         *("[Enum", "GES-S", "GES-D", "GES-NCE", "GES-P", "lled-D", "lled-M", "Bound-NCE"),
     ),
-    "test_a_masked_row_is_as_left_out": ("[ScoreM", "Pseudo", "[weight", "[square"),
-    "test_neighbours_are_the_values_of_the_support": ("4-not", "4-quad"),
+    "test_a_masked_row_is_as_left_out": ("[ScoreM", "[weight", "[square"),
+    "test_spins_of_any_scale_and_bias": ("True-biased each",),
+    "test_neighbours_are_the_values_of_the_support": ("4-not",),
     "test_plain_models.py::test_posteriors": ("mixture-MALA", "-Under", "-ULA"),
     "test_supports_are_kept_where_the_data_are_traced": (
         *("simplex-5", "ordered-300", "Cholesky-5", "one-5"),

@@ -90,6 +90,7 @@ def potts_energy(h):
     return POTTS[0][h[:, 0], h[:, 1]] + POTTS[1][h[:, 1], h[:, 2]]
 
 
+@pytest.mark.slow
 def test_sequential_blocks_have_the_law_of_enumeration():
     for model in (ising, insisting_ising):
         assert_law(last(BlockGibbs(ebm.fixed(model, {})), 4_000).z["h"], ising_energy, 2)

@@ -48,6 +48,7 @@ def expected_of_bits(strength, bits=BITS, mask=MASK):
     return jax.nn.logsumexp(jnp.where(agree, log_p, -jnp.inf), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_bits_that_are_missing_are_summed_out():
     key, strength = jax.random.key(0), jnp.array(0.7)

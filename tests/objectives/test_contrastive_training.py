@@ -179,10 +179,10 @@ def test_the_kernel_is_a_function_of_a_model(kernel):
     "options, message",
     [
         ({"num_steps": 0}, "`num_steps` must be a positive integer"),
-        ({"num_steps": 1.5}, "`num_steps` must be an integer"),
+        ({"num_steps": 1.5}, "`num_steps` must be a positive integer"),
         ({"reset_probability": 0.1}, "without `persistent=True`"),
         ({"reset_probability": 1.1, "persistent": True}, "between 0 and 1"),
-        ({"marginal": "VaGES"}, "`marginal` must be a `Marginal`"),
+        ({"marginal": "VaGES"}, "`marginal` must be a marginal"),
     ],
 )
 def test_arguments_are_checked(options, message):

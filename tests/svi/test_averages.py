@@ -42,6 +42,7 @@ def run(one, num_steps, **options):
     return one.run(jax.random.key(1), num_steps, DATA, progress_bar=False, **options)
 
 
+@pytest.mark.slow
 def test_averages_are_those_of_a_loop():
     """In log(precision), of the guide's parameters too, and nothing else changes."""
     one = svi()

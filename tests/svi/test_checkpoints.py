@@ -36,8 +36,10 @@ def svi(optim=None):
     return ebm.EnergySVI(model, None, optim, ebm.DenoisingScoreMatching(0.3))
 
 
-def run(num_steps, *args, one=None, key=KEY, **options):
-    one = svi() if one is None else one
+ONE = svi()  # its rounds are compiled once for all tests
+
+
+def run(num_steps, *args, one=ONE, key=KEY, **options):
     args = args or (DATA,)
     options = {"batch_size": 20 if args[0] is DATA else None, "progress_bar": False, **options}
     return one.run(key, num_steps, *args, **options)
