@@ -58,7 +58,6 @@ class IterableSource:
     """Batches of an iterable, again from the first one where it ends, if it can begin anew.
 
     - **num_rows** - ``None``: how many rows there are is not known.
-    - **num_dropped** - batches that were left out, because they have fewer rows than the first.
 
     :param source: the first argument of a run.
     :param epoch: what returns an iterable of the batches of an epoch.
@@ -78,7 +77,7 @@ class IterableSource:
         self._source, self._epoch, self._others, self._kwargs = source, epoch, others, kwargs
         self._iterator: Any = None
         self._form: _Form | None = None
-        self._num_read = self.num_dropped = 0
+        self._num_read = 0
 
     def first(
         self, step: int, position: str | None = None
@@ -187,7 +186,6 @@ class IterableSource:
                     "batches have one form; only one with fewer rows, as the last of an epoch, "
                     "is left out."
                 )
-            self.num_dropped += 1
 
 
 class StoredRows:
@@ -197,15 +195,12 @@ class StoredRows:
     epoch, which is a function of the run's key.
 
     - **num_rows** - N, all rows.
-    - **num_dropped** - 0.
 
     :param tuple args: arguments of a run.
     :param dict kwargs: keyword arguments.
     :param int batch_size: rows in a batch.
     :raises ModelError: if arrays on disk have other numbers of rows, or fewer than a batch.
     """
-
-    num_dropped = 0
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int):
         self._leaves, self._structure = jax.tree.flatten((args, kwargs))
