@@ -2,24 +2,29 @@
 """Sphinx configuration. The build needs no network: there is no intersphinx."""
 
 import os
+import sys
 from importlib import import_module
-from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import numpyro_ebm
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "numpyro-ebm"
 author = "The numpyro-ebm developers"
 project_copyright = author
-release = installed_version("numpyro-ebm")
+release = numpyro_ebm.__version__
 version = ".".join(release.split(".")[:2])
 
 extensions = [
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_design",
 ]
 exclude_patterns = ["_build"]
 
@@ -52,5 +57,8 @@ napoleon_use_rtype = False
 
 # HTML
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_title = f"{project} {release}"
 copybutton_exclude = ".linenos, .gp, .go"  # copy the input of a doctest, not its prompt and output

@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Every page of the manual. Those that take seconds run by default, the others with the slow laws.
+QUICK = {"README.md", "CONTRIBUTING.md", "docs/language.md", "docs/checks.md"}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/language.md",
-    "docs/checks.md",
-    pytest.param("docs/quickstart.md", marks=pytest.mark.slow),
-    pytest.param("docs/marginals.md", marks=pytest.mark.slow),
-    pytest.param("docs/objectives.md", marks=pytest.mark.slow),
-    pytest.param("docs/weights.md", marks=pytest.mark.slow),
-    pytest.param("docs/priors.md", marks=pytest.mark.slow),
-    pytest.param("docs/long_runs.md", marks=pytest.mark.slow),
-    pytest.param("docs/sampling.md", marks=pytest.mark.slow),
-    pytest.param("docs/normalizers.md", marks=pytest.mark.slow),
-    pytest.param("docs/diagnostics.md", marks=pytest.mark.slow),
-    pytest.param("docs/posteriors.md", marks=pytest.mark.slow),
+    pytest.param(page, marks=() if page in QUICK else pytest.mark.slow)
+    for page in (file.relative_to(ROOT).as_posix() for file in FILES)
+    if not page.startswith("docs/_build")
 ]
 
 
