@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models made of networks, where a network is simple enough for a closed form."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from numpyro.handlers import seed, trace
+from numpyro.infer.util import log_density
+from scipy import stats
+from scipy.special import log_softmax, logsumexp
+
+import numpyro_ebm as ebm
+from numpyro_ebm.models import (
+    conditional_energy,
+    deep_eblvm,
+    deep_eblvm_guide,
+    jem,
+    jem_logits,
+    latent_prior,
+    mlp_network,
+    neural_energy,
+)
+
+eqx = pytest.importorskip("equinox")
+KEY = jax.random.key(5)
+RNG = np.random.default_rng(5)
+
+
+class Quadratic(eqx.Module):
+    """½ a t² - b t of a linear map t of the input."""
+
+    map: jax.Array
+    a: float = 1.0
+    b: float = 0.0
+
+    def __call__(self, x):
+        t = self.map @ x
+        return 0.5 * self.a * t**2 - self.b * t
+
+
+class Linear(eqx.Module):
+    matrix: jax.Array
+
+    def __call__(self, x):
+        return self.matrix @ x
+
+
+def made(model, *args):
+    """The model with its initial parameters, and these."""
+    sites = trace(seed(model, KEY)).get_trace(*args)
+    params = {name: x["value"] for name, x in sites.items() if x["type"] == "param"}
+    return ebm.fixed(model, params), params
+
+
+def log_joint(model, *args, **values):
+    return log_density(model, args, {}, {k: jnp.asarray(x) for k, x in values.items()})[0]
+
+
+def test_the_energy_of_a_network_tilts_its_base():
+    network = mlp_network(KEY, (2, 3), widths=(4,))
+    base = dist.Normal(0.5, 2.0).expand((2, 3)).to_event(2)
+    v = RNG.normal(size=(5, 2, 3)).astype(np.float32)
+    model, _ = made(neural_energy(network, (2, 3), base=base), v)
+    expected = stats.norm(0.5, 2.0).logpdf(v).sum() - float(jax.vmap(network)(v).sum())
+    np.testing.assert_allclose(log_joint(model, v), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_a_label_of_a_jem_has_the_softmax_of_the_logits(num_classes):
+    network = mlp_network(KEY, 2, num_outputs=num_classes, widths=(4,))
+    v, y = RNG.normal(size=(6, 2)).astype(np.float32), np.arange(6) % num_classes
+    free = jem(network, 2, num_classes)
+    model, params = made(free, v, y)
+    logits = np.asarray(jem_logits(network, params, v), float)
+    np.testing.assert_allclose(logits, jax.vmap(network)(v), rtol=1e-6)
+    joint = np.array([log_joint(model, v[:1], np.full(1, k)) for k in range(num_classes)])
+    np.testing.assert_allclose(log_softmax(joint), log_softmax(logits[0]), atol=1e-5)
+    conditional = ebm.PseudoLikelihood().on("y", given="v")
+    found = conditional.loss(KEY, params, free, None, v, y)
+    expected = -log_softmax(logits, -1)[np.arange(6), y].mean()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_density_of_a_jem_sums_its_classes():
+    network = mlp_network(KEY, 2, num_outputs=3, widths=(4,))
+    v = RNG.normal(size=(6, 2)).astype(np.float32)
+    model, params = made(jem(network, 2, 3), v)
+    found = ebm.energy_gap(KEY, model, v, v).data
+    logits = np.asarray(jem_logits(network, params, v), float)
+    expected = -logsumexp(logits, -1) - stats.norm.logpdf(v).sum(-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_linear_gaussian_latent_prior_has_the_known_posterior_and_likelihood():
+    """f = ½ a z² - b z: the prior is N(b / (1 + a), 1 / (1 + a)), the rest is regression."""
+    a, b, s, w = 3.0, 4.0, 0.5, np.array([1.0, -0.5, 0.8])
+    prior, decoder = Quadratic(jnp.ones(1), a, b), Linear(jnp.asarray(w[:, None], jnp.float32))
+    x = RNG.normal(size=(4, 3)).astype(np.float32)
+    model, _ = made(latent_prior(prior, decoder, 1, noise_scale=s), x)
+
+    def density(z):
+        return log_joint(model, x, z=z[:, None])
+
+    precision = 1 + a + w @ w / s**2
+    mean = (b + x @ w / s**2) / precision
+    np.testing.assert_allclose(jax.grad(density)(jnp.asarray(mean)), 0.0, atol=1e-4)
+    np.testing.assert_allclose(jax.grad(density)(jnp.asarray(mean - 1)), precision, rtol=1e-4)
+    found = ebm.log_likelihood(KEY, model, x)
+    covariance = s**2 * np.eye(3) + np.outer(w, w) / (1 + a)
+    expected = stats.multivariate_normal(w * b / (1 + a), covariance).logpdf(x)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_deep_eblvm_with_binary_latents_is_their_sum():
+    keys = jax.random.split(KEY, 3)
+    g = [
+        mlp_network(keys[0], 2, num_outputs=4, widths=(3,)),
+        mlp_network(keys[1], 4, num_outputs=3, widths=(3,)),
+        mlp_network(keys[2], 7, widths=(5,)),
+    ]
+    model = deep_eblvm(*g, shape=2, latent=ebm.Counting(2, event_shape=(3,)))
+    v = RNG.normal(size=(5, 2)).astype(np.float32)
+    found = ebm.energy_gap(KEY, made(model, v)[0], v, v).data
+    for row, energy in zip(v, found, strict=True):
+        features = g[0](row)
+        values = [
+            -float(g[2](jnp.concatenate([features, jnp.array(h) + g[1](features)])))
+            for h in itertools.product((0.0, 1.0), repeat=3)
+        ]
+        expected = -logsumexp(values) - stats.norm.logpdf(row).sum()
+        np.testing.assert_allclose(energy, expected, rtol=1e-5)
+
+
+def test_the_guide_of_a_deep_eblvm_is_gaussian():
+    network = mlp_network(KEY, 2, num_outputs=6, widths=(3,))
+    v, h = RNG.normal(size=(4, 2)), RNG.normal(size=(4, 3))
+    mean, log_scale = np.split(np.asarray(jax.vmap(network)(jnp.asarray(v))), 2, -1)
+    found = log_joint(seed(deep_eblvm_guide(network, 3), KEY), v, h=h)
+    expected = stats.norm(mean, np.exp(log_scale)).logpdf(h).sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_quadratic_conditional_energy_is_a_regression():
+    """E = ½ a (y - c·x)² - log N(y; 0, 1): Gaussian, with a normalizer for every row."""
+    a, c = 3.0, np.array([0.7, -1.2])
+    network = Quadratic(jnp.array([-c[0], -c[1], 1.0]), a)
+    x, y = RNG.normal(size=(4, 2)).astype(np.float32), RNG.normal(size=4).astype(np.float32)
+    model, _ = made(conditional_energy(network), y, x)
+    found = ebm.log_likelihood(KEY, model, y, x)
+    expected = stats.norm(a * x @ c / (1 + a), (1 + a) ** -0.5).logpdf(y)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_what_is_no_part_of_a_model_is_refused():
+    network = mlp_network(KEY, 2, num_outputs=4, widths=(3,))
+    v = np.zeros((3, 2))
+    for model, args, words in (
+        (neural_energy(lambda x: 0.0, 2), (v,), "`network` must be an equinox module"),
+        (jem(network, 2, 3), (v, np.zeros(3, int)), "num_outputs=3"),
+        (deep_eblvm_guide(network, 3), (v,), "num_outputs=6"),
+        (conditional_energy(network), (v,), r"model\(y, x\)"),
+        (latent_prior(network, None, 2), (v,), "`decoder` must be an equinox module"),
+    ):
+        with pytest.raises(ebm.ModelError, match=words):
+            trace(seed(model, KEY)).get_trace(*args)
+    for make in (
+        lambda: neural_energy(network, 2, base=dist.Normal(0.0, 1.0)),
+        lambda: neural_energy(network, (2, 2), base=dist.Normal(0.0, 1.0).expand((2,)).to_event()),
+        lambda: jem(network, 2, 1),
+        lambda: latent_prior(network, network, 0),
+        lambda: latent_prior(network, network, 2, noise_scale=-1.0),
+        lambda: deep_eblvm(network, network, network, 2, ebm.Counting(2)),
+        lambda: jem_logits(network, {}, v),
+    ):
+        with pytest.raises(ebm.ModelError):
+            make()
