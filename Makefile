@@ -28,8 +28,9 @@ slow:  ## the long-running laws, the longest too
 mutants:  ## faults of one line, planted in a copy: fails where the tests see fewer than 95%
 	$(PYTHON) tests/mutants/plant.py
 
-docs:  ## the manual, in docs/_build/html
+docs:  ## the manual, in docs/_build/html; `make docs ONLINE=1` links to those of NumPyro and JAX
 	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(PYTHON) .ci/check_links.py docs/_build/html
 
 bench:  ## every benchmark, one after the other
 	@set -e; for script in benchmarks/[!_]*.py; do \
@@ -39,5 +40,5 @@ ci:  ## everything, in fresh virtual environments
 	.ci/run
 
 clean:  ## remove what the other targets leave behind
-	rm -rf build dist docs/_build .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/api .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sphinx configuration. The build needs no network: there is no intersphinx."""
+"""Sphinx configuration. The build needs no network; with `ONLINE=1` it links to other manuals."""
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpyro_ebm
@@ -18,9 +17,14 @@ release = numpyro_ebm.__version__
 version = ".".join(release.split(".")[:2])
 
 extensions = [
+    "llms",
     "mathml",
+    "names",
+    "reference",
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -29,24 +33,13 @@ extensions = [
 exclude_patterns = ["_build"]
 
 # Markdown
-myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 
-def reference(folder):
-    """Reference entries of the public names of a folder, for ``{{ folder }}`` in a page."""
-    module = import_module(f"numpyro_ebm.{folder}")
-    lines = []
-    for name in module.__all__:
-        kind = "autoclass" if isinstance(getattr(module, name), type) else "autofunction"
-        lines.append(f".. {kind}:: numpyro_ebm.{name}")
-    return "\n".join(["```{eval-rst}", *lines, "```"])
-
-
-myst_substitutions = {folder: reference(folder) for folder in ("marginals", "mcmc", "objectives")}
-
 # API reference
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"show-inheritance": True}
+autosummary_generate = False  # `reference` writes the pages
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -55,10 +48,22 @@ maximum_signature_line_length = 88
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 
+# Other manuals
+if os.environ.get("ONLINE"):
+    intersphinx_mapping = {
+        "numpyro": ("https://num.pyro.ai/en/stable/", None),
+        "jax": ("https://docs.jax.dev/en/latest/", None),
+        "blackjax": ("https://blackjax-devs.github.io/blackjax/", None),
+        "arviz": ("https://python.arviz.org/en/stable/", None),
+        "optax": ("https://optax.readthedocs.io/en/latest/", None),
+        "python": ("https://docs.python.org/3/", None),
+    }
+
 # HTML
 html_theme = "furo"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_title = f"{project} {release}"
+html_short_title = "Energy-based models in NumPyro"
 copybutton_exclude = ".linenos, .gp, .go"  # copy the input of a doctest, not its prompt and output
