@@ -59,6 +59,7 @@ LONGEST = (
     "test_more_particles_take_more_of_the_bias_away",
     "test_particles_of_a_positive_latent_follow_their_rows",
     "test_right_runs_are_called_inadequate_in_a_twentieth",
+    "test_numpyros_svi_learns_at_the_temperature",
     "test_one_gradient_is_every_change[",
     "test_plain_models.py::",
     "test_rows_of_a_chain_want_rare_flips",

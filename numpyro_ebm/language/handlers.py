@@ -17,6 +17,7 @@ from numpyro_ebm.signatures import checked
 from numpyro_ebm.types import Params
 
 __all__ = [
+    "FIT_TEMPERATURE",
     "resolve_normalizer",
     "fixed",
     "refuse_energies_in_loops",
@@ -27,6 +28,9 @@ __all__ = [
     "set_visible",
     "temper",
 ]
+
+FIT_TEMPERATURE = "fit_temperature"
+"""Name among the parameters of a fit of the temperature that they were fitted at."""
 
 
 class resolve_normalizer(Messenger):
@@ -230,9 +234,11 @@ class fixed(Messenger):
     :param model: a NumPyro model with energy statements.
     :param dict params: values of its parameters by site name: ``param`` sites and latent sites
         outside the data plate. Names that the model does not have are ignored, so that the
-        parameters of a guide may be among them.
+        parameters of a guide may be among them. Where a fit says the temperature T that its chains
+        had (``"fit_temperature"``), the model is that of :class:`temper` at 1/T.
     :return: a NumPyro model with the same arguments.
-    :raises ModelError: when run, if the model has a parameter that ``params`` lacks.
+    :raises ModelError: when run, if the model has a parameter that ``params`` lacks, or one named
+        ``"fit_temperature"``.
 
     **Example**
 
@@ -273,6 +279,13 @@ class fixed(Messenger):
         if msg["type"] == NORMALIZER:
             msg["value"] = "fixed"
             msg["stop"] = True
+        elif msg["type"] == INVERSE_TEMPERATURE and FIT_TEMPERATURE in self.params:
+            _temper(msg, 1.0 / self.params[FIT_TEMPERATURE])
+        elif msg.get("name") == FIT_TEMPERATURE and FIT_TEMPERATURE in self.params:
+            raise ModelError(
+                f"`fixed`: the site '{FIT_TEMPERATURE}' of the model has the name by which a fit "
+                "says at which temperature its chains were; rename it."
+            )
         elif msg["type"] == "param":
             if msg["name"] not in self.params:
                 self._missing([msg["name"]])
@@ -351,8 +364,12 @@ class temper(Messenger):
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == INVERSE_TEMPERATURE:
-            before = 1.0 if msg["value"] is None else msg["value"]
-            msg["value"] = before * self.inverse_temperature
+            _temper(msg, self.inverse_temperature)
+
+
+def _temper(msg, inverse_temperature):
+    before = 1.0 if msg["value"] is None else msg["value"]
+    msg["value"] = before * inverse_temperature
 
 
 def _unobserve(msg):

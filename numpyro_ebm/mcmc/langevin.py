@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import MALAState
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.mcmc.chain_kernel import ChainKernel, StepInfo
 from numpyro_ebm.samplers import langevin
 from numpyro_ebm.types import Model
@@ -127,16 +127,26 @@ class ULA(ChainKernel):
 
     Every step is taken, so that its stationary law is off by O(ε): for a Gaussian of variance 1 the
     variance of the draws is 1/(1 - ε/2). It is stochastic gradient Langevin dynamics with the full
-    gradient.
+    gradient. Steps α on an energy with noise σ that is not √(2α), as of short-run chains of
+    networks, sample it at the temperature T = σ²/(2α): they are those of the tempered model,
+    ``ULA(temper(model, 1 / T), step_size=σ**2 / 2)``. In ``ContrastiveDivergence`` the temperature
+    is an option, which a fit remembers.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``; or any NumPyro model
         without an energy statement, of which it moves all latent sites in one chain.
     :param float step_size: ε, in squared units of the unconstrained sites. There is no acceptance
         probability to adapt it to.
+    :param float max_drift: a bound on each coordinate of the drift ε ∇U in a step, in units of the
+        unconstrained sites: gradients clipped at c are ``max_drift=ε * c``. It keeps chains of a
+        steep energy from running away. Where it holds the energy is a cone, and the law of the
+        draws another one than the model's.
     :param init_strategy: NumPyro initialisation strategy.
-    :raises ModelError: as :class:`MALA`.
+    :raises ModelError: as :class:`MALA`; if ``max_drift`` is not positive.
 
-    Reference: Roberts, Tweedie 1996. The integrator is BlackJAX's.
+    Reference: Roberts, Tweedie 1996; clipped gradients, Du, Mordatch, *Implicit generation and
+    modeling with energy-based models*, NeurIPS 2019; short-run chains, Nijkamp, Hill, Zhu, Wu,
+    *Learning non-convergent non-persistent short-run MCMC toward energy-based model*, NeurIPS 2019.
+    The integrator is BlackJAX's.
 
     **Example**
 
@@ -152,15 +162,23 @@ class ULA(ChainKernel):
     leaves_invariant = False
 
     def __init__(
-        self, model: Model, step_size: float, *, init_strategy: Callable[..., Any] = init_to_uniform
+        self,
+        model: Model,
+        step_size: float,
+        *,
+        max_drift: float | None = None,
+        init_strategy: Callable[..., Any] = init_to_uniform,
     ):
         if step_size is None:
             raise ModelError("ULA: pass a `step_size`; there is nothing to adapt it to.")
+        if max_drift is not None:
+            check_positive("ULA", max_drift=max_drift)
+        self._max_drift = max_drift
         super().__init__(model, step_size, init_strategy, adapt_step_size=False)
 
     def _move(self, rng_key, chain, one_row, step_size, adapt_state, i):
         start = langevin.ULAState(*chain[:3])
-        new, info = langevin.build_kernel()(rng_key, start, one_row, step_size)
+        new, info = langevin.build_kernel()(rng_key, start, one_row, step_size, self._max_drift)
         one = jnp.ones_like(new.logdensity)
         return chain._replace(
             position=new.position, logdensity=new.logdensity, logdensity_grad=new.logdensity_grad

@@ -12,6 +12,7 @@ from jax.lax import stop_gradient
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 from numpyro_ebm.keys import default_key
+from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.marginals import Marginal, list_exact
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model.reading import read_model
@@ -63,6 +64,7 @@ class Objective(Checked, Term, ABC):
     has_state = False  # whether something is kept from round to round, which `SVI` cannot
     is_loss = True  # whether its value is the function whose gradient it gives
     is_scoring_rule = False  # whether minus its loss of a row is a proper score of the model there
+    temperature: float | None = None  # at which it learns a model; `None` where it does not say
     networks = ()  # networks with losses of their own, each a `AuxiliaryNetwork`
 
     def __init__(self, marginal: Marginal | None = None):
@@ -98,6 +100,12 @@ class Objective(Checked, Term, ABC):
     ) -> tuple[Problem, Any]:
         """What happens before the energy's step: ``(problem, state)`` of this round."""
         return problem, state
+
+    def learned(self, model: Model) -> Model:
+        """The model that it learns: at its temperature, if that is not one."""
+        if self.temperature is None or self.temperature == 1:
+            return model
+        return temper(model, 1 / self.temperature)
 
     @property
     def keeps(self) -> bool:
@@ -233,6 +241,7 @@ class Objective(Checked, Term, ABC):
                 "(as `numpyro.infer.SVI` wants) has no place. Train with `numpyro_ebm.EnergySVI`."
             )
         key_prepare, key_energy, key_guide = jax.random.split(rng_key, 3)
+        model = self.learned(model)
         problem = self.prepare(key_prepare, param_map, model, guide, args, kwargs)
         _check_parameters(problem.row_model, param_map)
         own, of_networks = self._check_own_parameters(problem, param_map)

@@ -23,6 +23,7 @@ class ChainOptions(NamedTuple):
     weighted: bool
     energy_penalty: float
     history: Remembers
+    temperature: float
 
     def num_moving(self, row_model: RowModel) -> int:
         """How many persistent chains move in a round."""
@@ -38,6 +39,7 @@ class ChainOptions(NamedTuple):
                 f"{OWNER}: `reset_probability` must be between 0 and 1, got "
                 f"{self.reset_probability}."
             )
+        check_positive(OWNER, temperature=self.temperature)
         for name in ("num_chains", "buffer"):
             if getattr(self, name) is not None:
                 check_integer(OWNER, **{name: getattr(self, name)})

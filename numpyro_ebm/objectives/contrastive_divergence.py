@@ -88,6 +88,11 @@ class ContrastiveDivergence(NegativePhase):
         the visible coordinates (all of them where there are no more) of up to 256 chains;
         ``"full"``, energies and all visible coordinates of all chains, which may take more memory
         than the data; or ``None``. With covariates nothing is.
+    :param float temperature: T at which the model is learned: both phases are those of the energies
+        over T (:class:`~numpyro_ebm.temper`), and the loss is T times their contrast. A fit has T
+        among its ``params``, so that ``fixed(model, fit.params)`` is the model that was learned.
+        Chains of steps α with noise σ, z' = z - α ∇E(z) + σ ξ, are ``ULA`` with the step size σ²/2
+        at T = σ²/(2α).
     :raises ModelError: if an argument is out of range, or options contradict each other; when used,
         if the kernel does not fit the supports or has no step size, chains cannot begin at
         ``initial``, persistent chains meet another batch size, or rows that have covariates and
@@ -135,6 +140,7 @@ class ContrastiveDivergence(NegativePhase):
         weighted: bool = False,
         energy_penalty: float = 0.0,
         history: Remembers = "light",
+        temperature: float = 1.0,
     ):
         check_integer("ContrastiveDivergence", num_steps=num_steps)
         self._steps = KernelSteps(kernel, num_steps, weighted)
@@ -147,6 +153,7 @@ class ContrastiveDivergence(NegativePhase):
             weighted,
             energy_penalty,
             history,
+            temperature,
         )
         self._options.check()
         self.kernel, self.num_steps = kernel, num_steps
@@ -176,6 +183,7 @@ class ContrastiveDivergence(NegativePhase):
                 positive = self._free_densities(key_positive, params, problem, data)
                 negative = self._free_densities(key_negative, params, problem, visible)
                 loss += stop_gradient(self._contrast(problem, positive, negative) - loss)
+        loss *= self._options.temperature
         if self._options.energy_penalty:
             loss += self._options.energy_penalty * self._squared_energies(params, problem, visible)
         return loss
@@ -195,9 +203,8 @@ class ContrastiveDivergence(NegativePhase):
         def energies(rows):
             values, _ = row_model.constrain(row_model.from_rows(rows))
             terms = row_model.terms({**params, **values})
-            return jnp.broadcast_to(
-                sum(terms[name] for name in row_model.energies), (row_model.num_rows,)
-            )
+            total = sum(terms[name] for name in row_model.energies)
+            return jnp.broadcast_to(self._options.temperature * total, (row_model.num_rows,))
 
         values = in_groups(energies, row_model.num_rows, _joined(problem, visible))
         positive, negative = _parted(problem, values**2)

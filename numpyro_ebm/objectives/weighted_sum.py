@@ -40,12 +40,15 @@ class WeightedSum(Objective):
     the joint energy model (JEM) of a classifier. Labels that are missing (``obs_mask=``) add
     nothing to p(y | x).
 
+    Parts with a temperature have one in common, and the others learn the model at it, too.
+
     A guide is fitted at the visible values of the parts that draw from it.
 
     :param parts: the parts, each a ``Part``.
-    :raises ModelError: if a weight is negative or not finite, or two parts are one object with
-        chains or networks of its own; when used, if a part does not serve its sites, or two parts
-        draw from the guide and one of them moves the visible values.
+    :raises ModelError: if a weight is negative or not finite, two parts are one object with
+        chains or networks of its own, or they learn at different temperatures; when used, if a
+        part does not serve its sites, or two parts draw from the guide and one of them moves the
+        visible values.
 
     Reference: Grathwohl, Wang, Jacobsen, Duvenaud, Norouzi, Swersky, *Your classifier is secretly
     an energy based model and you should treat it like one*, ICLR 2020.
@@ -79,6 +82,7 @@ class WeightedSum(Objective):
                     "chains or networks of its own. Make one for each part, or give one part the "
                     "weights of both."
                 )
+        self.temperature = _common_temperature([part.objective for part in parts])
         self.parts = tuple(parts)
         self.networks = tuple(
             _network_of_part(i, network)
@@ -187,6 +191,18 @@ class WeightedSum(Objective):
 
     def __repr__(self):
         return f"WeightedSum({' + '.join(map(repr, self.parts))})"
+
+
+def _common_temperature(objectives):
+    """The one temperature at which objectives learn, or ``None`` if none of them says any."""
+    said = {x.temperature for x in objectives} - {None}
+    if len(said) > 1:
+        raise ModelError(
+            f"The parts of the sum learn one model at different temperatures, {sorted(said)}: its "
+            "parameters would mean two laws. Give them one `temperature`, or scale the energy of "
+            "a part in the model."
+        )
+    return said.pop() if said else None
 
 
 def _network_of_part(i, network):

@@ -20,6 +20,7 @@ from numpyro.infer.util import transform_fn
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.guides.losses import check_guide_loss
+from numpyro_ebm.language.handlers import FIT_TEMPERATURE
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
@@ -143,7 +144,7 @@ class EnergySVI(SVI):
         check_integer("EnergySVI", num_guide_steps=num_guide_steps)
         if num_rows is not None:
             check_integer("EnergySVI", num_rows=num_rows)
-        super().__init__(model, guide, optim, loss, **static_kwargs)
+        super().__init__(loss.learned(model), guide, optim, loss, **static_kwargs)
         self.guide_loss = guide_loss
         self.guide_optim = (
             self.optim if guide_optim is None else SVI(model, guide, guide_optim, loss).optim
@@ -188,8 +189,22 @@ class EnergySVI(SVI):
         """Values of all `param` sites of model and guide, and of penalised parameters, by name.
 
         :param EnergySVIState svi_state: a state.
+        :return: dict of them; with the temperature of an objective that has another than one, as
+            ``"fit_temperature"``, which :func:`~numpyro_ebm.fixed` reads.
         """
-        return self._round().params(svi_state)
+        return self._stated(self._round().params(svi_state))
+
+    def _stated(self, params):
+        """Parameters with the temperature that they were fitted at."""
+        temperature = self.loss.temperature
+        if temperature is None or temperature == 1:
+            return params
+        if FIT_TEMPERATURE in params:
+            raise ModelError(
+                f"EnergySVI: the parameter '{FIT_TEMPERATURE}' has the name by which a fit says at "
+                "which temperature its chains were; rename it."
+            )
+        return {**params, FIT_TEMPERATURE: jnp.asarray(temperature, float)}
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -161,7 +161,8 @@ class Run:
     def _result(self, state, losses):
         svi = self._svi
         result = EnergySVIRunResult(svi.get_params(state), state, jnp.asarray(losses))
-        result.ema_params = svi._round().ema_params(state)
+        averages = svi._round().ema_params(state)
+        result.ema_params = None if averages is None else svi._stated(averages)
         result.objective = type(svi.loss).__name__
         return result
 

@@ -18,6 +18,7 @@ from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss
+from numpyro_ebm.language.handlers import FIT_TEMPERATURE
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.objectives.plan import Plan, make_plan
@@ -94,7 +95,7 @@ def find_start(
     :return: a :class:`Start`.
     :raises ModelError: if model, guide, objective and ``guide_loss`` do not go together.
     """
-    init_params = {} if init_params is None else init_params
+    init_params = {k: x for k, x in (init_params or {}).items() if k != FIT_TEMPERATURE}
     traced: Any = None
 
     def first_states(rng_key):

@@ -72,6 +72,28 @@ def _two_states(kernel):
 
 
 @pytest.mark.slow
+def test_the_law_of_chains_with_a_bounded_drift():
+    """That of the chain's own transition matrix on a grid, of a quartic that ULA runs away from."""
+    step, bound = 0.1, 0.2
+
+    def quartic(num_rows=4_000):
+        with numpyro.plate("data", num_rows):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            ebm.energy("E", 5.0 * v**4)
+
+    kernel = ebm.ULA(ebm.fixed(quartic, {}), step_size=step, max_drift=bound)
+    _, draws = run(kernel, 50, 200, init_params={"v": jnp.linspace(-10.0, 10.0, 4_000)})
+    grid = np.linspace(-4.0, 4.0, 801)
+    mean = grid - np.clip(step * 20.0 * grid**3, -bound, bound)
+    moves = np.exp(-((grid - mean[:, None]) ** 2) / (4 * step))
+    moves /= moves.sum(1, keepdims=True)
+    law = np.linalg.matrix_power(moves, 512)[0]
+    v = draws["v"][0]
+    assert_mean((v**2).T, law @ grid**2)
+    assert abs(law @ grid**2 / 0.1512 - 1) > 0.5  # that of the model: it is another law
+
+
+@pytest.mark.slow
 def test_unadjusted_mclmc_meets_its_target_and_has_the_bias_it_says():
     def gaussian(num_rows=50):
         with numpyro.plate("data", num_rows):

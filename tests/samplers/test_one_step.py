@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_ebm.samplers import annealed, discrete_langevin, exchange
+from numpyro_ebm.samplers import annealed, discrete_langevin, exchange, langevin
 from numpyro_ebm.samplers.chromatic_gibbs import _polynomial_logits
 
 NUM = 40_000
+KEY = jax.random.key(4)
 
 
 @pytest.mark.parametrize("differences", ["gradient", "exact"])
@@ -50,6 +51,26 @@ def test_a_proposal_of_exchange_follows_the_gradient_in_its_scale():
     error = np.sqrt(np.diag(covariance) / NUM)
     assert np.all(np.abs(moved.mean(0) - covariance @ slope / 2) < 4 * error)
     np.testing.assert_allclose(np.cov(moved.T), covariance, atol=0.05)
+
+
+def test_a_drift_is_held_within_its_bound():
+    """Each coordinate by itself, on both sides; the noise stays as it is."""
+    slopes = {"a": jnp.array([3.0, -40.0, 500.0]), "b": jnp.array(-1.0)}
+
+    def flat(x):
+        return 0.0 * (jnp.sum(x["a"]) + x["b"])
+
+    def steep(x):
+        return jnp.sum(slopes["a"] * x["a"]) + slopes["b"] * x["b"]
+
+    start, key, kernel = {"a": jnp.arange(3.0), "b": jnp.array(1.0)}, KEY, langevin.build_kernel()
+    still, _ = kernel(key, langevin.init(start, flat), flat, 0.1)
+    for bound, expected in ((1.0, [0.3, -1.0, 1.0]), (None, [0.3, -4.0, 50.0])):
+        moved, _ = kernel(key, langevin.init(start, steep), steep, 0.1, bound)
+        drift = jax.tree.map(jnp.subtract, moved.position, still.position)
+        np.testing.assert_allclose(drift["a"], expected, rtol=1e-5)
+        np.testing.assert_allclose(drift["b"], -0.1, rtol=1e-5)
+        np.testing.assert_array_equal(moved.logdensity_grad["a"], slopes["a"])  # not the bounded
 
 
 def test_an_annealed_run_starts_at_its_own_scale():
