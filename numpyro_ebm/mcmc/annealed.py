@@ -31,7 +31,9 @@ class AnnealedLangevin(RowKernel):
     :math:`s_k` of the density at level k comes from the energy in one of three ways:
 
     - **A noise-conditional energy**: ``noise_argument="sigma"`` names the keyword argument by which
-      the model takes its noise scale; s_k is the score of ``model(..., sigma=σ_k)``.
+      the model takes its noise scale, as for
+      :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`; s_k is the score of
+      ``model(..., sigma=σ_k)``.
     - **One energy learned by** :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`: give its
       ``noise_scale`` σ₀, a number, as ``noise_scale``. That objective fits s(z)/σ to -ε/σ₀² at
       z = v + σε, and the score of the density at level σ is -ε/σ in the mean, hence
@@ -97,6 +99,7 @@ class AnnealedLangevin(RowKernel):
     """
 
     leaves_invariant = False
+    draws_anew = True
 
     def __init__(
         self,

@@ -37,8 +37,8 @@ def sample(
     *args: Any,
     kernel: MCMCKernel | Callable[..., MCMCKernel] | None = None,
     num_chains: int | None = None,
-    num_warmup: int = 500,
-    thinning: int = 10,
+    num_warmup: int | None = None,
+    thinning: int | None = None,
     init_params: Params | None = None,
     sharding: Mesh | NamedSharding | None = None,
     progress_bar: bool = False,
@@ -60,8 +60,9 @@ def sample(
     :param kernel: a NumPyro ``MCMCKernel`` on ``model`` to use instead, or what makes one of a
         model, such as the class ``ebm.MALA``.
     :param int num_chains: number of chains; the smaller of ``num_samples`` and 100 if ``None``.
-    :param int num_warmup: warm-up steps of each chain.
-    :param int thinning: steps between two draws of a chain.
+    :param int num_warmup: warm-up steps of each chain; 500 if ``None``, and none of a kernel whose
+        steps are independent draws, :class:`~numpyro_ebm.AnnealedLangevin`.
+    :param int thinning: steps between two draws of a chain; 10 if ``None``, or 1 of such a kernel.
     :param init_params: initial unconstrained values, chains leading.
     :param sharding: how the chains are spread over devices: a mesh, or a sharding of their axis.
     :param bool progress_bar: show NumPyro's progress bar.
@@ -85,7 +86,7 @@ def sample(
     >>> draws["v"].shape, draws["h"].shape
     ((200, 1, 2), (200, 1, 4))
     """
-    check_integer("sample", num_samples=num_samples, thinning=thinning)
+    check_integer("sample", num_samples=num_samples, thinning=1 if thinning is None else thinning)
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
     key_chains, key_latent = jax.random.split(rng_key)
     row_model = read_fixed_model(model, args, kwargs)
@@ -93,16 +94,16 @@ def sample(
     logger.info("sample: %s", name_of_kernel(kernel))
     if kernel is None:
         return complete_draws(key_latent, row_model, {}, num_samples)
-    per_chain = math.ceil(num_samples / num_chains)
+    per_chain, independent = math.ceil(num_samples / num_chains), draws_anew(kernel)
     grouped, fields = run_chains(
         key_chains,
         kernel,
         args,
         kwargs,
         num_chains=num_chains,
-        num_warmup=num_warmup,
+        num_warmup=(0 if independent else 500) if num_warmup is None else num_warmup,
         num_draws=per_chain,
-        every=thinning,
+        every=(1 if independent else 10) if thinning is None else thinning,
         init_params=init_params,
         sharding=sharding,
         progress_bar=progress_bar,
@@ -115,6 +116,11 @@ def sample(
         )
     draws = {name: jnp.reshape(x, (-1, *x.shape[2:]))[:num_samples] for name, x in grouped.items()}
     return complete_draws(key_latent, row_model, draws, num_samples)
+
+
+def draws_anew(kernel: MCMCKernel) -> bool:
+    """Whether every step of a kernel is a draw of its own, whatever came before."""
+    return getattr(kernel, "draws_anew", False)
 
 
 def pick_kernel(

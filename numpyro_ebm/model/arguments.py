@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of a model: their arrays, by labels, and what may decide which sites it has."""
 
+import inspect
 import operator
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm._compat import Tracer
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.program.marks import signature
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "check_own_argument"]
 
 
 class Arguments:
@@ -57,6 +59,33 @@ class Arguments:
             return False
         pairs = enumerate(zip(self._leaves, other._leaves, strict=True))
         return all(f"arg:{i}" in self.arrays or _are_equal(x, y) for i, (x, y) in pairs)
+
+
+def check_own_argument(who: str, row_model: Any, name: str) -> None:
+    """Raise unless a model has a keyword argument that the caller of ``who`` leaves to it.
+
+    :param str who: of whom messages are.
+    :param RowModel row_model: the model, read without that argument.
+    :param str name: the argument, by which ``who`` gives the noise level.
+    """
+    if name in row_model.kwargs:
+        raise ModelError(
+            f"{who}: the model's argument '{name}' is the noise level of each row; leave it out "
+            f"of the arguments, {who} gives it."
+        )
+    function = row_model.model
+    while hasattr(function, "fn"):  # handlers around it
+        function = function.fn
+    try:
+        inspect.signature(function).bind_partial(**{name: 0.0})
+    except ValueError:  # a function that has none
+        return
+    except TypeError as error:
+        raise ModelError(
+            f"{who}: the model has no argument '{name}' for the noise level. Write "
+            f"`def model(data=None, {name}=...)`, where it is a number or an array of shape "
+            "(rows,), and let the energy depend on it."
+        ) from error
 
 
 def _argument_name(path):

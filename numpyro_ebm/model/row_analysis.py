@@ -26,7 +26,7 @@ from numpyro_ebm.model.row_trials import coupled_terms, row_axis_of
 from numpyro_ebm.program.row_axes import follow_rows
 from numpyro_ebm.program.rows import MIXED, Rows
 
-__all__ = ["check_rows", "check_rows_alike"]
+__all__ = ["check_row_argument", "check_rows", "check_rows_alike"]
 
 
 def check_rows(row_model: RowModel) -> None:
@@ -66,6 +66,37 @@ def check_rows_alike(row_model: RowModel, who: str, remedy: str) -> None:
             f"{who}, but every row has a density and a log Z of its own, because its energy reads "
             f"what differs from row to row: {', '.join(row_model.covariates)}. {remedy}"
         )
+
+
+def check_row_argument(row_model: RowModel, name: str) -> None:
+    """Raise if a row reads what an argument of shape (rows,) has for other rows.
+
+    :param RowModel row_model: the model, read with that argument.
+    :param str name: the keyword argument.
+    :raises ModelError: naming the energy and what to write instead.
+    """
+    traced = row_model.traced
+    labels = [k for k, x in traced.arguments.arrays.items() if x is row_model.kwargs[name]]
+    if row_model.num_rows < 2 or not labels or not traced.takes_arrays:
+        return
+    values = {k: site.value for k, site in row_model.sites.items()}
+    data = {**row_model.plates, **row_model.parameters, **row_model.visible_values, **values}
+    data |= {k: site.value for k, site in row_model.observed.items()}
+    names = []
+
+    def terms(x):
+        found = traced.with_arrays({labels[0]: x}).evaluate("terms", data)
+        names[:] = sorted(found)
+        return [found[name] for name in names]
+
+    states = follow_rows(terms, row_model.kwargs[name], [Rows(0)])
+    for term, rows in zip(names, states, strict=True):
+        if rows.axis is MIXED and rows.note is not None:
+            raise ModelError(
+                f"The energy '{term}' of a row reads the '{name}' of other rows "
+                f"({_reason(rows.note)}). It is a number, or an array of shape (rows,): with event "
+                f"dimensions behind the rows write `jnp.asarray({name})[..., None]`."
+            )
 
 
 def _reason(note):

@@ -75,6 +75,10 @@ class Objective(Checked, Term, ABC):
             )
         self.marginal = marginal
 
+    def own_arguments(self, rng_key: jax.Array, row_model: RowModel) -> dict[str, Any]:
+        """Keyword arguments that the objective gives to model and guide, such as noise levels."""
+        return {}
+
     def perturb(
         self, rng_key: jax.Array, row_model: RowModel
     ) -> tuple[SiteValues, Any, jax.Array | None]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.model.arguments import check_own_argument
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
 from numpyro_ebm.objectives.directions import draw_like, half_square
@@ -117,6 +118,15 @@ class MultiscaleDenoisingScoreMatching(Objective):
     :math:`2\ln(b/a)/(a^{-2} - b^{-2})` with geometric levels from a to b, and :math:`ab` with
     linear ones: start low enough that it is small beside the data's.
 
+    *A noise-conditional energy* (``noise_argument="sigma"``, ``noise_scale=None``) is told its
+    level, the recipe for images: the model takes it as a keyword argument, a number or an array of
+    shape (rows,), and so does a guide. Rows then weigh alike at all levels,
+
+    .. math:: \mathcal L(θ) = E\,\tfrac12 \big\| σ\, s(\tilde v; σ, θ) + ε \big\|^2,
+
+    and ``model(..., sigma=σ)`` is the energy of :math:`p_σ`, whatever the dimension. Draw from it
+    with :class:`~numpyro_ebm.AnnealedLangevin` of the same ``noise_argument``.
+
     :param noise_scale: σ₀, the noise scale whose smoothed density the energy approximates, or
         ``None`` for σ₀ = σ.
     :param marginal: how latent sites are integrated out; with ``VaGES`` this is VaGES-MDSM.
@@ -125,12 +135,18 @@ class MultiscaleDenoisingScoreMatching(Objective):
     :param str spacing: ``"linear"`` or ``"geometric"`` levels.
     :param bool variance_reduction: whether to take off the control variate of
         :class:`DenoisingScoreMatching`, of mean zero at every level.
-    :raises ModelError: if the scales are not positive and ordered, or the spacing is unknown.
+    :param str noise_argument: the name of the keyword argument by which the model takes its noise
+        level; ``None`` for one energy for all levels.
+    :raises ModelError: if the scales are not positive and ordered, the spacing is unknown, or
+        ``noise_argument`` comes with a ``noise_scale``; when used, if the model has no such
+        argument or the caller gives it.
 
-    The guide's loss is divided by σ, row by row, as in VaGES-MDSM.
+    The guide's loss is divided by σ, row by row, as in VaGES-MDSM, unless the energy is told σ.
 
     Reference: Li, Chen, Sommer, *Learning energy-based models in high-dimensional spaces with
-    multiscale denoising-score matching*, Entropy 2023.
+    multiscale denoising-score matching*, Entropy 2023; noise-conditional, Song, Ermon, *Generative
+    modeling by estimating gradients of the data distribution*, 2019, and of an energy, Salimans,
+    Ho, *Should EBMs model the energy or the score?*, 2021.
 
     **Example**
 
@@ -141,6 +157,23 @@ class MultiscaleDenoisingScoreMatching(Objective):
     >>> plane = ebm.MultiscaleDenoisingScoreMatching(
     ...     None, min_noise_scale=0.02, max_noise_scale=1.0, spacing="geometric"
     ... )
+
+    An energy that is told its level; the data have the variance 4:
+
+    >>> import jax, numpyro, optax
+    >>> def gaussian(data, sigma=0.1):
+    ...     variance = numpyro.param("variance", 1.0)
+    ...     with numpyro.plate("data", len(data)):
+    ...         v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+    ...         ebm.energy("E", 0.5 * v**2 / (variance + sigma**2))
+    >>> conditional = ebm.MultiscaleDenoisingScoreMatching(
+    ...     None, noise_argument="sigma", min_noise_scale=0.1, max_noise_scale=5.0
+    ... )
+    >>> svi = ebm.EnergySVI(gaussian, None, optax.adam(0.05), conditional)
+    >>> data = 2.0 * jax.random.normal(jax.random.key(0), (5_000,))
+    >>> fit = svi.run(jax.random.key(1), 500, data, batch_size=500, progress_bar=False)
+    >>> bool(abs(fit.params["variance"] - 4.0) < 0.5)
+    True
     """
 
     def __init__(
@@ -152,6 +185,7 @@ class MultiscaleDenoisingScoreMatching(Objective):
         max_noise_scale: float = 1.2,
         spacing: Literal["linear", "geometric"] = "linear",
         variance_reduction: bool = True,
+        noise_argument: str | None = None,
     ):
         if noise_scale is not None:
             check_positive("MultiscaleDenoisingScoreMatching", noise_scale=noise_scale)
@@ -167,7 +201,13 @@ class MultiscaleDenoisingScoreMatching(Objective):
                 "MultiscaleDenoisingScoreMatching: `spacing` must be 'linear' or 'geometric', got "
                 f"{spacing!r}."
             )
-        self.noise_scale = noise_scale
+        if noise_argument is not None and noise_scale is not None:
+            raise ModelError(
+                "MultiscaleDenoisingScoreMatching: an energy that is told its level by "
+                f"`noise_argument` approximates the data smoothed at that level, not at "
+                f"noise_scale={noise_scale}: pass `noise_scale=None`."
+            )
+        self.noise_scale, self.noise_argument = noise_scale, noise_argument
         self.min_noise_scale = min_noise_scale
         self.max_noise_scale = max_noise_scale
         self.spacing = spacing
@@ -184,24 +224,37 @@ class MultiscaleDenoisingScoreMatching(Objective):
             return low + (high - low) * fraction
         return low * (high / low) ** fraction
 
+    def own_arguments(self, rng_key: jax.Array, row_model: RowModel) -> dict[str, Any]:
+        if self.noise_argument is None:
+            return {}
+        check_own_argument(type(self).__name__, row_model, self.noise_argument)
+        return {self.noise_argument: self.levels(rng_key, row_model.num_rows)}
+
     def perturb(
         self, rng_key: jax.Array, row_model: RowModel
     ) -> tuple[SiteValues, Any, jax.Array | None]:
         key_level, key_noise = jax.random.split(rng_key)
         clean = row_model.unconstrain_visible()
-        levels = self.levels(key_level, row_model.num_rows)
+        if self.noise_argument is not None:
+            levels, guide_weights = row_model.kwargs[self.noise_argument], None
+        else:
+            levels = self.levels(key_level, row_model.num_rows)
+            guide_weights = 1.0 / levels
         noise = draw_like(jax.random.normal, key_noise, clean)
         noised = {k: x + row_model.rows_like(levels, k, x) * noise[k] for k, x in clean.items()}
-        return noised, (levels, noise), 1.0 / levels
+        return noised, (levels, noise), guide_weights
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         estimate = self.estimate(rng_key, params, problem)
         levels, noise = problem.noise
-        squared = levels**2 if self.noise_scale is None else self.noise_scale**2  # σ₀², a row
-        weight = jnp.broadcast_to(1.0 / squared, levels.shape)
+        if self.noise_argument is not None:  # ½‖σ s + ε‖²
+            factor, weight = levels, jnp.ones_like(levels)
+        else:
+            squared = levels**2 if self.noise_scale is None else self.noise_scale**2  # σ₀², a row
+            factor, weight = 1.0 / levels, jnp.broadcast_to(1.0 / squared, levels.shape)
         rows_like = problem.row_model.rows_like
         offset = {name: rows_like(weight, name, e) * e for name, e in noise.items()}
-        scale = {name: rows_like(1.0 / levels, name, e) for name, e in noise.items()}
+        scale = {name: rows_like(factor, name, e) for name, e in noise.items()}
         rows = half_square(params, estimate, problem, offset, scale)
         if self.variance_reduction:
             variance = weight**2

@@ -7,15 +7,20 @@ import jax
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import Marginal, choose, list_exact
 from numpyro_ebm.model import provenance
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_analysis import check_row_argument
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.traced_model import TracedModel, trace_model
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["BatchRows", "Plan", "Problem", "make_plan"]
+
+CONDITION_STREAM = 0x5167A
+"""Folded into the key of a batch for arguments of the objective's own."""
 
 
 class BatchRows(NamedTuple):
@@ -67,6 +72,8 @@ class Plan(NamedTuple):
       :class:`~numpyro_ebm.model.row_model.RowModel`.
     - **parts** - the plans of the parts of a sum.
     - **takes_guide** - whether the guide draws the latent sites of this part.
+    - **conditioned** - the model where it was checked at arguments of the objective's own, if any:
+      what is ``traced, covariates, arguments`` above.
     """
 
     objective: Any
@@ -77,15 +84,18 @@ class Plan(NamedTuple):
     arguments: dict[str, str]
     parts: tuple["Plan", ...] = ()
     takes_guide: bool = True
+    conditioned: tuple[TracedModel, list[str], dict[str, str]] | None = None
 
     def at(self, arguments: Arguments, params: Params) -> "Plan":
         """The same plan, with the model checked at other arguments."""
         row_model = read_model(self.model, arguments.args, arguments.kwargs, params)
         self.objective.check_sites(row_model)
+        inner = _conditioned(default_key(), self.objective, row_model, params)
         return self._replace(
             traced=row_model.traced,
             covariates=row_model.covariates,
             arguments=row_model.arguments,
+            conditioned=None if inner is row_model else _found_in(inner),
             parts=tuple(part.at(arguments, params) for part in self.parts),
         )
 
@@ -123,11 +133,14 @@ class Plan(NamedTuple):
         self, rng_key: jax.Array, row_model: RowModel, guide: Model | None, params: Params
     ) -> Problem:
         """Place the batch at which a model was read, for a sum those of its parts."""
-        reader = _read_guide(guide, row_model)
         if not self.parts:
+            key_read = jax.random.fold_in(rng_key, CONDITION_STREAM)
+            row_model = _conditioned(key_read, self.objective, row_model, params, self.conditioned)
+            reader = _read_guide(guide, row_model)
             return Problem(
                 row_model, reader, self.marginal, *self.objective.perturb(rng_key, row_model)
             )
+        reader = _read_guide(guide, row_model)
         parts = tuple(
             part.problem(
                 jax.random.fold_in(rng_key, i),
@@ -178,10 +191,12 @@ def make_plan(
     """
     objective.check_sites(row_model)
     parts = tuple(_plan_part(rng_key, x, row_model, guide, params) for x in objective.parts)
+    inner = row_model
     if parts:
         marginal = parts[0].marginal
     else:
-        marginal = _choose_marginal(rng_key, objective, row_model, guide, params)
+        inner = _conditioned(rng_key, objective, row_model, params)
+        marginal = _choose_marginal(rng_key, objective, inner, guide, params)
     return Plan(
         objective,
         row_model.model,
@@ -190,7 +205,38 @@ def make_plan(
         row_model.covariates,
         row_model.arguments,
         parts,
+        conditioned=None if inner is row_model else _found_in(inner),
     )
+
+
+def _conditioned(rng_key, objective, row_model, params, known=None):
+    """The model at the arguments of the objective's own, if any; not checked where it is known."""
+    key_own, key_read = jax.random.split(rng_key)
+    own = objective.own_arguments(key_own, row_model)
+    if not own:
+        return row_model
+    model, args, kwargs = row_model.model, row_model.args, {**row_model.kwargs, **own}
+    if known is None:
+        try:
+            inner = read_model(model, args, kwargs, params, rng_key=key_read)
+        except (TypeError, ValueError) as error:
+            error.add_note(
+                f"{type(objective).__name__} gives the model {sorted(own)}, arrays of shape "
+                f"({row_model.num_rows},), one value a row."
+            )
+            raise
+        for name in own:
+            check_row_argument(inner, name)
+        return inner
+    traced, covariates, arguments = known
+    traced = traced.rebound(model, args, kwargs) or trace_model(model, args, kwargs, params)
+    inner = traced.bind(key_read, params)
+    inner.covariates, inner.arguments = covariates, arguments
+    return inner
+
+
+def _found_in(row_model):
+    return row_model.traced, row_model.covariates, row_model.arguments
 
 
 def _choose_marginal(rng_key, objective, row_model, guide, params):
