@@ -54,7 +54,7 @@ from numpyro_ebm.posteriors import (
 )
 from numpyro_ebm.svi import Checkpoint, EnergySVI, load, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoint",

@@ -73,6 +73,8 @@ LONGEST = (
     "test_the_posterior_is_the_exact_one_for_five_seeds",
     "test_the_warmup_tunes_what_any_auxiliary_adapts[replicas",
     "test_tools.py::",
+    "what_the_page_says[docs/from_",
+    "what_the_page_says[docs/methods",
 )
 
 

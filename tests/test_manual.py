@@ -3,6 +3,8 @@
 
 import importlib.util
 import inspect
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,23 @@ def test_pages_show_no_member_that_is_not_there(reference):
     for name, members in reference.MEMBERS.items():
         for member in filter(None, members.split(", ")):
             assert hasattr(reference.find(name), member), f"{name}.{member}"
+
+
+def test_the_version_is_said_once_and_the_recipe_follows():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    recipe = (ROOT / ".ci/recipe/recipe.yaml").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert re.search(r"^## \[(\d.*?)\]", changelog, re.MULTILINE)[1] == ebm.__version__
+    assert re.search(r'^  version: "(.*)"', recipe, re.MULTILINE)[1] == ebm.__version__
+    run = re.search(r"^  run:\n(.*?)\n\n", recipe, re.MULTILINE | re.DOTALL)[1]
+    needed = [line.replace("    - ", "").replace(" ", "") for line in run.splitlines()]
+    assert sorted(needed[1:]) == sorted(project["dependencies"])
+    python = re.search(r'^  python_min: "(.*)"', recipe, re.MULTILINE)[1]
+    assert project["requires-python"] == f">={python}"
+
+
+def test_the_readme_links_to_files_that_are_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?://|#)([^)\s#]+)", readme)
+    assert len(links) > 10
+    assert not [link for link in links if not (ROOT / link).is_file()]

@@ -9,14 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Every page of the manual. Those that take seconds run by default, the others with the slow laws.
-QUICK = {"README.md", "CONTRIBUTING.md", "docs/language.md", "docs/checks.md"}
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [
-    pytest.param(page, marks=() if page in QUICK else pytest.mark.slow)
-    for page in (file.relative_to(ROOT).as_posix() for file in FILES)
-    if not page.startswith(("docs/_build", "docs/api/"))
-]
 
 
 def same(printed, shown):
@@ -30,6 +23,11 @@ def same(printed, shown):
 def blocks(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(r"^```(python|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+# Every page of the manual that has code; `MEMBERS` and `LONGEST` in conftest.py say when it runs.
+NAMES = [file.relative_to(ROOT).as_posix() for file in FILES]
+PAGES = [name for name in NAMES if not name.startswith("docs/_build") and blocks(name)]
 
 
 @pytest.mark.parametrize("page", PAGES)
