@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.lax import stop_gradient
 from numpyro.infer.mcmc import MCMCKernel
 
@@ -21,7 +22,7 @@ from numpyro_ebm.objectives.plan import Problem
 from numpyro_ebm.objectives.summed_sites import draw_summed_sites
 from numpyro_ebm.types import Params, SiteValues
 
-__all__ = ["KernelSteps", "over_chains"]
+__all__ = ["KernelSteps", "joined_rows", "over_chains", "parted_rows"]
 
 
 def over_chains(
@@ -36,6 +37,17 @@ def over_chains(
         return fn(rng_key, chains)
     keys = jax.random.split(rng_key, num_groups(num, rows))
     return in_groups(lambda x, key: fn(key, x), rows, chains, keys=keys)
+
+
+def joined_rows(problem: Problem, visible: SiteValues) -> SiteValues:
+    """Unconstrained rows of the batch and chains after them, rows leading."""
+    data = problem.row_model.to_rows(problem.unconstrained)
+    return {name: jnp.concatenate([data[name], x]) for name, x in visible.items()}
+
+
+def parted_rows(problem: Problem, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values at the rows of the batch, and at the chains after them."""
+    return values[: problem.row_model.num_rows], values[problem.row_model.num_rows :]
 
 
 class KernelSteps:

@@ -24,6 +24,9 @@ class ChainOptions(NamedTuple):
     energy_penalty: float
     history: Remembers
     temperature: float
+    gradient_penalty: float
+    kl_weight: float
+    kl_step_size: float | None
 
     def num_moving(self, row_model: RowModel) -> int:
         """How many persistent chains move in a round."""
@@ -31,7 +34,7 @@ class ChainOptions(NamedTuple):
 
     def check(self) -> None:
         """Raise if they are out of range or contradict each other."""
-        for name in ("reset_probability", "energy_penalty"):
+        for name in ("reset_probability", "energy_penalty", "gradient_penalty", "kl_weight"):
             if getattr(self, name) != 0:
                 check_positive(OWNER, **{name: getattr(self, name)})
         if self.reset_probability > 1:
@@ -40,6 +43,13 @@ class ChainOptions(NamedTuple):
                 f"{self.reset_probability}."
             )
         check_positive(OWNER, temperature=self.temperature)
+        if self.kl_step_size is not None:
+            check_positive(OWNER, kl_step_size=self.kl_step_size)
+        if (self.kl_step_size is None) == bool(self.kl_weight):
+            raise ModelError(
+                f"{OWNER}: `kl_weight` and `kl_step_size` go together: the weight of the "
+                "divergence of the chains, and the step that it is differentiated through."
+            )
         for name in ("num_chains", "buffer"):
             if getattr(self, name) is not None:
                 check_integer(OWNER, **{name: getattr(self, name)})
@@ -64,6 +74,10 @@ class ChainOptions(NamedTuple):
             raise ModelError(
                 f"{OWNER}: `num_chains` of the chains in the buffer move in a round, and "
                 f"{self.num_chains} are more than the {self.buffer} of `buffer`."
+            )
+        if self.weighted and self.kl_weight:
+            raise ModelError(
+                f"{OWNER}: chains with `weighted=True` stand for the model: drop `kl_weight`."
             )
         if self.weighted and (self.buffer is not None or self.reset_probability):
             raise ModelError(
@@ -98,12 +112,28 @@ class ChainOptions(NamedTuple):
                 f"and {sorted(row_model.priors)} have priors, which a guide may draw anew in every "
                 "round. Write them with `numpyro.param`."
             )
-        if self.energy_penalty and row_model.latent:
+        for name in ("energy_penalty", "gradient_penalty"):
+            if getattr(self, name) and row_model.latent:
+                raise ModelError(
+                    f"{OWNER}: `{name}` is of the energies of rows, and with the latent site(s) "
+                    f"{sorted(row_model.latent)} a row has none of its own. Bound the energy in "
+                    "the model, or regularise its parameters."
+                )
+        discrete = [name for name, site in row_model.visible.items() if site.is_discrete]
+        for name in ("gradient_penalty", "kl_weight"):
+            if getattr(self, name) and discrete:
+                raise ModelError(
+                    f"{OWNER}: `{name}` takes derivatives in the visible values, and {discrete} "
+                    "are discrete. Drop it."
+                )
+        if self.kl_weight and row_model.covariates:
             raise ModelError(
-                f"{OWNER}: `energy_penalty` holds the energies of rows near zero, and with the "
-                f"latent site(s) {sorted(row_model.latent)} a row has none of its own. Bound the "
-                "energy in the model, or regularise its parameters."
+                f"{OWNER}: `kl_weight` wants the entropy of chains of one law, and every row has "
+                "its own, because its energy reads what differs from row to row: "
+                f"{', '.join(row_model.covariates)}. Drop it."
             )
+        if self.kl_weight and (self.num_moving(row_model) if self.persistent else 2) < 2:
+            raise ModelError(f"{OWNER}: `kl_weight` compares chains, and there is one.")
 
 
 def _listed(names):

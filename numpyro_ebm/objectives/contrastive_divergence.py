@@ -17,7 +17,7 @@ Reference: Hinton, *Training products of experts by minimizing contrastive diver
 Tieleman, *Training restricted Boltzmann machines using approximations to the likelihood gradient*,
 ICML 2008; a replay buffer, resetting a share of the chains, and the penalty of energies, Du,
 Mordatch, *Implicit generation and modeling with energy-based models*, NeurIPS 2019; weighted
-chains, Carbone, Hua, Coste, Vanden-Eijnden, NeurIPS 2023.
+chains, Carbone, Hua, Coste, Vanden-Eijnden, NeurIPS 2023; :mod:`.chain_penalties` has the others.
 """
 
 from collections.abc import Callable
@@ -32,12 +32,14 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.log_normalizers.result import LogNormalizer
+from numpyro_ebm.marginals import list_exact
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_groups import in_groups
 from numpyro_ebm.objectives.base import Problem
 from numpyro_ebm.objectives.chain_history import Remembers
-from numpyro_ebm.objectives.chain_moves import KernelSteps
+from numpyro_ebm.objectives.chain_moves import KernelSteps, joined_rows, parted_rows
 from numpyro_ebm.objectives.chain_options import ChainOptions
+from numpyro_ebm.objectives.chain_penalties import chain_divergence, energy_penalties
 from numpyro_ebm.objectives.chain_weights import read_log_normalizer, review_weights
 from numpyro_ebm.objectives.negative_phase import NegativePhase
 from numpyro_ebm.objectives.persistent_chains import Chains
@@ -93,6 +95,14 @@ class ContrastiveDivergence(NegativePhase):
         among its ``params``, so that ``fixed(model, fit.params)`` is the model that was learned.
         Chains of steps α with noise σ, z' = z - α ∇E(z) + σ ξ, are ``ULA`` with the step size σ²/2
         at T = σ²/(2α).
+    :param float gradient_penalty: β of a penalty :math:`β (E_{\text{data}} \|∇_v E\|^2 + E_{v^-}
+        \|∇_v E\|^2)`, in unconstrained coordinates, that keeps the energies of networks smooth.
+    :param float kl_weight: weight of :math:`\mathrm{KL}(q_θ \| p)` of the chains after one more
+        Langevin step, differentiated through :math:`q_θ` alone, with its entropy by nearest
+        neighbours among the chains; see :mod:`~numpyro_ebm.objectives.chain_penalties`. It teaches
+        the energy to lead its chains to low energies and far from each other. The value of the
+        loss is left as it is.
+    :param float kl_step_size: ε of that step, in squared units of the unconstrained sites.
     :raises ModelError: if an argument is out of range, or options contradict each other; when used,
         if the kernel does not fit the supports or has no step size, chains cannot begin at
         ``initial``, persistent chains meet another batch size, or rows that have covariates and
@@ -102,7 +112,8 @@ class ContrastiveDivergence(NegativePhase):
     an R-hat of 3 or more over its last 256 rounds: ``chain_diagnostics`` has them all. Of
     weighted chains, if log Z is known to no better than half a nat.
 
-    Reference: Hinton 2002; Tieleman 2008; Du, Mordatch 2019; Carbone et al. 2023.
+    Reference: Hinton 2002; Tieleman 2008; Du, Mordatch 2019; Carbone et al. 2023; the penalty of
+    gradients, Kumar et al. 2019; the divergence of the chains, Du et al. 2021.
 
     **Example**
 
@@ -141,6 +152,9 @@ class ContrastiveDivergence(NegativePhase):
         energy_penalty: float = 0.0,
         history: Remembers = "light",
         temperature: float = 1.0,
+        gradient_penalty: float = 0.0,
+        kl_weight: float = 0.0,
+        kl_step_size: float | None = None,
     ):
         check_integer("ContrastiveDivergence", num_steps=num_steps)
         self._steps = KernelSteps(kernel, num_steps, weighted)
@@ -154,11 +168,22 @@ class ContrastiveDivergence(NegativePhase):
             energy_penalty,
             history,
             temperature,
+            gradient_penalty,
+            kl_weight,
+            kl_step_size,
         )
         self._options.check()
         self.kernel, self.num_steps = kernel, num_steps
         vars(self).update(self._options._asdict())  # to be read, and in the repr
         super().__init__(marginal)
+
+    def check_marginal(self, marginal: Marginal) -> None:
+        super().check_marginal(marginal)
+        if self._options.kl_weight and marginal.value != "exact":
+            raise ModelError(
+                f"ContrastiveDivergence: `kl_weight` wants log p̃(v) itself, and {marginal!r} does "
+                f"not have it. Use {list_exact()} where it covers the latent sites."
+            )
 
     def energy_loss(self, rng_key: jax.Array, params: Params, problem: Problem) -> jax.Array:
         key_positive, key_negative = jax.random.split(rng_key)
@@ -170,9 +195,9 @@ class ContrastiveDivergence(NegativePhase):
             def log_density(rows):
                 return estimate.log_density(params, row_model.from_rows(rows))
 
-            both = _joined(problem, visible)
+            both = joined_rows(problem, visible)
             values = in_groups(log_density, row_model.num_rows, both)
-            loss = self._contrast(problem, *_parted(problem, values))
+            loss = self._contrast(problem, *parted_rows(problem, values))
         else:
             positive = estimate.log_density(params, problem.unconstrained)
             negative = self._densities(key_negative, params, problem, chains)
@@ -183,9 +208,25 @@ class ContrastiveDivergence(NegativePhase):
                 positive = self._free_densities(key_positive, params, problem, data)
                 negative = self._free_densities(key_negative, params, problem, visible)
                 loss += stop_gradient(self._contrast(problem, positive, negative) - loss)
-        loss *= self._options.temperature
-        if self._options.energy_penalty:
-            loss += self._options.energy_penalty * self._squared_energies(params, problem, visible)
+        options = self._options
+        if options.kl_step_size is not None:
+            found = chain_divergence(
+                jax.random.fold_in(key_negative, 1),
+                lambda params, x: self._free_densities(key_negative, params, problem, x),
+                params,
+                problem,
+                visible,
+                options.kl_step_size,
+            )
+            loss += options.kl_weight * (found - stop_gradient(found))  # a gradient, and no value
+        loss *= options.temperature
+        if options.energy_penalty or options.gradient_penalty:
+            penalties = options.energy_penalty, options.gradient_penalty
+            values = energy_penalties(params, problem, visible, options.temperature, *penalties)
+            positive, negative = parted_rows(problem, values)
+            weights = problem.noise.weights
+            mean = jnp.mean(negative) if weights is None else weights @ negative
+            loss += row_model.mean(positive) + mean
         return loss
 
     def _contrast(self, problem, positive, negative):
@@ -195,21 +236,6 @@ class ContrastiveDivergence(NegativePhase):
             return row_model.mean(negative - positive)
         mean = jnp.mean(negative) if weights is None else weights @ negative
         return row_model.mean(mean - positive)
-
-    def _squared_energies(self, params, problem, visible):
-        """E² of the rows and of the chains, in the mean."""
-        row_model, weights = problem.row_model, problem.noise.weights
-
-        def energies(rows):
-            values, _ = row_model.constrain(row_model.from_rows(rows))
-            terms = row_model.terms({**params, **values})
-            total = sum(terms[name] for name in row_model.energies)
-            return jnp.broadcast_to(self._options.temperature * total, (row_model.num_rows,))
-
-        values = in_groups(energies, row_model.num_rows, _joined(problem, visible))
-        positive, negative = _parted(problem, values**2)
-        mean = jnp.mean(negative) if weights is None else weights @ negative
-        return row_model.mean(positive) + mean
 
     # What the chains tell
 
@@ -268,14 +294,3 @@ def _chains_of(state, who):
     if not isinstance(chains, Chains):
         raise ModelError(f"{who}: this state holds no persistent chains.")
     return chains
-
-
-def _joined(problem, visible):
-    """The rows of the batch and the chains after them, rows leading."""
-    data = problem.row_model.to_rows(problem.unconstrained)
-    return {name: jnp.concatenate([data[name], x]) for name, x in visible.items()}
-
-
-def _parted(problem, values):
-    """Values at the rows of the batch, and at the chains."""
-    return values[: problem.row_model.num_rows], values[problem.row_model.num_rows :]
