@@ -39,6 +39,7 @@ LONGEST = (
     "test_the_posterior_is_the_exact_one[gaussian-mala",
     "test_the_posterior_is_the_exact_one[ising4",
     "test_stein_test_has_its_size_and_power[guide-imq",
+    "test_a_state_that_the_model_closes_over_is_held[",
     "test_adjusted_intervals_cover_at_their_nominal_rates[",
     "test_annealed_ising[",
     "test_annealed_supports[",

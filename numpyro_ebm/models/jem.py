@@ -18,6 +18,7 @@ import numpyro
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.distributions import Counting
+from numpyro_ebm.language.handlers import FIT_TEMPERATURE
 from numpyro_ebm.language.primitives import energy
 from numpyro_ebm.models.neural_energy import base_distribution, module_site
 from numpyro_ebm.types import Model, Params
@@ -79,7 +80,8 @@ def jem_logits(network: Any, params: Params, v: Any) -> jax.Array:
     r"""The logits :math:`f(v)` of a :func:`jem`, of shape (rows, classes).
 
     :math:`\operatorname{softmax} f(v)` is p(y | v), and :math:`\operatorname{logsumexp} f(v) +
-    \log p_0(v)` is log p(v) up to log Z, by which unlike rows are found.
+    \log p_0(v)` is log p(v) up to log Z, by which unlike rows are found. At a temperature T that
+    the fit says (``ContrastiveDivergence(temperature=)``) they are f(v)/T.
 
     :param network: the module the model was made of.
     :param dict params: its parameters, such as ``fit.params``.
@@ -101,7 +103,7 @@ def jem_logits(network: Any, params: Params, v: Any) -> jax.Array:
         raise ModelError(f"jem_logits: `params` lack 'network$params', got {sorted(params)}.")
     with numpyro.handlers.block(), numpyro.handlers.substitute(data=params):
         function = module_site("jem_logits", "network", network)
-    return jax.vmap(function)(jnp.asarray(v))
+    return jax.vmap(function)(jnp.asarray(v)) / params.get(FIT_TEMPERATURE, 1.0)
 
 
 def _logits_of_rows(function, v, num_classes):

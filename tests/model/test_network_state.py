@@ -116,6 +116,91 @@ def test_statistics_of_the_batch_couple_its_rows():
         read_model(model, (DATA,))
 
 
+def held_by_linen():
+    linen = pytest.importorskip("flax.linen")
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.SpectralNorm(linen.Dense(8), n_steps=5)(x, update_stats=True)
+            return linen.Dense(1)(jax.nn.silu(x))
+
+    net = Net()
+    start = net.init(KEY, DATA)
+    params, state = start["params"], {"batch_stats": start["batch_stats"]}
+
+    def declare():
+        own = numpyro.param("net", params)
+        return lambda v: net.apply({"params": own, **state}, v, mutable=["batch_stats"])[0]
+
+    return declare
+
+
+def held_by_equinox():
+    eqx = pytest.importorskip("equinox")
+    from numpyro.contrib.module import eqx_module
+
+    class Net(eqx.Module):
+        first: eqx.nn.SpectralNorm
+        last: eqx.nn.Linear
+
+        def __call__(self, x, state):
+            x, _ = self.first(x, state)
+            return self.last(jax.nn.silu(x))
+
+    def make():
+        keys = jax.random.split(KEY, 3)
+        first = eqx.nn.Linear(3, 8, key=keys[0])
+        first = eqx.nn.SpectralNorm(first, "weight", num_power_iterations=5, key=keys[1])
+        return Net(first, eqx.nn.Linear(8, 1, key=keys[2]))
+
+    made, state = eqx.nn.make_with_state(make)()
+
+    def declare():
+        net, own = eqx_module("net", made), jax.tree.map(lambda x: x, state)  # used once
+        return jax.vmap(lambda row: net(row, own))
+
+    return declare
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hold", [held_by_linen, held_by_equinox])
+def test_a_state_that_the_model_closes_over_is_held(hold):
+    declare = hold()
+
+    def model(data=None, rows=1):
+        net = declare()
+        with numpyro.plate("data", rows if data is None else len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((3,)), obs=data)
+            ebm.energy("E", 0.5 * jnp.sum(v**2, -1) + net(v)[..., 0])
+
+    svi = ebm.EnergySVI(model, None, optax.adam(0.01), ebm.DenoisingScoreMatching(0.3))
+    fit = svi.run(KEY, 3, DATA, progress_bar=False)
+    assert np.all(np.isfinite(fit.losses))
+    energies = [read_model(model, (DATA,), {}, fit.params) for _ in range(2)]
+    found = [x.log_density(fit.params, {"v": DATA}) for x in energies]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.slow
+def test_spectral_norms_are_projected_between_rounds():
+    """The recipe of the docs: an Optax transformation, for the networks of any framework."""
+
+    def inside(w):
+        return w / jnp.maximum(1.0, jnp.linalg.norm(w, 2)) if w.ndim == 2 else w
+
+    projection = optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u, w: inside(w + u) - w, updates, params)
+    )
+    model = partial(network, partial(layers, "statistics of the row"))
+    optim = optax.chain(optax.adam(0.3), projection)
+    objective = ebm.ContrastiveDivergence(partial(ebm.ULA, step_size=0.05), 2, persistent=True)
+    fit = ebm.EnergySVI(model, None, optim, objective).run(KEY, 20, DATA, progress_bar=False)
+    norms = [jnp.linalg.norm(w, 2) for w in jax.tree.leaves(fit.params) if jnp.ndim(w) == 2]
+    assert len(norms) == 2
+    np.testing.assert_allclose(norms, 1.0, atol=1e-4)
+
+
 def test_a_state_without_a_start_is_refused():
     linen = pytest.importorskip("flax.linen")
     from numpyro.contrib.module import flax_module

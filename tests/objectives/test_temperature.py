@@ -191,6 +191,19 @@ def test_numpyros_svi_learns_at_the_temperature():
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+def test_logits_of_a_joint_energy_model_are_at_the_temperature():
+    pytest.importorskip("equinox")
+    network = ebm.models.mlp_network(KEY, 2, num_outputs=3, widths=(4,))
+    model = numpyro.handlers.seed(ebm.models.jem(network, 2, 3), 0)
+    v = jnp.array([[0.5, -1.0]])
+    trace = numpyro.handlers.trace(model).get_trace(v, jnp.zeros(1, int))
+    params = {"network$params": trace["network$params"]["value"], "fit_temperature": 0.25}
+    fixed = ebm.fixed(ebm.models.jem(network, 2, 3), params)
+    joint = [log_density(fixed, (v, jnp.array([y])), {}, {})[0] for y in range(3)]
+    found = jax.nn.softmax(ebm.models.jem_logits(network, params, v)[0])
+    np.testing.assert_allclose(found, jax.nn.softmax(jnp.stack(joint)), rtol=1e-5)
+
+
 def test_what_is_refused():
     for bad in (0.0, -1.0, np.inf):
         with pytest.raises(ebm.ModelError, match="`temperature` must be positive"):
