@@ -102,7 +102,7 @@ def test_the_penalty_is_of_the_energy_itself():
 
 
 @pytest.mark.slow
-def test_steps_and_noise_apart_are_a_temperature():
+def test_steps_and_noise_apart_are_a_temperature(tmp_path):
     """A Gaussian of precision λ, chains z - α λ z + σ ξ: their variance is σ²/(αλ(2 - αλ)).
 
     Persistent chains learn the λ at which that is the variance of the data, and T/λ is the
@@ -122,6 +122,8 @@ def test_steps_and_noise_apart_are_a_temperature():
     temperature = fit.params["fit_temperature"]
     np.testing.assert_allclose(temperature, sigma**2 / (2 * alpha), rtol=1e-6)
     assert temperature == fit.ema_params["fit_temperature"]
+    ebm.save(tmp_path / "fit", fit)
+    assert temperature == ebm.load(tmp_path / "fit").params["fit_temperature"]
     expected = (1 - np.sqrt(1 - sigma**2 / variance)) / alpha
     np.testing.assert_allclose(fit.ema_params["precision"], expected, rtol=0.04)
     draws = ebm.sample(KEY, ebm.fixed(gaussian, fit.ema_params), 4_000)["v"]
@@ -130,22 +132,19 @@ def test_steps_and_noise_apart_are_a_temperature():
     assert abs(of_model / variance - 1) > 0.1  # the bias of the steps, which chains cannot hide
 
 
-def test_the_fit_says_its_temperature(tmp_path):
-    """In files, and where another fit begins; and `temper` multiplies it."""
-    objective = ebm.ContrastiveDivergence(MALA, 1, temperature=0.25)
-    fit = ebm.EnergySVI(gaussian, None, optax.adam(0.1), objective).run(
-        KEY, 3, DATA, progress_bar=False
-    )
-    ebm.save(tmp_path / "fit", fit)
-    energy = float(fit.params["precision"] * jnp.sum(DATA**2) / 2)
-    for params in (fit.params, ebm.load(tmp_path / "fit").params):
-        model = ebm.fixed(gaussian, params)
-        assert log_density(model, (DATA,), {}, {})[0] == pytest.approx(-4 * energy)
-        hot = ebm.temper(model, 0.5)
-        assert log_density(hot, (DATA,), {}, {})[0] == pytest.approx(-2 * energy)
+def test_the_fit_says_its_temperature():
+    """Also where another fit begins; and `temper` multiplies it."""
+    objective = ebm.ContrastiveDivergence(MALA, temperature=0.25)
+    svi = ebm.EnergySVI(gaussian, None, optax.adam(0.1), objective)
+    params = svi.get_params(svi.init(KEY, DATA, init_params={"precision": jnp.array(1.5)}))
+    assert params["fit_temperature"] == 0.25
+    energy, model = float(1.5 * jnp.sum(DATA**2) / 2), ebm.fixed(gaussian, params)
+    assert log_density(model, (DATA,), {}, {})[0] == pytest.approx(-4 * energy)
+    hot = ebm.temper(model, 0.5)
+    assert log_density(hot, (DATA,), {}, {})[0] == pytest.approx(-2 * energy)
     svi = ebm.EnergySVI(gaussian, None, optax.adam(0.1), ebm.ScoreMatching())
-    state = svi.init(KEY, DATA, init_params=fit.params)
-    assert svi.get_params(state) == {"precision": fit.params["precision"]}
+    state = svi.init(KEY, DATA, init_params=params)
+    assert svi.get_params(state) == {"precision": pytest.approx(1.5)}
 
 
 def test_at_one_there_is_nothing_to_say():
@@ -191,6 +190,7 @@ def test_numpyros_svi_learns_at_the_temperature():
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_of_a_joint_energy_model_are_at_the_temperature():
     pytest.importorskip("equinox")
     network = ebm.models.mlp_network(KEY, 2, num_outputs=3, widths=(4,))
