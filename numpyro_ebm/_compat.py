@@ -25,7 +25,7 @@ from blackjax.smc.resampling import systematic
 from blackjax.smc.solver import dichotomy
 from blackjax.util import generate_gaussian_noise, generate_unit_vector
 from jax.core import ShapedArray, Tracer, eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, get_opaque_trace_state, jaxpr_as_fun
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.util import unconstrain_fn
 from numpyro.ops.provenance import eval_provenance
@@ -52,6 +52,7 @@ __all__ = [
     "ess_solver",
     "eval_jaxpr",
     "eval_provenance",
+    "failed_statement",
     "find_stack_level",
     "generate_gaussian_noise",
     "generate_unit_vector",
@@ -68,6 +69,7 @@ __all__ = [
     "psis_weights",
     "run_arguments",
     "systematic",
+    "trace_state",
     "trajectory_length",
     "unconstrain_fn",
     "welford_algorithm",
@@ -84,6 +86,23 @@ def is_enumerating() -> bool:
     return module is not None and any(
         isinstance(handler, module.BaseEnumMessenger) for handler in handler_stack
     )
+
+
+def failed_statement(error: BaseException) -> tuple[str, Any, list[Any]] | None:
+    """Name, distribution and plates of the statement that NumPyro's `plate` could not expand."""
+    traceback, found = error.__traceback__, None
+    while traceback is not None:
+        names = traceback.tb_frame.f_locals
+        if traceback.tb_frame.f_code.co_name == "process_message" and "expected_shape" in names:
+            msg = names["msg"]
+            found = msg["name"], msg["fn"], list(msg["cond_indep_stack"])
+        traceback = traceback.tb_next
+    return found
+
+
+def trace_state() -> Any:
+    """What is equal as long as no `jit`, `scan` or other transformation of JAX begins or ends."""
+    return get_opaque_trace_state(convention="flax")
 
 
 def is_inspected() -> bool:

@@ -22,6 +22,9 @@ import numpy as np
 from jax.scipy.special import i0e, logsumexp
 from jax.typing import ArrayLike
 
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.signatures import explaining
+
 __all__ = [
     "TOYS",
     "Toy",
@@ -104,13 +107,14 @@ def _toy(*, log_density=None, entropy=None):
     """Register a sampler, make it check ``num_samples`` and complete its docstring."""
 
     def register(sample):
+        @explaining
         @wraps(sample)
         def checked(rng_key, num_samples):
             is_int = isinstance(num_samples, Integral) and not isinstance(num_samples, bool)
             if not is_int or num_samples < 1:
-                raise ValueError(
-                    "num_samples must be a positive int (and static under jax.jit),"
-                    f" got {num_samples!r}"
+                raise ModelError(
+                    "num_samples must be a positive int (and static under jax.jit), after the "
+                    f"random key, got {num_samples!r}"
                 )
             return sample(rng_key, int(num_samples))
 
@@ -171,6 +175,7 @@ def log_density(name: str, x: ArrayLike) -> jax.Array:
     return known[name](x)
 
 
+@explaining
 def dequantize(rng_key: jax.Array, values: ArrayLike, num_levels: int) -> jax.Array:
     r"""Spread whole numbers, such as the grey values of images, over the unit interval.
 
@@ -270,6 +275,7 @@ _WIDE_BOARD = {"low": -4.0, "side": 2.0, "num_columns": 4}
 
 
 @_toy(log_density=partial(_squares_log_density, **_UNIT_BOARD), entropy=-math.log(2))
+@explaining
 def checkerboard(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Uniform on two diagonal squares of the unit square, the checkerboard of the VaGES paper.
 
@@ -285,6 +291,7 @@ def checkerboard(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy(log_density=partial(_squares_log_density, **_WIDE_BOARD), entropy=math.log(32))
+@explaining
 def checkerboard_4x4(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Uniform on 8 squares of a 4 x 4 board over [-4, 4)^2, the checkerboard of FFJORD.
 
@@ -311,6 +318,7 @@ _GRID_OF_25 = {
 
 
 @_toy(log_density=partial(_mixture_log_density, **_RING_OF_EIGHT))
+@explaining
 def eight_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Equal mixture of eight Gaussians on a circle.
 
@@ -326,6 +334,7 @@ def eight_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy(log_density=partial(_mixture_log_density, **_GRID_OF_25))
+@explaining
 def twenty_five_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Equal mixture of 25 Gaussians on a square grid.
 
@@ -356,6 +365,7 @@ def _rings_log_density(x):
 
 
 @_toy(log_density=_rings_log_density)
+@explaining
 def rings(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Four concentric circles with Gaussian noise in the plane.
 
@@ -390,6 +400,7 @@ def _cosine_log_density(x):
     log_density=_cosine_log_density,
     entropy=math.log(2 * _WAVE_HALF_WIDTH) + math.log(2 * math.pi * math.e * _WAVE_NOISE**2) / 2,
 )
+@explaining
 def cosine(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Wave with Gaussian noise across it.
 
@@ -407,6 +418,7 @@ def cosine(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
+@explaining
 def moons(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Two interleaved half circles with Gaussian noise.
 
@@ -428,6 +440,7 @@ def moons(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
+@explaining
 def pinwheel(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Five Gaussian blades, bent by a rotation that grows with the distance along the blade.
 
@@ -449,6 +462,7 @@ def pinwheel(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
+@explaining
 def swiss_roll(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""One spiral arm with Gaussian noise, the section of the Swiss roll.
 
@@ -465,6 +479,7 @@ def swiss_roll(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
+@explaining
 def two_spirals(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Two spiral arms, each the other's mirror image in the origin.
 

@@ -27,11 +27,25 @@ __all__ = [
     "check_integer",
     "check_not_negative",
     "check_positive",
+    "field_or_item",
 ]
 
 
 class ModelError(ValueError):
     """A model, a guide or its arguments are not what an energy-based method needs."""
+
+
+class UnknownArgumentError(ModelError):
+    """A model was called with arguments that it does not take.
+
+    :param str message: what happened.
+    :param tuple names: keyword arguments that it does not know.
+    :param bool is_complete: whether it is said already what they may have meant.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...] = (), *, is_complete: bool = False):
+        super().__init__(message)
+        self.names, self.is_complete = names, is_complete
 
 
 class UnhandledEnergyError(RuntimeError):
@@ -133,6 +147,21 @@ def check_fraction(owner: str, **options: Any) -> None:
     The ends are out of range.
     """
     _check_numbers(owner, options, lambda x: (0 < x) & (x < 1), "between 0 and 1")
+
+
+def field_or_item(state: Any, index: Any) -> Any:
+    """What ``state[index]`` is; NumPyro asks so, by name, for ``extra_fields`` that are no fields.
+
+    :param state: the state of a kernel, a ``NamedTuple``.
+    :param index: a number, a slice, or a name.
+    :raises ModelError: for a name, with those that there are.
+    """
+    if isinstance(index, str):
+        raise ModelError(
+            f"`extra_fields`: the kernel's {type(state).__name__} has no field '{index}'. It has "
+            f"{', '.join(state._fields)}."
+        )
+    return tuple.__getitem__(state, index)
 
 
 def _check_numbers(owner, options, is_right, what):

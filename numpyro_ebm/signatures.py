@@ -8,6 +8,7 @@ them, once the object has had its say; ranges are looked at by the ``check_...``
 """
 
 import collections.abc
+import difflib
 import functools
 import inspect
 import types
@@ -19,9 +20,10 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm._compat import is_prng_key
+from numpyro_ebm.errors import ModelError, UnknownArgumentError
 
-__all__ = ["Checked", "checked"]
+__all__ = ["Checked", "checked", "explaining"]
 
 VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
@@ -45,39 +47,88 @@ def checked(function: Function) -> Function:
     :return: the same, which raises :class:`ModelError` with the name of an argument that is none of
         what its annotation says.
     """
-    signature = inspect.signature(function)
-    is_init = function.__name__ == "__init__"
+    explained = explaining(function)
 
     @functools.wraps(function)
     def looking(*args, **kwargs):
-        try:
-            result = function(*args, **kwargs)
-        except ModelError:  # which says more
-            raise
-        except Exception as error:
-            wrong = find_wrong(args, kwargs)
-            if wrong is None:
-                raise
-            raise ModelError(wrong) from error
-        wrong = find_wrong(args, kwargs)
+        result = explained(*args, **kwargs)
+        wrong = _find_wrong(function, args, kwargs)
         if wrong is not None:
             raise ModelError(wrong)
         return result
 
-    def find_wrong(args, kwargs):
-        try:
-            given = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # something is missing, or unknown
-            return None
-        hints = _hints(function)
-        owner = type(args[0]).__name__ if is_init else function.__name__
-        for name, value in given.items():
-            hint = hints.get(name, Any)
-            if signature.parameters[name].kind not in VARIADIC and not _is_one(value, hint):
-                return f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}."
-        return None
-
     return typing.cast(Function, looking)
+
+
+def explaining(function: Function) -> Function:
+    """A function that looks at its arguments where it fails: no call that works is refused.
+
+    :param function: the function.
+    :return: the same, which raises :class:`ModelError` in the place of an error in other words, if
+        one of the arguments is none of what its annotation says. Of keyword arguments that a model
+        does not take it says which of its own they may be.
+    """
+
+    @functools.wraps(function)
+    def explained(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except UnknownArgumentError as error:
+            meant = _meant(error.names, function, args)
+            if not meant or error.is_complete:
+                raise
+            text = f"{error} Did you mean {meant}?"
+            raise UnknownArgumentError(text, error.names, is_complete=True) from error.__cause__
+        except ModelError:  # which says more
+            raise
+        except Exception as error:
+            wrong = _find_wrong(function, args, kwargs)
+            if wrong is not None:
+                raise ModelError(wrong) from error
+            unknown = kwargs.keys() - _options(function, args)
+            meant = _meant(unknown, function, args)
+            if isinstance(error, TypeError) and meant and f"'{next(iter(unknown))}'" in str(error):
+                raise TypeError(f"{error}. Did you mean {meant}?") from None
+            raise
+
+    return typing.cast(Function, explained)
+
+
+def _meant(names, function, args):
+    """Which options are likely meant by names, in words; empty if none is."""
+    own = _options(function, args)
+    return " or ".join(f"`{m}`" for x in names for m in difflib.get_close_matches(x, own, 1))
+
+
+def _options(function, args):
+    """Names of the arguments of a function; with those that its object was made with."""
+    own = list(inspect.signature(function).parameters)
+    is_method = own[:1] == ["self"]
+    return own + (list(inspect.signature(type(args[0])).parameters) if is_method else [])
+
+
+def _find_wrong(function, args, kwargs):
+    """What is wrong with an argument, in a sentence, or ``None``."""
+    signature = inspect.signature(function)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # something is missing, or unknown
+        return None
+    hints = _hints(function)
+    owner = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
+    for name, value in given.items():
+        hint = hints.get(name, Any)
+        if name == "rng_key" and (value is not None or signature.parameters[name].default):
+            hint = RandomKey
+        if signature.parameters[name].kind not in VARIADIC and not _is_one(value, hint):
+            order = [k for k in signature.parameters if k != "self"]
+            order = f" Its arguments are {order[:4]}, in this order." if hint is RandomKey else ""
+            return f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}.{order}"
+    return None
+
+
+class RandomKey:
+    """In the place of an annotation: a random key of JAX."""
 
 
 @functools.cache
@@ -89,6 +140,8 @@ def _is_one(value, hint):
     """Whether a value is what an annotation says, as far as that can be told."""
     if hint is Any or isinstance(hint, TypeVar):
         return True
+    if hint is RandomKey:
+        return is_prng_key(value)
     if hint == ArrayLike:
         numbers = isinstance(value, int | float | complex | list | tuple)
         return (numbers or hasattr(value, "dtype")) and not isinstance(value, bool)
@@ -131,6 +184,7 @@ def _worded(hint):
     if hint == ArrayLike:
         return "a number or an array"
     words = {
+        RandomKey: "a random key, such as `jax.random.key(0)`",
         type(None): "`None`",
         bool: "True or False",
         int: "an integer",

@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
 
 # From the ground up. A file may import from its own folder and from the floors below.
 FLOORS = [
-    {"_compat", "datasets", "errors", "keys", "types"},
-    {"signatures"},
+    {"_compat", "errors", "keys", "types"},
+    {"signatures", "inputs"},
+    {"datasets"},
     {"language", "program"},
     {"samplers"},
     {"model", "models"},

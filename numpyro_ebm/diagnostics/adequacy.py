@@ -31,6 +31,7 @@ from scipy.special import chdtrc
 
 from numpyro_ebm.diagnostics.prior_widths import prior_widths
 from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
+from numpyro_ebm.signatures import explaining
 
 __all__ = ["AuxiliaryAdequacy", "auxiliary_adequacy"]
 
@@ -88,6 +89,7 @@ class AuxiliaryAdequacy(NamedTuple):
     is_adequate: bool
 
 
+@explaining
 def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     """Judge by the draws of a run whether ``num_auxiliary_steps`` of ``Exchange`` is enough.
 

@@ -40,6 +40,7 @@ from numpyro_ebm.objectives import (
     ScoreMatching,
 )
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.signatures import explaining
 
 __all__ = ["ScoreName", "compare"]
 
@@ -55,6 +56,7 @@ RULES = {
 }
 
 
+@explaining
 def compare(
     models: Mapping[str, Any],
     *args: Any,

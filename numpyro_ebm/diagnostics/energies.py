@@ -20,6 +20,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["EnergyGap", "energy_gap"]
@@ -46,6 +47,7 @@ class EnergyGap(NamedTuple):
     p_value: float
 
 
+@explaining
 def energy_gap(
     rng_key: jax.Array,
     model: Model,

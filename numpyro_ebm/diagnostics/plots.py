@@ -24,6 +24,7 @@ from numpyro_ebm.diagnostics.plot_arrays import (
 )
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ COLOR_MAPS = {"density": "viridis", "energy": "viridis_r"}
 """Colour maps of the plane, bright where the model is."""
 
 
+@explaining
 def density(
     model: Model,
     *args: Any,
@@ -111,6 +113,7 @@ def density(
     return ax
 
 
+@explaining
 def chains(
     draws: Any,
     model: Model | None = None,

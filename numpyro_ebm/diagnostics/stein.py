@@ -31,6 +31,7 @@ from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.objectives.stein import KERNELS
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["SteinTest", "stein_test"]
@@ -55,6 +56,7 @@ class SteinTest(NamedTuple):
     bandwidth: jax.Array
 
 
+@explaining
 def stein_test(
     rng_key: jax.Array,
     model: Model,

@@ -9,6 +9,7 @@ from numpyro.handlers import seed, substitute, trace
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
+from numpyro_ebm.language.explained import explained
 from numpyro_ebm.language.handlers import set_visible
 from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.language.supports import check_drawn
@@ -46,7 +47,7 @@ class Guide:
     ) -> Trace:
         """Run the guide at visible values; ``latent`` overrides its draws."""
         data = {**self._row_model.plates, **params, **({} if latent is None else latent)}
-        guide = seed(set_visible(substitute(self._guide, data=data), visible), rng_key)
+        guide = seed(set_visible(substitute(explained(self._guide), data=data), visible), rng_key)
         return trace(guide).get_trace(*self._args, **self._kwargs)
 
     def parameters(
@@ -62,6 +63,13 @@ class Guide:
 
         :raises ModelError: naming the site; also if it is drawn on another support.
         """
+        observed = [*self._row_model.visible, *self._row_model.observed]
+        for name, site in guide_trace.items():
+            if site["type"] == "visible" and name not in observed:
+                raise ModelError(
+                    f"The guide reads `numpyro_ebm.visible('{name}', ...)`, and the visible sites "
+                    f"of the model are {observed}. Name the site as the model does."
+                )
         missing = [name for name in self._row_model.latent if name not in guide_trace]
         if missing:
             raise ModelError(

@@ -222,6 +222,7 @@ _BERNOULLI = (dist.BernoulliLogits, dist.BernoulliProbs)
 def check_guide_loss(owner: str, guide_loss: Any) -> None:
     """Raise :class:`ModelError` unless it is a loss of guides as below, or ``None``."""
     known = hasattr(guide_loss, "rows") or hasattr(guide_loss, "loss")
+    known = known and not hasattr(guide_loss, "energy_loss")  # an objective, of the energy
     if guide_loss is not None and not known:
         raise ModelError(
             f"{owner}: `guide_loss` must be a NumPyro ELBO, `RelaxedELBO` or `PosteriorScore`, got "

@@ -2,6 +2,7 @@
 """Handlers that resolve the normalizer of an energy."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from numpyro.primitives import Messenger, plate
 
 from numpyro_ebm._compat import handler_stack
 from numpyro_ebm.errors import ModelError, check_not_negative
+from numpyro_ebm.language.explained import explained
 from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, NORMALIZER
 from numpyro_ebm.language.sites import is_energy, masks_of, plates_of, without_masks
 from numpyro_ebm.signatures import checked
@@ -224,7 +226,7 @@ class substitute_and_block(Messenger):
             msg["stop"] = True
 
 
-class fixed(Messenger):
+class fixed(explained):
     r"""Hold the parameters of an energy-based model fixed.
 
     With θ fixed, Z(θ) is a constant and :math:`\log \tilde p(v, h; θ)` is the log-density of v and
@@ -236,6 +238,8 @@ class fixed(Messenger):
         outside the data plate. Names that the model does not have are ignored, so that the
         parameters of a guide may be among them. Where a fit says the temperature T that its chains
         had (``"fit_temperature"``), the model is that of :class:`temper` at 1/T.
+    :param kwargs: keyword arguments of the model, such as its sizes, for all calls that do not give
+        others; after a fit ``**svi.static_kwargs``.
     :return: a NumPyro model with the same arguments.
     :raises ModelError: when run, if the model has a parameter that ``params`` lacks, or one named
         ``"fit_temperature"``.
@@ -256,14 +260,16 @@ class fixed(Messenger):
     """
 
     @checked
-    def __init__(self, fn: Callable[..., Any] | None = None, params: Params | None = None):
+    def __init__(
+        self, fn: Callable[..., Any] | None = None, params: Params | None = None, **kwargs: Any
+    ):
         if not isinstance(params, dict):
             raise ModelError(
                 "`fixed(model, params)` takes a dict of parameter values by site name, got "
                 f"{type(params).__name__}."
             )
         self.params = params
-        super().__init__(fn)
+        super().__init__(partial(fn, **kwargs) if fn is not None and kwargs else fn)
 
     def __enter__(self):
         self._latent, self._energies = [], []
@@ -275,6 +281,7 @@ class fixed(Messenger):
             self._check_latent()
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        super().process_message(msg)
         refuse_energies_in_loops(msg)
         if msg["type"] == NORMALIZER:
             msg["value"] = "fixed"
@@ -299,6 +306,7 @@ class fixed(Messenger):
             self._missing([msg["name"]])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
+        super().postprocess_message(msg)
         if msg["type"] != "sample" or msg["name"] in self.params:
             return
         if is_energy(msg):

@@ -12,6 +12,7 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import apply_stack, handler_stack, is_enumerating
 from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.language.distributions import Unnormalized, speak_for
+from numpyro_ebm.language.explained import WHAT_A_ROW_NEEDS
 from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, ask, who_resolves
 
 T = TypeVar("T", bound=ArrayLike)
@@ -50,9 +51,18 @@ def energy(name: str, value: ArrayLike) -> None:
     ... )[0]
     Array(-3., dtype=float32)
     """
+    if not isinstance(name, str) or isinstance(value, str):
+        raise ModelError(
+            '`energy(name, value)` takes its name first, a string, as in `energy("E", value)`.'
+        )
     if not handler_stack:
         return
     value = jnp.asarray(value)
+    if jnp.iscomplexobj(value):
+        raise ModelError(
+            f"The energy '{name}' is complex, and it has to be real: exp(-E) is a density. Take "
+            "`jnp.real` of it, or `jnp.abs` of its parts, if the data are complex by intent."
+        )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         value = value.astype(jnp.result_type(float))
     inverse_temperature = ask(INVERSE_TEMPERATURE)
@@ -139,8 +149,12 @@ class _ShapeOfPlates(always_observed):
             raise ModelError(
                 f"The energy '{msg['name']}' has shape {self.shape}, but its plates "
                 f"({plates or 'none'}) ask for {tuple(expected)}: one energy for each element. "
-                "Sum over event dimensions only, as in `jnp.sum(..., -1)`; a scalar would be "
-                "counted once for every element of the plate."
+                + (
+                    "Sum over event dimensions only, as in `jnp.sum(..., -1)`; a scalar would be "
+                    "counted once for every element of the plate."
+                    if frames
+                    else WHAT_A_ROW_NEEDS
+                )
             )
 
 

@@ -24,6 +24,7 @@ from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_fixed_model, read_model
 from numpyro_ebm.model.row_analysis import check_rows_alike
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model
 
 __all__ = ["LogLikelihood", "log_likelihood"]
@@ -63,6 +64,7 @@ def log_likelihood(
     method: MethodName | Sequence[MethodName] | None = None,
     **kwargs: Any,
 ) -> LogLikelihood: ...
+@explaining
 def log_likelihood(
     rng_key: jax.Array,
     model: Model,

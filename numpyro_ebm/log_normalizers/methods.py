@@ -39,6 +39,7 @@ from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.log_normalizers.smc import run_smc
 from numpyro_ebm.log_normalizers.visible_grid import quadrature_of_parameters
 from numpyro_ebm.program.devices import leading_sharding
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model
 
 __all__ = ["METHODS", "Method", "MethodName", "log_normalizer", "run_method"]
@@ -83,6 +84,7 @@ METHODS: dict[str, Method] = {
 }
 
 
+@explaining
 def log_normalizer(
     rng_key: jax.Array,
     model: Model,

@@ -21,7 +21,7 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, field_or_item
 from numpyro_ebm.mcmc.block_gibbs_plan import (
     check_colors,
     check_order,
@@ -52,6 +52,8 @@ class BlockGibbsState(NamedTuple):
     z: SiteValues
     potential_energy: jax.Array
     rng_key: jax.Array
+
+    __getitem__ = field_or_item
 
 
 class BlockGibbs(RowKernel):

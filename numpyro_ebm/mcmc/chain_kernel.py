@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.infer import init_to_uniform
 
+from numpyro_ebm.errors import field_or_item
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.samplers.per_row import per_row
@@ -54,6 +55,8 @@ class LangevinState(NamedTuple):
     adapt_state: AdaptState
     memory: Any
     rng_key: jax.Array
+
+    __getitem__ = field_or_item
 
 
 class Chain(NamedTuple):

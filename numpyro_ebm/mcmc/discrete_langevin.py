@@ -20,7 +20,7 @@ import numpy as np
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, field_or_item
 from numpyro_ebm.mcmc.adaptation import Adaptation, AdaptState, running_mean
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.discrete_form import check_discrete, discrete_form
@@ -57,6 +57,8 @@ class DiscreteLangevinState(NamedTuple):
     diverging: jax.Array
     adapt_state: AdaptState
     rng_key: jax.Array
+
+    __getitem__ = field_or_item
 
 
 class DiscreteLangevin(AdaptiveKernel):

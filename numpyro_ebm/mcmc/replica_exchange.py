@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, field_or_item
 from numpyro_ebm.language.handlers import temper
 from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
@@ -64,6 +64,8 @@ class ReplicaExchangeState(NamedTuple):
     adapt_state: LadderState
     memory: Any
     rng_key: jax.Array
+
+    __getitem__ = field_or_item
 
 
 class ReplicaExchange(AdaptiveKernel):

@@ -20,6 +20,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.start import MAX_DRAWS, redrawn, unconstrained_values
 from numpyro_ebm.mcmc.watch import Watch
@@ -87,6 +88,7 @@ class RowKernel(Checked, MCMCKernel):
         model_args: tuple[Any, ...],
         model_kwargs: dict[str, Any] | None,
     ) -> Any:
+        model_args, model_kwargs = as_arrays(model_args, model_kwargs)
         self._num_warmup = num_warmup
         self._check_warmup()
         self._sample_fn = self._step
@@ -103,6 +105,7 @@ class RowKernel(Checked, MCMCKernel):
     def sample(
         self, state: Any, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Any:
+        model_args, model_kwargs = as_arrays(model_args, model_kwargs)
         if is_prng_key(state.rng_key):
             state = self._step(state, model_args, model_kwargs)
         else:  # all are at the same step, so that what few steps do costs the others nothing
@@ -126,6 +129,7 @@ class RowKernel(Checked, MCMCKernel):
     def get_constrain_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[..., SiteValues]:
+        model_args, model_kwargs = as_arrays(model_args, model_kwargs)
         if self.moves_discrete:
             return lambda z: z  # real and discrete sites are unconstrained
         row_model = self._read_model(self._model, model_args, model_kwargs)
@@ -134,6 +138,7 @@ class RowKernel(Checked, MCMCKernel):
     def postprocess_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[..., SiteValues]:
+        model_args, model_kwargs = as_arrays(model_args, model_kwargs)
         row_model = self._read_model(self._model, model_args, model_kwargs)
         if self.moves_discrete:
             return lambda z: {**z, **row_model.deterministic({}, z)}

@@ -23,6 +23,7 @@ from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.program.devices import check_divides, everywhere, leading_sharding, placed
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["complete_draws", "name_of_kernel", "pick_kernel", "run_chains", "sample"]
@@ -30,6 +31,7 @@ __all__ = ["complete_draws", "name_of_kernel", "pick_kernel", "run_chains", "sam
 logger = logging.getLogger(__name__)
 
 
+@explaining
 def sample(
     rng_key: jax.Array,
     model: Model,
@@ -88,6 +90,8 @@ def sample(
     """
     check_integer("sample", num_samples=num_samples, thinning=1 if thinning is None else thinning)
     num_chains = min(num_samples, 100) if num_chains is None else num_chains
+    check_integer("sample", num_chains=num_chains)
+    check_integer("sample", 0, num_warmup=0 if num_warmup is None else num_warmup)
     key_chains, key_latent = jax.random.split(rng_key)
     row_model = read_fixed_model(model, args, kwargs)
     kernel = pick_kernel("sample", kernel, model, row_model)

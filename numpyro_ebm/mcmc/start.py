@@ -55,7 +55,7 @@ def unconstrained_values(
 ) -> SiteValues:
     """Initial unconstrained values of the real sites.
 
-    :raises ModelError: if values are given of what is no unobserved site.
+    :raises ModelError: if values are given of what is no unobserved site, or of another shape.
     """
     if isinstance(row_model, PlainModel):
         return row_model.start(rng_key, init_strategy, init_params)
@@ -74,6 +74,12 @@ def unconstrained_values(
     given = {k: jnp.asarray(x) for k, x in init_params.items() if k in row_model.visible}
     if GIBBS_SITES_KWARG in row_model.kwargs:  # Gibbs hands over constrained values
         given = {k: row_model.visible[k].transform.inv(x) for k, x in given.items()}
+    for name, x in given.items():
+        if x.shape != z[name].shape:
+            raise ModelError(
+                f"`init_params` gives '{name}' the shape {x.shape}, and in unconstrained "
+                f"coordinates it has {z[name].shape}, with the chains leading if there are several."
+            )
     return {**z, **{k: x.astype(z[k].dtype) for k, x in given.items()}}
 
 

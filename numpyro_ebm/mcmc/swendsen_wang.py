@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import init_to_uniform
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, field_or_item
 from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.mcmc.discrete_form import check_discrete, discrete_form
 from numpyro_ebm.mcmc.row_kernel import RowKernel
@@ -49,6 +49,8 @@ class SwendsenWangState(NamedTuple):
     mean_accept_prob: jax.Array
     num_clusters: jax.Array
     rng_key: jax.Array
+
+    __getitem__ = field_or_item
 
 
 class SwendsenWang(RowKernel):

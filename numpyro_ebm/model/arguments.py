@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm._compat import Tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.inputs import argument_name, as_arrays
 from numpyro_ebm.program.marks import signature
 
 __all__ = ["Arguments", "check_own_argument"]
@@ -26,7 +27,7 @@ class Arguments:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None):
-        self.args, self.kwargs = args, {} if kwargs is None else kwargs
+        self.args, self.kwargs = as_arrays(args, kwargs)
         self._leaves, self._structure = jax.tree.flatten((self.args, self.kwargs))
         self.arrays = {
             f"arg:{i}": _as_array(x)
@@ -37,7 +38,7 @@ class Arguments:
     @property
     def names(self) -> dict[str, str]:
         paths = jax.tree_util.tree_leaves_with_path((self.args, self.kwargs))
-        return {f"arg:{i}": _argument_name(path) for i, (path, _) in enumerate(paths)}
+        return {f"arg:{i}": argument_name(path) for i, (path, _) in enumerate(paths)}
 
     def with_arrays(self, arrays: dict[str, Any]) -> "Arguments":
         """The same arguments with other arrays, by label; those that are not given stay."""
@@ -86,12 +87,6 @@ def check_own_argument(who: str, row_model: Any, name: str) -> None:
             f"`def model(data=None, {name}=...)`, where it is a number or an array of shape "
             "(rows,), and let the energy depend on it."
         ) from error
-
-
-def _argument_name(path):
-    _, which, *inside = path
-    name = f"'{which.key}'" if hasattr(which, "key") else f"number {which.idx + 1}"
-    return f"argument {name}{jax.tree_util.keystr(tuple(inside))}"
 
 
 def _are_equal(x, y):

@@ -11,16 +11,12 @@ import numpy as np
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.explained import WHAT_A_ROW_NEEDS
 from numpyro_ebm.language.sites import is_energy, obs_masked, plates_of, without_masks
 from numpyro_ebm.model.reference import completed_log_prob
 from numpyro_ebm.types import Trace
 
 __all__ = ["DataPlate", "find_data_plate"]
-
-WHAT_A_ROW_NEEDS = (
-    'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
-    "and the energy, with everything that is not a row in event dimensions or in further plates."
-)
 
 
 class DataPlate:

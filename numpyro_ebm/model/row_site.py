@@ -12,9 +12,10 @@ from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.distributions import Counting, is_real, scalar_support
+from numpyro_ebm.language.explained import wrong_shape
 from numpyro_ebm.language.sites import unwrap
 
-__all__ = ["RowSite", "check_data", "coordinates", "placeholder"]
+__all__ = ["RowSite", "check_data", "check_shape", "coordinates", "placeholder"]
 
 
 class RowSite(NamedTuple):
@@ -86,11 +87,20 @@ def placeholder(site: dict[str, Any]) -> jax.Array | None:
     return transform(jnp.zeros(transform.inverse_shape(fn.shape())))
 
 
+def check_shape(site: RowSite) -> None:
+    """Raise if the value of a site has not its shape.
+
+    :param RowSite site: the site.
+    """
+    if jnp.shape(site.value) != site.fn.shape():
+        raise ModelError(wrong_shape(site.name, jnp.shape(site.value), site.fn.shape()))
+
+
 def check_data(site: RowSite) -> None:
     """Raise if data cannot be the value of a visible site; traced data are not looked at.
 
     :param RowSite site: the site.
-    :raises ModelError: if they contain NaN, have another shape or leave the support.
+    :raises ModelError: if they contain NaN or leave the support.
     """
     name, value, support = site.name, site.value, site.fn.support
     if not_jax_tracer(value) and _number_where("isfinite", value) < jnp.size(value):
@@ -101,11 +111,6 @@ def check_data(site: RowSite) -> None:
             "jnp.isfinite(data).all(-1))` around all of the data plate; or say which elements are "
             "missing, in a plate of them, "
             "`numpyro.sample(..., obs=data, obs_mask=jnp.isfinite(data))`."
-        )
-    if jnp.shape(value) != site.fn.shape():
-        raise ModelError(
-            f"The data of the visible site '{name}' have shape {jnp.shape(value)}, but its plates "
-            f"and event shape ask for {site.fn.shape()}."
         )
     if not not_jax_tracer(value) or is_real(support):
         return

@@ -16,6 +16,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, Tracer
 from numpyro_ebm.keys import default_key
+from numpyro_ebm.language.explained import explained
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwrap
 from numpyro_ebm.model.arguments import Arguments
@@ -24,7 +25,7 @@ from numpyro_ebm.model.network_state import held_state
 from numpyro_ebm.model.obs_masks import row_observed
 from numpyro_ebm.model.reference import FillUnobserved
 from numpyro_ebm.model.row_model import RowModel
-from numpyro_ebm.model.row_site import RowSite, check_data, placeholder
+from numpyro_ebm.model.row_site import RowSite, check_data, check_shape, placeholder
 from numpyro_ebm.model.row_weights import RowWeights, find_weights, stand_in
 from numpyro_ebm.program.marks import MarkedProgram, marked, signature
 from numpyro_ebm.types import Model, Params
@@ -87,7 +88,7 @@ class TracedModel:
 
     def _run(self, rng_key, data, arrays):
         here = self.arguments.with_arrays(arrays)
-        prepared = substitute(seed(self.model, rng_key), data=data)
+        prepared = substitute(seed(explained(self.model), rng_key), data=data)
         prepared = FillUnobserved(substitute(prepared, substitute_fn=placeholder))
         prepared = resolve_normalizer(prepared)
         marks = _mark_values()
@@ -102,6 +103,8 @@ class TracedModel:
             for name in self._with_role("visible", "latent")
         }
         visible = {name: rows[name] for name in self.observed}
+        for site in visible.values():
+            check_shape(site)
         self._thaw_visible, visible = _frozen(visible)
         self._thaw, found = _frozen(
             rows,
@@ -289,7 +292,7 @@ class TracedModel:
 
     def _rerun(self, data, arrays):
         here = self.arguments.with_arrays(arrays)
-        prepared = resolve_normalizer(substitute(self.model, data=data))
+        prepared = resolve_normalizer(substitute(explained(self.model), data=data))
         return self._results(trace(prepared).get_trace(*here.args, **here.kwargs))
 
 

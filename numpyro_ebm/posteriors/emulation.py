@@ -27,6 +27,7 @@ from numpyro_ebm.log_normalizers.methods import MethodName
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.posteriors.emulator import Emulator, fit_emulator
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["EmulatedLogNormalizer", "emulate_log_normalizer"]
@@ -60,6 +61,7 @@ class EmulatedLogNormalizer(NamedTuple):
         return ravel_pytree(z)[0]
 
 
+@explaining
 def emulate_log_normalizer(
     rng_key: jax.Array,
     model: Model,

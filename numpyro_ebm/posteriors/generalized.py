@@ -16,6 +16,7 @@ import numpyro
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.primitives import always_observed
 from numpyro_ebm.marginals import list_exact
@@ -134,6 +135,7 @@ class generalized(Calibrated):
         super().__init__(learning_rate)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = as_arrays(args, kwargs)
         learning_rate = self.learning_rate
         if learning_rate is None:
             if not all(map(not_jax_tracer, jax.tree.leaves((args, kwargs)))):

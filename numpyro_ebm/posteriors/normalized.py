@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from numpyro.handlers import scale
 
 from numpyro_ebm.errors import ImproperSamplingError, ModelError, check_integer
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.language.primitives import always_observed
 from numpyro_ebm.log_normalizers.methods import METHODS
 from numpyro_ebm.marginals import ExactMarginal, exact_marginal
@@ -122,6 +123,7 @@ class normalized(Checked):
         self._num_nodes, self._max_states = num_nodes, max_states
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = as_arrays(args, kwargs)
         model = self.model
         row_model = read_with_priors(model, args, kwargs, "normalized")
         if not row_model.visible:
@@ -162,7 +164,13 @@ class normalized(Checked):
 
     def _log_z(self, row_model, params):
         if callable(self.log_normalizer):
-            log_z = jnp.asarray(self.log_normalizer(params))
+            try:
+                log_z = jnp.asarray(self.log_normalizer(params))
+            except KeyError as error:
+                raise ModelError(
+                    f"normalized: `log_normalizer` asked for {error}, and there is no parameter "
+                    f"{error}: it is given {sorted(params)}."
+                ) from error
             if jnp.shape(log_z) not in ((), (row_model.num_rows,)):
                 raise ModelError(
                     "normalized: `log_normalizer` returned an array of shape "

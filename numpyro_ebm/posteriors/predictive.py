@@ -27,6 +27,7 @@ from numpyro_ebm.model.reading import read_fixed_model, read_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.posteriors.exchange.repeat import CountedOnce
 from numpyro_ebm.program.compilation import constants_as_arguments
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["predictive"]
@@ -43,6 +44,7 @@ KEPT = 10
 """Draws of each chain that are looked at; the last one is handed on."""
 
 
+@explaining
 def predictive(
     rng_key: jax.Array,
     model: Model,

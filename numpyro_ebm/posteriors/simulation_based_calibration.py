@@ -26,6 +26,7 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.posteriors.predictive import predictive
 from numpyro_ebm.posteriors.routes import WHO, run_route
 from numpyro_ebm.posteriors.uniform_ranks import RankBands, rank_bands
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["SimulationBasedCalibration", "simulation_based_calibration"]
@@ -74,6 +75,7 @@ class SimulationBasedCalibration(NamedTuple):
         return ax
 
 
+@explaining
 def simulation_based_calibration(
     rng_key: jax.Array,
     model: Model,

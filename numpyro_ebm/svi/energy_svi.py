@@ -20,11 +20,12 @@ from numpyro.infer.util import transform_fn
 
 from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.guides.losses import check_guide_loss
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.language.handlers import FIT_TEMPERATURE
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
-from numpyro_ebm.signatures import checked
+from numpyro_ebm.signatures import checked, explaining
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.compiled import CompiledRounds
 from numpyro_ebm.svi.loop import Callback
@@ -33,7 +34,7 @@ from numpyro_ebm.svi.round import Round
 from numpyro_ebm.svi.running import Run, opened
 from numpyro_ebm.svi.saved import SavedState
 from numpyro_ebm.svi.sources import find_source
-from numpyro_ebm.svi.start import Optimizers, find_start, same_bounds
+from numpyro_ebm.svi.start import Optimizers, as_optimizer, find_start, same_bounds
 from numpyro_ebm.svi.state import EnergySVIRunResult, EnergySVIState, select, shapes_of
 from numpyro_ebm.types import Model, Optimizer, Params
 
@@ -144,10 +145,11 @@ class EnergySVI(SVI):
         check_integer("EnergySVI", num_guide_steps=num_guide_steps)
         if num_rows is not None:
             check_integer("EnergySVI", num_rows=num_rows)
-        super().__init__(loss.learned(model), guide, optim, loss, **static_kwargs)
+        optim = as_optimizer("optim", optim)
+        super().__init__(loss.learned(model), guide, optim, loss, **as_arrays((), static_kwargs)[1])
         self.guide_loss = guide_loss
         self.guide_optim = (
-            self.optim if guide_optim is None else SVI(model, guide, guide_optim, loss).optim
+            self.optim if guide_optim is None else as_optimizer("guide_optim", guide_optim)
         )
         self.num_guide_steps = num_guide_steps
         self.num_rows = num_rows
@@ -157,7 +159,7 @@ class EnergySVI(SVI):
         self._bounds = {}  # of the supports of penalised parameters
         self._shapes: Any = None  # of the state of the latest `init` or `run`
         self.network_optims = tuple(
-            self.optim if p.optim is None else SVI(model, guide, p.optim, loss).optim
+            self.optim if p.optim is None else as_optimizer("network_optim", p.optim)
             for p in loss.networks
         )
         self._length = 16  # rounds in the next chunk; follows the time they take
@@ -169,6 +171,7 @@ class EnergySVI(SVI):
 
     # NumPyro's SVI protocol
 
+    @explaining
     def init(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, rng_key: jax.Array, *args: Any, init_params: Params | None = None, **kwargs: Any
     ) -> EnergySVIState:
@@ -180,6 +183,7 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: :class:`EnergySVIState`.
         """
+        args, kwargs = as_arrays(args, kwargs)
         state = self._init(rng_key, init_params, args, kwargs)
         if not self.loss.keeps:
             return state
@@ -206,6 +210,7 @@ class EnergySVI(SVI):
             )
         return {**params, FIT_TEMPERATURE: jnp.asarray(temperature, float)}
 
+    @explaining
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         svi_state: EnergySVIState,
@@ -221,6 +226,7 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: the next state and the loss of the energy, a mean over rows.
         """
+        args, kwargs = as_arrays(args, kwargs)
         return self._round().take(
             svi_state.step_key, svi_state, args, kwargs, forward_mode_differentiation
         )
@@ -249,6 +255,7 @@ class EnergySVI(SVI):
         kept = select(finite, new_state, svi_state)._replace(step=new_state.step)
         return kept, jnp.where(finite, loss, jnp.nan)
 
+    @explaining
     def evaluate(self, svi_state: EnergySVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The objective at the current parameters, with the random numbers of the next round.
 
@@ -257,8 +264,10 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: scalar loss.
         """
+        args, kwargs = as_arrays(args, kwargs)
         return self._round().evaluate(svi_state.step_key, svi_state, args, kwargs)
 
+    @explaining
     def run(
         self,
         rng_key: jax.Array,
@@ -329,6 +338,7 @@ class EnergySVI(SVI):
         :class:`~numpyro_ebm.errors.InterruptedWarning`, and it returns what was learned.
         """
         check_integer("EnergySVI.run", num_steps=num_steps)
+        args, kwargs = as_arrays(args, kwargs)
         source = find_source(args, kwargs, batch_size)
         in_memory = (args, kwargs) if source is None else ()
         if is_traced(rng_key, in_memory, init_state, init_params):
@@ -403,6 +413,11 @@ class EnergySVI(SVI):
 
     def _round(self, num_rows=None):
         """A round as things stand; ``num_rows`` is N where the user gives none."""
+        if self._plan is None:
+            raise ModelError(
+                "EnergySVI: has no state yet. Call `init` or `run` first, of this very object: it "
+                "reads the model there."
+            )
         return Round(
             plan=self._plan,
             guide=self.guide,

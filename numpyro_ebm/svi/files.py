@@ -18,6 +18,7 @@ import numpy as np
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.svi.checkpoints import load_checkpoint
 from numpyro_ebm.svi.saved import as_it_was, packed, unpacked
 from numpyro_ebm.svi.state import EnergySVIRunResult
@@ -27,6 +28,7 @@ __all__ = ["load", "save"]
 CONTENTS = "contents.json"
 
 
+@explaining
 def save(path: str | os.PathLike[str], fit: SVIRunResult) -> None:
     """Write a fit to a file; whoever stops it leaves the file as it was.
 
@@ -72,6 +74,7 @@ def save(path: str | os.PathLike[str], fit: SVIRunResult) -> None:
         partial.unlink(missing_ok=True)
 
 
+@explaining
 def load(path: str | os.PathLike[str], like: Mapping[str, Any] | None = None) -> EnergySVIRunResult:
     """Read a fit from a file that :func:`save` wrote, or the latest checkpoint of a folder.
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from numpyro.distributions import biject_to
+from numpyro.infer import SVI, Trace_ELBO
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
@@ -26,7 +27,7 @@ from numpyro_ebm.program.compilation import compiler_options, run_compiled
 from numpyro_ebm.svi.global_guide import GlobalGuide, check_supports, start_at_median
 from numpyro_ebm.types import Model, Params
 
-__all__ = ["Optimizers", "Start", "find_start", "same_bounds"]
+__all__ = ["Optimizers", "Start", "as_optimizer", "find_start", "same_bounds"]
 
 
 class Optimizers(NamedTuple):
@@ -46,6 +47,22 @@ class Optimizers(NamedTuple):
             self.guide.init(of_guide) if of_guide else None,
             tuple(optim.init(params) for optim, params in networks),
         )
+
+
+def as_optimizer(name: str, optim: Any) -> Any:
+    """An optimiser of NumPyro's, made of one of NumPyro, JAX or Optax.
+
+    :param str name: name of the option, for the message.
+    :param optim: the optimiser.
+    :raises ModelError: if it is none.
+    """
+    try:
+        return SVI(lambda: None, lambda: None, optim, Trace_ELBO()).optim
+    except TypeError:
+        raise ModelError(
+            f"EnergySVI: `{name}` must be an optimiser of NumPyro or Optax, such as "
+            f"`optax.adam(1e-3)`, got {optim!r}."
+        ) from None
 
 
 class Start(NamedTuple):

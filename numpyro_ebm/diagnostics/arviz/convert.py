@@ -23,11 +23,13 @@ from numpyro_ebm.diagnostics.arviz.likelihood import (
 from numpyro_ebm.diagnostics.arviz.posteriors import is_of_parameters, posterior_to_arviz
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model
 
 __all__ = ["to_arviz"]
 
 
+@explaining
 def to_arviz(
     posterior: Any,
     model: Model | None = None,
@@ -114,6 +116,13 @@ def to_arviz(
     >>> dict(idata["log_likelihood"]["v"].sizes)
     {'chain': 1, 'draw': 50, 'data': 5}
     """
+    renamed = sorted({"dims", "coords"} & kwargs.keys())
+    if renamed:
+        raise ModelError(
+            f"to_arviz: takes no `{renamed[0]}`, because dimensions are named after plates and "
+            "sites, and `dims` and `coords` would be arguments of the model. Change the result: "
+            '`idata.rename_dims({"v_dim_0": "pixel"}).assign_coords(pixel=names)`.'
+        )
     if isinstance(posterior, MCMC) and is_of_parameters(posterior):
         return posterior_to_arviz(posterior, (model, *args, *kwargs), observed, fantasies)
     if isinstance(posterior, SVIRunResult):

@@ -35,6 +35,7 @@ from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["PosteriorGap", "posterior_gap"]
@@ -83,6 +84,7 @@ class PosteriorGap(NamedTuple):
     vages: BiasBound | None
 
 
+@explaining
 def posterior_gap(
     rng_key: jax.Array,
     model: Model,

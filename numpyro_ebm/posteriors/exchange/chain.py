@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_ebm.errors import field_or_item
 from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.posteriors.exchange.auxiliary_chain import AuxiliaryWarmup
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
@@ -88,6 +89,8 @@ class ExchangeState(NamedTuple):
     def potential_energy(self) -> jax.Array:
         """Minus the log-density of parameters and data, without log Z(θ)."""
         return -self.log_prior - self.log_density
+
+    __getitem__ = field_or_item
 
 
 def start_chain(

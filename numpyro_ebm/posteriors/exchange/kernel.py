@@ -18,6 +18,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.posteriors.exchange.auxiliary import make_auxiliary
 from numpyro_ebm.posteriors.exchange.chain import (
@@ -188,16 +189,16 @@ class Exchange(AdaptiveKernel):
     def get_constrain_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[..., SiteValues]:
+        model_args, model_kwargs = as_arrays(model_args, model_kwargs)
         # `Gibbs` calls it without the sites of other blocks, which have placeholders here.
-        model = complete_prior(self._model, model_args, model_kwargs)
-        kwargs = {} if model_kwargs is None else model_kwargs
+        model, kwargs = complete_prior(self._model, model_args, model_kwargs), model_kwargs
         return lambda z: constrain_fn(model, model_args, kwargs, z)
 
     def postprocess_fn(
         self, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> Callable[..., SiteValues]:
-        prior = self._target(model_args, model_kwargs).prior
-        kwargs = {} if model_kwargs is None else model_kwargs
+        model_args, model_kwargs = as_arrays(model_args, model_kwargs)
+        prior, kwargs = self._target(model_args, model_kwargs).prior, model_kwargs
         return lambda z: constrain_fn(prior, model_args, kwargs, z, return_deterministic=True)
 
     def get_diagnostics_str(self, state: Any) -> str:

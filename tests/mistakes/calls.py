@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes with the options of calls: training, sampling, posteriors and diagnostics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from mistakes.setting import (
+    BITS,
+    FIXED,
+    FIXED_BITS,
+    KEY,
+    LINE,
+    Mistake,
+    X,
+    bayesian,
+    chain,
+    fit,
+    guide,
+    ising,
+    line,
+    model_of,
+    plane,
+    plate,
+    rbm,
+    svi,
+)
+from numpyro.infer import MCMC, NUTS, Trace_ELBO
+
+import numpyro_ebm as ebm
+
+SM = ebm.ScoreMatching
+PARAMS = {"W": jnp.eye(2)}
+
+
+def run(*args, **options):
+    return svi().run(*args, progress_bar=False, **options)
+
+
+TRAINING = {
+    "an ELBO for an objective": Mistake(
+        lambda: svi(loss=Trace_ELBO()), "`loss` must be an objective.*`guide_loss`"
+    ),
+    "a class of objectives": Mistake(lambda: svi(loss=SM), "`loss` must be an objective"),
+    "an objective by name": Mistake(
+        lambda: svi(loss="score matching"), "`loss` must be an objective"
+    ),
+    "an objective for a guide's loss": Mistake(
+        lambda: svi(rbm, guide, guide_loss=SM()), "guide_loss"
+    ),
+    "a misspelt option of an objective": Mistake(
+        lambda: ebm.DenoisingScoreMatching(noise_scal=0.1),
+        "Did you mean `noise_scale`",
+        TypeError,
+    ),
+    "a misspelt option of EnergySVI": Mistake(
+        lambda: fit(num_guide_step=2), "Did you mean `num_guide_steps`"
+    ),
+    "a misspelt option of run": Mistake(
+        lambda: run(KEY, 1, X, batchsize=2), "Did you mean `batch_size`"
+    ),
+    "an option that nobody has": Mistake(
+        lambda: run(KEY, 1, X, colour=2), r"no[tr]?.*'colour'.*passed on to the model"
+    ),
+    "a number for an optimiser": Mistake(lambda: svi(optim=0.01), "`optim` must be an optimiser"),
+    "an optimiser that is not made": Mistake(
+        lambda: svi(optim=optax.adam), "`optim` must be an optimiser"
+    ),
+    "an optimiser of a guide by name": Mistake(
+        lambda: svi(rbm, guide, guide_optim="adam"), "`guide_optim` must be an optimiser"
+    ),
+    "no guide steps": Mistake(
+        lambda: svi(num_guide_steps=0), "`num_guide_steps` must be a positive"
+    ),
+    "more rows in a batch than there are": Mistake(lambda: fit(batch_size=7), "at most the 6 rows"),
+    "no rows in a batch": Mistake(lambda: fit(batch_size=0), "`batch_size` must be a positive"),
+    "half rows in a batch": Mistake(lambda: fit(batch_size=2.0), "`batch_size` must be a positive"),
+    "no steps": Mistake(lambda: run(KEY, 0, X), "`num_steps` must be a positive integer, got 0"),
+    "steps as a float": Mistake(lambda: run(KEY, 1e3, X), "`num_steps` must be a positive integer"),
+    "a seed for a key": Mistake(lambda: run(0, 1, X), r"`rng_key` must be a random key.*got 0"),
+    "no key": Mistake(lambda: run(None, 1, X), "`rng_key` must be a random key"),
+    "key and steps exchanged": Mistake(
+        lambda: run(1, KEY, X), "`num_steps` must be a positive integer"
+    ),
+    "a seed for a key, init": Mistake(lambda: svi().init(0, X), "`rng_key` must be a random key"),
+    "several keys": Mistake(
+        lambda: run(jax.random.split(KEY, 3), 1, X), "`rng_key` must be a random key"
+    ),
+    "data for a key": Mistake(lambda: svi().init(X), "`rng_key` must be a random key"),
+    "derivatives of bits": Mistake(lambda: fit(ising, data=BITS), "'v' is discrete. Use Pseudo"),
+    "neighbours of real numbers": Mistake(
+        lambda: fit(loss=ebm.PseudoLikelihood()), "'v' is continuous. Use ScoreMatching"
+    ),
+    "bits of three values": Mistake(
+        lambda: svi(ising, loss=ebm.RatioMatching(), num_values=3).run(KEY, 1, BITS),
+        "RatioMatching is for binary sites",
+    ),
+    "noise of another shape": Mistake(
+        lambda: fit(loss=ebm.NCE(dist.Normal(0, 1))), r"event shape \(\), and the site \(2,\)"
+    ),
+    "noise by name": Mistake(lambda: ebm.NCE("normal"), "`noise` must be a NumPyro distribution"),
+    "noise that is discrete": Mistake(
+        lambda: fit(loss=ebm.NCE(dist.Bernoulli(0.5).expand([2]).to_event(1))), "noise.*'v'"
+    ),
+    "a kernel that is made": Mistake(
+        lambda: ebm.ContrastiveDivergence(ebm.MALA(FIXED)), "function from a model to a kernel"
+    ),
+    "a negative scale of noise": Mistake(
+        lambda: ebm.DenoisingScoreMatching(-0.1), "`noise_scale` must be positive"
+    ),
+    "initial parameters of another name": Mistake(
+        lambda: fit(init_params={"w": jnp.eye(2)}), r"names \['w'\]; the parameters are \['W'\]"
+    ),
+    "initial parameters of another shape": Mistake(
+        lambda: fit(init_params={"W": jnp.ones(5)}), r"'W' was given a value of shape \(5,\)"
+    ),
+    "initial parameters that are no dict": Mistake(
+        lambda: fit(init_params=jnp.eye(2)), "`init_params` must be a `dict`"
+    ),
+    "parameters for a state": Mistake(lambda: fit(init_state=PARAMS), "is the state of a run"),
+    "a callback that is never called": Mistake(
+        lambda: fit(callback=print), "both of `callback` and `every`"
+    ),
+    "an average that does not decay": Mistake(
+        lambda: fit(ema=1.0), "`ema` must be between 0 and 1"
+    ),
+    "an update without init": Mistake(
+        lambda: svi().update(svi().init(KEY, X), X),
+        "has no state yet.*`init`",
+    ),
+}
+
+
+def quartic(data=None):
+    theta = numpyro.sample("theta", dist.Gamma(2.0, 1.0))
+    with plate(data):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", theta * v**4)
+
+
+QUARTIC = ebm.fixed(model_of(ebm.Lebesgue, lambda v, W: v**4), {"W": jnp.eye(2)})
+ARGUMENTS = r"`rng_key` must be a random key.*Its arguments are \['rng_key', 'model'"
+
+SAMPLING = {
+    "fixed without a parameter": Mistake(
+        lambda: ebm.sample(KEY, ebm.fixed(plane, {"w": jnp.eye(2)}), 1),
+        "no value for the parameter",
+    ),
+    "fixed in another shape": Mistake(
+        lambda: ebm.sample(KEY, ebm.fixed(plane, {"W": jnp.eye(3)}), 1),
+        r"'W' was given a value of shape \(3, 3\).*\(2, 2\)",
+    ),
+    "fixed at a fit": Mistake(lambda: ebm.fixed(plane, [jnp.eye(2)]), "dict of parameter values"),
+    "fixed, exchanged": Mistake(lambda: ebm.fixed(PARAMS, plane), "dict of parameter values"),
+    "fixed without parameters": Mistake(lambda: ebm.fixed(plane), "dict of parameter values"),
+    "sample what is not fixed": Mistake(
+        lambda: ebm.sample(KEY, plane, 1), r"fixed\(model, params\)"
+    ),
+    "MALA on what is not fixed": Mistake(lambda: chain(ebm.MALA(plane)), r"fixed\(model, params\)"),
+    "all is observed": Mistake(lambda: chain(ebm.MALA(FIXED), X), "no unobserved site"),
+    "no draws": Mistake(lambda: ebm.sample(KEY, FIXED, 0), "`num_samples` must be a positive"),
+    "draws as a float": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1e2), "`num_samples` must be a positive"
+    ),
+    "no chains": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, num_chains=0), "`num_chains` must be a positive integer"
+    ),
+    "chains as a float": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 4, num_chains=2.0), "`num_chains` must be a positive integer"
+    ),
+    "a negative warm-up": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, num_warmup=-1), "`num_warmup` must be an integer"
+    ),
+    "key and model exchanged": Mistake(lambda: ebm.sample(FIXED, KEY, 1), ARGUMENTS),
+    "key left out": Mistake(lambda: ebm.sample(FIXED, 10), "(rng_key|num_samples)", Exception),
+    "a misspelt option of sample": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, num_warmups=3), "Did you mean `num_warmup`"
+    ),
+    "a kernel by name": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, kernel="nuts"), "`kernel` must be a NumPyro `MCMCKernel`"
+    ),
+    "a negative step": Mistake(
+        lambda: ebm.MALA(FIXED, step_size=-1.0), "`step_size` must be positive"
+    ),
+    "a step by name": Mistake(lambda: ebm.MALA(FIXED, step_size="auto"), "`step_size` must be"),
+    "two for a probability": Mistake(
+        lambda: ebm.MALA(FIXED, target_accept_prob=2.0), "must be between 0 and 1"
+    ),
+    "a flag that is a number": Mistake(
+        lambda: ebm.MALA(FIXED, adapt_step_size=1), "`adapt_step_size` must be True or False"
+    ),
+    "MALA on bits": Mistake(lambda: chain(ebm.MALA(FIXED_BITS)), "DiscreteLangevin"),
+    "DiscreteLangevin on real numbers": Mistake(
+        lambda: chain(ebm.DiscreteLangevin(FIXED)), "'v'|discrete"
+    ),
+    "BlockGibbs on a quartic": Mistake(
+        lambda: chain(ebm.BlockGibbs(QUARTIC)), "not jointly Gaussian.*MALA"
+    ),
+    "values of another name": Mistake(
+        lambda: chain(ebm.MALA(FIXED), init_params={"x": X}), r"`init_params` names \['x'\]"
+    ),
+    "values of another shape": Mistake(
+        lambda: chain(ebm.MALA(FIXED), init_params={"v": jnp.zeros((3, 5))}),
+        r"`init_params`.*'v'.*\(3, 5\)",
+    ),
+    "a misspelt field": Mistake(
+        lambda: chain(ebm.MALA(FIXED), extra_fields=("acept_prob",)),
+        "no field 'acept_prob'.*accept",
+    ),
+    "a misspelt field, BlockGibbs": Mistake(
+        lambda: chain(ebm.BlockGibbs(FIXED), extra_fields=("energies",)), "no field 'energies'"
+    ),
+    "a model for a kernel's": Mistake(lambda: ebm.MALA(PARAMS), "`model` must be a function"),
+}
+
+
+def posterior(model, data=LINE):
+    return chain(NUTS(model), data)
+
+
+POSTERIORS = {
+    "a sum over real numbers": Mistake(
+        lambda: posterior(ebm.normalized(quartic)), "'enumerate' does not apply"
+    ),
+    "a misspelt method": Mistake(
+        lambda: ebm.normalized(bayesian, "enumrate"), "'enumerate' or 'quadrature', got 'enumrate'"
+    ),
+    "no priors": Mistake(lambda: posterior(ebm.normalized(plane), X), "no parameter.*has a prior"),
+    "no priors, generalized": Mistake(
+        lambda: posterior(ebm.generalized(plane, SM()), X), "no parameter.*has a prior"
+    ),
+    "log Z of another shape": Mistake(
+        lambda: posterior(ebm.normalized(bayesian, lambda p: jnp.ones(7))), r"shape \(7,\)"
+    ),
+    "log Z of another parameter": Mistake(
+        lambda: posterior(ebm.normalized(bayesian, lambda p: p["beta"])),
+        r"no parameter 'beta'.*\['theta'\]",
+    ),
+    "an objective's name": Mistake(
+        lambda: ebm.generalized(bayesian, "sm"), "`objective` must be an objective"
+    ),
+    "a negative rate": Mistake(
+        lambda: ebm.generalized(bayesian, SM(), learning_rate=-1), "`learning_rate` must be"
+    ),
+    "Exchange without an auxiliary": Mistake(
+        lambda: ebm.Exchange(bayesian), "missing.*'auxiliary'", TypeError
+    ),
+    "Exchange with a kernel that wants more": Mistake(
+        lambda: chain(ebm.Exchange(bayesian, ebm.ULA), LINE),
+        "missing.*'step_size'",
+        TypeError,
+    ),
+    "Exchange without data": Mistake(
+        lambda: chain(ebm.Exchange(bayesian, ebm.MALA)), "observes nothing"
+    ),
+    "fictitious data of another shape": Mistake(
+        lambda: chain(ebm.Exchange(bayesian, lambda key, p: {"v": jnp.ones(3)}), LINE),
+        r"shapes \{'v': \(6,\)\}, got \{'v': \(3,\)\}",
+    ),
+    "fictitious data of another name": Mistake(
+        lambda: chain(ebm.Exchange(bayesian, lambda key, p: {"x": LINE}), LINE),
+        r"got \{'x': \(6,\)\}",
+    ),
+    "no names": Mistake(lambda: ebm.given(bayesian, "theta"), "sequence of names"),
+    "predictive, exchanged": Mistake(
+        lambda: ebm.predictive(bayesian, KEY, {"theta": jnp.ones(2)}), ARGUMENTS
+    ),
+    "predictive of other parameters": Mistake(
+        lambda: ebm.predictive(KEY, bayesian, {"beta": jnp.ones(2)}), "theta"
+    ),
+}
+
+DIAGNOSTICS = {
+    "log_likelihood of what is not fixed": Mistake(
+        lambda: ebm.log_likelihood(KEY, plane, X), r"fixed\(model, params\)"
+    ),
+    "log_likelihood without data": Mistake(
+        lambda: ebm.log_likelihood(KEY, FIXED), "no observed site"
+    ),
+    "log Z of another shape, log_likelihood": Mistake(
+        lambda: ebm.log_likelihood(KEY, FIXED, X, log_normalizer=jnp.ones(3)), r"shape \(3,\)"
+    ),
+    "a run that has not been run": Mistake(
+        lambda: ebm.to_arviz(MCMC(ebm.MALA(FIXED), num_warmup=1, num_samples=1)), "has not been run"
+    ),
+    "draws without their model": Mistake(lambda: ebm.to_arviz({"v": X}), "model"),
+    "dimensions for to_arviz": Mistake(
+        lambda: ebm.to_arviz({"v": X[:, None]}, FIXED, dims={"v": ["x"]}),
+        "to_arviz: .*`dims`.*plates and sites",
+    ),
+    "coordinates for to_arviz": Mistake(
+        lambda: ebm.to_arviz({"v": X[:, None]}, FIXED, coords={"x": [1, 2]}), "to_arviz: .*`coords`"
+    ),
+    "stein_test, exchanged": Mistake(lambda: ebm.stein_test(FIXED, KEY, X), ARGUMENTS),
+    "log_normalizer, exchanged": Mistake(lambda: ebm.log_normalizer(FIXED, KEY), ARGUMENTS),
+    "log_likelihood, exchanged": Mistake(lambda: ebm.log_likelihood(FIXED, KEY, X), ARGUMENTS),
+    "a misspelt method": Mistake(
+        lambda: ebm.log_normalizer(KEY, FIXED, method="enum"), "`method` must be one of enumerate"
+    ),
+    "a misspelt option": Mistake(
+        lambda: ebm.log_normalizer(KEY, FIXED, num_particle=3), "Did you mean `num_particles`"
+    ),
+    "no particles": Mistake(
+        lambda: ebm.log_normalizer(KEY, FIXED, num_particles=0), "`num_particles` must be"
+    ),
+    "an integral that diverges": Mistake(
+        lambda: ebm.log_normalizer(
+            KEY, ebm.fixed(model_of(ebm.Lebesgue, lambda v, W: -(v**2)), PARAMS), method="enumerate"
+        ),
+        "'v'",
+    ),
+    "a toy's arguments exchanged": Mistake(
+        lambda: ebm.datasets.checkerboard(100, KEY),
+        "num_samples must be a positive.*random key",
+    ),
+    "a toy without a key": Mistake(lambda: ebm.datasets.moons(0, 10), "`rng_key` must be"),
+    "a picture of one coordinate": Mistake(
+        lambda: ebm.plots.density(ebm.fixed(line, {"m": 0.0})), "event_shape"
+    ),
+    "a temperature below zero": Mistake(lambda: ebm.temper(FIXED, -1.0), "inverse_temperature"),
+    "temperatures": Mistake(lambda: ebm.temper(FIXED, np.ones(3)), "must be a scalar"),
+    "integrated over no site": Mistake(
+        lambda: chain(ebm.MALA(ebm.integrated(FIXED, ["x"]))), r"no site\(s\) \['x'\]"
+    ),
+}
