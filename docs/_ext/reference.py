@@ -63,7 +63,12 @@ GROUPS = {
         "to_arviz compare stein_test diagnostics.SteinTest posterior_gap diagnostics.PosteriorGap "
         "diagnostics.BiasBound energy_gap diagnostics.EnergyGap fisher_divergence "
         "diagnostics.fisher.FisherDivergenceResult auxiliary_adequacy "
-        "diagnostics.AuxiliaryAdequacy",
+        "diagnostics.AuxiliaryAdequacy diagnostics.two_sample_test diagnostics.TwoSampleTest "
+        "diagnostics.frechet_distance diagnostics.cosine_features diagnostics.FrechetDistance "
+        "diagnostics.nearest_rows diagnostics.NearestRows diagnostics.classification "
+        "diagnostics.Classification diagnostics.auroc diagnostics.Auroc "
+        "diagnostics.denoising_loss diagnostics.DenoisingLoss "
+        "diagnostics.log_likelihood_bounds diagnostics.LikelihoodBounds",
     ),
     "plots": ("Plots", "Pictures of energies, chains and runs.", "plots"),
     "models": ("Models", "Models that are ready.", "models"),
