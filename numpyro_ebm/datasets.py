@@ -275,7 +275,6 @@ _WIDE_BOARD = {"low": -4.0, "side": 2.0, "num_columns": 4}
 
 
 @_toy(log_density=partial(_squares_log_density, **_UNIT_BOARD), entropy=-math.log(2))
-@explaining
 def checkerboard(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Uniform on two diagonal squares of the unit square, the checkerboard of the VaGES paper.
 
@@ -291,7 +290,6 @@ def checkerboard(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy(log_density=partial(_squares_log_density, **_WIDE_BOARD), entropy=math.log(32))
-@explaining
 def checkerboard_4x4(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Uniform on 8 squares of a 4 x 4 board over [-4, 4)^2, the checkerboard of FFJORD.
 
@@ -318,7 +316,6 @@ _GRID_OF_25 = {
 
 
 @_toy(log_density=partial(_mixture_log_density, **_RING_OF_EIGHT))
-@explaining
 def eight_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Equal mixture of eight Gaussians on a circle.
 
@@ -334,7 +331,6 @@ def eight_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy(log_density=partial(_mixture_log_density, **_GRID_OF_25))
-@explaining
 def twenty_five_gaussians(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Equal mixture of 25 Gaussians on a square grid.
 
@@ -365,7 +361,6 @@ def _rings_log_density(x):
 
 
 @_toy(log_density=_rings_log_density)
-@explaining
 def rings(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Four concentric circles with Gaussian noise in the plane.
 
@@ -400,7 +395,6 @@ def _cosine_log_density(x):
     log_density=_cosine_log_density,
     entropy=math.log(2 * _WAVE_HALF_WIDTH) + math.log(2 * math.pi * math.e * _WAVE_NOISE**2) / 2,
 )
-@explaining
 def cosine(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Wave with Gaussian noise across it.
 
@@ -418,7 +412,6 @@ def cosine(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
-@explaining
 def moons(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Two interleaved half circles with Gaussian noise.
 
@@ -440,7 +433,6 @@ def moons(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
-@explaining
 def pinwheel(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Five Gaussian blades, bent by a rotation that grows with the distance along the blade.
 
@@ -462,7 +454,6 @@ def pinwheel(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
-@explaining
 def swiss_roll(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""One spiral arm with Gaussian noise, the section of the Swiss roll.
 
@@ -479,7 +470,6 @@ def swiss_roll(rng_key: jax.Array, num_samples: int) -> jax.Array:
 
 
 @_toy()
-@explaining
 def two_spirals(rng_key: jax.Array, num_samples: int) -> jax.Array:
     r"""Two spiral arms, each the other's mirror image in the origin.
 

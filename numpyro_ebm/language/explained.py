@@ -47,6 +47,7 @@ class explained(Messenger):
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
+        self._trace_state = None  # which cannot be pickled
         if isinstance(exc_value, EXPLAINED) and not isinstance(exc_value, NOT_EXPLAINED):
             why = self._wrong_data()
             if why is None and not isinstance(exc_value, ModelError):  # which says more
