@@ -12,7 +12,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.language.handlers import fixed, temper, uncondition
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
 
@@ -50,10 +50,12 @@ def make_kernel(
     """
     own = {name: stop_gradient(params[name]) for name in row_model.parameters}
     model = uncondition(substitute(row_model.model, data=row_model.plates), free)
-    kernel = maker(fixed(model, own))
+    model = fixed(model, own)
+    kernel = maker(model)
     name = type(kernel).__name__
     if not isinstance(kernel, MCMCKernel):
         raise ModelError(f"{who}: `kernel(model)` returned {kernel!r}, not a NumPyro `MCMCKernel`.")
+    _refuse_tempered(who, kernel, model)
     if type(kernel).__module__.split(".")[0] != "numpyro":
         return kernel
     if row_model.num_rows != row_model.total_rows:
@@ -68,6 +70,20 @@ def make_kernel(
             "to their power. Use a kernel of numpyro_ebm, such as `BlockGibbs` or `MALA`."
         )
     return kernel
+
+
+def _refuse_tempered(who, kernel, model):
+    """Raise if the kernel is of the model at another temperature than what is learned has."""
+    layer: Any = getattr(kernel, "model", None)
+    while layer is not None and layer is not model:
+        if isinstance(layer, temper):
+            raise ModelError(
+                f"{who}: {type(kernel).__name__} is on a tempered model, so that its chains are at "
+                "another temperature than what is learned, and nobody is told. Say it, "
+                "`ContrastiveDivergence(kernel, temperature=1 / inverse_temperature)`, or temper "
+                "the model itself."
+            )
+        layer = getattr(layer, "fn", None)
 
 
 def take_steps(
