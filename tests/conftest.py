@@ -136,7 +136,6 @@ MEMBERS = {
     "test_derivatives_of_exact_log_normalizers": ("[levels",),
     "test_exchange_protocol.py::test_chain_methods": (),
     "test_a_guide_is_trained_as_on_the_peer": ("DAIS",),
-    "test_the_code_of_a_page_runs_and_prints_what_the_page_says": ("CONTRIBUTING", "language"),
     "test_a_fit_reads_bounds_however_they_are_made": ("number", "jnp", "argument", "Lebesgue"),
     "test_a_tool_gives_what_it_gives_for_its_peer": (
         *("-fixed", "-generalized", "log_density-n", "[replay-n", "[trace-n", "[mask-n", "hood-n"),

@@ -25,9 +25,14 @@ def blocks(page):
     return re.findall(r"^```(python|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-# Every page of the manual that has code; `MEMBERS` and `LONGEST` in conftest.py say when it runs.
+# Every page of the manual that has code. All but two are slow, and some of those are in `LONGEST`.
+QUICK = ("CONTRIBUTING.md", "docs/language.md")
 NAMES = [file.relative_to(ROOT).as_posix() for file in FILES]
-PAGES = [name for name in NAMES if not name.startswith("docs/_build") and blocks(name)]
+PAGES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in NAMES
+    if not name.startswith("docs/_build") and blocks(name)
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
