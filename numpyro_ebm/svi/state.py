@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from numpyro.infer.svi import SVIRunResult
 
+from numpyro_ebm._compat import not_jax_tracer
+from numpyro_ebm.svi.summary import as_html, as_text
 from numpyro_ebm.types import Params
 
 __all__ = ["EnergySVIRunResult", "EnergySVIState", "select", "shapes_of"]
@@ -52,6 +54,13 @@ class EnergySVIRunResult(SVIRunResult):
 
     ema_params: Params | None = None
     objective: str = ""
+
+    def __repr__(self) -> str:
+        is_known = all(map(not_jax_tracer, jax.tree.leaves(tuple(self))))
+        return as_text(self) if is_known else super().__repr__()
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def select(condition: jax.Array, new: EnergySVIState, old: EnergySVIState) -> EnergySVIState:
