@@ -58,7 +58,8 @@ class explained(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         name = msg.get("name")
-        if msg["type"] in ("sample", "param", "deterministic", "visible"):
+        asks = msg["type"] == "param" and msg["args"][:1] == (None,)  # as NumPyro's modules do
+        if msg["type"] in ("sample", "param", "deterministic", "visible") and not asks:
             self._twice += [name] if name in self._names else []
             self._names.add(name)
         is_energy = isinstance(msg.get("fn"), Unnormalized)

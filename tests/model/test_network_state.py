@@ -116,6 +116,20 @@ def test_statistics_of_the_batch_couple_its_rows():
         read_model(model, (DATA,))
 
 
+@pytest.mark.parametrize("twice, error", [(False, TypeError), (True, ebm.ModelError)])
+def test_a_module_asks_for_its_parameters_before_it_declares_them(twice, error):
+    """As NumPyro's modules do, and what fails after that has another reason."""
+
+    def model(data):
+        if numpyro.param("net$params", 1.0 if twice else None) is None or twice:
+            numpyro.param("net$params", jnp.ones(3))
+        raise TypeError("of the network")
+
+    message = "named 'net" if twice else "of the network"
+    with pytest.raises(error, match=message):
+        read_model(model, (DATA,))
+
+
 def held_by_linen():
     linen = pytest.importorskip("flax.linen")
 
