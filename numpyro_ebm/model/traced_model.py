@@ -232,6 +232,11 @@ class TracedModel:
             raise self._needs_values
 
     @property
+    def has_convolutions(self) -> bool:
+        """Whether there are convolutions among the operations of the model."""
+        return self._program.has_convolutions
+
+    @property
     def takes_arrays(self) -> bool:
         """Whether the model can be evaluated at other arrays: not if it reads them in Python."""
         return self._needs_values is None

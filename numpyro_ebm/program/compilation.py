@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from numpyro_ebm._compat import Tracer, eval_jaxpr
+from numpyro_ebm._compat import Tracer
+from numpyro_ebm.program.convolutions import eval_with_convolutions
 
 __all__ = ["compiled", "compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
 
@@ -107,7 +108,8 @@ def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
 
     def program(constants, *args):
-        leaves = eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(args))
+        leaves = jax.tree.leaves(args)
+        leaves = eval_with_convolutions(closed.jaxpr, constants, *leaves, in_loop=False)
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return program, closed.consts
@@ -119,6 +121,9 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(x, Tracer) for x in jax.tree.leaves((trees, jnp.zeros(()))))
 
 
-def compiler_options() -> dict[str, Any]:
-    """What the compiler is told on this backend where a program runs for a while."""
-    return COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
+def compiler_options(*, convolutions: bool = False) -> dict[str, Any]:
+    """What the compiler is told on this backend where a program runs for a while.
+
+    :param bool convolutions: whether it holds convolutions, some of which the compiler writes out.
+    """
+    return COMPILER_OPTIONS if jax.default_backend() == "cpu" and not convolutions else {}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import eval_jaxpr
+from numpyro_ebm.program.convolutions import eval_with_convolutions
 from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
 
 __all__ = ["at", "scan_keys", "split_off_draws"]
@@ -33,7 +34,7 @@ def split_off_draws(
     :param key: a key, or its shape and type; only these matter.
     :param args: arguments, or their shapes and types.
     :return: functions ``draw`` and ``finish`` with ``fn(key, *args) == finish(draw(key), *args)``,
-        and the bytes of what ``draw`` returns.
+        the latter the body of a loop, and the bytes of what ``draw`` returns.
 
     **Example**
 
@@ -75,7 +76,8 @@ def split_off_draws(
         return eval_jaxpr(first, closed.consts, key)
 
     def finish(draws, *args):
-        leaves = eval_jaxpr(second, closed.consts, *draws, *jax.tree.leaves(args))
+        leaves = (*draws, *jax.tree.leaves(args))
+        leaves = eval_with_convolutions(second, closed.consts, *leaves, in_loop=True)
         return jax.tree.unflatten(structure, leaves)
 
     return draw, finish, sum(_num_bytes(v.aval) for v in kept)

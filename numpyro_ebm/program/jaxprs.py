@@ -22,8 +22,10 @@ __all__ = [
     "at_zero",
     "called",
     "constants_of",
+    "inner_jaxprs",
     "interpret",
     "is_integer",
+    "is_jaxpr",
     "keeps_values",
     "needed",
     "renamed",
@@ -117,10 +119,9 @@ def constants_of(fn: Callable[..., Any], *args: Any) -> list[Any]:
             found.extend(v.val for v in eqn.invars if isinstance(v, Literal) and np.ndim(v.val))
             if eqn.primitive.name == "iota":
                 found.append(eqn.outvars[0].aval)
-            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-                if _is_jaxpr(inner):
-                    found.extend(getattr(inner, "consts", ()))
-                    visit(getattr(inner, "jaxpr", inner))
+            for inner in filter(is_jaxpr, _parameters(eqn)):
+                found.extend(getattr(inner, "consts", ()))
+                visit(getattr(inner, "jaxpr", inner))
 
     visit(closed.jaxpr)
     return found
@@ -287,7 +288,17 @@ def vanishes(eqn: Any, vanished: Sequence[bool]) -> bool:
     return name == "div" and vanished[0]
 
 
-def _is_jaxpr(x):
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs that an operation has among its parameters, branches and bodies of loops."""
+    return [getattr(x, "jaxpr", x) for x in _parameters(eqn) if is_jaxpr(x)]
+
+
+def _parameters(eqn):
+    return jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr)
+
+
+def is_jaxpr(x: Any) -> bool:
+    """Whether something is a jaxpr, closed or not."""
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 

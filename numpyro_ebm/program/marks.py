@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from numpyro_ebm._compat import Literal, eval_jaxpr
+from numpyro_ebm.program.convolutions import has_convolutions
 from numpyro_ebm.program.jaxprs import needed, renamed, variables
 
 __all__ = ["MarkedProgram", "marked", "signature"]
@@ -110,6 +111,11 @@ class MarkedProgram:
             return len(p.invars) == len(q.invars) and all(map(same, p.invars, q.invars))
 
         return all(same(first, other) for other in others)
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether there are convolutions among its operations."""
+        return has_convolutions(self._closed.jaxpr)
 
     @property
     def constants(self) -> list[Any]:

@@ -44,20 +44,22 @@ class CompiledRounds:
 
     def __init__(self, make_round: Callable[[int | None], Round]):
         self._round = make_round
-        options = compiler_options()
-        self._chunk: Any = jax.jit(
-            self._take_chunk,
-            static_argnames=("minibatches", "watched", "stable", "forward_mode", "ema"),
-            compiler_options=options,
-        )
-        self._look: Any = jax.jit(
-            self._statistics, static_argnames=("minibatches",), compiler_options=options
-        )
+        self._programs: dict[Any, Any] = {}
+
+    def _compiled(self, function, *static):
+        """A method as a program, compiled in the way that pays for this model."""
+        options = compiler_options(convolutions=self._round(None).plan.traced.has_convolutions)
+        key = function.__name__, *options
+        if key not in self._programs:
+            self._programs[key] = jax.jit(
+                function, static_argnames=static, compiler_options=options
+            )
+        return self._programs[key]
 
     def clear(self) -> None:
         """Forget the compiled programs, which hold bounds of supports as constants."""
-        self._chunk.clear_cache()
-        self._look.clear_cache()
+        for program in self._programs.values():
+            program.clear_cache()
 
     def chunk(
         self, state: EnergySVIState, batches: Batches | StreamedBatches, length: int, **options: Any
@@ -70,7 +72,8 @@ class CompiledRounds:
         :param options: ``watched``, ``stable``, ``forward_mode``, and ``ema``, the decay.
         """
         arrays, indices = batches.chunk(int(state.step))
-        return self._chunk(
+        names = "minibatches", "watched", "stable", "forward_mode", "ema"
+        return self._compiled(self._take_chunk, *names)(
             state, arrays, indices, length, minibatches=batches.minibatches, **options
         )
 
@@ -140,7 +143,8 @@ class CompiledRounds:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
         num_rows = max(REVIEW_ROWS, batches.minibatches.batch_size)
         arrays, indices, minibatches = batches.look(num_rows)
-        statistics = self._look(state, arrays, indices, minibatches=minibatches)
+        look = self._compiled(self._statistics, "minibatches")
+        statistics = look(state, arrays, indices, minibatches=minibatches)
         self._round(None).objective.review(statistics)
 
     def _statistics(self, state, arrays, indices, *, minibatches):
