@@ -58,3 +58,14 @@ def test_the_readme_links_to_files_that_are_there():
     links = re.findall(r"\]\((?!https?://|#)([^)\s#]+)", readme)
     assert len(links) > 10
     assert not [link for link in links if not (ROOT / link).is_file()]
+
+
+def test_every_picture_is_drawn_by_a_script_that_a_page_names():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"(?:python |`)((?:docs|examples|benchmarks)/\w+\.py)", text))
+    assert not [script for script in named if not (ROOT / script).is_file()]
+    pictures = [file for file in (ROOT / "docs").iterdir() if file.suffix in (".png", ".gif")]
+    for picture in pictures:
+        drawing = [script for script in named if Path(script).stem.startswith(picture.stem)]
+        assert drawing, f"say on a page which script draws docs/{picture.name}"
