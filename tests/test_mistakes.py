@@ -2,6 +2,7 @@
 """What a call that cannot be meant says: which site or argument is wrong, and what to write."""
 
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,3 +71,14 @@ def test_bits_of_other_types_are_taken_as_they_are(name):
     pytest.importorskip("pandas")
     found = ebm.log_likelihood(KEY, data.PAIRS, data.BITS_CONVERTED[name](), log_normalizer=0.0)
     np.testing.assert_allclose(found, -np.sum(np.asarray(BITS), -1))
+
+
+def test_the_index_of_errors_has_the_words_of_the_messages():
+    root = Path(ebm.__file__).parent
+    joined = re.compile(r"""["']\s*\n\s*(?:\+\s*)?[rf]*["']""")
+    source = "\n".join(joined.sub("", path.read_text()) for path in root.rglob("*.py"))
+    page = (root.parent / "docs" / "errors.md").read_text()
+    words = re.findall(r"^\| ([^|{]+) \|[^|]+\|[^|]+\|$", page, re.MULTILINE)
+    words = [x for x in words if x not in ("message", "class", "---")]
+    assert len(words) > 40
+    assert [x for x in words if x not in source] == []
