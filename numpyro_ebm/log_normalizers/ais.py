@@ -15,6 +15,8 @@ Reference: Neal, *Annealed importance sampling*, Statistics and Computing 2001; 
 Murray, *On the quantitative analysis of deep belief networks*, ICML 2008.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,12 +45,20 @@ def run_ais(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNo
     """
     num_particles, num_sweeps = options.num_particles or 1_024, options.num_sweeps or 1
 
-    def weigh(rng_key, path, schedule):
-        return annealed_importance_sampling(
-            rng_key, path, schedule, num_particles, options.num_temperatures, num_sweeps
-        )
+    with options.progress("AIS", rng_key) as progress:
 
-    _, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps, options.sharding)
+        def weigh(rng_key, path, schedule):
+            return annealed_importance_sampling(
+                rng_key,
+                path,
+                schedule,
+                num_particles,
+                options.num_temperatures,
+                num_sweeps,
+                told=progress.reach,
+            )
+
+        _, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps, options.sharding)
     diagnostics = {"num_temperatures": options.num_temperatures}
     return LogNormalizer(value, mcse, ess, "ais", "below", diagnostics)
 
@@ -60,6 +70,8 @@ def annealed_importance_sampling(
     num_particles: int,
     num_temperatures: int,
     num_sweeps: int,
+    *,
+    told: Callable[[jax.Array], None] = lambda fraction: None,
 ) -> tuple[jax.Array, SiteValues, jax.Array]:
     """Run AIS along a refined schedule.
 
@@ -70,6 +82,7 @@ def annealed_importance_sampling(
     :param int num_particles: particles of each problem.
     :param int num_temperatures: T.
     :param int num_sweeps: sweeps at each temperature.
+    :param told: is told at each temperature which part is done.
     :return: unbiased estimates of Z, as logarithms; where the particles end, and their log-weights,
         which are these estimates: of shape (particles, problems).
     """
@@ -95,6 +108,7 @@ def annealed_importance_sampling(
         position, _ = sweep_particles(
             rng_key, path, position, to_particles(beta, num), tuning, num_sweeps
         )
+        told(t / num_temperatures)
         return (position, log_weight, beta), None
 
     # The schedule knows no tuning at its reference, which needs no moves.

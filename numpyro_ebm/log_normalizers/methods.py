@@ -96,6 +96,7 @@ def log_normalizer(
     num_replicates: int = 16,
     max_states: int = 1_048_576,
     sharding: Mesh | NamedSharding | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> LogNormalizer:
     r"""log Z of a fixed energy-based model, for one row, with its error.
@@ -143,6 +144,7 @@ def log_normalizer(
     :param int max_states: the most states that are enumerated.
     :param sharding: how particles of AIS and SMC are spread over devices: a mesh, or a sharding of
         their axis.
+    :param bool progress_bar: show the progress of AIS and SMC, from a second on.
     :param kwargs: keyword arguments of the model.
     :return: :class:`~numpyro_ebm.log_normalizers.LogNormalizer` with ``value``, ``mcse``, ``ess``
         and ``method``; each a scalar, or of shape (rows,) where rows have a log Z of their own. The
@@ -181,7 +183,13 @@ def log_normalizer(
     """
     spread = None if sharding is None else leading_sharding("log_normalizer", sharding)
     options = Options(
-        num_particles, num_sweeps, num_temperatures, num_replicates, max_states, spread
+        num_particles,
+        num_sweeps,
+        num_temperatures,
+        num_replicates,
+        max_states,
+        spread,
+        progress_bar,
     )
     options.check()
     names = (method,) if method is None or isinstance(method, str) else tuple(method)

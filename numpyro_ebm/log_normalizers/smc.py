@@ -16,6 +16,8 @@ row has a log Z of its own.
 Reference: Del Moral, Doucet, Jasra, *Sequential Monte Carlo samplers*, JRSSB 2006.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -49,12 +51,22 @@ def run_smc(rng_key: jax.Array, integrand: Integrand, options: Options) -> LogNo
     """
     num_particles, num_sweeps = options.num_particles or 512, options.num_sweeps or 5
 
-    def weigh(rng_key, path, schedule):
-        return sequential_monte_carlo(
-            rng_key, path, schedule, num_particles, num_sweeps, options.num_replicates
-        )
+    with options.progress("SMC", rng_key) as progress:
 
-    schedule, (value, mcse, ess) = anneal(rng_key, integrand, weigh, num_sweeps, options.sharding)
+        def weigh(rng_key, path, schedule):
+            return sequential_monte_carlo(
+                rng_key,
+                path,
+                schedule,
+                num_particles,
+                num_sweeps,
+                options.num_replicates,
+                told=progress.reach,
+            )
+
+        schedule, (value, mcse, ess) = anneal(
+            rng_key, integrand, weigh, num_sweeps, options.sharding
+        )
     mcse = mcse * student_factor(options.num_replicates)
     diagnostics = {"num_temperatures": schedule.num_temperatures}
     return LogNormalizer(value, mcse, ess * num_particles, "smc", "below", diagnostics)
@@ -67,6 +79,8 @@ def sequential_monte_carlo(
     num_particles: int,
     num_sweeps: int,
     num_replicates: int,
+    *,
+    told: Callable[[jax.Array], None] = lambda fraction: None,
 ) -> tuple[jax.Array, SiteValues, jax.Array]:
     """Run tempered SMC along a schedule, several times.
 
@@ -76,6 +90,7 @@ def sequential_monte_carlo(
     :param int num_particles: particles of each replicate of each problem.
     :param int num_sweeps: sweeps at each temperature.
     :param int num_replicates: independent runs.
+    :param told: is told at each temperature which part is done.
     :return: unbiased estimates of Z, as logarithms, of shape (replicates, problems); where the
         particles end, and their log-weights, of shape (particles, problems).
     """
@@ -95,6 +110,7 @@ def sequential_monte_carlo(
         tuning = jax.tree.map(lambda x: x[count + 1], schedule.tuning)
         beta = to_particles(new, num)
         position, _ = sweep_particles(key_move, path, position, beta, tuning, num_sweeps)
+        told((count + 1) / schedule.num_temperatures)
         return count + 1, rng_key, position, total + increment
 
     start = jnp.array(0), key_run, position, jnp.zeros(runs, dtype)

@@ -58,6 +58,7 @@ class Calibrated(ABC):
         num_resamples: int = 200,
         groups: ArrayLike | None = None,
         cap: bool = False,
+        progress_bar: bool = True,
         **kwargs: Any,
     ) -> Calibration:
         r"""Measure the spread of the estimator over data sets, and choose the learning rate by it.
@@ -95,6 +96,7 @@ class Calibrated(ABC):
         :param groups: an array (rows,) of labels: rows of one label may depend on each other (draws
             of one chain, persons of one household), and only groups count as independent.
         :param bool cap: take min(1, β).
+        :param bool progress_bar: show the progress of a bootstrap, from a second on.
         :param kwargs: keyword arguments of the model.
         :return: :class:`~numpyro_ebm.posteriors.calibration.Calibration`, kept as
             :attr:`calibration`; with ``learning_rate="calibrate"`` it is what the model uses from
@@ -119,6 +121,7 @@ class Calibrated(ABC):
             num_resamples,
             groups=groups,
             cap=cap,
+            progress_bar=progress_bar,
             simulate=lambda rng_key, params, num: simulate_rows(
                 rng_key, self.model, params, num, args, kwargs
             ),

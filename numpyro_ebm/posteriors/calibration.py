@@ -28,6 +28,7 @@ from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
 from numpyro_ebm.program.compilation import (
     run_compiled,
 )
+from numpyro_ebm.program.progress import Progress
 from numpyro_ebm.types import SiteValues
 
 __all__ = ["Calibration", "CalibrationMethod", "calibrate"]
@@ -84,6 +85,7 @@ def calibrate(
     groups: ArrayLike | None,
     cap: bool,
     simulate: Callable[..., Any],
+    progress_bar: bool = True,
 ) -> Calibration:
     """See :meth:`~numpyro_ebm.generalized.calibrate`.
 
@@ -109,7 +111,14 @@ def calibrate(
     num_resamples = max(num_resamples, GROUPS_A_PARAMETER * int(np.sum(informed)))
     if method == "bootstrap":
         beta, covariance = _bootstrap(
-            potential, value_and_gradient, best, hessian, key_loss, key_resample, num_resamples
+            potential,
+            value_and_gradient,
+            best,
+            hessian,
+            key_loss,
+            key_resample,
+            num_resamples,
+            progress_bar,
         )
     elif method == "simulation":
         values = simulate(key_resample, potential.params(jnp.asarray(best)), num_resamples)
@@ -226,7 +235,7 @@ def _over_data_sets(potential, best, rng_key, values):
     return potential.num_rows * np.atleast_2d(np.cov(np.asarray(gradients, float).T))
 
 
-def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resamples):
+def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resamples, shown):
     num_rows = potential.num_rows
     prior_gradient = jax.jit(jax.grad(potential.log_prior))
     once = jnp.ones(num_rows)
@@ -234,14 +243,16 @@ def _bootstrap(potential, at_all, best, hessian, rng_key, key_resample, num_resa
         jax.value_and_grad(potential.loss), potential.start, rng_key, once
     )
     above, below, minimizers = 0.0, 0.0, []
-    for key in jax.random.split(key_resample, num_resamples):
-        drawn = jax.random.randint(key, (num_rows,), 0, num_rows)
-        weights = jnp.zeros(num_rows).at[drawn].add(1.0)
-        x = find_minimum(lambda x: value_and_gradient(x, rng_key, weights), best)  # noqa: B023
-        slope = num_rows * np.asarray(at_all(x)[1], float)
-        curvature = num_rows * np.trace(hessian_by_differences(lambda x: at_all(x)[1], x))
-        above += slope @ np.asarray(prior_gradient(x), float) + curvature
-        below += slope @ slope
-        minimizers.append(np.asarray(x, float))
+    with Progress("calibrate (bootstrap)", num_resamples, shown=shown) as progress:
+        for key in jax.random.split(key_resample, num_resamples):
+            drawn = jax.random.randint(key, (num_rows,), 0, num_rows)
+            weights = jnp.zeros(num_rows).at[drawn].add(1.0)
+            x = find_minimum(lambda x: value_and_gradient(x, rng_key, weights), best)  # noqa: B023
+            slope = num_rows * np.asarray(at_all(x)[1], float)
+            curvature = num_rows * np.trace(hessian_by_differences(lambda x: at_all(x)[1], x))
+            above += slope @ np.asarray(prior_gradient(x), float) + curvature
+            below += slope @ slope
+            minimizers.append(np.asarray(x, float))
+            progress.step()
     spread = np.atleast_2d(np.cov(np.stack(minimizers).T))
     return above / below, num_rows * hessian @ spread @ hessian

@@ -13,6 +13,7 @@ from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ConvergenceWarning, ModelError
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.posteriors.predictive import side_by_side
+from numpyro_ebm.program.progress import Progress
 from numpyro_ebm.types import Params
 
 __all__ = ["run_route"]
@@ -36,6 +37,7 @@ def run_route(
     num_draws: int,
     num_warmup: int,
     thinning: int,
+    progress_bar: bool = False,
 ) -> dict[str, np.ndarray]:
     """Draws of the parameters given each data set, of shape (simulations, draws, ...).
 
@@ -46,16 +48,18 @@ def run_route(
     :param dict params: the parameters that made the data, by name, simulations leading.
     :raises ModelError: if the draws are too few, of other parameters or shapes, or not finite.
     """
-    if isinstance(route, MCMCKernel):
-        draws = _by_kernel(route, keys, arrays, arguments, num_draws, num_warmup, thinning)
-    else:
-        draws = _by_function(route, keys, arrays, arguments, num_draws)
+    with Progress("data sets", len(keys), shown=progress_bar) as progress:
+        if isinstance(route, MCMCKernel):
+            lengths = num_draws, num_warmup, thinning
+            draws = _by_kernel(route, keys, arrays, arguments, *lengths, progress)
+        else:
+            draws = _by_function(route, keys, arrays, arguments, num_draws, progress)
     draws = _checked_draws(draws, params, num_draws)
     _warn_of_correlation(draws, num_draws)
     return draws
 
 
-def _by_function(route, keys, arrays, arguments, num_draws):
+def _by_function(route, keys, arrays, arguments, num_draws, progress):
     """Draws of a user's route, simulations leading, thinned evenly."""
     found = []
     for i, key in enumerate(keys):
@@ -76,10 +80,11 @@ def _by_function(route, keys, arrays, arguments, num_draws):
         found.append(
             {k: x[np.linspace(0, len(x) - 1, num_draws).astype(int)] for k, x in draws.items()}
         )
+        progress.step()
     return jax.tree.map(lambda *xs: np.stack(xs), *found)
 
 
-def _by_kernel(kernel, keys, arrays, arguments, num_draws, num_warmup, thinning):
+def _by_kernel(kernel, keys, arrays, arguments, num_draws, num_warmup, thinning, progress):
     """Draws of a kernel's chains, one on every data set."""
 
     def chain(rng_key, arrays):
@@ -99,7 +104,10 @@ def _by_kernel(kernel, keys, arrays, arguments, num_draws, num_warmup, thinning)
         return jax.vmap(kernel.postprocess_fn(args, kwargs))(z)
 
     size = min(len(keys), AT_ONCE)
-    groups = [jax.tree.map(np.asarray, x) for x in side_by_side(chain, (keys, arrays), size)]
+    groups = []
+    for found in side_by_side(chain, (keys, arrays), size):
+        groups.append(jax.tree.map(np.asarray, found))
+        progress.step(min(size, len(keys) - size * (len(groups) - 1)))
     return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(keys)], *groups)
 
 

@@ -87,6 +87,7 @@ def simulation_based_calibration(
     thinning: int = 10,
     simulate: Callable[[jax.Array, Params], Params] | None = None,
     options: dict[str, Any] | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> SimulationBasedCalibration:
     r"""Test a route to posteriors on data sets whose parameters are known.
@@ -120,6 +121,7 @@ def simulation_based_calibration(
         site; :func:`~numpyro_ebm.predictive` draws them if ``None``, exactly where the states of a
         row can be counted.
     :param dict options: of :func:`~numpyro_ebm.predictive`, such as ``{"num_warmup": 2_000}``.
+    :param bool progress_bar: show how many data sets are done, from a second on.
     :param kwargs: keyword arguments of the model.
     :return: :class:`SimulationBasedCalibration`, with ``.ranks``, ``.p_value`` and ``.plot()``.
     :raises ModelError: if a prior is missing or improper, the data are no argument of the model,
@@ -184,6 +186,7 @@ def simulation_based_calibration(
         "num_draws": num_draws,
         "num_warmup": num_warmup,
         "thinning": thinning,
+        "progress_bar": progress_bar,
     }
     draws = run_route(route, keys, arrays, Arguments(args, kwargs), truth, **lengths)
     ranks = _ranks(key_ties, truth, draws)
