@@ -123,3 +123,17 @@ def test_an_annotation_is_what_is_taken():
             function(**wrong)
     with pytest.raises(TypeError, match="unexpected keyword"):
         function(other=1)
+
+
+def test_every_public_function_of_a_key_looks_at_its_arguments():
+    modules = ebm, ebm.datasets, ebm.diagnostics, ebm.mcmc, ebm.plots
+    functions = {
+        name: getattr(module, name)
+        for module in modules
+        for name in module.__all__
+        if inspect.isfunction(getattr(module, name))
+    }
+    of_keys = {k: f for k, f in functions.items() if "rng_key" in inspect.signature(f).parameters}
+    assert len(of_keys) > 20
+    plain = [k for k, f in of_keys.items() if inspect.unwrap(f) is f]
+    assert plain == [], "decorate them by `numpyro_ebm.signatures.explaining`"

@@ -17,6 +17,7 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.signatures import explaining
 
 __all__ = ["Auroc", "Classification", "auroc", "classification"]
 
@@ -51,6 +52,7 @@ class Auroc(NamedTuple):
     standard_error: jax.Array
 
 
+@explaining
 def classification(
     rng_key: jax.Array,
     logits: Any,

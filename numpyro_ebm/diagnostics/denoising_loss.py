@@ -20,6 +20,7 @@ from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.language.handlers import restricted
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["DenoisingLoss", "denoising_loss"]
@@ -39,6 +40,7 @@ class DenoisingLoss(NamedTuple):
     by_row: jax.Array
 
 
+@explaining
 def denoising_loss(
     rng_key: jax.Array,
     model: Model,

@@ -20,6 +20,7 @@ from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.diagnostics.two_samples import flat_rows
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 
 __all__ = ["FrechetDistance", "cosine_features", "frechet_distance"]
 
@@ -73,6 +74,7 @@ def cosine_features(
     return jnp.reshape(found, (len(x), -1))
 
 
+@explaining
 def frechet_distance(
     rng_key: jax.Array,
     draws: Any,

@@ -27,6 +27,7 @@ from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model
 
 __all__ = ["LikelihoodBounds", "log_likelihood_bounds"]
@@ -50,6 +51,7 @@ class LikelihoodBounds(NamedTuple):
     by_row: jax.Array
 
 
+@explaining
 def log_likelihood_bounds(
     rng_key: jax.Array,
     model: Model,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.signatures import explaining
 
 __all__ = ["TwoSampleTest", "flat_rows", "squared_distances", "two_sample_test"]
 
@@ -39,6 +40,7 @@ class TwoSampleTest(NamedTuple):
     bandwidth: jax.Array
 
 
+@explaining
 def two_sample_test(
     rng_key: jax.Array,
     draws: Any,
