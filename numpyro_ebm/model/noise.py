@@ -17,20 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.handlers import block, seed, substitute, trace
 
-from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
-from numpyro_ebm.language.distributions import is_real, scalar_support
 from numpyro_ebm.language.sites import param_sites
 from numpyro_ebm.model.noise_forms import (
     FORMS,
     is_float_array,
     is_flow,
     named_leaves,
+    serves_support,
     transformed_normal,
     with_arguments,
 )
@@ -51,13 +49,21 @@ class Noise:
     :param str name: prefix of the parameters of a noise that is not a NumPyro function.
     :param bool trainable: whether the arrays inside a distribution, a stack of transforms or a flow
         are parameters to train.
+    :param bool covers: whether it has to have a density everywhere on the supports of the sites;
+        values within them are enough where it says where something begins.
     :raises ModelError: if it is none of the forms above, or does not fit the visible sites.
     """
 
     def __init__(
-        self, noise: Any, row_model: RowModel, name: str = "noise", *, trainable: bool = False
+        self,
+        noise: Any,
+        row_model: RowModel,
+        name: str = "noise",
+        *,
+        trainable: bool = False,
+        covers: bool = True,
     ):
-        self.row_model, self.name = row_model, name
+        self.row_model, self.name, self._covers = row_model, name, covers
         self._function: Callable[..., Any] | None = None
         self._written = noise
         self._leaves, self._tree, self._trained = [], None, {}
@@ -261,15 +267,11 @@ class Noise:
                 "for each, made of the covariates."
             )
         support: Any = fn.support
-        same_kind = (
-            bool(support.is_discrete) == site.is_discrete
-            and is_real(support) == site.is_real
-            and _same_bounds(support, site.fn.support)
-        )
-        if not same_kind:
+        if not serves_support(support, site.fn.support, self._covers):
             raise ModelError(
                 f"The noise of the visible site '{name}' has the support {support}, and the "
-                f"site {site.fn.support}: noise has to live where the data do, and everywhere."
+                f"site {site.fn.support}: noise has to live where the data do"
+                f"{', and everywhere' if self._covers else ''}."
             )
 
 
@@ -278,19 +280,3 @@ def _broadcast(shape, other):
         return np.broadcast_shapes(shape, other)
     except ValueError:
         return None
-
-
-def _same_bounds(support, other):
-    """Whether two supports have the same bounds, as far as they are known."""
-    bounds = [*_bounds(support), *_bounds(other)]
-    if not all(not_jax_tracer(x) for x in bounds):
-        return True
-    low, high, other_low, other_high = bounds
-    return np.allclose(low, other_low) and np.allclose(high, other_high)
-
-
-def _bounds(support):
-    support = scalar_support(support)
-    if isinstance(support, type(constraints.boolean)):
-        return 0, 1
-    return getattr(support, "lower_bound", -np.inf), getattr(support, "upper_bound", np.inf)

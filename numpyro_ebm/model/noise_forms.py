@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.distributions import is_real, scalar_support
 from numpyro_ebm.model.row_model import RowModel
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "is_float_array",
     "is_flow",
     "named_leaves",
+    "serves_support",
     "transformed_normal",
     "with_arguments",
 ]
@@ -110,3 +114,33 @@ def named_leaves(noise: Any, name: str) -> dict[int, tuple[str, Any]]:
 def is_float_array(x: Any) -> bool:
     """Whether something is an array that can be trained."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def serves_support(support: Any, other: Any, everywhere: bool) -> bool:
+    """Whether values of a support are those of a visible site, as far as its bounds are known.
+
+    :param support: of a noise.
+    :param other: of the site.
+    :param bool everywhere: whether the noise has to cover it. Of continuous sites that are real or
+        have bounds a part will do otherwise; of others nobody knows.
+    """
+    if bool(support.is_discrete) != bool(other.is_discrete):
+        return False
+    low, high, other_low, other_high = bounds = [*_bounds(support), *_bounds(other)]
+    known = all(not_jax_tracer(x) for x in bounds)
+    if is_real(support) == is_real(other) and (
+        not known or (np.allclose(low, other_low) and np.allclose(high, other_high))
+    ):
+        return True
+    if everywhere or other.is_discrete:
+        return False
+    is_bounded = known and np.any(np.isfinite([other_low, other_high]))
+    within = is_bounded and np.all(low >= other_low) and np.all(high <= other_high)
+    return is_real(other) or bool(within)
+
+
+def _bounds(support):
+    support = scalar_support(support)
+    if isinstance(support, type(constraints.boolean)):
+        return 0, 1
+    return getattr(support, "lower_bound", -np.inf), getattr(support, "upper_bound", np.inf)

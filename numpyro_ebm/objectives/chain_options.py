@@ -93,7 +93,7 @@ class ChainOptions(NamedTuple):
 
     def check_model(self, row_model: RowModel) -> None:
         """Raise if a model does not go with them."""
-        check_initial(self.initial, row_model)
+        check_initial(self.initial, row_model, self.weighted)
         given = [name for name in ("num_chains", "buffer", "weighted") if getattr(self, name)]
         if self.persistent and row_model.covariates and given:
             raise ModelError(

@@ -28,7 +28,7 @@ __all__ = ["OWNER", "check_initial", "draw_latent", "draw_visible", "visible_log
 OWNER = "ContrastiveDivergence"
 
 
-def check_initial(initial: Any, row_model: RowModel) -> None:
+def check_initial(initial: Any, row_model: RowModel, weighted: bool) -> None:
     """Raise unless chains of this model can begin so."""
     if initial == "gaussian":
         discrete = [name for name, site in row_model.visible.items() if site.is_discrete]
@@ -38,7 +38,7 @@ def check_initial(initial: Any, row_model: RowModel) -> None:
                 '`initial="data"`, `"uniform"` or a distribution.'
             )
     elif initial != "data":
-        _noise(initial, row_model)
+        _noise(initial, row_model, covers=weighted)
 
 
 def draw_visible(
@@ -85,7 +85,7 @@ def visible_log_density(
             flat = row_model.flatten(row_model.from_rows(rows))
             return jnp.sum(norm.logpdf(flat, mean, std), -1)
     else:
-        noise = _noise(initial, row_model)
+        noise = _noise(initial, row_model, covers=True)
 
         def log_density(rows):
             return noise.log_density(params, row_model.from_rows(rows))
@@ -137,10 +137,10 @@ def _fitted(problem):
     return mean, jnp.where(std > 0, std, 1.0)
 
 
-def _noise(initial, row_model):
+def _noise(initial, row_model, covers=False):
     if isinstance(initial, str):  # "uniform"
         initial = {name: _uniform(site) for name, site in row_model.visible.items()}
-    return Noise(initial, row_model)
+    return Noise(initial, row_model, covers=covers)
 
 
 def _uniform(site):

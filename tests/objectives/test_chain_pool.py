@@ -57,6 +57,18 @@ def still_scaled(data):
         ebm.energy("E", 0.5 * precision * v**2)
 
 
+def rates(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(support=constraints.positive), obs=data)
+        ebm.energy("E", v)
+
+
+def shares(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", dist.Dirichlet(jnp.ones(2)), obs=data)
+        ebm.energy("E", v[:, 0])
+
+
 def test_a_round_moves_so_many_chains_of_the_buffer():
     objective = ebm.ContrastiveDivergence(Step, persistent=True, num_chains=5, buffer=12)
     keys = jax.random.split(KEY, 6)
@@ -129,6 +141,10 @@ def test_chains_begin_at_noise_at_a_gaussian_or_at_the_data():
     u, logits = start_of("gaussian", interval, {}, data), np.log((data - 1) / (3 - data))
     np.testing.assert_allclose(u.mean(0), logits.mean(0), atol=4.5 * logits.std(0).max() / 31)
     np.testing.assert_allclose(u.std(0), logits.std(0), rtol=4.5 / 2_000**0.5)
+    part = start_of(dist.Uniform(3.0, 4.0), still, {}, jnp.zeros(3))  # of the real line
+    assert np.all((part >= 3.0) & (part <= 4.0)) and np.ptp(part) > 0.9
+    part = start_of(dist.Uniform(1.2, 1.4).expand([2]).to_event(1), interval, {}, data)
+    assert np.all(np.abs(1 + 2 / (1 + np.exp(-part)) - 1.3) < 0.1001)
     rows = start_of("data", still, {}, jnp.arange(3.0), num=7)
     np.testing.assert_array_equal(rows, [0, 1, 2, 0, 1, 2, 0])
 
@@ -271,6 +287,24 @@ def test_options_that_contradict_each_other(options, message):
         (still, (jnp.zeros(3),), {"initial": "uniform"}, "bounded or finite.*'v'"),
         (still, (jnp.zeros(3),), {"buffer": 2}, "as the batch has rows, 3.*the 2 of `buffer`"),
         (rbm, (BITS,), {"energy_penalty": 0.1}, r"latent site\(s\) \['h'\]"),
+        (
+            *(still, (jnp.zeros(3),)),
+            *({"initial": dist.Uniform(), "weighted": True, "num_chains": 64}, "and everywhere"),
+        ),
+        (rates, (jnp.ones(3),), {"initial": dist.Normal(0, 1)}, "where the data do\\."),
+        (rates, (jnp.ones(3),), {"initial": dist.Uniform(-0.5, 1)}, "where the data do\\."),
+        (
+            shares,
+            (jnp.full((3, 2), 0.5),),
+            {"initial": dist.Normal(0, 1).expand([2]).to_event(1)},
+            "where",
+        ),
+        (
+            rbm,
+            (BITS,),
+            {"initial": dist.Categorical(logits=jnp.zeros(3)).expand([4]).to_event(1)},
+            "where",
+        ),
         (near, (jnp.arange(3.0), jnp.zeros(3)), {"num_chains": 4}, "drop `num_chains`"),
         (near, (jnp.arange(3.0), jnp.zeros(3)), {"buffer": 4}, "drop `buffer`"),
     ],
