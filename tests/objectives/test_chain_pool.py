@@ -63,6 +63,12 @@ def rates(data):
         ebm.energy("E", v)
 
 
+def levels(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Counting(4), obs=data)
+        ebm.energy("E", 0.1 * v)
+
+
 def shares(data):
     with numpyro.plate("data", len(data)):
         v = numpyro.sample("v", dist.Dirichlet(jnp.ones(2)), obs=data)
@@ -291,6 +297,7 @@ def test_options_that_contradict_each_other(options, message):
             *(still, (jnp.zeros(3),)),
             *({"initial": dist.Uniform(), "weighted": True, "num_chains": 64}, "and everywhere"),
         ),
+        (levels, (jnp.arange(3),), {"initial": dist.Bernoulli(0.5)}, "where the data do"),
         (rates, (jnp.ones(3),), {"initial": dist.Normal(0, 1)}, "where the data do\\."),
         (rates, (jnp.ones(3),), {"initial": dist.Uniform(-0.5, 1)}, "where the data do\\."),
         (
