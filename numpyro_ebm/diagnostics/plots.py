@@ -35,6 +35,12 @@ __all__ = ["chains", "density", "energies", "samples", "training"]
 COLOR_MAPS = {"density": "viridis", "energy": "viridis_r"}
 """Colour maps of the plane, bright where the model is."""
 
+SEPARATORS = "white", "black", "steelblue", "sandybrown"
+"""Colours of the gaps between images; the first one is taken that a colour map has not."""
+
+CLEARLY_APART = 0.25
+"""A distance of colours in the cube of red, green and blue."""
+
 
 @explaining
 def density(
@@ -95,10 +101,10 @@ def density(
         "plots.density", grid, model, args, kwargs, marginal, guide, guide_params, rng_key
     )
     if kind == "energy":
-        shown, label = np.max(log_p) - log_p, "energy above the lowest, nats"
+        shown, label = np.max(log_p) - log_p, "nats above the lowest"
     else:
         log_z = getattr(log_normalizer, "value", log_normalizer)
-        label = "density" if log_z is not None else "density, normalised in the frame"
+        label = "density" if log_z is not None else "density in the frame"
         if log_z is None:
             log_z = log_trapezoid(grid, log_p)
         elif np.ndim(log_z):
@@ -205,9 +211,10 @@ def energies(gap: EnergyGap, *, bins: int = 50, ax: Axes | None = None) -> Axes:
     for name, style in (("data", {}), ("samples", {"histtype": "step", "lw": 1.5})):
         color = "0.7" if name == "data" else "tab:blue"
         ax.hist(getattr(gap, name), list(edges), density=True, label=name, color=color, **style)
+    ax.set_ylim(top=1.2 * ax.get_ylim()[1])  # room for the legend
     ax.set(xlabel="energy, nats", ylabel="share per nat")
     ax.set_title(f"KS {gap.statistic:.2f}, p = {gap.p_value:.2g}", fontsize="medium")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper center", ncols=2, fontsize="small")
     return ax
 
 
@@ -229,7 +236,7 @@ def samples(
     :param tuple shape: (height, width) of an image; square if rows of pixels come without it.
     :param int num_columns: images side by side; as many as make the grid square if ``None``.
     :param int num: the most images that are drawn, the first ones.
-    :param int gap: pixels between two images.
+    :param int gap: pixels between two images, of a colour that the colour map does not have.
     :param cmap: colour map; all images share one scale.
     :param ax: matplotlib axes.
     :return: the axes.
@@ -244,7 +251,8 @@ def samples(
     """
     sheet = image_sheet(as_images(draws, shape)[:num], num_columns, gap)
     ax = _axes(ax)
-    ax.imshow(sheet, cmap=cmap, interpolation="nearest")
+    colors = _with_separator(cmap)
+    ax.imshow(np.ma.masked_invalid(sheet), cmap=colors, interpolation="nearest")
     ax.set_axis_off()
     return ax
 
@@ -308,3 +316,15 @@ def _axes(ax):
 
 def _frame(ax, xlim, ylim):
     ax.set(xlim=xlim, ylim=ylim, aspect="equal", xlabel="$v_1$", ylabel="$v_2$")
+
+
+def _with_separator(cmap):
+    """A colour map in which what is missing has a colour unlike all that it has."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+
+    found = plt.get_cmap(cmap)
+    own = found(np.linspace(0, 1, 64))[:, :3]
+    apart = {x: np.linalg.norm(to_rgb(x) - own, axis=-1).min() for x in SEPARATORS}
+    clear = [name for name, distance in apart.items() if distance > CLEARLY_APART]
+    return found.with_extremes(bad=clear[0] if clear else max(apart, key=lambda x: apart[x]))

@@ -123,3 +123,13 @@ def test_plots_say_how_to_get_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="numpyro-ebm\\[examples\\]"):
         ebm.plots.training(np.ones(5))
+
+
+@pytest.mark.parametrize("cmap", ["gray", "Greys", "viridis", "RdBu", "hot", None])
+def test_gaps_between_samples_have_a_colour_of_their_own(cmap):
+    images = np.linspace(0, 1, 4 * 256).reshape(4, 16, 16)
+    image = ebm.plots.samples(images, cmap=cmap).images[0]
+    colors = np.asarray(image.to_rgba(image.get_array()))[..., :3]
+    gap = np.ma.getmaskarray(image.get_array())
+    distances = np.linalg.norm(colors[gap][:1] - colors[~gap], axis=-1)
+    assert gap.sum() == 33 + 32 and distances.min() > 0.2
