@@ -95,7 +95,8 @@ def main(num_samples=500, seed=0, out="lattice_temperatures.png"):
             draws = found[title, name] = np.asarray(mcmc.get_samples()["beta"])
             print(f"{title}, {name:30} {draws.mean():.3f} ± {draws.std():.3f}")
             if name == "exchange":
-                print("   ", ebm.auxiliary_adequacy(mcmc))
+                adequacy = ebm.auxiliary_adequacy(mcmc)
+                print(f"    auxiliary lattices forget the data: {adequacy.is_adequate}")
             ax.hist(draws, bins=25, density=True, histtype="step", label=name)
         ax.axvline(beta, color="k", lw=1, label="truth")
         ax.set(title=title, xlabel="inverse temperature", yticks=[])
