@@ -28,7 +28,7 @@ from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, Literal, get_opaque_trace_state, jaxpr_as_fun
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.util import unconstrain_fn
-from numpyro.ops.provenance import eval_provenance
+from numpyro.ops.provenance import eval_provenance, track_deps_jaxpr
 from numpyro.primitives import _PYRO_STACK, apply_stack
 from numpyro.util import find_stack_level, is_prng_key, not_jax_tracer
 
@@ -70,6 +70,7 @@ __all__ = [
     "run_arguments",
     "systematic",
     "trace_state",
+    "track_deps_jaxpr",
     "trajectory_length",
     "unconstrain_fn",
     "welford_algorithm",

@@ -84,6 +84,9 @@ def test_numpyro_has_its_handlers_and_flags():
     assert isinstance(_compat.find_stack_level(), int)
     labels = _compat.eval_provenance(lambda x, y: {"sum": x + y, "x": 2 * x}, x=1.0, y=2.0)
     assert labels == {"sum": frozenset({"x", "y"}), "x": frozenset({"x"})}
+    program = jax.make_jaxpr(lambda x, y: (x + y, 2 * x))(1.0, 2.0).jaxpr
+    x, y = frozenset({"x"}), frozenset({"y"})
+    assert list(_compat.track_deps_jaxpr(program, [x, y])) == [x | y, x]
 
 
 def test_numpyro_transforms_values_and_keeps_the_arguments_of_a_run():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
 
-from numpyro_ebm._compat import eval_provenance
+from numpyro_ebm._compat import eval_provenance, track_deps_jaxpr
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import set_visible
@@ -32,17 +32,16 @@ def check_model(row_model: RowModel) -> None:
         return
     traced = row_model.traced
     traced.check_arguments()
-    arrays, values = traced.arguments.arrays, {k: x.value for k, x in row_model.sites.items()}
-    visible = {f"visible:{name}": values[name] for name in row_model.visible}
-    data = {**row_model.plates, **row_model.parameters, **values}
+    arrays = traced.arguments.arrays
 
-    def run(**labelled):
-        again = traced.with_arrays({label: labelled[label] for label in arrays})
-        own = {name: labelled[f"visible:{name}"] for name in row_model.visible}
-        observed = {name: site.value for name, site in again.visible(default_key(), {}).items()}
-        return again.evaluate("terms", {**data, **own}), observed
+    def run(**arrays):
+        sites = traced.with_arrays(arrays).visible(default_key(), {})
+        return {name: site.value for name, site in sites.items()}
 
-    terms, observed = eval_provenance(run, **arrays, **visible)
+    observed = eval_provenance(run, **arrays)
+    closed, operands, names = row_model.terms_program()
+    labels = [_label(row_model, operand) for operand in operands]
+    terms = dict(zip(names, track_deps_jaxpr(closed.jaxpr, labels), strict=True))
     for name, site in row_model.visible.items():
         own = "visible:" + name
         shaping = [labels for term, labels in terms.items() if term != name or not site.is_flat]
@@ -66,6 +65,14 @@ def check_model(row_model: RowModel) -> None:
                     "model's argument, so it would not see the noise or the samples of an "
                     f"objective. {_write_this(name)}"
                 )
+
+
+def _label(row_model, operand):
+    """What a value that a program reads is: an argument, a visible value, or neither."""
+    if operand.role == "array":
+        return frozenset({operand.name})
+    is_visible = operand.role == "visible" and operand.name in row_model.visible
+    return frozenset({"visible:" + operand.name}) if is_visible else frozenset()
 
 
 def check_guide(

@@ -15,7 +15,6 @@ Where an operation only lays rows out anew, or is not known, a coupling is looke
 (:mod:`~numpyro_ebm.model.row_trials`).
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +22,7 @@ from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_trials import coupled_terms, row_axis_of
-from numpyro_ebm.program.row_axes import follow_rows
+from numpyro_ebm.program.row_axes import follow_rows, follow_rows_of
 from numpyro_ebm.program.rows import MIXED, Rows
 
 __all__ = ["check_row_argument", "check_rows", "check_rows_alike"]
@@ -110,47 +109,31 @@ def _reason(note):
 
 def _follow_terms(row_model):
     """What every term has to do with the rows."""
-    traced, values = row_model.traced, {k: x.value for k, x in row_model.sites.items()}
-    data = {
-        "parameters": row_model.parameters,
-        "plates": row_model.plates,
-        "observed": {name: site.value for name, site in row_model.observed.items()},
-        "arrays": traced.arguments.arrays if traced.takes_arrays else {},
-    }
-    found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(data):
-        kind, name = path[0].key, path[1].key
-        if name in traced.states:
-            kind = "states"
-        if kind == "plates" and _counts(x):
-            found.append(Rows.counted(0, WORDS[kind].format(name)))
+    closed, operands, names = row_model.terms_program()
+    labels, states = row_model.traced.arguments.names, []
+    for role, name, x in operands:
+        if role in ("visible", "latent") and name not in row_model.observed:
+            states.append(Rows(row_axis_of(row_model.sites[name], x, row_model)))
+        elif role == "plate" and _counts(x):
+            states.append(Rows.counted(0, WORDS[role].format(name)))
+        elif role is None:  # nothing reads it
+            states.append(Rows())
         else:
-            name = traced.arguments.names.get(name, name)
-            found.append(Rows.data(jnp.shape(x), WORDS[kind].format(name)))
-    found += [
-        Rows(row_axis_of(row_model.sites[name], values[name], row_model)) for name in sorted(values)
-    ]
-    names = []
-
-    def terms(data, values):
-        here = traced.with_arrays(data["arrays"]) if traced.takes_arrays else traced
-        every = {**data["plates"], **data["parameters"], **data["observed"], **values}
-        found = here.evaluate("terms", every)
-        names[:] = sorted(found)
-        return [found[name] for name in names]
-
-    states = follow_rows(lambda both: terms(*both), (data, values), found)
-    return dict(zip(names, states, strict=True))
+            words = WORDS[role].format(labels.get(name, name))
+            states.append(Rows.data(jnp.shape(x), words))
+    return dict(zip(names, follow_rows_of(closed, states), strict=True))
 
 
 WORDS = {
-    "parameters": "the parameter '{}'",
-    "plates": "the indices of the plate '{}'",
-    "states": "the state '{}' of a network",
-    "observed": "the observed site '{}'",
-    "arrays": "{}",
+    "param": "the parameter '{}'",
+    "prior": "the parameter '{}'",
+    "plate": "the indices of the plate '{}'",
+    "mutable": "the state '{}' of a network",
+    "visible": "the observed site '{}'",
+    "latent": "the observed site '{}'",
+    "array": "{}",
 }
-"""What a label says, by kind of array."""
+"""What a label says, by role."""
 
 
 def _counts(x):

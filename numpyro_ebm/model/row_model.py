@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from numpyro.handlers import substitute, trace
 
+from numpyro_ebm._compat import ClosedJaxpr
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.model.data_plate import DataPlate
 from numpyro_ebm.model.reference import reference_log_prob
 from numpyro_ebm.model.row_site import RowSite, coordinates
+from numpyro_ebm.program.marks import Operand
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues, Trace
 
@@ -82,7 +84,7 @@ class RowModel(DataPlate):
         self.plates, self.parameters = plates, parameters
         self.constraints, self.priors = constraints, priors
         self.row_weights: jax.Array | None = None
-        self.covariates: list[str] = []  # found by `provenance.check_model`, as the next
+        self.covariates: list[str] = []  # found by `row_analysis.check_rows`
         self.arguments: dict[str, str] = {}
         self._remembered: dict[Any, Any] = {}  # see `remember`
 
@@ -100,6 +102,15 @@ class RowModel(DataPlate):
     def terms(self, data: Params) -> dict[str, jax.Array]:
         """The terms of :meth:`log_density` by site, each of shape (rows,)."""
         return self.traced.evaluate("terms", {**self._own_values(), **data})
+
+    def terms_program(self) -> tuple[ClosedJaxpr, list[Operand], list[str]]:
+        """The operations of :meth:`terms`, without running them.
+
+        :return: a jaxpr, what its arguments are, and the names of its results.
+        """
+        sites = {**self.observed, **self.sites}
+        values = {name: site.value for name, site in sites.items()}
+        return self.traced.operations("terms", {**self.plates, **self.parameters, **values})
 
     def weigh(self, rows: jax.Array) -> jax.Array:
         """What rows count: an array of shape (..., rows) times their weights, if they have any.

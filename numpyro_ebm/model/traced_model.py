@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import GIBBS_SITES_KWARG, Tracer
+from numpyro_ebm._compat import GIBBS_SITES_KWARG, ClosedJaxpr, Tracer
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.explained import explained
 from numpyro_ebm.language.handlers import resolve_normalizer
@@ -27,7 +27,7 @@ from numpyro_ebm.model.reference import FillUnobserved
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite, check_data, check_shape, placeholder
 from numpyro_ebm.model.row_weights import RowWeights, find_weights, stand_in
-from numpyro_ebm.program.marks import MarkedProgram, marked, signature
+from numpyro_ebm.program.marks import MarkedProgram, Operand, marked, signature
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["TracedModel", "trace_model"]
@@ -275,15 +275,33 @@ class TracedModel:
             `deterministic` sites.
         :param dict data: values of all sites, by name; other names are ignored.
         """
+        program, args, given = self._ready(what, data)
+        found = program(what, args, given)
+        return {name: found[name] for name in self._order[what]}
+
+    def operations(self, what: str, data: Params) -> tuple[ClosedJaxpr, list[Operand], list[str]]:
+        """The operations of :meth:`evaluate`, without running them.
+
+        :return: a jaxpr, what its arguments are, and the names of its results.
+        """
+        program, (*others, arrays), given = self._ready(what, data)
+        operands = []
+        for part in (*others, arrays, given):
+            for path, x in jax.tree_util.tree_leaves_with_path(part):
+                name = path[0].key if path else ""  # of the random key
+                role = "array" if part is arrays else self._roles.get(name)
+                operands.append(Operand(role, name, x))
+        return program.part(what, given), operands, sorted(self._order[what])
+
+    def _ready(self, what, data):
+        """A program that comes to this at these values, its arguments, and values to replace."""
         data = {name: x for name, x in data.items() if name in self._names}
         if self._program_serves(what, data):
-            found = self._find(what, UNREAD, data)
-        else:
-            key = signature(data)
-            if key not in self._others:
-                self._others[key] = MarkedProgram(self._rerun, data, self._arrays)
-            found = self._others[key](what, (data, self._arrays), {})
-        return {name: found[name] for name in self._order[what]}
+            return self._program, (UNREAD, self.data, self._arrays), data
+        key = signature(data)
+        if key not in self._others:
+            self._others[key] = MarkedProgram(self._rerun, data, self._arrays)
+        return self._others[key], (data, self._arrays), {}
 
     def _program_serves(self, what, data):
         """Whether the first program does: all it reads is given, in the types that it knows."""

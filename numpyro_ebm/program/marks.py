@@ -6,17 +6,17 @@ it marked on the way can be replaced, without running the function again.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from numpyro_ebm._compat import Literal, eval_jaxpr
+from numpyro_ebm._compat import ClosedJaxpr, Literal, eval_jaxpr
 from numpyro_ebm.program.convolutions import has_convolutions
 from numpyro_ebm.program.jaxprs import needed, renamed, variables
 
-__all__ = ["MarkedProgram", "marked", "signature"]
+__all__ = ["MarkedProgram", "Operand", "marked", "signature"]
 
 PREFIX = "numpyro_ebm:"
 
@@ -34,6 +34,19 @@ def signature(tree: Any) -> tuple[Any, ...]:
     """What two pytrees have in common that one program can take: structure, shapes and types."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple(map(_type, map(jax.typeof, leaves)))
+
+
+class Operand(NamedTuple):
+    """What an argument of a program is.
+
+    - **role** - ``"array"`` of the caller, or the role of a site, or ``None``.
+    - **name** - the label of the array, or the name of the site.
+    - **value** - the argument.
+    """
+
+    role: str | None
+    name: str
+    value: Any
 
 
 class MarkedProgram:
@@ -129,12 +142,18 @@ class MarkedProgram:
         :param tuple args: the arguments; those that the part does not read may be of any shape.
         :param dict replaced: values by name to put in the places of marked ones.
         """
-        names = tuple(sorted(replaced))
-        others = jax.tree.leaves([replaced[name] for name in names])
-        leaves = eval_jaxpr(
-            self._part(what, names), self._closed.consts, *jax.tree.leaves(args), *others
-        )
+        others = jax.tree.leaves([replaced[name] for name in sorted(replaced)])
+        part = self.part(what, replaced)
+        leaves = eval_jaxpr(part.jaxpr, part.consts, *jax.tree.leaves(args), *others)
         return jax.tree.unflatten(jax.tree.structure(self._shapes[what]), leaves)
+
+    def part(self, what: str, replaced: Iterable[str]) -> ClosedJaxpr:
+        """The operations of a part, of the leaves of the arguments and of the replaced values.
+
+        :param str what: the part, a key of the function's result.
+        :param replaced: names of marked values that are replaced.
+        """
+        return ClosedJaxpr(self._part(what, tuple(sorted(replaced))), self._closed.consts)
 
     def _part(self, what, names):
         """The operations of a part, as a jaxpr of the arguments and of the replaced values."""

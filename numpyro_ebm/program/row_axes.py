@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_ebm._compat import Literal, not_jax_tracer
+from numpyro_ebm._compat import ClosedJaxpr, Literal, not_jax_tracer
 from numpyro_ebm.program.axis_maps import new_variation, place_of
 from numpyro_ebm.program.jaxprs import called, interpret
 from numpyro_ebm.program.row_loops import LOOPS
@@ -65,10 +65,11 @@ def follow_rows(fn: Callable[..., Any], values: Any, rows: Sequence[Rows]) -> li
     >>> [sorted(x.differs) for x in found]
     [['an array of shape (4,) that the model closes over', 'effect'], []]
     """
-    return _walk(jax.make_jaxpr(fn)(values), rows)
+    return follow_rows_of(jax.make_jaxpr(fn)(values), rows)
 
 
-def _walk(closed, rows):
+def follow_rows_of(closed: ClosedJaxpr, rows: Sequence[Rows]) -> list[Rows]:
+    """The same as :func:`follow_rows` for a function that is traced already."""
     return interpret(closed, _results, rows, _constant)
 
 
@@ -89,9 +90,9 @@ def _constant(x):
 def _results(eqn, operands):
     name = eqn.primitive.name
     if called(eqn) is not None:
-        return _walk(called(eqn), operands)
+        return follow_rows_of(called(eqn), operands)
     if name in LOOPS and not any(x.axis is MIXED for x in operands):
-        return LOOPS[name](_walk, eqn, operands)
+        return LOOPS[name](follow_rows_of, eqn, operands)
     if name == "iota":
         found = Rows.counted(eqn.params["dimension"], "numbers counted along the rows")
     else:
