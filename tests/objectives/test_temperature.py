@@ -214,6 +214,8 @@ def hot_blocks(model):
         hot_blocks,
         lambda m: ebm.ULA(ebm.temper(m, 4.0), 0.1),
         lambda m: NUTS(ebm.temper(m, 4.0)),
+        lambda m: ebm.ULA(ebm.temper(m, 2.0), 0.1).wrap_model(lambda x: ebm.temper(x, 2.0)),
+        lambda m: ebm.MALA(ebm.integrated(ebm.temper(m, 0.5), ["v"]), 0.1),
         lambda m: ebm.MALA(numpyro.handlers.block(ebm.temper(m, 4.0), hide=["z"]), 0.1),
     ],
 )
