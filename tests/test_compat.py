@@ -33,6 +33,7 @@ PROMISED = re.compile(
 INTERNALS = re.compile(r"jax\.(core|extend|_src)|blackjax\.(base|mcmc|smc|util)")
 
 PROMISED_NAMES = {
+    ("numpyro.contrib.module", "eqx_module"),
     ("numpyro.primitives", "Messenger"),
     ("numpyro.primitives", "plate"),
     *(("numpyro.infer.util", name) for name in ("constrain_fn", "initialize_model", "log_density")),
