@@ -13,7 +13,7 @@ import numpy as np
 
 from numpyro_ebm.errors import ModelError
 
-__all__ = ["argument_name", "as_arrays", "list_of_numbers"]
+__all__ = ["argument_name", "as_arrays", "is_iterator", "list_of_numbers"]
 
 
 def as_arrays(
@@ -31,11 +31,11 @@ def as_arrays(
         masked elements or is sparse.
     """
     given = args, {} if kwargs is None else kwargs
-    leaves, structure = jax.tree.flatten(given)
+    leaves, structure = jax.tree.flatten(given, is_leaf=is_iterator)
     foreign = [i for i, x in enumerate(leaves) if _is_foreign(x)]
     if not foreign:
         return given
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(given)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(given, is_iterator)]
     for i in foreign:
         leaves[i] = _numbers(leaves[i], argument_name(paths[i]))
     return jax.tree.unflatten(structure, leaves)
@@ -55,6 +55,11 @@ def list_of_numbers(x: Any) -> bool:
         if isinstance(x, bool | int | float | str):
             return True
     return False
+
+
+def is_iterator(x: Any) -> bool:
+    """Whether something yields one thing after the other, once."""
+    return hasattr(x, "__next__")
 
 
 def _is_foreign(x):

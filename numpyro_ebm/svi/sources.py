@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.inputs import is_iterator
 from numpyro_ebm.svi.minibatch import Minibatches, Orders
 
 __all__ = ["IterableSource", "StoredRows", "find_source"]
@@ -35,7 +36,7 @@ def find_source(
         batches of an iterable.
     """
     others = (*args[1:], *kwargs.values())
-    if any(map(_is_iterator, jax.tree.leaves(others, is_leaf=_is_iterator))):
+    if any(map(is_iterator, jax.tree.leaves(others, is_leaf=is_iterator))):
         raise ModelError(
             "EnergySVI.run: an iterator of batches takes the place of the first argument. Where "
             "several arguments change from batch to batch it yields tuples: `(data, covariates)`."
@@ -139,7 +140,7 @@ class IterableSource:
 
     @property
     def _passes_once(self):
-        return _is_iterator(self._source)
+        return is_iterator(self._source)
 
     def _iterable(self):
         """The iterator of the epoch that is being read."""
@@ -319,10 +320,6 @@ def _from_file(x, rows):
     return found
 
 
-def _is_iterator(x):
-    return hasattr(x, "__next__")
-
-
 def _is_stored(x):
     return isinstance(x, np.memmap) or (hasattr(x, "chunks") and hasattr(x, "dtype"))
 
@@ -331,7 +328,7 @@ def _epoch_of(x) -> Any:
     """What makes an iterable of batches of the first argument of a run, or ``None``."""
     if x is None or hasattr(x, "shape") or isinstance(x, str | bytes | set | frozenset | type):
         return None
-    if _is_iterator(x):
+    if is_iterator(x):
         return lambda: x
     leaves = jax.tree.leaves(x)
     if len(leaves) != 1 or leaves[0] is not x:  # a pytree: a batch itself, or a network
