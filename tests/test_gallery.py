@@ -69,6 +69,12 @@ def test_gallery_of_planted_and_simulated_couplings(tmp_path):
 
 
 @pytest.mark.slow
+def test_gallery_of_known_densities(tmp_path):
+    for found in run("directional", tmp_path, num_rows=1_000, num_steps=300).values():
+        np.testing.assert_allclose(found, [2.9, -2.6, 4.0, 2.5, 2.0], atol=0.5)
+
+
+@pytest.mark.slow
 def test_gallery_of_chains(tmp_path):
     apart = run("chains", tmp_path, num_samples=1_500)
     assert apart["replica exchange"] < 0.1 and apart["MALA"] > 0.2
