@@ -34,6 +34,11 @@ class AnnealedLangevin(RowKernel):
       the model takes its noise scale, as for
       :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`; s_k is the score of
       ``model(..., sigma=σ_k)``.
+      Of energies that :class:`~numpyro_ebm.RecoveryLikelihood` learned, ``recover=True`` draws the
+      point of every level from its density given that of the level before,
+      :math:`\tilde p(z; σ_k)\, e^{-\|z - z_{k-1}\|^2 / 2τ_k^2}` with
+      :math:`τ_k^2 = σ_{k-1}^2 - σ_k^2`, by steps of :math:`ε_k = r / (1/τ_k^2 + 1/σ_k^2)`; the run
+      starts with z₁ from N(0, ``init_scale``²). No level has to mix.
     - **One energy learned by** :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`: give its
       ``noise_scale`` σ₀, a number, as ``noise_scale``. That objective fits s(z)/σ to -ε/σ₀² at
       z = v + σε, and the score of the density at level σ is -ε/σ in the mean, hence
@@ -61,6 +66,7 @@ class AnnealedLangevin(RowKernel):
         With temperatures it is in squared units of the sites, and has to be given.
     :param bool denoise: whether to end with the step without noise, where a noise scale is known.
     :param float init_scale: standard deviation of the noise at the start; σ₁ by default.
+    :param bool recover: whether a level is drawn given the one before.
     :raises ModelError: if levels are not positive and in order, other numbers are not positive, or
         the options leave open which score is meant; from ``init``, as :class:`~numpyro_ebm.MALA`.
 
@@ -76,7 +82,8 @@ class AnnealedLangevin(RowKernel):
     2019; the temperatures of MDSM, Li, Chen, Sommer, *Learning energy-based models in
     high-dimensional spaces with multiscale denoising-score matching*, 2023; the last step,
     Jolicoeur-Martineau et al., *Adversarial score matching and improved sampling for image
-    generation*, 2021.
+    generation*, 2021; ``recover``, Gao et al., *Learning energy-based models by diffusion recovery
+    likelihood*, 2021.
 
     **Example**
 
@@ -113,9 +120,10 @@ class AnnealedLangevin(RowKernel):
         step_size: float | None = None,
         denoise: bool = True,
         init_scale: float | None = None,
+        recover: bool = False,
     ):
         levels = _parse_levels(
-            noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size
+            noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size, recover
         )
         by_noise = noise_scales is not None
         step_size = 0.1 if step_size is None else step_size
@@ -131,11 +139,13 @@ class AnnealedLangevin(RowKernel):
             )
         self._argument = noise_argument
         # The argument of the model at each level, and the step size.
+        self._levels, self._tethers = levels, None
         if by_noise and noise_argument is None:
             self._levels = (noise_scale / levels) ** 2
-        else:
-            self._levels = levels
         self._step_sizes = step_size * (levels**2 if by_noise else 1 / levels)
+        if recover:
+            self._levels, self._tethers = levels[1:], 1 / (levels[:-1] ** 2 - levels[1:] ** 2)
+            self._step_sizes = step_size / (self._tethers + 1 / levels[1:] ** 2)
         self._init_scale = init_scale
         self._denoise_variance = last**2 if denoise and last is not None else None
         self._num_steps = num_steps
@@ -206,11 +216,21 @@ class AnnealedLangevin(RowKernel):
         gradient = row_model.to_rows(jax.tree.map(jnp.negative, state.z_grad))
         rows = annealed.AnnealedState(row_model.to_rows(state.z), -state.potential_energy, gradient)
         dtype = state.potential_energy.dtype
-        levels, step_sizes = (jnp.asarray(x, dtype) for x in (self._levels, self._step_sizes))
+        levels, step_sizes, tethers = (
+            None if x is None else jnp.asarray(x, dtype)
+            for x in (self._levels, self._step_sizes, self._tethers)
+        )
 
         def run(key, row):
             return annealed.build_kernel(self._num_steps)(
-                key, row, one_row, levels, step_sizes, self._init_scale, self._denoise_variance
+                key,
+                row,
+                one_row,
+                levels,
+                step_sizes,
+                self._init_scale,
+                self._denoise_variance,
+                tethers,
             )
 
         rows, info = jax.vmap(run)(jax.random.split(key_run, row_model.num_rows), rows)
@@ -230,7 +250,9 @@ class AnnealedLangevin(RowKernel):
         )
 
 
-def _parse_levels(noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size):
+def _parse_levels(
+    noise_scales, inverse_temperatures, noise_argument, noise_scale, step_size, recover
+):
     """The noise scales or temperatures, after a check that the options define the score."""
     if (noise_scales is None) == (inverse_temperatures is None):
         raise ModelError("AnnealedLangevin: give either `noise_scales` or `inverse_temperatures`.")
@@ -249,6 +271,11 @@ def _parse_levels(noise_scales, inverse_temperatures, noise_argument, noise_scal
             "units of the sites."
         )
     levels = np.atleast_1d(np.asarray(noise_scales if by_noise else inverse_temperatures))
+    if recover and (noise_argument is None or levels.size < 2):
+        raise ModelError(
+            "AnnealedLangevin: `recover=True` walks down two or more `noise_scales` of an energy "
+            "that takes its level as `noise_argument`."
+        )
     _check_levels(levels, "noise_scales" if by_noise else "inverse_temperatures", by_noise)
     return levels
 

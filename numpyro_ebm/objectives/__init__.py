@@ -26,6 +26,7 @@ from numpyro_ebm.objectives.nce import NCE
 from numpyro_ebm.objectives.pseudo_likelihood import PseudoLikelihood
 from numpyro_ebm.objectives.ranking_nce import RankingNCE
 from numpyro_ebm.objectives.ratio_matching import RatioMatching
+from numpyro_ebm.objectives.recovery_likelihood import RecoveryLikelihood
 from numpyro_ebm.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 from numpyro_ebm.objectives.self_normalized import SelfNormalized
 from numpyro_ebm.objectives.stein import KernelSteinDiscrepancy
@@ -48,6 +49,7 @@ __all__ = [
     "PseudoLikelihood",
     "RankingNCE",
     "RatioMatching",
+    "RecoveryLikelihood",
     "ScoreMatching",
     "SelfNormalized",
     "SlicedScoreMatching",

@@ -13,9 +13,14 @@ is a whole run, from fresh noise to a draw, and steps are independent of each ot
 close to :math:`π_K` (or, denoised, to what :math:`π_K` is the noised density of) as steps get
 shorter and more, provided that the first level mixes from noise and each level from the last.
 
+With tethers the densities of a level are those given where it began,
+:math:`π_k(x)\, e^{-\|x - x_0\|^2 / 2τ_k^2}`, from which a few steps draw: the run then goes back
+through a diffusion whose levels differ by the variances :math:`τ_k^2`.
+
 Reference: Song, Ermon, *Generative modeling by estimating gradients of the data distribution*,
 2019; the last step, Jolicoeur-Martineau et al., *Adversarial score matching and improved sampling
-for image generation*, 2021.
+for image generation*, 2021; tethers, Gao et al., *Learning energy-based models by diffusion
+recovery likelihood*, 2021.
 """
 
 from collections.abc import Callable
@@ -59,34 +64,54 @@ def build_kernel(num_steps: int) -> Callable[..., tuple[AnnealedState, AnnealedI
     """Build the kernel of one whole run.
 
     :param int num_steps: steps at each level.
-    :return: ``(rng_key, state, logdensity_fn, levels, step_sizes, init_scale, denoise_variance)
-        -> (state, info)``. Of the old state only the shape is used. ``logdensity_fn`` takes a
-        position and a level; ``levels`` and ``step_sizes`` have the shape (levels,); ``init_scale``
-        is the standard deviation of the noise at the start; ``denoise_variance`` is σ² of the last
-        level, or ``None`` to leave out the step without noise.
+    :return: ``(rng_key, state, logdensity_fn, levels, step_sizes, init_scale, denoise_variance,
+        tethers) -> (state, info)``. Of the old state only the shape is used. ``logdensity_fn``
+        takes a position and a level; ``levels`` and ``step_sizes`` have the shape (levels,);
+        ``init_scale`` is the standard deviation of the noise at the start; ``denoise_variance`` is
+        σ² of the last level, or ``None`` to leave out the step without noise; ``tethers`` are 1/τ²
+        of the levels, or ``None``.
     """
 
     def kernel(
-        rng_key, state, logdensity_fn, levels, step_sizes, init_scale, denoise_variance=None
+        rng_key,
+        state,
+        logdensity_fn,
+        levels,
+        step_sizes,
+        init_scale,
+        denoise_variance=None,
+        tethers=None,
     ):
         key_start, key_run = jax.random.split(rng_key)
         evaluate = jax.value_and_grad(logdensity_fn)
 
-        def at_level(position, inputs):
-            level, step_size, key = inputs
-            one_step: Any = overdamped_langevin(lambda x: evaluate(x, level))
+        def at_level(start, inputs):
+            level, step_size, key, tether = inputs
+
+            def tethered(x):
+                value, gradient = evaluate(x, level)
+                if tether is None:
+                    return value, gradient
+                away = jax.tree.map(jnp.subtract, x, start)
+                square = sum(jnp.sum(d**2) for d in jax.tree.leaves(away))
+                return value - 0.5 * tether * square, jax.tree.map(
+                    lambda g, d: g - tether * d, gradient, away
+                )
+
+            one_step: Any = overdamped_langevin(tethered)
 
             def step(run, key):
                 return AnnealedState(*one_step(key, run, step_size)), None
 
-            run = AnnealedState(position, *evaluate(position, level))
+            run = AnnealedState(start, *tethered(start))
             run, _ = jax.lax.scan(step, run, jax.random.split(key, num_steps))
-            return run.position, (run.logdensity, run.logdensity_grad)
+            end = run if tether is None else AnnealedState(run.position, *evaluate(run[0], level))
+            return end.position, (end.logdensity, end.logdensity_grad)
 
         noise = generate_gaussian_noise(key_start, state.position)
         start = jax.tree.map(lambda x: (init_scale * x).astype(x.dtype), noise)
         keys = jax.random.split(key_run, len(levels))
-        position, ends = jax.lax.scan(at_level, start, (levels, step_sizes, keys))
+        position, ends = jax.lax.scan(at_level, start, (levels, step_sizes, keys, tethers))
         new = AnnealedState(position, *jax.tree.map(lambda x: x[-1], ends))
         if denoise_variance is not None:
             position = jax.tree.map(
@@ -106,6 +131,7 @@ def as_top_level_api(
     num_steps: int,
     init_scale: ArrayLike = 1.0,
     denoise_variance: ArrayLike | None = None,
+    tethers: jax.Array | None = None,
 ) -> SamplingAlgorithm:
     """A BlackJAX ``SamplingAlgorithm`` whose ``step`` is one run, independent of the last.
 
@@ -115,6 +141,7 @@ def as_top_level_api(
     :param int num_steps: steps at each level.
     :param init_scale: standard deviation of the noise at the start.
     :param denoise_variance: σ² of the last level, for the step without noise at the end.
+    :param tethers: 1/τ² of each level, (levels,), or ``None``.
 
     **Example**
 
@@ -132,5 +159,5 @@ def as_top_level_api(
         build_kernel(num_steps),
         lambda position, logdensity_fn: init(position, logdensity_fn, levels),
         logdensity_fn,
-        kernel_args=(levels, step_sizes, init_scale, denoise_variance),
+        kernel_args=(levels, step_sizes, init_scale, denoise_variance, tethers),
     )

@@ -217,6 +217,9 @@ OBJECTIVES = {
     "RankingNCE": Objective(partial(ebm.RankingNCE, NOISE, 5), marginals=VALUE),
     "ConditionalNCE": Objective(partial(ebm.ConditionalNCE, 1.0, 3), marginals=VALUE),
     "KernelRatioMatching": Objective(partial(ebm.KernelRatioMatching, 1.0, 3), marginals=VALUE),
+    "RecoveryLikelihood": Objective(
+        partial(ebm.RecoveryLikelihood, 1.0, num_steps=5, step_size=0.3), marginals=VALUE
+    ),
     "ContrastiveDivergence": Objective(partial(ebm.ContrastiveDivergence, mala, 5)),
     "MaximumLikelihood": Objective(ebm.MaximumLikelihood, marginals=VALUE),
     "EnergyDiscrepancy": Objective(
