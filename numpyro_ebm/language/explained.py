@@ -58,7 +58,7 @@ class explained(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         name = msg.get("name")
-        asks = msg["type"] == "param" and msg["args"][:1] == (None,)  # as NumPyro's modules do
+        asks = msg["type"] == "param" and msg["args"] and msg["args"][0] is None  # of a module
         if msg["type"] in ("sample", "param", "deterministic", "visible") and not asks:
             self._twice += [name] if name in self._names else []
             self._names.add(name)
