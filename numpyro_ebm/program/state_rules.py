@@ -65,12 +65,16 @@ class StateWalker:
         return interpret(closed, self._apply, arguments, constant)
 
     def of_table(
-        self, labels: np.ndarray, table: Callable[[], Any], relaxed: Callable[[], Any] | None = None
+        self,
+        labels: np.ndarray,
+        table: Callable[[], Any],
+        relaxed: Callable[[], Any] | None = None,
+        degree: int | None = None,
     ) -> StateArray:
         """An array with a table, which is also what it is at relaxed indicators."""
         if relaxed is None:
             relaxed = lambda: self.relaxation.of_table(labels, result.table())  # noqa: E731
-        result = StateArray(labels, table, relaxed, len(labels))
+        result = StateArray(labels, table, relaxed, len(labels) if degree is None else degree)
         return result
 
     def _apply(self, eqn, operands):
@@ -217,7 +221,8 @@ class StateWalker:
         varying = [x for x in operands if not x.is_constant]
         many = len(varying) > 1 or name == "select_n"  # of cases that may be infinite
         is_table = many and (len(labels) == 1 or meets) and name not in LINEAR
-        return self.of_table(labels, table, None if rule is None or is_table else rule[0])
+        relaxed, degree = (None, None) if rule is None or is_table else rule
+        return self.of_table(labels, table, relaxed, degree)
 
     def _polynomial(self, eqn, operands, labels):
         """What it is at relaxed indicators, and its degree, for sums, products and powers."""

@@ -39,6 +39,12 @@ def spins(x):
     return jnp.sum((x["s"] @ J) * x["s"], -1)
 
 
+def neighbours(x):
+    """A unit times a sum of two others, each a table of its own: pairs, not triples."""
+    s = 2.0 * x["s"] - 1.0
+    return 0.4 * jnp.sum(s * (jnp.roll(s, 1, -1) + jnp.roll(s, 2, -1)), -1)
+
+
 def uneven(x):
     pairs = (x["a"][:, :, None] == x["s"][:, None]) * abs(J[:2, :3])
     return jnp.sum(pairs, (1, 2)) + jnp.sum(jnp.asarray(FIELDS)[jnp.arange(3), x["s"]], -1)
@@ -54,6 +60,7 @@ CASES = {
     "one-hot": (one_hot, {"s": ([0, 1, 2], 4)}, 1),
     "tables": (tables, {"s": ([0, 1, 2], 4)}, 1),
     "spins": (spins, {"s": ([-1, 1], 4)}, 1),
+    "neighbours": (neighbours, {"s": ([0, 1], 5)}, 1),
     "uneven": (uneven, {"a": ([0, 1], 2), "s": ([0, 1, 2], 3)}, 1),
     "rows": (rows, {"s": ([0, 1, 2], 4)}, 2),
 }
