@@ -58,6 +58,7 @@ LONGEST = (
     "test_eight_devices_and_two_processes",
     "test_error_bars_cover_at_their_nominal_rate",
     "test_every_support_and_kernel_with_defaults",
+    "test_figures_of_draws_stand_beside_those_of_data",
     "test_a_mixture_is_learned_and_drawn",
     "test_larger_models_with_latents[",
     "test_loss_and_gradient_are_unbiased_for_the_other_pairs",

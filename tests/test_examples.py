@@ -15,6 +15,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def example(request, tmp_path):
     """What the example's `main` returns, run short; its picture is there."""
     pytest.importorskip("matplotlib").use("Agg")
+    if request.param[0] == "digits":
+        pytest.importorskip("sklearn")
+        pytest.importorskip("equinox")
     name, options = request.param
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -68,3 +71,11 @@ def test_lattices_share_their_mean(example):
     assert abs(draws["mu"].mean() - truth.mean()) < 4 * draws["mu"].std() < 0.3
     z = (draws["beta"].mean(0) - truth) / draws["beta"].std(0)
     assert np.abs(z).max() < 4
+
+
+@run("digits", method="latent_prior", num_rounds=20, num_report_rounds=300)
+def test_figures_of_draws_stand_beside_those_of_data(example):
+    """Twenty rounds draw no digits, and every figure says so; the classifier knows real ones."""
+    assert example["sure"] < 0.3 < 0.7 < example["sure, data"]
+    assert example["Fréchet"] - example["its baseline"] > 10 * example["its error"]
+    assert example["MMD p-value"] < 0.01 and example["nearer than held-out"] < 0.2
