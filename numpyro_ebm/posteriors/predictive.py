@@ -275,7 +275,7 @@ def _of_all(looks: list[Convergence]) -> Convergence:
 
 
 def _in_type_of_data(row_model, name, x):
-    """Draws of a visible site in the type of its data."""
+    """Draws of a visible site in the type that its data have in the model."""
     if name not in row_model.visible:
         return x
     return x.astype(jnp.result_type(row_model.visible[name].value))

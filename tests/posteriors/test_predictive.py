@@ -63,7 +63,7 @@ def test_rows_whose_states_can_be_counted_are_drawn_exactly():
     logit = np.linspace(-2.0, 2.0, 150)  # more than run side by side
     model = handlers.substitute(bits, data={"w": 1.0})
     found = ebm.predictive(KEY, model, {"logit": logit}, np.zeros((200, 3), np.int8))
-    assert found["v"].dtype == np.int8 and found["h"].shape == (150, 200, 1)
+    assert found["v"].dtype == np.int32 and found["h"].shape == (150, 200, 1)
     p = 1 / (1 + np.exp(-logit))
     z = (found["v"].mean((1, 2)) - p) / np.sqrt(p * (1 - p) / 600)
     assert np.all(abs(z) < 5) and abs(np.mean(z**2) - 1) < 5 * (2 / 150) ** 0.5
