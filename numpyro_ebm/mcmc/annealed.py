@@ -38,7 +38,7 @@ class AnnealedLangevin(RowKernel):
       point of every level from its density given that of the level before,
       :math:`\tilde p(z; σ_k)\, e^{-\|z - z_{k-1}\|^2 / 2τ_k^2}` with
       :math:`τ_k^2 = σ_{k-1}^2 - σ_k^2`, by steps of :math:`ε_k = r / (1/τ_k^2 + 1/σ_k^2)`; the run
-      starts with z₁ from N(0, ``init_scale``²). No level has to mix.
+      starts with z₁ from N(0, s²), s the ``init_scale``. No level has to mix.
     - **One energy learned by** :class:`~numpyro_ebm.MultiscaleDenoisingScoreMatching`: give its
       ``noise_scale`` σ₀, a number, as ``noise_scale``. That objective fits s(z)/σ to -ε/σ₀² at
       z = v + σε, and the score of the density at level σ is -ε/σ in the mean, hence
@@ -48,8 +48,8 @@ class AnnealedLangevin(RowKernel):
       which is the energy at the inverse temperature (σ₀/σ_k)², and the last step is σ₀² s(z).
     - **Temperatures**: ``inverse_temperatures`` instead of noise scales, increasing to 1 as a rule,
       with s_k the score of :class:`~numpyro_ebm.temper`'s model and ε_k = r/β_k. It starts from
-      N(0, ``init_scale``²). The last step is σ₀² s(z) if ``noise_scale`` is given: σ₀ is the noise
-      at which :class:`~numpyro_ebm.DenoisingScoreMatching` learned the energy.
+      N(0, s²), s the ``init_scale``. The last step is σ₀² s(z) if ``noise_scale`` is given: σ₀ is
+      the noise at which :class:`~numpyro_ebm.DenoisingScoreMatching` learned the energy.
 
     A step of this kernel is a whole run, from fresh noise to a draw: under ``MCMC`` its draws are
     independent, every row of each, and it needs no warm-up, ``num_warmup=0``.
