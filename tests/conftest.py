@@ -60,6 +60,7 @@ LONGEST = (
     "test_every_support_and_kernel_with_defaults",
     "test_figures_of_draws_stand_beside_those_of_data",
     "test_a_mixture_is_learned_and_drawn",
+    "test_modes_far_apart_have_their_shares",
     "test_larger_models_with_latents[",
     "test_loss_and_gradient_are_unbiased_for_the_other_pairs",
     "test_more_particles_take_more_of_the_bias_away",

@@ -56,7 +56,10 @@ def assert_mean(draws, expected, limit=4.5):
         assert np.all(np.abs(np.mean(x, 0) - y) < limit * error)
 
 
-@pytest.mark.parametrize("spacing, reduced", [("linear", True), ("geometric", False)])
+@pytest.mark.parametrize(
+    "spacing, reduced",
+    [("linear", True), pytest.param("geometric", False, marks=pytest.mark.slow)],
+)
 def test_loss_and_gradient_are_the_closed_form(spacing, reduced):
     objective = conditional(spacing=spacing, variance_reduction=reduced)
     found = draws_of(objective, PARAMS, regression, None, 2_000)

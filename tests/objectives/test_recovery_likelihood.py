@@ -151,6 +151,7 @@ def test_modes_far_apart_have_their_shares():
     np.testing.assert_allclose(v[right].mean(0), 3.0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_chains_that_do_not_move_are_told():
     objective = ebm.RecoveryLikelihood(1.0, step_size=500.0, num_steps=2)
     svi = ebm.EnergySVI(regression, None, optax.sgd(1e-3), objective)
