@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deep energies that draw digits: 8 x 8 images, on a CPU in minutes.
+"""Deep energies of digits: 8 x 8 images, on a CPU in minutes.
 
 Four models of `numpyro_ebm.models`, each by its own recipe:
 
@@ -14,7 +14,8 @@ Four models of `numpyro_ebm.models`, each by its own recipe:
 Draws stand left, the nearest training images right. What is printed stands beside the same figure
 of held-out data: how many draws a small classifier names with a confidence above 0.9, the Fréchet
 distance in cosine features, a two-sample test, and how often a draw is nearer to a training image
-than a held-out image is.
+than a held-out image is. Pictures and figures of the first and the third recipe are in the manual;
+of the other two no full run has been looked at yet.
 
 Data: optical recognition of handwritten digits, E. Alpaydin and C. Kaynak, UCI machine learning
 repository (CC BY 4.0), as scikit-learn ships them.
