@@ -15,11 +15,12 @@ from numpyro.contrib.funsor import enum, plate_to_enum_plate
 from numpyro.contrib.funsor.enum_messenger import trace
 from numpyro.infer import MCMC, NUTS
 
+import numpyro_ebm as ebm
 from numpyro_ebm import _compat
 
 pytestmark = pytest.mark.smoke
 
-PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
+PACKAGE = Path(ebm.__file__).parent  # of the installed wheel, where that is what is tested
 
 LIBRARIES = re.compile(r"(jax|numpyro|blackjax|arviz)(\.|$)")
 
