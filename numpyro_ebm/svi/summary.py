@@ -69,7 +69,8 @@ def verdict(losses: np.ndarray) -> str:
 
 def gradient_norm(state: Any) -> float | None:
     """Norm of the running mean of the gradients that an Adam keeps; ``None`` where none is kept."""
-    means = [x.mu for x in _parts(getattr(state, "optim_state", None)) if hasattr(x, "mu")]
+    parts: Any = _parts(getattr(state, "optim_state", None))
+    means = [x.mu for x in parts if hasattr(x, "mu")]
     leaves = [x for x in jax.tree.leaves(means) if hasattr(x, "dtype") and not_jax_tracer(x)]
     if not leaves:
         return None
