@@ -25,6 +25,7 @@ REQUIRED = {
     "noise": dist.Normal(0.0, 1.0),
     "flow": dist.Normal(0.0, 1.0),
     "noise_scale": 0.3,
+    "noise_scales": 0.3,
     "num_steps": 2,
     "num_particles": 4,
     "num_values": 2,
