@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_integer
 
@@ -193,7 +194,7 @@ def _read_out(eqx, rng_key, network, layers, image, num_outputs, pooled):
             x = layer(x)
         return x
 
-    found = jax.eval_shape(features, jax.ShapeDtypeStruct(image, float))
+    found = jax.eval_shape(features, jax.ShapeDtypeStruct(image, jnp.result_type(float)))
     fan_in = found.shape[0] if pooled else math.prod(found.shape)
     readout = eqx.nn.Linear(fan_in, num_outputs or "scalar", key=rng_key)
     return network(tuple(layers), readout, image, pooled)

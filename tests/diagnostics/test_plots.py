@@ -127,6 +127,7 @@ def test_plots_say_how_to_get_matplotlib(monkeypatch):
 
 @pytest.mark.parametrize("cmap", ["gray", "Greys", "viridis", "RdBu", "hot", None])
 def test_gaps_between_samples_have_a_colour_of_their_own(cmap):
+    pytest.importorskip("matplotlib").use("Agg")
     images = np.linspace(0, 1, 4 * 256).reshape(4, 16, 16)
     image = ebm.plots.samples(images, cmap=cmap).images[0]
     colors = np.asarray(image.to_rgba(image.get_array()))[..., :3]
