@@ -143,7 +143,32 @@ class Noise:
             return seed(substitute(self._function, data=params), default_key())()
 
     def draw(self, rng_key: jax.Array, params: Params, num: int) -> SiteValues:
-        """Unconstrained draws of the visible sites, ``num`` leading."""
+        """Unconstrained draws of the visible sites, ``num`` leading.
+
+        A uniform draw is exactly the end of its interval, which has no coordinates, once in some
+        millions: such a row is drawn anew. Only once, so that noise with a mass there stands out.
+        """
+        first = self._draw(rng_key, params, num)
+        if all(site.is_unconstrained for site in self.row_model.visible.values()):
+            return first
+        again = self._draw(jax.random.fold_in(rng_key, 1), params, num)
+        rows = {name: self.row_model.row_axis(name, x) for name, x in first.items()}
+        inside = jnp.logical_and.reduce(
+            jnp.stack(
+                [
+                    jnp.all(jnp.isfinite(x), [i for i in range(1, x.ndim) if i != rows[name]])
+                    for name, x in first.items()
+                ]
+            )
+        )
+
+        def kept(name, x):
+            shape = [n if i in (0, rows[name]) else 1 for i, n in enumerate(x.shape)]
+            return jnp.where(inside.reshape(shape), x, again[name])
+
+        return {name: kept(name, x) for name, x in first.items()}
+
+    def _draw(self, rng_key, params, num):
         sites = self.row_model.visible
         found = self._checked(params)
         if found is None:  # the noise samples the sites itself

@@ -12,6 +12,7 @@ from numpyro.distributions import constraints
 from numpyro.handlers import mask
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.model.reading import read_model
 
 KEY = jax.random.key(0)
@@ -112,3 +113,41 @@ def test_numbers_on_a_grid_spread_over_the_unit_interval():
 def test_what_is_no_level_is_refused(values, num_levels, message):
     with pytest.raises(ValueError, match=message):
         ebm.datasets.dequantize(KEY, values, num_levels)
+
+
+class EndOften(dist.Uniform):
+    """A uniform distribution of which a share of the draws is rounded to the lower end."""
+
+    share = 0.01
+
+    def sample(self, key, sample_shape=()):
+        x = super().sample(key, sample_shape)
+        return jnp.where(
+            jax.random.uniform(jax.random.fold_in(key, 7), x.shape) < self.share, self.low, x
+        )
+
+
+class MassAtTheEnd(EndOften):
+    share = 0.5
+
+
+def test_noise_that_rounds_to_an_end_is_drawn_anew_row_by_row():
+    def model(data):
+        mean = numpyro.param("mean", 0.5)
+        with numpyro.plate("data", len(data)):
+            support = constraints.interval(-1.0, 1.0)
+            a = numpyro.sample("a", ebm.Lebesgue((2,), support), obs=data[:, :2])
+            b = numpyro.sample("b", ebm.Lebesgue(), obs=data[:, 2])
+            ebm.energy("E", jnp.sum((a - mean) ** 2, -1) + b**2)
+
+    row_model = read_model(model, (jnp.full((30, 3), 0.1),))
+    ends = EndOften(-1.0, 1.0)
+    noise = Noise({"a": ends.expand([2]).to_event(1), "b": dist.Normal()}, row_model)
+    first, found = noise._draw(jax.random.key(0), {}, 20), noise.draw(jax.random.key(0), {}, 20)
+    rounded = ~np.isfinite(first["a"]).all(-1)
+    assert 5 < rounded.sum() < 30 and np.isfinite(found["a"]).all()
+    np.testing.assert_array_equal(found["b"] != first["b"], rounded)  # the whole row
+    np.testing.assert_array_equal(found["a"][~rounded], first["a"][~rounded])
+    often = MassAtTheEnd(-1.0, 1.0)  # is no accident
+    noise = Noise({"a": often.expand([2]).to_event(1), "b": dist.Normal()}, row_model)
+    assert not np.isfinite(noise.draw(jax.random.key(0), {}, 20)["a"]).all()
