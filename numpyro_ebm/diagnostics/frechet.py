@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm.diagnostics.plot_arrays import as_images
-from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.diagnostics.two_samples import flat_rows
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.program.compilation import run_compiled
@@ -136,8 +135,10 @@ def frechet_distance(
             return _squared_frechet(shuffled[:num], shuffled[num:])
 
         keys = jax.random.split(rng_key, (2, num_bootstrap))
-        error = jnp.std(map_leading(resampled, keys[0]), ddof=1)
-        baseline = jnp.mean(map_leading(parted, keys[1]))
+        # One by one: a run with eigenvalues of batches, in loops beside each other, was seen to hang
+        # on two cores, all of its threads waiting.
+        error = jnp.std(jax.lax.map(resampled, keys[0]), ddof=1)
+        baseline = jnp.mean(jax.lax.map(parted, keys[1]))
         return FrechetDistance(_squared_frechet(pooled[:num], pooled[num:]), error, baseline)
 
     return run_compiled(run, jnp.concatenate([x, y]), rng_key)
