@@ -135,8 +135,8 @@ def frechet_distance(
             return _squared_frechet(shuffled[:num], shuffled[num:])
 
         keys = jax.random.split(rng_key, (2, num_bootstrap))
-        # One by one: a run with eigenvalues of batches, in loops beside each other, was seen to hang
-        # on two cores, all of its threads waiting.
+        # One by one: a run with eigenvalues of batches, in loops side by side, was seen to hang on
+        # two cores, all of its threads waiting.
         error = jnp.std(jax.lax.map(resampled, keys[0]), ddof=1)
         baseline = jnp.mean(jax.lax.map(parted, keys[1]))
         return FrechetDistance(_squared_frechet(pooled[:num], pooled[num:]), error, baseline)
