@@ -32,6 +32,8 @@ collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in proces
 
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (
+    *(f"what_the_page_says[docs/{page}." for page in ("conditional", "images", "latent_priors")),
+    "test_the_error_and_the_baseline_of_a_frechet_distance",
     "test_gallery_of_",
     "test_a_killed_run_loses_at_most_an_interval",
     "test_a_run_in_two_parts_is_one_run[",
