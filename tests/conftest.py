@@ -32,8 +32,23 @@ collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in proces
 
 # Slow laws of many repeats or cases, half of the slow tests' time: `pytest -m longest` runs them.
 LONGEST = (
-    *(f"what_the_page_says[docs/{page}." for page in ("conditional", "images", "latent_priors")),
+    *(
+        f"what_the_page_says[docs/{page}."
+        for page in ("conditional", "images", "latent_priors", "posteriors")
+    ),
     "test_the_error_and_the_baseline_of_a_frechet_distance",
+    "test_every_route_finds_the_precision",
+    "test_proper_sites_are_the_base_measure[",
+    "test_annealing_in_double_precision",
+    "test_stein_test_has_its_size_and_power[draws",
+    "test_tails_of_weights",
+    "test_draws_of_a_guide_are_adjusted[",
+    "test_few_lattices_are_calibrated_by_simulation",
+    "test_learns_an_ising_model",
+    "test_derivatives_of_annealed_log_normalizers[gaussian-of_gaussian-smc",
+    "test_a_hierarchy_with_nuts_above_has_the_exact_posterior",
+    "test_the_references_are_draws_at_the_center_and_frozen_after_the_warmup",
+    "test_rows_are_annealed_side_by_side",
     "test_gallery_of_",
     "test_a_killed_run_loses_at_most_an_interval",
     "test_a_run_in_two_parts_is_one_run[",
