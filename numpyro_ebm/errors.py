@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ebm.error_pages import PointsToPage
+
 __all__ = [
     "ConvergenceWarning",
     "FarNoiseWarning",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 
-class ModelError(ValueError):
+class ModelError(PointsToPage, ValueError):
     """A model, a guide or its arguments are not what an energy-based method needs."""
 
 
@@ -48,11 +50,11 @@ class UnknownArgumentError(ModelError):
         self.names, self.is_complete = names, is_complete
 
 
-class UnhandledEnergyError(RuntimeError):
+class UnhandledEnergyError(PointsToPage, RuntimeError):
     """A density was asked of an energy whose normalizer log Z(θ) nobody has resolved."""
 
 
-class ImproperSamplingError(NotImplementedError):
+class ImproperSamplingError(PointsToPage, NotImplementedError):
     """A draw was asked of a base measure, which would ignore the energy (or has no draws at all).
 
     It is a :class:`NotImplementedError` because that is what NumPyro's initialisation strategies

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
 
 # From the ground up. A file may import from its own folder and from the floors below.
 FLOORS = [
+    {"error_pages"},
     {"_compat", "errors", "keys", "types"},
     {"signatures", "inputs"},
     {"datasets"},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call that cannot be meant says: which site or argument is wrong, and what to write."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from mistakes import calls, data, models
 from mistakes.setting import BITS, FIXED, KEY, X, plane
 
 import numpyro_ebm as ebm
+from numpyro_ebm import error_pages
 
+INDEX_OF_ERRORS = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
 TABLES = {
     "data": data.DATA,
     "models": models.MODELS,
@@ -45,6 +48,18 @@ def test_a_mistake_is_told(mistake):
     assert re.search(mistake.says, message, re.DOTALL), message
     assert len(message) < 1_000, "nobody reads on"
     assert "Tracer" not in message
+    notes = getattr(caught.value, "__notes__", [])  # JAX adds its own
+    assert [x for x in notes if error_pages.PAGE in x] == pages_of(message)
+
+
+def pages_of(message):
+    """The note that a message has, by the tables of the manual."""
+    sections = re.split(r"^## ", INDEX_OF_ERRORS, flags=re.MULTILINE)[1:]
+    for section in sections:
+        if any(words in message for words in messages_of(section)):
+            anchor = re.sub(r"\W+", "-", section.partition("\n")[0].lower())
+            return [f"Why, and what helps: {error_pages.PAGE}#{anchor}"]
+    return []
 
 
 def test_there_are_two_hundred():
@@ -73,12 +88,26 @@ def test_bits_of_other_types_are_taken_as_they_are(name):
     np.testing.assert_allclose(found, -np.sum(np.asarray(BITS), -1))
 
 
-def test_the_index_of_errors_has_the_words_of_the_messages():
-    root = Path(ebm.__file__).parent
-    joined = re.compile(r"""["']\s*\n\s*(?:\+\s*)?[rf]*["']""")
-    source = "\n".join(joined.sub("", path.read_text()) for path in root.rglob("*.py"))
-    page = (root.parent / "docs" / "errors.md").read_text()
+def messages_of(page):
+    """The first columns of the tables of messages."""
     words = re.findall(r"^\| ([^|{]+) \|[^|]+\|[^|]+\|$", page, re.MULTILINE)
-    words = [x for x in words if x not in ("message", "class", "---")]
+    return [x for x in words if x not in ("message", "class", "---")]
+
+
+def test_the_index_of_errors_has_the_words_of_the_messages():
+    joined = re.compile(r"""["']\s*\n\s*(?:\+\s*)?[rf]*["']""")
+    paths = [x for x in Path(ebm.__file__).parent.rglob("*.py") if x.stem != "error_pages"]
+    source = "\n".join(joined.sub("", path.read_text(encoding="utf-8")) for path in paths)
+    words = messages_of(INDEX_OF_ERRORS)
     assert len(words) > 40
     assert [x for x in words if x not in source] == []
+
+
+@pytest.mark.parametrize("words", messages_of(INDEX_OF_ERRORS))
+def test_an_error_of_the_index_points_to_its_section(words):
+    for kind in (ebm.ModelError, ebm.UnhandledEnergyError, ebm.ImproperSamplingError):
+        error = kind(f"'v' {words} (2,).")
+        assert error.__notes__ == pages_of(words) != []
+        assert str(error) == f"'v' {words} (2,)."
+        assert pickle.loads(pickle.dumps(error)).__notes__ == error.__notes__
+    assert not hasattr(ebm.ModelError("Of something else."), "__notes__")
