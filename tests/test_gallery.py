@@ -78,3 +78,15 @@ def test_gallery_of_known_densities(tmp_path):
 def test_gallery_of_chains(tmp_path):
     apart = run("chains", tmp_path, num_samples=1_500)
     assert apart["replica exchange"] < 0.1 and apart["MALA"] > 0.2
+
+
+@pytest.mark.slow
+def test_gallery_of_bridges(tmp_path):
+    _, z = run("log_z_bridges", tmp_path, size=4, temperatures=(80,), num_repeats=3)
+    assert all(np.abs(x).max() < 4 for x in z.values())
+
+
+@pytest.mark.slow
+def test_gallery_of_simulations(tmp_path):
+    upper, apart, share = run("two_moons", tmp_path, num_steps=300, num_rows=4_000)
+    assert abs(upper["learned"] - 0.5) < 0.15 and abs(share - 0.5) < 0.15 and apart < 1
