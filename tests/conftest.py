@@ -110,6 +110,7 @@ LONGEST = (
 # Laws over many members of which the default run takes some, one of each kind: those whose name in
 # brackets holds one of these words. The others are slow, all of them where there are no words.
 MEMBERS = {
+    "test_the_sum_over_layers_is_that_over_all_states": ("[two", "[a label"),
     "test_the_law_of_every_sampler_is_that_of_enumeration": ("[BlockGibbs-spins",),
     "test_discrete_visible_and_real_latent_units_take_turns": (),
     "test_energy_discrepancy_at_uniform_noise_is_the_likelihood": (),

@@ -13,11 +13,14 @@ with event dimensions in which log p̃ is affine, as in restricted Boltzmann mac
 
 for one gradient whatever H is; that it is affine is read off the operations of the energy. Other
 sites with event dimensions, and units of a plate that do read one another, are enumerated jointly,
-state by state.
+state by state. Of several layers of binary units, as in deep Boltzmann machines, some are
+enumerated, and the others are affine given them: the choice with the fewest states is taken.
 """
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +46,15 @@ from numpyro_ebm.program.jaxprs import at_zero
 from numpyro_ebm.program.polynomial import structure
 from numpyro_ebm.types import Params, SiteValues
 
-__all__ = ["Enumerated", "factorises"]
+__all__ = ["Enumerated"]
 
 
 class Enumerated(ExactMarginal):
     """The exact marginal of a model whose latent sites are all discrete.
 
     :param int max_states: the most joint states of latent sites with event dimensions, per row;
-        binary units that do not interact are not counted, for their sum factorises.
+        binary units that do not interact given the others are not counted, for their sum
+        factorises.
     :raises ModelError: when used on continuous latents, or on more states than ``max_states``.
 
     **Example**
@@ -67,7 +71,8 @@ class Enumerated(ExactMarginal):
     def why_not(self, row_model: RowModel) -> str | None:
         if not row_model.latent:
             return "Enumerated() is for discrete latent sites; use `Exact()` here."
-        if factorises(row_model):
+        affine = _affine_sites(row_model)
+        if len(affine) == len(row_model.latent):
             return None
         for name, site in row_model.latent.items():
             if not site.is_discrete:
@@ -77,7 +82,7 @@ class Enumerated(ExactMarginal):
                 )
             if not site.fn.has_enumerate_support:
                 return f"The latent site '{name}' has infinitely many values."
-            if site.fn.event_shape:
+            if site.fn.event_shape and name not in affine:
                 if np.size(site.value) != row_model.num_rows * math.prod(site.fn.event_shape):
                     return (
                         f"The latent site '{name}' has event dimensions inside a further plate; "
@@ -97,51 +102,45 @@ class Enumerated(ExactMarginal):
                     "each unit's term from that unit alone, or use `VaGES()`."
                 )
             return (
-                f"The latent sites {sorted(row_model.latent)} have {states:.6g} joint states per "
-                f"row, more than max_states={self.max_states}. If the energy is a sum over units, "
-                "declare them in a plate, "
+                f"The latent sites {sorted(_joint_sites(row_model))} have {states:.6g} joint "
+                f"states per row, more than max_states={self.max_states}. If the energy is a sum "
+                "over units, declare them in a plate, "
                 '`with numpyro.plate("units", n, dim=-2): h = numpyro.sample("h", Counting())`, '
                 "with the units' energy inside it: the sum then factorises. Else use `VaGES()`."
             )
         return None
 
     def num_states(self, row_model: RowModel) -> float:
-        if factorises(row_model):
-            return 1
         return num_joint_states(row_model, _joint_sites(row_model), "Enumerated")
 
     def log_density(self, row_model: RowModel, params: Params, values: SiteValues) -> jax.Array:
-        if factorises(row_model):
-            without, logits = _unit_logits(row_model, params, values)
-            return without + sum(
-                row_model.sum_to_rows(_sum_event(row_model.latent[name], jax.nn.softplus(x)))
-                for name, x in logits.items()
-            )
         states = _joint_states(row_model)
         if not states:
-            return sum_scalar_sites(row_model, params, values, _scalar_sites(row_model))
+            return _sum_others(row_model, params, values)
         return logsumexp(_state_log_densities(row_model, params, values, states), axis=0)
 
     def conditional(
         self, row_model: RowModel, params: Params, values: SiteValues
     ) -> Callable[[jax.Array], SiteValues]:
-        """As in the base class, for the sites that are enumerated jointly."""
-        if factorises(row_model):
-            _, logits = _unit_logits(row_model, params, values)
+        """As in the base class, for all sites but units that are summed in their plates."""
+        affine, states = _affine_sites(row_model), _joint_states(row_model)
+        units = row_model.with_latent(affine)
+        log_densities = _state_log_densities(row_model, params, values, states) if states else 0.0
+        logits = {} if states else _unit_logits(units, params, values)[1]
 
-            def draw(rng_key) -> SiteValues:
-                keys = jax.random.split(rng_key, len(logits))
-                return {
-                    name: jax.random.bernoulli(key, jax.nn.sigmoid(x))
-                    for key, (name, x) in zip(keys, logits.items(), strict=True)
-                }
-        else:
-            states = _joint_states(row_model)
-            log_densities = _state_log_densities(row_model, params, values, states)
-
-            def draw(rng_key) -> SiteValues:
-                chosen = jax.random.categorical(rng_key, log_densities, axis=0)  # (rows,)
-                return row_model.from_rows({name: x[chosen] for name, x in states.items()})
+        def draw(rng_key) -> SiteValues:
+            key_units, drawn, of_units = rng_key, {}, logits
+            if states:
+                key_state, key_units = jax.random.split(rng_key) if affine else (rng_key, rng_key)
+                chosen = jax.random.categorical(key_state, log_densities, axis=0)  # (rows,)
+                drawn = row_model.from_rows({name: x[chosen] for name, x in states.items()})
+                if affine:
+                    of_units = _unit_logits(units, params, {**values, **drawn})[1]
+            keys = jax.random.split(key_units, len(affine))
+            return drawn | {
+                name: jax.random.bernoulli(key, jax.nn.sigmoid(x))
+                for key, (name, x) in zip(keys, of_units.items(), strict=True)
+            }
 
         def of_type(rng_key):
             types = {name: site.value.dtype for name, site in row_model.latent.items()}
@@ -157,7 +156,8 @@ class Enumerated(ExactMarginal):
         values: SiteValues,
         num_draws: int,
     ) -> SiteValues:
-        joint, scalar = _joint_sites(row_model), _scalar_sites(row_model)
+        scalar = _scalar_sites(row_model)
+        joint = len(row_model.latent) > len(scalar)
         key_joint = key_scalar = rng_key
         if values or scalar:
             key_joint, key_scalar = jax.random.split(rng_key)
@@ -170,28 +170,71 @@ class Enumerated(ExactMarginal):
         return draws
 
 
-def factorises(row_model: RowModel) -> bool:
-    """Whether all latent sites are binary, with event dimensions, and log p̃ is affine in them."""
-    return row_model.remember("affine", lambda: _is_affine(row_model))
+class _Parts(NamedTuple):
+    """Names of the latent sites by how they are summed."""
+
+    joint: tuple[str, ...]  # state by state
+    affine: tuple[str, ...] = ()  # binary units that are independent given all other sites
+    scalar: tuple[str, ...] = ()  # units in plates that are independent given the joint ones
+
+
+def _latent_parts(row_model):
+    """The parts of the latent sites of a model with the fewest joint states."""
+    return row_model.remember("parts", lambda: _find_parts(row_model))
+
+
+def _find_parts(row_model):
+    binary = [
+        name
+        for name, site in row_model.latent.items()
+        if site.fn.event_shape and site.is_discrete and is_binary(site)
+    ]
+    sizes = range(len(binary), 0, -1) if len(binary) <= 4 else (len(binary), 1)
+    best = None
+    for affine in itertools.chain(*(itertools.combinations(binary, size) for size in sizes)):
+        found = _Parts(tuple(name for name in row_model.latent if name not in affine), affine)
+        if _has_fewer(row_model, found, best) and _is_affine(row_model.with_latent(affine)):
+            best = found
+            if not best.joint:
+                return best
+    coupled = coupled_sites(row_model)
+    joint = [k for k, site in row_model.latent.items() if site.fn.event_shape or k in coupled]
+    scalar = [name for name in row_model.latent if name not in joint]
+    plain = _Parts(tuple(joint), (), tuple(scalar))
+    return best if best is not None and _has_fewer(row_model, best, plain) else plain
+
+
+def _has_fewer(row_model, parts, other):
+    """Whether the joint sites of ``parts`` can be counted, and have fewer states."""
+    sites = [row_model.latent[name] for name in parts.joint]
+    if not all(site.is_discrete and site.fn.has_enumerate_support for site in sites):
+        return False
+    if other is None:
+        return True
+    one, two = (num_joint_states(row_model, x.joint, "Enumerated") for x in (parts, other))
+    return one < two
+
+
+def _affine_sites(row_model):
+    return _latent_parts(row_model).affine
 
 
 def _is_affine(row_model):
-    for site in row_model.latent.values():
-        if not (site.fn.event_shape and site.is_discrete and is_binary(site)):
-            return False
+    """Whether log p̃ is affine in the latent sites, which are binary, at any value of the others."""
+    others = {name: site.value for name, site in row_model.visible.items()}
 
     def log_density(latent):
-        return row_model.log_density(row_model.parameters, {**row_model.visible_values, **latent})
+        return row_model.log_density(row_model.parameters, {**others, **latent})
 
     try:
         found = structure(log_density, _units(row_model))
     except TypeError:  # an energy that uses its units as indices or flags, and not as numbers
         return False
-    return bool(row_model.latent) and found.degree <= 1 and found.true_gradient
+    return found.degree <= 1 and found.true_gradient
 
 
 def _unit_logits(row_model, params, values):
-    """log p̃(v, h = 0) of every row, and the log-odds of every unit, where it :func:`factorises`."""
+    """log p̃(v, h = 0) of every row, and the log-odds of every unit, where they are affine."""
 
     def rows(latent):
         return row_model.log_density(params, {**values, **latent})
@@ -213,16 +256,26 @@ def _sum_event(site, x):
 
 
 def _joint_sites(row_model):
-    """Sites that are enumerated jointly: with event dimensions, or of units that are coupled."""
-    coupled = coupled_sites(row_model)
-    latent = row_model.latent.items()
-    return [name for name, site in latent if site.fn.event_shape or name in coupled]
+    """Sites that are enumerated jointly."""
+    return _latent_parts(row_model).joint
 
 
 def _scalar_sites(row_model):
-    """The other sites: units that are independent of each other given the joint ones."""
-    joint = _joint_sites(row_model)
-    return [name for name in row_model.latent if name not in joint]
+    """Units in plates that are summed where they stand."""
+    return _latent_parts(row_model).scalar
+
+
+def _sum_others(row_model, params, values):
+    """log p̃ of every row at given values of the joint sites, all others summed out: (rows,)."""
+    affine = _affine_sites(row_model)
+    if not affine:
+        return sum_scalar_sites(row_model, params, values, _scalar_sites(row_model))
+    units = row_model.with_latent(affine)
+    without, logits = _unit_logits(units, params, values)
+    return without + sum(
+        row_model.sum_to_rows(_sum_event(units.latent[name], jax.nn.softplus(x)))
+        for name, x in logits.items()
+    )
 
 
 def _joint_states(row_model):
@@ -231,11 +284,9 @@ def _joint_states(row_model):
 
 
 def _state_log_densities(row_model, params, values, states):
-    """log p̃ of every row at each of the ``states``, scalar latents summed out: (states, rows)."""
-    scalar = _scalar_sites(row_model)
+    """log p̃ of every row at each of the ``states``, all others summed out: (states, rows)."""
 
     def at_state(state):
-        latent = in_all_rows(row_model, state)
-        return sum_scalar_sites(row_model, params, {**values, **latent}, scalar)
+        return _sum_others(row_model, params, {**values, **in_all_rows(row_model, state)})
 
     return jax.vmap(at_state)(states)
