@@ -11,7 +11,16 @@ means vanish if it has arrived at p(· | θ') after half of its steps, and one r
 
 .. math:: R = \frac{E|y - y'|^2}{E|y - x|^2}
 
-with r the ratio of p̃ at θ' and at θ, and y' the fictitious data of another step. A chain that
+with r the ratio of p̃ at θ' and at θ, and y' the fictitious data of another step. The posterior is
+that of the proposals that can be accepted: each counts by the product of its acceptance with
+y_n and with y_n/2, which leaves the means at zero, since the two are exchangeable then. Where a
+proposal was accepted with one and not with the other, a fourth mean tells, of what the posterior
+depends on:
+
+.. math:: E[\min(1, r(x) / r(y_n)) - \min(1, r(x) / r(y_{n/2})) \mid θ'] = 0
+
+So chains that lag where they are rejected anyhow, as those of networks at parameters of the dense
+phase, are not called too short. A chain that
 keeps a correlation ρ with its start has R = 1 + ρ, up to 2 for one that hardly moves; data that the
 model does not fit make R smaller, and few data that lie at their mean make it larger. There
 the movement
@@ -37,8 +46,9 @@ __all__ = ["AuxiliaryAdequacy", "auxiliary_adequacy"]
 
 logger = logging.getLogger(__name__)
 
-P_VALUE = 0.05  # of any of the three means
+P_VALUE = 0.05  # of any of the four means
 MOST_SDS = 0.1  # a drift beyond matters,
+MOST_CHANGE = 0.1  # and one of the acceptance, as a part of it,
 MOST_CORRELATION = 0.1  # and so does a memory of the data
 STUCK = 0.5  # beyond, no test is needed, unless the movement is
 LEAST_MOVEMENT = 0.75  # or more: right runs of tests/posteriors/test_adequacy.py have 0.87 to 1.01,
@@ -56,6 +66,8 @@ class AuxiliaryAdequacy(NamedTuple):
     - **ratio_drift** - mean change of log p̃(y; θ') - log p̃(y; θ) over the same steps: by so many
       nats the log of the acceptance ratio still moved, on average.
     - **ratio_error** - its standard error.
+    - **acceptance_drift** - root mean square of the systematic change of the acceptance, as a
+      linear function of θ', less what noise makes of it, in units of the mean acceptance.
     - **recoil** - mean move from half way to the end along what sets the data apart from their
       mean, in units of its square: negative while the data are being forgotten.
     - **recoil_error** - its standard error.
@@ -67,10 +79,10 @@ class AuxiliaryAdequacy(NamedTuple):
     - **widths** - dict of the widths of the posterior in units of those of the prior, of every
       parameter (the central 68 % of either): 1 where the data say nothing, and where the auxiliary
       chains stay at the data.
-    - **p_value** - of the three means together, by Bonferroni's inequality.
-    - **is_adequate** - whether ``p_value`` is above 0.05, or both ``sds`` and ``correlation`` are
-      below 0.1; never if ``movement`` is below 0.75 and ``correlation`` above 0.5, or above 0.1
-      and the median of the ``widths`` above 0.8.
+    - **p_value** - of the four means together, by Bonferroni's inequality.
+    - **is_adequate** - whether ``p_value`` is above 0.05, or ``sds``, ``acceptance_drift`` and
+      ``correlation`` are below 0.1; never if ``movement`` is below 0.75 and ``correlation`` above
+      0.5, or above 0.1 and the median of the ``widths`` above 0.8.
     """
 
     drift: float
@@ -78,6 +90,7 @@ class AuxiliaryAdequacy(NamedTuple):
     statistic: float
     ratio_drift: float
     ratio_error: float
+    acceptance_drift: float
     recoil: float
     recoil_error: float
     correlation: float
@@ -131,14 +144,17 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
             "the number of the block."
         )
     ((name, trace),) = found
-    drift, sds, statistic, p_drift = _systematic_change(trace)
     ratio = np.asarray(trace.log_ratio, float)
-    ratio_drift, ratio_error, p_ratio = _mean(ratio[:, :, 2] - ratio[:, :, 1])
-    recoil, recoil_error, p_recoil = _mean(trace.recoil)
+    accepted = np.exp(np.minimum(ratio[:, :, :1] - ratio[:, :, 1:], 0.0))
+    weight = _weights(accepted)
+    drift, sds, statistic, p_drift = _systematic_change(trace, weight)
+    ratio_drift, ratio_error, p_ratio = _mean(ratio[:, :, 2] - ratio[:, :, 1], weight)
+    acceptance_drift, p_accepted = _change_of_acceptance(trace, accepted)
+    recoil, recoil_error, p_recoil = _mean(trace.recoil, weight)
     correlation, movement = _correlation(trace), _movement(trace)
     widths = prior_widths(mcmc, _block(mcmc.sampler, name))
-    p_value = min(1.0, 3 * min(p_drift, p_ratio, p_recoil))
-    is_small = sds < MOST_SDS and correlation < MOST_CORRELATION
+    p_value = min(1.0, 4 * min(p_drift, p_ratio, p_accepted, p_recoil))
+    is_small = sds < MOST_SDS and acceptance_drift < MOST_CHANGE and correlation < MOST_CORRELATION
     most = MOST_CORRELATION if _median(widths) > AS_WIDE else STUCK
     is_stuck = correlation > most and movement < LEAST_MOVEMENT
     result = AuxiliaryAdequacy(
@@ -147,6 +163,7 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
         statistic,
         ratio_drift,
         ratio_error,
+        acceptance_drift,
         recoil,
         recoil_error,
         correlation,
@@ -208,9 +225,16 @@ def _complaint(found, is_stuck):
     )
 
 
-def _mean(x):
+def _weights(accepted):
+    """Products of two acceptances, of mean 1; all 1 where nothing could be accepted."""
+    product = accepted[:, :, 0] * accepted[:, :, 1]
+    mean = product.mean((0, 1))
+    return np.where(mean > 0, product / np.where(mean > 0, mean, 1.0), 1.0)
+
+
+def _mean(x, weight):
     """Mean of what is 0 on average in each step, its standard error, and a p-value."""
-    x = _finite(np.asarray(x, float)).ravel()
+    x = (_finite(np.asarray(x, float)) * weight).ravel()
     mean, error = float(x.mean()), float(x.std(ddof=1) / np.sqrt(x.size))
     return mean, error, float(chdtrc(1, (mean / error) ** 2)) if error > 0 else 1.0
 
@@ -229,44 +253,61 @@ def _movement(trace):
     return float(np.mean(2 * moved / np.maximum(moved + spread, np.finfo(float).tiny)))
 
 
-def _systematic_change(trace):
-    """Regression of the change of log p̃(y; θ') from half way to the end on θ'.
+def _systematic_change(trace, weight):
+    """Regression of the change of log p̃(y; θ') from half way to the end on θ'."""
+    density = np.asarray(trace.log_density, float)
+    change = _finite(density[:, :, 2] - density[:, :, 1])
+    if not change.any():  # exact draws
+        return 0.0, 0.0, 0.0, 1.0
+    fitted, left, statistic, degrees = _regression(change, trace.proposal, weight)
+    drift = float(np.sqrt(np.mean(fitted)))
+    # Half way and at the end the chain is as good as independent, if it is long enough.
+    sds = drift / max(float(np.sqrt(np.mean(left) / 2)), 1e-30)
+    return drift, sds, statistic, float(chdtrc(degrees, statistic))
+
+
+def _change_of_acceptance(trace, accepted):
+    """Regression of the change of the acceptance on θ'."""
+    change = accepted[:, :, 1] - accepted[:, :, 0]
+    if not change.any():
+        return 0.0, 1.0
+    fitted, left, statistic, degrees = _regression(change, trace.proposal, np.ones(change.shape))
+    noise = np.mean(left) * degrees / change.size
+    drift = float(np.sqrt(max(np.mean(fitted) - noise, 0.0)) / accepted.mean())
+    return drift, float(chdtrc(degrees, statistic))
+
+
+def _regression(change, proposal, weight):
+    """Squares fitted and left, a Wald statistic of no systematic change, and its degrees.
 
     Every auxiliary chain is run afresh, so that given θ' the changes are independent; their
     variance may depend on θ' (the Wald statistic has White's covariance, corrected
     for the leverage of a few draws far out, as in HC3).
     """
-    density = np.asarray(trace.log_density, float)
-    change = _finite(density[:, :, 2] - density[:, :, 1])
-    theta = np.asarray(trace.proposal, float)
-    theta = theta.reshape(*change.shape, -1)
+    theta = np.asarray(proposal, float).reshape(*change.shape, -1)
     if change.ndim == 2:  # without groups: one
-        change, theta = change[:, :, None], theta[:, :, None]
-    if not change.any():  # exact draws
-        return 0.0, 0.0, 0.0, 1.0
+        change, theta, weight = change[:, :, None], theta[:, :, None], weight[:, :, None]
     statistic, fitted, left, degrees = 0.0, [], [], 0
     for group in range(change.shape[2]):
-        y = change[:, :, group].ravel()
+        y, w = change[:, :, group].ravel(), weight[:, :, group].ravel()
         x = theta[:, :, group].reshape(y.size, -1)
-        x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-30)
+        x = x - np.average(x, 0, w)
+        x = x / np.maximum(np.sqrt(np.average(x**2, 0, w)), 1e-30)
         x = np.concatenate([np.ones((y.size, 1)), x], 1)
         if y.size < 10 * x.shape[1]:
             raise ModelError(
                 f"auxiliary_adequacy: {y.size} draws are too few for {x.shape[1] - 1} parameters."
             )
-        inverse = np.linalg.pinv(x.T @ x)
-        slope = inverse @ (x.T @ y)
+        inverse = np.linalg.pinv(x.T @ (x * w[:, None]))
+        slope = inverse @ (x.T @ (w * y))
         rest = y - x @ slope
-        leverage = np.minimum(np.einsum("ni,ij,nj->n", x, inverse, x), 0.99)
-        covariance = inverse @ (x.T * (rest / (1 - leverage)) ** 2) @ x @ inverse
+        leverage = np.minimum(w * np.einsum("ni,ij,nj->n", x, inverse, x), 0.99)
+        covariance = inverse @ (x.T * (w * rest / (1 - leverage)) ** 2) @ x @ inverse
         statistic += float(slope @ np.linalg.pinv(covariance) @ slope)
-        fitted.append(x @ slope)
-        left.append(rest)
+        fitted.append(w * (x @ slope) ** 2)
+        left.append(w * rest**2)
         degrees += x.shape[1]
-    drift = float(np.sqrt(np.mean(np.square(fitted))))
-    # Half way and at the end the chain is as good as independent, if it is long enough.
-    sds = drift / max(float(np.sqrt(np.mean(np.square(left)) / 2)), 1e-30)
-    return drift, sds, statistic, float(chdtrc(degrees, statistic))
+    return fitted, left, statistic, degrees
 
 
 def _finite(change):

@@ -19,8 +19,10 @@ from scipy.special import logsumexp
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import adequacy
 from numpyro_ebm.diagnostics.prior_widths import _width
+from numpyro_ebm.posteriors.exchange.chain import AuxiliaryTrace
 
 NUM_STEPS = 40
+short = pytest.mark.filterwarnings("ignore::numpyro_ebm.ShortAuxiliaryWarning")
 
 
 def gaussian(data):
@@ -129,10 +131,15 @@ def test_the_warmup_lets_a_frozen_auxiliary_move(step_size):
     found = assert_right(mcmc, "precision", *right_gaussian(DATA))
     assert found.is_adequate
     assert 0.1 < found.step_size < 2
-    # Three tests at once, of which the first has a constant and a slope.
+    # Four tests at once; the first and that of the acceptance have a constant and a slope.
     z = found.ratio_drift / found.ratio_error, found.recoil / found.recoil_error
-    least = min(stats.chi2(2).sf(found.statistic), *stats.chi2(1).sf(np.square(z)))
-    assert found.p_value == pytest.approx(min(1.0, 3 * least), rel=1e-6)
+    trace = mcmc.get_extra_fields()["auxiliary"]
+    ratio = np.asarray(trace.log_ratio, float)
+    accepted = np.exp(np.minimum(ratio[:, :1] - ratio[:, 1:], 0))
+    x = np.stack([np.ones(len(ratio)), np.asarray(trace.proposal[:, 0], float)], 1)
+    slope, wald = least_squares(x, accepted[:, 1] - accepted[:, 0])
+    least = min(stats.chi2(2).sf([found.statistic, wald]).min(), *stats.chi2(1).sf(np.square(z)))
+    assert found.p_value == pytest.approx(min(1.0, 4 * least), rel=1e-5)
     mean, sd = right_gaussian(DATA)
     exact = stats.gamma((mean / sd) ** 2, scale=sd**2 / mean)
     ratio = np.ptp(exact.interval(0.68)) / np.ptp(stats.gamma(2).interval(0.68))
@@ -140,6 +147,54 @@ def test_the_warmup_lets_a_frozen_auxiliary_move(step_size):
     assert f"auxiliary: step size {found.step_size:.2g}" in mcmc.sampler.get_diagnostics_str(
         mcmc.last_state
     )
+
+
+def least_squares(x, y):
+    """Coefficients, and the Wald statistic of none by White's covariance of the kind HC3."""
+    slope = np.linalg.lstsq(x, y)[0]
+    hat = np.sum(x @ np.linalg.inv(x.T @ x) * x, 1)
+    bread = np.linalg.inv(x.T @ x)
+    meat = x.T * ((y - x @ slope) / (1 - hat)) ** 2 @ x
+    return slope, slope @ np.linalg.solve(bread @ meat @ bread, slope)
+
+
+NUM = 2_000
+LAGS = {  # log of the ratio half way and at the end, of every tenth proposal; is it adequate
+    "none": (None, None, True),
+    "where both are rejected": (50.0, 100.0, True),
+    "where it is accepted half way": (0.0, 100.0, False),
+    "where it is accepted at the end": (100.0, 0.0, False),
+    "where both are accepted": (-3.0, -1.0, False),
+}
+
+
+@short
+@pytest.mark.parametrize("groups", [(), (3,)], ids=["one ratio", "a ratio a row"])
+@pytest.mark.parametrize("name", LAGS)
+def test_a_lag_counts_where_a_proposal_can_be_accepted(name, groups):
+    """Networks at parameters of their dense phase lag by many nats, and are rejected anyhow."""
+    halfway, end, is_adequate = LAGS[name]
+    rng = np.random.default_rng(3)
+    density, ratio = rng.normal(size=(2, 1, NUM, 3, *groups))
+    ratio[:, :, 0] = 0.5
+    if end is not None:
+        lags = rng.random((1, NUM, *groups)) < 0.1
+        density[:, :, 2] += (end - halfway) * lags
+        ratio[:, :, 1] = np.where(lags, halfway, ratio[:, :, 1])
+        ratio[:, :, 2] = np.where(lags, end, ratio[:, :, 2])
+    per_group, one = rng.normal(size=(1, NUM, *groups)), np.ones((1, NUM, *groups))
+    trace = AuxiliaryTrace(
+        *map(jnp.asarray, (rng.normal(size=(1, NUM, *groups, 2)), density, ratio)),
+        *map(jnp.asarray, (one, one, per_group, one, one, 1.02 * one)),
+    )
+    ran: Any = Ran(None, (), trace, None)
+    with mock.patch.object(adequacy, "prior_widths", lambda *_: {"": np.zeros(())}):
+        found = ebm.auxiliary_adequacy(ran)
+    assert found.is_adequate == is_adequate, found
+    if (
+        name == "where it is accepted half way"
+    ):  # a tenth of the acceptances is lost, or a little less
+        assert 0.08 < found.acceptance_drift < 0.15
 
 
 SCALES = jnp.repeat(jnp.array([0.1, 10.0]), 25)
@@ -167,9 +222,6 @@ FROZEN = {
     "rows apart": (mala(1e3), two_scales, DATA[:, 0] * SCALES, {}),
     "a block of Gibbs": (lambda m: Gibbs([(ebm.MALA(m, 1e3), ["v"])]), gaussian, DATA, {}),
 }
-
-
-short = pytest.mark.filterwarnings("ignore::numpyro_ebm.ShortAuxiliaryWarning")
 
 
 @short  # a right run in twenty, and 40 steps are few for spins
@@ -223,7 +275,7 @@ def test_chains_that_move_are_adequate(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::numpyro_ebm.ShortAuxiliaryWarning")
+@short
 @pytest.mark.parametrize("name", MODELS)
 def test_right_runs_are_called_inadequate_in_a_twentieth(name):
     auxiliary = ebm.BlockGibbs if name == "one lattice" else mala(0.6)
@@ -234,7 +286,7 @@ def test_right_runs_are_called_inadequate_in_a_twentieth(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::numpyro_ebm.ShortAuxiliaryWarning")
+@short
 @pytest.mark.parametrize("step_size", [1e3, 0.001, 0.003, 0.01])
 @pytest.mark.parametrize("name", ["Gaussian", "regression"])
 def test_runs_with_a_tenth_of_the_moves_or_less_are_found(name, step_size):
