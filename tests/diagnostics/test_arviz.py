@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import oracles
 import pytest
@@ -15,6 +16,7 @@ from scipy.special import gammaln
 from scipy.stats import gamma as gamma_law
 
 import numpyro_ebm as ebm
+from numpyro_ebm.diagnostics.arviz.labels import label
 from numpyro_ebm.log_normalizers import LogNormalizer
 
 GRBM, GRBM_FIXED, _ = own_grbm()
@@ -287,3 +289,46 @@ def test_arviz_plots_run(run, held_out):
     az.plot_energy(idata)
     az.plot_trace(idata)
     plt.close("all")
+
+
+def plane(data=None):
+    with numpyro.plate("data", 1 if data is None else len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+        ebm.energy("E", jnp.sum(v**2, -1))
+
+
+def test_dimensions_and_labels_of_the_user(held_out):
+    draws = {"v": held_out[:6, None]}  # six draws of one row
+    names = {"dims": {"v": ["flower", "measure"]}, "coords": {"measure": ["length", "width"]}}
+    model = ebm.fixed(plane, {})
+    idata = ebm.to_arviz(draws, model, log_normalizer=0.0, observed=held_out[:4], **names)
+    v = idata["posterior"]["v"]
+    assert v.dims == ("chain", "draw", "flower", "measure")
+    np.testing.assert_allclose(v.sel(measure="width")[0, :, 0], held_out[:6, 1])
+    data = idata["observed_data"]["v"]
+    assert data.dims == ("flower", "measure") and list(data.measure) == ["length", "width"]
+    assert idata["log_likelihood"]["v"].dims == ("chain", "draw", "flower")
+    assert "log_normalizer" in idata["log_likelihood"].attrs
+    assert idata["sample_stats"]["row_energy"].dims[2:] == ("data",)  # another array
+    plain = ebm.to_arviz(draws, model)
+    assert plain["posterior"]["v"].dims[2:] == ("data", "v_dim_0")
+
+
+def test_arrays_share_a_dimension_and_trees_have_labels():
+    xr = pytest.importorskip("xarray")
+    arrays = {"W": ("chain", "draw", "W_dim_0", "W_dim_1"), "b": ("chain", "draw", "b_dim_0")}
+    values = {
+        k: (d, np.arange(2.0 * 3 ** (len(d) - 1)).reshape(2, *[3] * (len(d) - 1)))
+        for k, d in arrays.items()
+    }
+    values["c"] = (("chain", "draw", "c_dim_0"), np.zeros((2, 3, 2)))
+    data = xr.Dataset(values, attrs={"by": "hand"})
+    tree = xr.DataTree.from_dict({"posterior": data})
+    with pytest.raises(ebm.ModelError, match="'seen' to dimensions of 3 and of 2"):
+        label(tree, {"b": ["seen"], "c": ["seen"]}, {})
+    label(tree, {"W": ["seen", "hidden"], "b": ["seen"]}, {"seen": ["x", "y", "z"]})
+    found = tree["posterior"]
+    assert found["W"].dims[2:] == ("seen", "hidden") and found["b"].dims[2:] == ("seen",)
+    np.testing.assert_allclose(found["b"].sel(seen="z"), values["b"][1][..., 2])
+    np.testing.assert_allclose(found["W"].sel(seen="y"), values["W"][1][..., 1, :])
+    assert found.attrs == {"by": "hand"} and "W_dim_0" not in found.coords

@@ -272,6 +272,7 @@ POSTERIORS = {
     ),
 }
 
+DRAWS = {"v": X[:, None]}
 DIAGNOSTICS = {
     "log_likelihood of what is not fixed": Mistake(
         lambda: ebm.log_likelihood(KEY, plane, X), r"fixed\(model, params\)"
@@ -286,12 +287,25 @@ DIAGNOSTICS = {
         lambda: ebm.to_arviz(MCMC(ebm.MALA(FIXED), num_warmup=1, num_samples=1)), "has not been run"
     ),
     "draws without their model": Mistake(lambda: ebm.to_arviz({"v": X}), "model"),
-    "dimensions for to_arviz": Mistake(
-        lambda: ebm.to_arviz({"v": X[:, None]}, FIXED, dims={"v": ["x"]}),
-        "to_arviz: .*`dims`.*plates and sites",
+    "too few dimensions for to_arviz": Mistake(
+        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"v": ["x"]}),
+        r"`dims` of 'v' must be a list of names for \['data', 'v_dim_0'\], .*got \['x'\]",
     ),
-    "coordinates for to_arviz": Mistake(
-        lambda: ebm.to_arviz({"v": X[:, None]}, FIXED, coords={"x": [1, 2]}), "to_arviz: .*`coords`"
+    "a word for a dimension": Mistake(
+        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"v": "xy"}), "must be a list of names"
+    ),
+    "dimensions of no array": Mistake(
+        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"w": ["x"]}), "names 'w', and there are .*v"
+    ),
+    "a dimension with the name of another": Mistake(
+        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"v": ["draw", "x"]}), "each another, got"
+    ),
+    "coordinates of no dimension": Mistake(
+        lambda: ebm.to_arviz(DRAWS, FIXED, coords={"x": [1, 2]}), "'x', which is none of"
+    ),
+    "too many coordinates": Mistake(
+        lambda: ebm.to_arviz(DRAWS, FIXED, coords={"v_dim_0": [1, 2, 3]}),
+        "3 labels for the dimension 'v_dim_0', which is of .2.",
     ),
     "stein_test, exchanged": Mistake(lambda: ebm.stein_test(FIXED, KEY, X), ARGUMENTS),
     "log_normalizer, exchanged": Mistake(lambda: ebm.log_normalizer(FIXED, KEY), ARGUMENTS),

@@ -6,7 +6,7 @@ so the energies: ``arviz.loo`` then compares unnormalised numbers. Here energies
 statistics, and there is a log-likelihood only where log Z is known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpyro.infer.svi import SVIRunResult
 from numpyro_ebm.diagnostics.arviz.draws import convert_draws
 from numpyro_ebm.diagnostics.arviz.fits import convert_fit
 from numpyro_ebm.diagnostics.arviz.groups import Likelihood, to_data
+from numpyro_ebm.diagnostics.arviz.labels import label
 from numpyro_ebm.diagnostics.arviz.likelihood import (
     log_likelihood_of_rows,
 )
@@ -38,6 +39,8 @@ def to_arviz(
     log_likelihood: Any = None,
     observed: Any = None,
     fantasies: Mapping[str, ArrayLike] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Convert a run, draws or a fit to what the installed ArviZ's own ``from_numpyro`` returns.
@@ -58,6 +61,10 @@ def to_arviz(
         log-likelihood where the run itself did not observe any.
     :param fantasies: draws of the visible sites, as :func:`~numpyro_ebm.sample` returns them, for
         the group *posterior_predictive*.
+    :param dict dims: names in the place of those of plates and sites: by array, one for each
+        dimension after chains and draws, ``{"v": ["flower", "measure"]}``.
+    :param dict coords: labels along a dimension, by its name, ``{"measure": ["length", "width"]}``,
+        in the groups where it has so many.
     :param kwargs: keyword arguments of the model, for draws and fits.
     :return: ``arviz.InferenceData`` (ArviZ before 1) or ``xarray.DataTree`` (ArviZ 1), with groups
 
@@ -90,7 +97,7 @@ def to_arviz(
         - *training* (fits): ``loss`` by ``step``.
     :raises ModelError: if draws come without their model, the run has not been run, arguments are
         given beside a run, a log-likelihood is asked for without observed rows or with latent sites
-        that cannot be summed out, or a shape is wrong.
+        that cannot be summed out, a shape is wrong, or ``dims`` and ``coords`` do not fit.
 
     .. note:: With fixed parameters the log-likelihood of a row is one number, the same at every
        draw, and its sum over rows is their log score: an honest one for rows that were not trained
@@ -116,15 +123,20 @@ def to_arviz(
     >>> dict(idata["log_likelihood"]["v"].sizes)
     {'chain': 1, 'draw': 50, 'data': 5}
     """
-    renamed = sorted({"dims", "coords"} & kwargs.keys())
-    if renamed:
-        raise ModelError(
-            f"to_arviz: takes no `{renamed[0]}`, because dimensions are named after plates and "
-            "sites, and `dims` and `coords` would be arguments of the model. Change the result: "
-            '`idata.rename_dims({"v_dim_0": "pixel"}).assign_coords(pixel=names)`.'
-        )
     if isinstance(posterior, MCMC) and is_of_parameters(posterior):
-        return posterior_to_arviz(posterior, (model, *args, *kwargs), observed, fantasies)
+        data = posterior_to_arviz(posterior, (model, *args, *kwargs), observed, fantasies)
+    else:
+        known = log_normalizer, log_likelihood, observed, fantasies
+        data = _energies_to_arviz(posterior, model, args, kwargs, *known)
+    if dims or coords:
+        label(data, dims or {}, coords or {})
+    return data
+
+
+def _energies_to_arviz(
+    posterior, model, args, kwargs, log_normalizer, log_likelihood, observed, fantasies
+):
+    """What there is to tell of draws of an energy-based model, or of a fit."""
     if isinstance(posterior, SVIRunResult):
         converted = convert_fit(posterior, model, args, kwargs)
     else:

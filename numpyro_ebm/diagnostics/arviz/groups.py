@@ -8,7 +8,17 @@ import numpy as np
 
 from numpyro_ebm.model.row_model import RowModel
 
-__all__ = ["Converted", "Likelihood", "add_group", "is_tree", "path_free", "to_data"]
+__all__ = [
+    "Converted",
+    "Likelihood",
+    "add_group",
+    "dataset_of",
+    "group_names",
+    "is_tree",
+    "path_free",
+    "replace_group",
+    "to_data",
+]
 
 
 class Converted(NamedTuple):
@@ -103,3 +113,25 @@ def add_group(data: Any, name: str, group: Any) -> None:
         data[name] = xr.DataTree(group)
     else:
         data[name] = group
+
+
+def group_names(data: Any) -> list[str]:
+    """The groups that ArviZ data have."""
+    return list(data.groups()) if hasattr(data, "add_groups") else list(data.children)
+
+
+def dataset_of(group: Any) -> Any:
+    """A group as a dataset, a copy of what it refers to."""
+    return group.to_dataset() if hasattr(group, "to_dataset") else group
+
+
+def replace_group(data: Any, name: str, group: Any) -> None:
+    """Put a dataset in the place of a group, or drop it where the dataset has no array."""
+    import xarray as xr
+
+    if not group.data_vars:
+        del data[name]
+    elif hasattr(data, "add_groups"):
+        setattr(data, name, group)
+    else:
+        data[name] = xr.DataTree(group)

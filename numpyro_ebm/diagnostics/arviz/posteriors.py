@@ -15,7 +15,14 @@ from numpyro.infer import MCMC
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import find_stack_level, run_arguments
-from numpyro_ebm.diagnostics.arviz.groups import add_group, is_tree, path_free
+from numpyro_ebm.diagnostics.arviz.groups import (
+    add_group,
+    dataset_of,
+    group_names,
+    is_tree,
+    path_free,
+    replace_group,
+)
 from numpyro_ebm.errors import EmulationWarning, ModelError
 from numpyro_ebm.model.plain_model import read_plain_model
 from numpyro_ebm.program.compilation import run_compiled
@@ -73,16 +80,18 @@ def posterior_to_arviz(
     has_likelihood = kind in ("likelihood", None)
     _check_emulation(mcmc.get_samples().get("log_normalizer_error"))
     idata = az.from_numpyro(_path_free(mcmc), log_likelihood=has_likelihood)
-    if "observed_data" in _groups(idata):
+    if "observed_data" in group_names(idata):
         # Energies, losses and factors are observed sites without a value; of several visible sites
         # the first has the log-likelihood of the row.
-        data = _dataset(idata["observed_data"])
+        data = dataset_of(idata["observed_data"])
         empty = [k for k, x in data.data_vars.items() if x.size == 0]
-        _replace(idata, "observed_data", data.drop_vars(empty))
-        if "log_likelihood" in _groups(idata):
-            data = _dataset(idata["log_likelihood"])
+        replace_group(idata, "observed_data", data.drop_vars(empty))
+        if "log_likelihood" in group_names(idata):
+            data = dataset_of(idata["log_likelihood"])
             others = [k for k in data.data_vars if k not in empty][1:]
-            _replace(idata, "log_likelihood", data.drop_vars([*others, *empty], errors="ignore"))
+            replace_group(
+                idata, "log_likelihood", data.drop_vars([*others, *empty], errors="ignore")
+            )
     if kind != "exchange":
         _add_densities(idata, mcmc)
     owner = next(_owners(mcmc.sampler), None)
@@ -127,8 +136,8 @@ def _path_free(mcmc):
 
 def _add_densities(idata, mcmc):
     """``lp`` of all draws, and the energy of their positions where the run collected no other."""
-    has_stats = "sample_stats" in _groups(idata)
-    stats = _dataset(idata["sample_stats"]) if has_stats else _dataset(idata["posterior"])[[]]
+    has_stats = "sample_stats" in group_names(idata)
+    stats = dataset_of(idata["sample_stats"]) if has_stats else dataset_of(idata["posterior"])[[]]
     model, (args, kwargs) = mcmc.sampler.model, run_arguments(mcmc)
     if "lp" not in stats:
         plain = read_plain_model(model, args, kwargs)
@@ -142,7 +151,7 @@ def _add_densities(idata, mcmc):
     if "energy" not in stats:
         stats = stats.assign(energy=-stats["lp"])
     if has_stats:
-        _replace(idata, "sample_stats", stats)
+        replace_group(idata, "sample_stats", stats)
     else:
         add_group(idata, "sample_stats", stats)
 
@@ -152,11 +161,11 @@ def _adjust(idata, model, mcmc):
     args, kwargs = run_arguments(mcmc)
     found = model.adjust(mcmc.get_samples(group_by_chain=True), *args, **kwargs)
     found = {path_free(k) if is_tree() else k: x for k, x in found.items()}
-    raw = _dataset(idata["posterior"])
+    raw = dataset_of(idata["posterior"])
     adjusted = raw.drop_vars([name for name in raw.data_vars if name not in found])
     adjusted = adjusted.assign({k: (raw[k].dims, np.asarray(found[k])) for k in adjusted.data_vars})
     adjusted.attrs["adjusted"] = f"open-faced sandwich, learning rate {model.learning_rate:.6g}"
-    _replace(idata, "posterior", adjusted)
+    replace_group(idata, "posterior", adjusted)
     add_group(idata, "posterior_raw", raw)
 
 
@@ -174,22 +183,3 @@ def _check_emulation(error):
         ),
         stacklevel=find_stack_level(),
     )
-
-
-def _groups(idata):
-    return list(idata.groups()) if hasattr(idata, "add_groups") else list(idata.children)
-
-
-def _dataset(group):
-    return group.to_dataset() if hasattr(group, "to_dataset") else group
-
-
-def _replace(idata, group, data):
-    if not data.data_vars:
-        del idata[group]
-    elif hasattr(idata, "add_groups"):
-        setattr(idata, group, data)
-    else:
-        import xarray as xr
-
-        idata[group] = xr.DataTree(data)
