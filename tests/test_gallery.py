@@ -90,3 +90,17 @@ def test_gallery_of_bridges(tmp_path):
 def test_gallery_of_simulations(tmp_path):
     upper, apart, share = run("two_moons", tmp_path, num_steps=300, num_rows=4_000)
     assert abs(upper["learned"] - 0.5) < 0.15 and abs(share - 0.5) < 0.15 and apart < 1
+
+
+@pytest.mark.slow
+def test_gallery_of_regression(tmp_path):
+    losses = ("ranking NCE", "energy discrepancy")
+    found = run("regression", tmp_path, num_steps=400, objectives=losses)
+    assert all(found["least squares"] + 0.3 < found[k] < found["truth"] + 0.02 for k in losses)
+
+
+@pytest.mark.slow
+def test_gallery_of_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    wrong = run("inpainting", tmp_path, num_steps=500, num_hidden=32)
+    assert wrong["machine"] < wrong["mean image"]
