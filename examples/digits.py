@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deep energies of digits: 8 x 8 images, on a CPU in minutes.
 
-Four models of `numpyro_ebm.models`, each by its own recipe:
+Models of `numpyro_ebm.models`, each by its own recipe:
 
+    mdsm          an energy that is told its noise, by multiscale denoising, drawn by annealing
+    recovery      such an energy by recovery likelihood, drawn level by level
     pcd           a convolutional energy by persistent contrastive divergence with a buffer
     jem           a joint energy model of images and labels, drawn class by class
     latent_prior  an energy of latents under a decoder, posterior particles kept for every row
@@ -46,6 +48,9 @@ from numpyro_ebm.diagnostics import (
 
 NOISE = 0.15
 """Standard deviation of the noise on images in [-1, 1], which the last step of a draw takes off."""
+
+LEVELS = np.geomspace(3.0, 0.1, 20)
+"""Levels of noise, from much wider than the data on."""
 
 models = ebm.models
 
@@ -157,6 +162,36 @@ def latent_prior(keys, images, labels, num_rounds, num_latents=16):
     return jax.vmap(decode)(z), None  # means of images, without noise
 
 
+def told_of_noise(rng_key, widths):
+    """An energy of images that is told the noise on them."""
+    network = models.mlp_network(rng_key, (2, 64), widths=widths)
+    return models.noise_conditional_energy(network, 64, data_scale=0.6)
+
+
+def annealed(rng_key, model, params, num_rows=1_000, **options):
+    """Draws from noise down its levels."""
+    kernel = ebm.AnnealedLangevin(ebm.fixed(model, params), **options)
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=1, progress_bar=False)
+    mcmc.run(rng_key, num_rows=num_rows)
+    return mcmc.get_samples()["v"][0]
+
+
+def mdsm(keys, images, labels, num_rounds):
+    model = told_of_noise(keys[0], (256, 256, 256))
+    objective = ebm.MultiscaleDenoisingScoreMatching(
+        None,
+        noise_argument="sigma",
+        min_noise_scale=LEVELS[-1],
+        max_noise_scale=LEVELS[0],
+        spacing="geometric",
+        variance_reduction=False,
+    )
+    svi = ebm.EnergySVI(model, None, adam(num_rounds, 2e-3), objective)
+    fit = svi.run(keys[1], num_rounds, images, batch_size=128, ema=0.999)
+    options = {"noise_argument": "sigma", "num_steps": 20, "step_size": 0.2}
+    return annealed(keys[2], model, fit.ema_params, noise_scales=LEVELS, **options), None
+
+
 def deep_eblvm(keys, images, labels, num_rounds, num_hidden=16):
     convolutions = partial(models.conv_network, shape=(8, 8), channels=(16, 32, 64))
     model = models.deep_eblvm(
@@ -179,20 +214,27 @@ def deep_eblvm(keys, images, labels, num_rounds, num_hidden=16):
         model, guide, adam(num_rounds, 1e-3), objective, guide_optim=adam(num_rounds, 1e-3)
     )
     fit = svi.run(keys[4], num_rounds, images, batch_size=128, ema=0.999)
-    kernel = ebm.AnnealedLangevin(
-        ebm.fixed(model, fit.ema_params),
+    draws = annealed(
+        keys[5],
+        model,
+        fit.ema_params,
+        num_rows=400,
         inverse_temperatures=jnp.geomspace(0.02, 1.0, 15),
         noise_scale=NOISE,
         num_steps=30,
         step_size=0.1 * NOISE**2,
     )
-    mcmc = MCMC(kernel, num_warmup=0, num_samples=1, progress_bar=False)
-    mcmc.run(keys[5], num_rows=400)
-    return mcmc.get_samples()["v"][0], None
+    return draws, None
 
 
-METHODS = {"pcd": pcd, "jem": jem, "latent_prior": latent_prior, "deep_eblvm": deep_eblvm}
-ROUNDS = {"pcd": 3_000, "jem": 3_000, "latent_prior": 6_000, "deep_eblvm": 3_000}
+METHODS = {
+    "mdsm": mdsm,
+    "pcd": pcd,
+    "jem": jem,
+    "latent_prior": latent_prior,
+    "deep_eblvm": deep_eblvm,
+}
+ROUNDS = {"mdsm": 6_000, "pcd": 3_000, "jem": 3_000, "latent_prior": 6_000, "deep_eblvm": 3_000}
 
 
 def classifier(rng_key, images, labels, num_rounds=1_500):

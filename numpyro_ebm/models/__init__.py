@@ -8,6 +8,7 @@ from numpyro_ebm.models.image_networks import conv_network, mlp_network, residua
 from numpyro_ebm.models.jem import jem, jem_logits
 from numpyro_ebm.models.latent_prior import latent_prior
 from numpyro_ebm.models.neural_energy import neural_energy
+from numpyro_ebm.models.noise_conditional import noise_conditional_energy
 
 __all__ = [
     "conditional_energy",
@@ -23,5 +24,6 @@ __all__ = [
     "latent_prior",
     "mlp_network",
     "neural_energy",
+    "noise_conditional_energy",
     "residual_network",
 ]

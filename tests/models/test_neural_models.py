@@ -23,6 +23,7 @@ from numpyro_ebm.models import (
     latent_prior,
     mlp_network,
     neural_energy,
+    noise_conditional_energy,
 )
 
 eqx = pytest.importorskip("equinox")
@@ -49,6 +50,21 @@ class Linear(eqx.Module):
         return self.matrix @ x
 
 
+class NoisedGaussian(eqx.Module):
+    """What makes a noise-conditional energy of data of scale s that of N(m, t² + σ²)."""
+
+    s: float
+    m: float
+    t: float
+
+    def __call__(self, x):
+        sigma = jnp.exp(x[1])
+        variance = self.s**2 + sigma**2
+        v = x[0] * jnp.sqrt(variance)
+        wanted = 0.5 * (v - self.m) ** 2 / (self.t**2 + sigma**2)
+        return jnp.sum(sigma / self.s * (0.5 * v**2 / variance - wanted))
+
+
 def made(model, *args):
     """The model with its initial parameters, and these."""
     sites = trace(seed(model, KEY)).get_trace(*args)
@@ -67,6 +83,19 @@ def test_the_energy_of_a_network_tilts_its_base():
     model, _ = made(neural_energy(network, (2, 3), base=base), v)
     expected = stats.norm(0.5, 2.0).logpdf(v).sum() - float(jax.vmap(network)(v).sum())
     np.testing.assert_allclose(log_joint(model, v), expected, rtol=1e-5)
+
+
+def test_an_energy_that_is_told_its_noise_holds_data_with_noise():
+    """A level for each row; the network is told the row in its own units, and the level."""
+    v = RNG.normal(size=(4, 2, 3)).astype(np.float32)
+    sigma = np.array([0.05, 0.4, 1.0, 3.0], np.float32)
+    free = noise_conditional_energy(NoisedGaussian(0.6, 0.3, 1.7), (2, 3), data_scale=0.6)
+    model, _ = made(free, v)
+    expected = 0.5 * (v - 0.3) ** 2 / (1.7**2 + sigma[:, None, None] ** 2)
+    found = -log_density(model, (v, sigma), {}, {})[0]
+    np.testing.assert_allclose(found, expected.sum(), rtol=1e-4)
+    alike = -log_density(model, (v,), {"sigma": 0.4}, {})[0]
+    np.testing.assert_allclose(alike, (0.5 * (v - 0.3) ** 2 / (1.7**2 + 0.4**2)).sum(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_classes", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -159,12 +188,14 @@ def test_a_quadratic_conditional_energy_is_a_regression():
 
 def test_what_is_no_part_of_a_model_is_refused():
     network = mlp_network(KEY, 2, num_outputs=4, widths=(3,))
+    rows = mlp_network(KEY, (2, 2), num_outputs=2, widths=(3,))
     v = np.zeros((3, 2))
     for model, args, words in (
         (neural_energy(lambda x: 0.0, 2), (v,), "`network` must be an equinox module"),
         (jem(network, 2, 3), (v, np.zeros(3, int)), "num_outputs=3"),
         (deep_eblvm_guide(network, 3), (v,), "num_outputs=6"),
         (conditional_energy(network), (v,), r"model\(y, x\)"),
+        (noise_conditional_energy(rows, 2, data_scale=1.0), (v,), "without `num_outputs`"),
         (latent_prior(network, None, 2), (v,), "`decoder` must be an equinox module"),
     ):
         with pytest.raises(ebm.ModelError, match=words):
@@ -172,6 +203,7 @@ def test_what_is_no_part_of_a_model_is_refused():
     for make in (
         lambda: neural_energy(network, 2, base=dist.Normal(0.0, 1.0)),
         lambda: neural_energy(network, (2, 2), base=dist.Normal(0.0, 1.0).expand((2,)).to_event()),
+        lambda: noise_conditional_energy(network, 2, data_scale=0.0),
         lambda: jem(network, 2, 1),
         lambda: latent_prior(network, network, 0),
         lambda: latent_prior(network, network, 2, noise_scale=-1.0),
