@@ -101,6 +101,23 @@ class AuxiliaryAdequacy(NamedTuple):
     p_value: float
     is_adequate: bool
 
+    def __str__(self) -> str:
+        """A line for each question."""
+        kernel = {"acceptance": self.accept_prob, "step size": self.step_size}
+        told = ", ".join(f"{name} {x:.3g}" for name, x in kernel.items() if not np.isnan(x))
+        widths = ", ".join(f"{np.median(x):.2g} for '{k}'" for k, x in self.widths.items())
+        lines = {
+            "adequate": f"{'yes' if self.is_adequate else 'no'} (p-value {self.p_value:.2g})",
+            "drift of energies": f"{self.sds:.2g} of their standard deviations",
+            "of the log ratio": f"{self.ratio_drift:.2g} ± {self.ratio_error:.1g} nats",
+            "of the acceptance": f"{self.acceptance_drift:.2g} of its mean",
+            "memory of the data": f"correlation {self.correlation:.2g}",
+            "movement": f"{self.movement:.2f} of that of other steps",
+            "kernel": told or "tells nothing",
+            "posterior by prior": f"width {widths}",
+        }
+        return "\n".join(f"{name:20}{line}" for name, line in lines.items())
+
 
 @explaining
 def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:

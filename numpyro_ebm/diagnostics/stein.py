@@ -31,6 +31,7 @@ from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.objectives.stein import KERNELS
 from numpyro_ebm.program.compilation import run_compiled
+from numpyro_ebm.program.progress import Progress
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
@@ -70,6 +71,7 @@ def stein_test(
     guide: Model | None = None,
     guide_params: Params | None = None,
     draws: Any = None,
+    progress_bar: bool = False,
     **kwargs: Any,
 ) -> SteinTest:
     r"""Test whether rows are draws of a fixed energy-based model.
@@ -95,6 +97,8 @@ def stein_test(
     :param dict draws: draws of the latent sites given the data, of shape (draws, rows, ...), in
         place of a guide: ``ebm.sample(rng_key, model, 20, data)``. Draws of chains that have
         converged make the test exact as n grows, however many or few there are.
+    :param bool progress_bar: show how many rows were compared with all others, from a second on;
+        the program is then compiled anew.
     :param kwargs: keyword arguments of the model and the guide.
     :return: :class:`SteinTest` with ``statistic`` and ``p_value``.
     :raises ModelError: if the model has free parameters, discrete visible sites, or an energy that
@@ -139,7 +143,7 @@ def stein_test(
         point = row_model.unconstrain_visible()
         points, scores = row_model.flatten(point), row_model.flatten(score(point))
         length = _bandwidth(points) if bandwidth == "median" else jnp.asarray(bandwidth, float)
-        pairs = _stein_kernel(points, scores, KERNELS[kernel], length)
+        pairs = _stein_kernel(points, scores, KERNELS[kernel], length, progress.reach)
         rows = len(points)
         by_row = jnp.sum(pairs, 1) / (rows - 1)
         signs = _signs(key_signs, num_bootstrap, rows, flip_probability, pairs.dtype)
@@ -148,12 +152,13 @@ def stein_test(
         p_value = (1 + jnp.sum(null >= statistic)) / (num_bootstrap + 1)
         return SteinTest(statistic, p_value, null, by_row, length), scores
 
-    result, scores = run_compiled(run)
+    with Progress("Stein kernel", row_model.num_rows, shown=progress_bar) as progress:
+        result, scores = run_compiled(run)
     _check_result(row_model, result, scores)
     return result
 
 
-def _stein_kernel(points, scores, kernel, length):
+def _stein_kernel(points, scores, kernel, length, told):
     """κ of all pairs of rows, (rows, rows), zero on the diagonal."""
     value, first, second = kernel
     dimension, scale = points.shape[1], 1.0 / length**2
@@ -165,6 +170,7 @@ def _stein_kernel(points, scores, kernel, length):
         pull = -2.0 * scale * first(t) * jnp.sum((score - scores) * gap, -1)
         curvature = -2.0 * scale * (dimension * first(t) + 2.0 * t * second(t))
         kappa = value(t) * (scores @ score) + pull + curvature
+        told((i + 1) / len(points))
         return jnp.where(jnp.arange(len(points)) == i, 0.0, kappa)
 
     return map_leading(against_all, (jnp.arange(len(points)), points, scores))

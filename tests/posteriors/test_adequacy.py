@@ -265,6 +265,12 @@ def test_a_posterior_as_wide_as_its_prior_is_noted_and_no_fault_if_chains_move(c
     assert found.is_adequate and 0.8 < found.widths["precision"] < 1.25
     assert "as wide as the prior, by a ratio of" in caplog.text
     assert np.isnan(found.step_size)
+    said = dict(line.split(maxsplit=1) for line in str(found).splitlines())
+    assert said["adequate"].startswith("yes") and said["movement"].startswith(
+        f"{found.movement:.2f}"
+    )
+    assert str(found).endswith("for 'precision'") and "step size" not in str(found)
+    assert not str(found._replace(is_adequate=False)).startswith(str(found)[:24])
 
 
 @pytest.mark.parametrize("name", ["Gaussian", "regression"])

@@ -77,3 +77,19 @@ def test_annealing_is_shown_where_it_is_asked_for(bars):
     assert abs(found.value - 2 * jnp.log1p(jnp.exp(-0.5))) < 5 * found.mcse
     (bar,) = bars
     assert bar.desc == "log_normalizer (AIS)" and bar.n == 100 and len(bar.updates) == 20
+
+
+@pytest.mark.slow
+def test_the_kernel_of_stein_is_shown_where_it_is_asked_for(bars):
+    def normal(data=None):
+        with numpyro.plate("data", 1 if data is None else len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2)
+
+    rows, model = jnp.linspace(-2.0, 2.0, 300), ebm.fixed(normal, {})
+    silent = ebm.stein_test(jax.random.key(0), model, rows)
+    assert bars == []
+    shown = ebm.stein_test(jax.random.key(0), model, rows, progress_bar=True)
+    (bar,) = bars
+    assert bar.n == 300 and bar.closed and len(bar.updates) > 1
+    assert float(shown.statistic) == pytest.approx(float(silent.statistic), rel=1e-5)
