@@ -163,7 +163,7 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     ((name, trace),) = found
     ratio = np.asarray(trace.log_ratio, float)
     accepted = np.exp(np.minimum(ratio[:, :, :1] - ratio[:, :, 1:], 0.0))
-    weight = _weights(accepted)
+    weight = _accepted_weights(accepted)
     drift, sds, statistic, p_drift = _systematic_change(trace, weight)
     ratio_drift, ratio_error, p_ratio = _mean(ratio[:, :, 2] - ratio[:, :, 1], weight)
     acceptance_drift, p_accepted = _change_of_acceptance(trace, accepted)
@@ -242,7 +242,7 @@ def _complaint(found, is_stuck):
     )
 
 
-def _weights(accepted):
+def _accepted_weights(accepted):
     """Products of two acceptances, of mean 1; all 1 where nothing could be accepted."""
     product = accepted[:, :, 0] * accepted[:, :, 1]
     mean = product.mean((0, 1))
