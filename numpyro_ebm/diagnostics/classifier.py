@@ -21,6 +21,9 @@ from numpyro_ebm.signatures import explaining
 
 __all__ = ["Auroc", "Classification", "auroc", "classification"]
 
+ROUNDING = 1e-5
+"""Relative difference below which two calibration errors are one: they count as ties."""
+
 
 class Classification(NamedTuple):
     """What :func:`classification` found. The ``..._error`` are standard errors.
@@ -113,7 +116,7 @@ def classification(
         found,
         jnp.std(map_leading(resampled, keys[0]), ddof=1),
         jnp.mean(null),
-        (1 + jnp.sum(null >= found)) / (num_bootstrap + 1),
+        (1 + jnp.sum(null >= found * (1 - ROUNDING))) / (num_bootstrap + 1),
         confidence,
     )
 
