@@ -63,6 +63,16 @@ def test_the_mmd_is_its_sum_over_pairs():
     np.testing.assert_allclose(found.bandwidth, np.median(gaps[np.triu_indices(12, 1)]), rtol=1e-5)
 
 
+def test_the_error_of_the_mmd_is_its_scatter():
+    def one(key):
+        keys = jax.random.split(key)
+        x, y = jax.random.normal(keys[0], (20, 2)), 0.7 + jax.random.normal(keys[1], (60, 2))
+        return two_sample_test(key, x, y, bandwidth=1.0, num_permutations=1)
+
+    found = jax.jit(jax.vmap(one))(jax.random.split(KEY, 400))
+    assert 0.85 < found.standard_error.mean() / found.statistic.std() < 1.15
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("statistic", ["mmd", "neighbours"])
 def test_permutations_give_uniform_p_values_under_one_law(statistic):
@@ -95,6 +105,11 @@ def test_the_nearest_neighbour_is_a_classifier():
     np.testing.assert_allclose(found.statistic, right, rtol=1e-6)
     np.testing.assert_allclose(found.standard_error, np.sqrt(right * (1 - right) / 100), rtol=1e-5)
     assert found.p_value < 0.05 and found.null.shape == (99,)
+    found = two_sample_test(KEY, x[:6], y[:5], statistic="neighbours", num_permutations=99)
+    assert jnp.any(found.null == found.statistic)  # ties count
+    np.testing.assert_allclose(
+        found.p_value, (1 + np.sum(found.null >= found.statistic)) / 100, rtol=1e-6
+    )
 
 
 def test_the_frechet_distance_of_gaussians_is_the_closed_form():
@@ -113,6 +128,17 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form():
     gap = np.mean(x, 0) - np.mean(y, 0)
     exact = gap @ gap + np.trace(first) + np.trace(second) - 2 * root
     np.testing.assert_allclose(found.value, exact, rtol=1e-3)
+
+
+def test_a_sample_beside_itself_has_an_error():
+    """Rows of both samples are drawn each by themselves: 2 Var(mean) + O(1/n²) in one dimension."""
+    x = jax.random.normal(KEY, (400, 1))
+    found = frechet_distance(KEY, x, x, num_bootstrap=400)
+    # n d² = 2 χ² of the means + χ² of the deviations, and d² of two such samples again.
+    np.testing.assert_allclose(found.value, 0.0, atol=1e-5)
+    exact = np.sqrt(2 * 2**2 + 2 * 1**2) / 400
+    assert 0.75 < found.standard_error / exact < 1.25
+    assert 0.75 < found.baseline / (3 / 400) < 1.25
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from numpyro_ebm.diagnostics import (
     denoising_loss,
     log_likelihood_bounds,
 )
+from numpyro_ebm.diagnostics.likelihood_bounds import _langevin_move
 
 KEY = jax.random.key(9)
 RNG = np.random.default_rng(9)
@@ -60,6 +61,24 @@ def test_accuracy_log_loss_and_calibration_by_hand():
     np.testing.assert_allclose(found.calibration, ece, rtol=1e-4)
     found = classification(KEY, np.log(p), labels, num_bins=1)
     np.testing.assert_allclose(found.calibration, abs(2 - 3.1) / 4, rtol=1e-4)
+
+
+def test_the_figures_of_a_calibration_are_those_of_binomials():
+    """Twenty right rows of confidence 0.95, and twenty wrong ones of 0.6."""
+    confidence, right = np.repeat([0.95, 0.6], 20), np.repeat([1, 0], 20)
+    logits = np.log(np.stack([confidence, 1 - confidence], -1))
+    found = classification(KEY, logits, 1 - right, num_bootstrap=2_000)
+    np.testing.assert_allclose(found.calibration, (0.05 + 0.6) / 2, rtol=1e-5)
+    # A resample has a binomial number of the right rows.
+    exact = (0.6 - 0.05) / (2 * np.sqrt(40))
+    np.testing.assert_allclose(found.calibration_error, exact, rtol=4 / np.sqrt(4_000))
+    null = sum(stats.binom(20, p).expect(lambda k, p=p: abs(k - 20 * p)) for p in (0.95, 0.6)) / 40
+    np.testing.assert_allclose(found.calibration_baseline, null, rtol=0.05)
+    np.testing.assert_allclose(found.calibration_p_value, 1 / 2_001, rtol=1e-5)
+    # All of confidence 0.6 and 13 of 20 right: hardly any labels are nearer.
+    found = classification(KEY, logits[20:], np.repeat([0, 1], [13, 7]), num_bootstrap=200)
+    exact = 1 - stats.binom(20, 0.6).pmf(12)
+    assert abs(found.calibration_p_value - exact) < 4 * np.sqrt(exact * (1 - exact) / 200)
 
 
 @pytest.mark.slow
@@ -167,6 +186,43 @@ def test_bounds_of_a_log_likelihood_meet_at_the_truth():
     np.testing.assert_allclose(found.by_row, exact, atol=0.4)
     np.testing.assert_allclose(found.by_row - found.by_row[0], exact - exact[0], atol=1e-3)
     assert found.lower - 0.4 < exact.mean() < found.upper + 0.4
+
+
+def test_bounds_of_a_log_likelihood_of_rates_are_its_value():
+    """A Gaussian in log v: one of the draws is nearly the model, and the bounds are close."""
+
+    def log_normal(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(support=dist.constraints.positive), obs=data)
+            u = jnp.log(v)
+            ebm.energy("E", 0.5 * (u - 0.4) ** 2 / 0.09 + u)
+
+    law = stats.lognorm(0.3, scale=np.exp(0.4))
+    data, draws = law.rvs((2, 400), random_state=3)
+    data = data[:10]
+    found = log_likelihood_bounds(KEY, ebm.fixed(log_normal, {}), data, draws, num_temperatures=10)
+    exact, error = law.logpdf(data), found.log_normalizer_error
+    truth = np.log(0.3 * np.sqrt(2 * np.pi))
+    assert np.all(np.abs(found.log_normalizer - truth) < 4 * error) and np.all(error < 0.05)
+    np.testing.assert_allclose(found.by_row, exact, atol=0.1)
+    spread = np.var(found.by_row, ddof=1) / 10 + np.max(error) ** 2
+    np.testing.assert_allclose(found.standard_error, np.sqrt(spread), rtol=1e-5)
+    assert np.max(error) ** 2 > 1e-4 * spread
+
+
+def test_moves_of_the_bounds_leave_a_skewed_law_as_it_is():
+    """Draws of a Gumbel's law, after long steps of which many are refused."""
+    z = jnp.asarray(stats.gumbel_l.rvs(size=(8_000, 1), random_state=4), jnp.float32)
+    log_density = lambda z: jnp.sum(z - jnp.exp(z), -1)  # noqa: E731
+
+    def run(z):
+        step = lambda z, key: _langevin_move(key, log_density, z, 0.8)  # noqa: E731
+        return jax.lax.scan(step, z, jax.random.split(KEY, 20))
+
+    moved, accepted = jax.jit(run)(z)
+    assert 0.5 < np.mean(accepted) < 0.95
+    law = stats.gumbel_l
+    assert stats.kstest(np.asarray(moved[:, 0]), law.cdf).pvalue > 1e-3
 
 
 @pytest.mark.slow

@@ -34,6 +34,22 @@ def test_rows_are_free_of_the_subsampling_scale_and_the_users_is_their_weight():
     assert row_model.row_weights is None
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int16, np.uint16, np.int32])
+@pytest.mark.parametrize("base", [lambda: ebm.Counting(256), ebm.Lebesgue])
+def test_whole_numbers_of_few_bits_do_not_overflow(dtype, base):
+    """Their cubes and sums are those of integers, or of reals where the site is real."""
+    data = np.minimum([1, 200, 100], np.iinfo(np.uint8 if dtype is bool else dtype).max)
+    data = data.astype(dtype)
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", base(), obs=data)
+            ebm.energy("E", 1e-6 * (v + v) * v * v)
+
+    found = read_model(model, (data,)).log_density({}, {})
+    np.testing.assert_allclose(found, -2e-6 * data.astype(float) ** 3, rtol=1e-6)
+
+
 def test_sites_of_every_shape_are_read():
     def model(images, labels, covariates):
         w = numpyro.param("w", jnp.ones(2))

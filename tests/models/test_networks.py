@@ -11,7 +11,7 @@ import pytest
 import numpyro_ebm as ebm
 from numpyro_ebm.models import conv_network, mlp_network, residual_network
 
-pytest.importorskip("equinox")
+eqx = pytest.importorskip("equinox")
 KEY = jax.random.key(3)
 
 
@@ -62,6 +62,40 @@ def test_residual_blocks_start_as_the_identity():
     assert len(blocks) == 4
     x = jax.random.normal(KEY, (4, 3, 3))
     np.testing.assert_array_equal(blocks[-1](x), x)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("make", [conv_network, residual_network])
+def test_networks_are_their_layers_written_out(make, pooled):
+    """Of weights that are nowhere zero: both convolutions of a block, and a at its end."""
+    free = make(KEY, (2, 5, 4), channels=(3, 4), num_outputs=2, pooled=pooled)
+    leaves, tree = jax.tree.flatten(free)
+    rng = np.random.default_rng(0)
+    network = jax.tree.unflatten(
+        tree, [rng.normal(size=x.shape) / 4 if eqx.is_array(x) else x for x in leaves]
+    )
+    image = rng.normal(size=(2, 5, 4))
+
+    def apply(layer, x):
+        return convolved(layer.weight, layer.bias, x, layer.size, layer.stride, layer.padding)
+
+    def smooth(x):
+        return x / (1 + np.exp(-x))
+
+    x, kernels = image, [layer for layer in network.layers if hasattr(layer, "weight")]
+    blocks = [layer for layer in network.layers if hasattr(layer, "first")]
+    for i, layer in enumerate(kernels):
+        assert layer.stride == (1 if i == 0 or pooled else 2)
+        x = apply(layer, x)
+        if blocks:
+            x = x + apply(blocks[i].second, smooth(apply(blocks[i].first, smooth(x))))
+        else:
+            x = smooth(x)
+    x = smooth(x) if blocks else x
+    readout = network.readout
+    expected = readout.weight @ (x.sum((1, 2)) if pooled else x.ravel()) + readout.bias
+    found = network(jnp.asarray(image, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [mlp_network, conv_network, residual_network])

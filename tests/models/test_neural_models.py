@@ -174,6 +174,32 @@ def test_the_guide_of_a_deep_eblvm_is_gaussian():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_terms_of_models_with_covariates_and_decoders_are_as_written():
+    """Networks that tell every entry of their input from every other one."""
+    x, y, z = (RNG.normal(size=(4, n)).astype(np.float32) for n in (2, 3, 1))
+    network, decoder = (
+        mlp_network(KEY, n, num_outputs=k, widths=(4,)) for n, k in ((5, None), (1, 3))
+    )
+    base = dist.Normal(0.5, 2.0).expand((3,)).to_event(1)
+    model, _ = made(conditional_energy(network, 3, base=base), y, x)
+    energies = jax.vmap(network)(np.concatenate([x, y], -1))
+    expected = stats.norm(0.5, 2.0).logpdf(y).sum() - float(energies.sum())
+    np.testing.assert_allclose(log_joint(model, y, x), expected, rtol=1e-5)
+    network = mlp_network(KEY, 1, widths=(4,))
+    model, _ = made(latent_prior(network, decoder, 1, noise_scale=0.4), y)
+    of_rows = stats.norm(jax.vmap(decoder)(z), 0.4).logpdf(y).sum()
+    expected = stats.norm.logpdf(z).sum() - float(jax.vmap(network)(z).sum()) + of_rows
+    np.testing.assert_allclose(log_joint(model, y, z=z), expected, rtol=1e-5)
+
+
+def test_logits_of_a_jem_are_at_the_temperature_of_the_fit():
+    network = mlp_network(KEY, 2, num_outputs=3, widths=(4,))
+    v = RNG.normal(size=(4, 2)).astype(np.float32)
+    _, params = made(jem(network, 2, 3), v, np.zeros(4, int))
+    found = jem_logits(network, {**params, "fit_temperature": 0.25}, v)
+    np.testing.assert_allclose(found, 4.0 * jax.vmap(network)(v), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_quadratic_conditional_energy_is_a_regression():
     """E = ½ a (y - c·x)² - log N(y; 0, 1): Gaussian, with a normalizer for every row."""

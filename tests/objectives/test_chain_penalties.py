@@ -12,6 +12,7 @@ from numpyro.distributions import constraints
 from oracles import jit
 
 import numpyro_ebm as ebm
+from numpyro_ebm.objectives.chain_penalties import chain_divergence
 from numpyro_ebm.objectives.nearest_neighbours import neighbour_entropy
 
 
@@ -122,6 +123,23 @@ def test_the_divergence_of_chains_has_the_gradient_of_closed_form(weight):
     error = np.std(slope) / np.sqrt(len(slope))
     assert abs(np.mean(slope) - expected) < 4.5 * error < 0.4 * abs(expected)
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
+
+
+def test_a_step_of_the_chains_has_the_noise_of_langevin_dynamics():
+    """KL(N(0, V) ‖ p) + log Z of chains at the origin, whose step is noise of the variance 2ε."""
+    num, step, precision = 1_000, 0.3, 0.5
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+            ebm.energy("E", 0.5 * precision * jnp.sum(v**2, -1))
+
+    objective, data = ebm.ContrastiveDivergence(Stay), jnp.zeros((num, 2))
+    problem = objective.prepare(KEY, {}, model, None, (data,), {})
+    log_p = lambda p, x: -0.5 * precision * jnp.sum(x["v"] ** 2, -1)  # noqa: E731
+    found = jit(lambda v: chain_divergence(KEY, log_p, {}, problem, {"v": v}, step))(data)
+    expected = precision * 2 * step - np.log(2 * np.pi * np.e * 2 * step)
+    assert abs(found - expected) < 4.5 * np.sqrt((1 + np.pi**2 / 6) / num)
 
 
 def still(data, shift=0.0):

@@ -66,6 +66,14 @@ def test_loss_and_gradient_are_the_closed_form(spacing, reduced):
     assert_mean(found, jax.value_and_grad(expected_loss)(PARAMS, spacing))
 
 
+def test_rows_that_are_told_their_level_count_alike_for_the_guide():
+    problem = conditional().prepare(jax.random.key(2), PARAMS, mixture, None, (jnp.asarray(V),), {})
+    levels, noise = problem.noise
+    np.testing.assert_array_equal(levels, problem.row_model.kwargs["sigma"])
+    np.testing.assert_allclose(problem.unconstrained["v"], V + levels * noise["v"])
+    assert problem.row_weights is None
+
+
 def mixture(data, sigma=LOW):
     """A latent sign beside covariates; the noise widens both components."""
     slope, variance = numpyro.param("slope", 0.0), numpyro.param("variance", 1.0)

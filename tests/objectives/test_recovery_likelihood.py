@@ -81,6 +81,29 @@ def test_so_it_is_at_the_level_of_every_row_and_with_a_latent_sign(model):
     assert_unbiased(objective, model, LEVELS, 3_000)
 
 
+def test_every_level_has_its_share_of_the_rows():
+    """A row is told a level, noised to it, and further to the one before."""
+    levels, v = np.array([2.0, 1.5, 0.8, 0.4, 0.1]), jnp.arange(200.0)
+
+    def model(data, sigma=0.0):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2 / (1 + sigma**2))
+
+    objective = ebm.RecoveryLikelihood(levels, noise_argument="sigma")
+    problem = objective.prepare(jax.random.key(0), {}, model, None, (v,), {})
+    told, (noised, _, added) = problem.row_model.kwargs["sigma"], problem.noise
+    number = np.abs(np.asarray(told)[:, None] - levels).argmin(1)
+    np.testing.assert_allclose(told, levels[number])
+    np.testing.assert_array_equal(np.bincount(number, minlength=5), [0, 50, 50, 50, 50])
+    assert np.any(np.diff(number) < 0) and np.any(np.diff(number) > 0)  # in no order
+    np.testing.assert_allclose(added, np.sqrt(levels[number - 1] ** 2 - levels[number] ** 2))
+    first, second = problem.unconstrained["v"] - v, noised["v"] - problem.unconstrained["v"]
+    for noise, scale in ((first, told), (second, added)):
+        assert abs(np.mean((noise / scale) ** 2) - 1) < 4 * np.sqrt(2 / 200)
+    assert abs(np.mean(first * second / told / added)) < 4 / np.sqrt(200)
+
+
 def test_a_walk_down_the_levels_is_that_of_its_steps():
     """Of Gaussian levels, 200 rows, against the means and variances of so many linear steps."""
     levels, widths, num_steps, r = np.geomspace(4.0, 0.5, 5), np.array([1.0, 0.3]), 4, 0.4

@@ -134,6 +134,19 @@ def test_weights_find_the_shares_of_modes_that_chains_do_not_leave():
     assert abs(shares[True] - 0.8) < 0.05 < 0.1 < abs(shares[False] - 0.8)
 
 
+def test_chains_are_resampled_among_those_of_their_population():
+    """Sixty-four that give the gradient, and sixteen islands of four that measure."""
+    origin = jnp.concatenate([jnp.zeros(64, int), 1 + jnp.arange(64) // 4])
+    log_weights = jnp.where(jnp.arange(128) % 4 == 1, 0.0, -5.0) + jnp.arange(128) / 100
+    found, weights = jit(resampled)(KEY, {"origin": origin, "i": jnp.arange(128)}, log_weights)
+    np.testing.assert_array_equal(found["origin"], origin)
+    assert np.mean(found["i"] % 4 == 1) > 0.9  # the heavy ones
+    means = np.exp(log_weights).reshape(-1, 4)[16:].mean(1)
+    np.testing.assert_allclose(weights[64:], np.repeat(np.log(means), 4), rtol=1e-4, atol=1e-5)
+    total = np.exp(log_weights[:64]).mean()
+    np.testing.assert_allclose(weights[:64], np.log(total), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_resampling_keeps_every_expectation_and_every_population_to_itself():
     """Of the gradient's half and of each island; weights that are nearly even are left alone."""

@@ -300,6 +300,58 @@ def test_runs_with_a_tenth_of_the_moves_or_less_are_found(name, step_size):
     assert sum(not x.is_adequate for x in found) >= 0.95 * len(found)
 
 
+@short
+def test_figures_of_a_trace_are_those_by_hand():
+    """Half way and at the end log p̃ is independent noise; at the end it drifts with θ'."""
+    rng, num = np.random.default_rng(3), 400
+    theta = rng.normal(1.0, 2.0, (num, 2)) * [1.0, 10.0]
+    noise, ratios = rng.normal(size=(2, num, 3)) * [[[9.0, 0.5, 0.5]], [[1.0, 0.7, 0.5]]]
+    noise[:, 2] += 0.3 + 0.2 * theta[:, 0]
+    ratios[:, 2] += 0.8
+    moved, spread, recoil = rng.exponential(size=(3, num))
+    fields: dict[str, Any] = {
+        "proposal": theta,
+        "log_density": noise,
+        "log_ratio": ratios,
+        "accept_prob": rng.random(num),
+        "step_size": np.full(num, 0.7),
+        "recoil": recoil,
+        "movement": moved,
+        "distance": spread / 1.3,
+        "spread": spread,
+    }
+    trace = AuxiliaryTrace(**fields)
+    with mock.patch.object(adequacy, "prior_widths", lambda *_: {"": np.full(2, 0.3)}):
+        found = ebm.auxiliary_adequacy(
+            Ran(None, None, jax.tree.map(lambda x: x[None], trace), None)
+        )
+    accepted = np.exp(np.minimum(ratios[:, :1] - ratios[:, 1:], 0.0))
+    w = accepted.prod(1) / accepted.prod(1).mean()
+    x, y = np.column_stack([np.ones(num), theta]), noise[:, 2] - noise[:, 1]
+    bread = np.linalg.inv(x.T @ (w[:, None] * x))
+    slope = bread @ x.T @ (w * y)
+    left, leverage = y - x @ slope, w * np.sum((x @ bread) * x, 1)
+    drift = np.sqrt(np.mean(w * (x @ slope) ** 2))
+    np.testing.assert_allclose(found.drift, drift)
+    np.testing.assert_allclose(found.sds, drift / np.sqrt(np.mean(w * left**2) / 2))
+    assert found.sds == pytest.approx(np.sqrt((0.3 + 0.2) ** 2 + 0.4**2) / 0.5, rel=0.2)
+    own = x * (w * left / (1 - leverage))[:, None]  # HC3
+    wald = slope @ np.linalg.solve(bread @ own.T @ own @ bread, slope)
+    np.testing.assert_allclose(found.statistic, wald, rtol=1e-6)
+    for of_mean, of_error, values in (
+        (found.ratio_drift, found.ratio_error, w * (ratios[:, 2] - ratios[:, 1])),
+        (found.recoil, found.recoil_error, w * recoil),
+    ):
+        np.testing.assert_allclose(of_mean, values.mean())
+        np.testing.assert_allclose(of_error, values.std(ddof=1) / np.sqrt(num))
+    np.testing.assert_allclose(found.correlation, 0.3)
+    np.testing.assert_allclose(found.movement, np.mean(2 * moved / (moved + spread)))
+    np.testing.assert_allclose(
+        [found.accept_prob, found.step_size], [trace.accept_prob.mean(), 0.7]
+    )
+    assert found.p_value < 4 * stats.chi2(3).sf(wald) + 1e-12 and not found.is_adequate
+
+
 def test_widths_are_those_of_every_element():
     """Of N(0, 1) and N(0, 3) beside N(0, 1) and N(0, 2): 1 and 1.5."""
     normal = np.random.default_rng(0).normal(size=(20_000, 2))

@@ -92,6 +92,25 @@ def test_what_is_not_shown_is_not_taken(name):
     assert form_of(NOT_TAKEN[name], 1) is None
 
 
+def test_sites_of_two_and_three_values_have_states_of_their_own():
+    """A state that a site does not have has no indicator and no probability."""
+    rows = {"a": jnp.array([[1, 0]]), "b": jnp.array([[2]])}
+
+    def fn(p, rows):
+        return p * (rows["a"][:, 0] + 3 * rows["a"][:, 1]) * (1 + rows["b"][:, 0] ** 2)
+
+    p, values = jnp.array(1.0), {"a": (0, 1), "b": (0, 1, 2)}
+    form = multi_affine(fn, p, rows, values)
+    assert form is not None and form.is_affine and not form.is_binary
+    X = form.indicators(jnp.array([[1, 0, 2]]))
+    np.testing.assert_array_equal(X[0], [[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    np.testing.assert_allclose(form(p, X, {}), fn(p, rows), rtol=1e-6)
+    logits = form.logits(jax.grad(lambda X: jnp.sum(form(p, X, {})))(X))[0]
+    expected = [[0, 5, -jnp.inf], [0, 15, -jnp.inf], [-4, -3, 0]]
+    here = logits[jnp.arange(3), jnp.array([0, 0, 2])]
+    np.testing.assert_allclose(logits - here[:, None], expected, atol=1e-5)
+
+
 def test_small_integers_wrap_around_as_they_do():
     """2 · 2 · 100 is 144 in eight bits."""
     x = jnp.asarray([[2, 2], [1, 2]], jnp.uint8)

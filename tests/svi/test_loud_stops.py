@@ -66,6 +66,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
     with pytest.warns(ebm.NonFiniteLossWarning, match="step 1 of 10"):
         fit = svi.run(jax.random.key(0), 10, jnp.ones(4), progress_bar=False)
     assert fit.params["slope"] == 1.0 and np.isfinite(fit.losses[0])
+    with pytest.warns(ebm.NonFiniteLossWarning, match="10 of 10 rounds were undone"):
+        fit = svi.run(jax.random.key(0), 10, jnp.ones(4), stable_update=True, progress_bar=False)
+    assert np.all(np.isnan(fit.losses)) and fit.params["slope"] == 1.0
 
 
 def test_stable_update_keeps_the_state_and_goes_on():
