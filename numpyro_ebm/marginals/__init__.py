@@ -15,6 +15,7 @@ from numpyro_ebm.marginals.enumerated import Enumerated
 from numpyro_ebm.marginals.exact import Exact
 from numpyro_ebm.marginals.gaussian_latents import GaussianLatents
 from numpyro_ebm.marginals.importance_bound import ImportanceBound
+from numpyro_ebm.marginals.kernel_refinement import KernelRefinement
 from numpyro_ebm.marginals.langevin_refinement import LangevinRefinement
 from numpyro_ebm.marginals.persistent_particles import PersistentParticles
 from numpyro_ebm.marginals.unrolled import Unrolled
@@ -26,6 +27,7 @@ __all__ = [
     "Exact",
     "GaussianLatents",
     "ImportanceBound",
+    "KernelRefinement",
     "LangevinRefinement",
     "PersistentParticles",
     "Unrolled",

@@ -16,7 +16,15 @@ from numpyro_ebm.language.handlers import fixed, temper, uncondition
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
 
-__all__ = ["check_kernel_maker", "draw_hidden", "hidden_sites", "make_kernel", "take_steps"]
+__all__ = [
+    "check_kernel_maker",
+    "constrain_latents",
+    "draw_hidden",
+    "hidden_sites",
+    "make_kernel",
+    "move_latents",
+    "take_steps",
+]
 
 
 def check_kernel_maker(who: str, kernel: Any) -> None:
@@ -38,6 +46,7 @@ def make_kernel(
     row_model: RowModel,
     params: Params,
     free: Iterable[str] = (),
+    visible: SiteValues | None = None,
 ) -> MCMCKernel:
     """A kernel on the latent sites of a batch, and on visible ones that are set free.
 
@@ -46,11 +55,12 @@ def make_kernel(
     :param RowModel row_model: the model at the batch.
     :param dict params: values of all parameters, by name.
     :param free: names of the visible sites that move as well.
+    :param dict visible: values of visible sites, by name; those that were observed if ``None``.
     :raises ModelError: if it is no kernel, or cannot serve such rows.
     """
     own = {name: stop_gradient(params[name]) for name in row_model.parameters}
-    model = uncondition(substitute(row_model.model, data=row_model.plates), free)
-    model = fixed(model, own)
+    data = {**row_model.plates, **({} if visible is None else visible)}
+    model = fixed(uncondition(substitute(row_model.model, data=data), free), own)
     kernel = maker(model)
     name = type(kernel).__name__
     if not isinstance(kernel, MCMCKernel):
@@ -113,6 +123,43 @@ def take_steps(
     else:
         state = lax.fori_loop(0, num_steps, step, state)
     return stop_gradient(dict(getattr(state, kernel.sample_field)))
+
+
+def move_latents(
+    who: str,
+    maker: Callable[..., MCMCKernel],
+    rng_key: jax.Array,
+    row_model: RowModel,
+    params: Params,
+    start: SiteValues | None,
+    num_steps: int,
+    *,
+    visible: SiteValues | None = None,
+) -> SiteValues:
+    """The latent sites of every row after some steps of a kernel, given the visible ones.
+
+    The arguments are those of :func:`make_kernel` and :func:`take_steps`.
+
+    :return: unconstrained positions by site.
+    :raises ModelError: if the kernel sums some of them out.
+    """
+    kernel = make_kernel(who, maker, row_model, params, visible=visible)
+    found = take_steps(kernel, rng_key, row_model, start, num_steps)
+    missing = sorted(row_model.latent.keys() - found.keys())
+    if missing:
+        raise ModelError(
+            f"{who}: {type(kernel).__name__} sums the latent site(s) {missing} out, and keeps no "
+            "values of them. Draw them in a block of their own, with `numpyro.infer.Gibbs`."
+        )
+    return {name: found[name] for name in sorted(row_model.latent)}
+
+
+def constrain_latents(row_model: RowModel, unconstrained: SiteValues) -> SiteValues:
+    """Values of latent sites at positions that :func:`move_latents` returns."""
+    sites = row_model.latent
+    return {
+        k: x if sites[k].is_discrete else sites[k].transform(x) for k, x in unconstrained.items()
+    }
 
 
 def hidden_sites(who: str, kernel: MCMCKernel, row_model: RowModel) -> list[str]:

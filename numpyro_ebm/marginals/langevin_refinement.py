@@ -71,7 +71,8 @@ class LangevinRefinement(Checked):
             if site.is_discrete:
                 raise ModelError(
                     f"LangevinRefinement: the latent site '{site.name}' is discrete; Langevin "
-                    "steps need continuous latents."
+                    "steps need continuous latents. Take "
+                    "`KernelRefinement(BlockGibbs, num_steps)`."
                 )
         algorithm = blackjax.mala if self.adjusted else langevin
 

@@ -25,7 +25,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.marginals.base import Estimate, Marginal, score_of
-from numpyro_ebm.marginals.kernel_steps import check_kernel_maker, make_kernel, take_steps
+from numpyro_ebm.marginals.kernel_steps import check_kernel_maker, constrain_latents, move_latents
 from numpyro_ebm.marginals.vages import cumulant_surrogate
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
@@ -147,16 +147,9 @@ class PersistentParticles(Marginal):
 
     def _moved(self, rng_key, row_model, params, start, num_steps):
         """One particle of every row after some steps."""
-        kernel = make_kernel("PersistentParticles", self.kernel, row_model, params)
-        found = take_steps(kernel, rng_key, row_model, start, num_steps)
-        missing = sorted(row_model.latent.keys() - found.keys())
-        if missing:
-            raise ModelError(
-                f"PersistentParticles: {type(kernel).__name__} sums the latent site(s) {missing} "
-                "out, and keeps no values of them. Draw them in a block of their own, with "
-                "`numpyro.infer.Gibbs`."
-            )
-        return {name: found[name] for name in sorted(row_model.latent)}
+        return move_latents(
+            "PersistentParticles", self.kernel, rng_key, row_model, params, start, num_steps
+        )
 
     def _by_row(self, row_model, particles):
         """From (particles, site) to (rows, particles, ...)."""
@@ -189,10 +182,7 @@ class PersistentParticles(Marginal):
                 "PersistentParticles lives in the state of a run, and here is none. Train with "
                 "`numpyro_ebm.EnergySVI`; afterwards use `VaGES` with a guide, or `sample`."
             )
-        latent = {
-            name: x if row_model.latent[name].is_discrete else row_model.latent[name].transform(x)
-            for name, x in stop_gradient(self._held).items()
-        }
+        latent = constrain_latents(row_model, stop_gradient(self._held))
         half = self.num_particles // 2 if order > 1 else 0  # those for the score alone
 
         def surrogate(params, unconstrained, *, of_score, order):

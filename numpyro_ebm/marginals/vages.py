@@ -42,7 +42,8 @@ class VaGES(Marginal):
     :param bool importance_weighted: weigh particles by p̃(v, h)/q(h | v). The estimates are then
         consistent as L grows for any q, at the price of a larger variance.
     :param refine: moves particles from q towards the posterior before they are used, for instance
-        :class:`~numpyro_ebm.LangevinRefinement` for continuous latents; ``None`` for none.
+        :class:`~numpyro_ebm.LangevinRefinement` for continuous latents or
+        :class:`~numpyro_ebm.KernelRefinement` for any; ``None`` for none.
     :raises ModelError: if ``num_particles`` is less than 2: the covariance of one particle is
         undefined.
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Particles refined by Langevin steps."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import oracles
 import pytest
 from jax.nn import sigmoid
 from marginal_cases import W, bound, estimates, lateral_in_a_plate
+from numpyro.distributions import constraints
 from oracles import assert_unbiased, draws, z_scores
 
 import numpyro_ebm as ebm
@@ -60,3 +63,91 @@ def test_a_guide_over_all_latents_but_the_visible_plate_works_for_lateral_plates
 
     expected = W @ sigmoid(posterior) - data[0]
     assert_unbiased(draws(score, jax.random.key(0), 2_000), expected, "lateral plate")
+
+
+# Steps of any kernel
+
+
+def off_the_data(system, num_rows):
+    """A row model read at other visible values than those it is asked at."""
+    data = np.random.default_rng(5).normal(size=(num_rows, 2))
+    return read_model(system.model, (jnp.asarray(data) + 3.0,), {}, system.params), data
+
+
+def test_sweeps_end_at_the_posterior_given_the_values_at_hand():
+    """A sweep over units that are independent given v forgets where it began."""
+    system, num = oracles.grbm_system(), 4_000
+    row_model, v = off_the_data(system, 5)
+    refine, p = ebm.KernelRefinement(ebm.BlockGibbs), system.params
+    start = {"h": jnp.zeros((num, 5, np.size(p["c"])), int)}
+    refined = oracles.jit(lambda key: refine(key, row_model, p, {"v": jnp.asarray(v)}, start))
+    found = refined(jax.random.key(0))["h"]
+    assert found.dtype == start["h"].dtype
+    law = np.asarray(sigmoid(v @ p["W"] + p["c"]))
+    z = (np.mean(found, 0) - law) / np.sqrt(law * (1 - law) / num)
+    assert np.abs(z).max() < 4.0
+
+
+def rates(v, x):
+    """h ~ Gamma(2, 1.5), v | h ~ Exp(h x), with covariates x."""
+    with numpyro.plate("data", len(v)):
+        h = numpyro.sample("h", ebm.Lebesgue(support=constraints.positive))
+        v = numpyro.sample("v", ebm.Lebesgue(support=constraints.positive), obs=v)
+        ebm.energy("E", 1.5 * h - jnp.log(h) - jnp.log(h * x) + h * x * v)
+
+
+@pytest.mark.slow
+def test_steps_of_a_kernel_on_a_positive_latent_with_covariates():
+    """h | v ~ Gamma(3, 1.5 + x v), for 200 rows that each have a covariate."""
+    rng = np.random.default_rng(0)
+    v, x = rng.exponential(1.0, 200), rng.uniform(0.5, 2.0, 200)
+    row_model = read_model(rates, (jnp.ones(200), jnp.asarray(x)))
+    refine = ebm.KernelRefinement(partial(ebm.MALA, step_size=0.3), 60)
+    start = {"h": jnp.ones((100, 200))}
+    refined = oracles.jit(lambda key: refine(key, row_model, {}, {"v": jnp.asarray(v)}, start)["h"])
+    beta = 1.5 + x * v
+    z = np.mean((refined(jax.random.key(1)) * beta - 3.0) / np.sqrt(3.0), 0) * 10.0
+    assert np.abs(z).max() < 4.5 and abs(z.mean()) < 4 / np.sqrt(200)
+    assert 0.6 < np.mean(z**2) < 1.4
+
+
+@pytest.mark.slow
+def test_sweeps_take_the_bias_of_a_guide_away():
+    """VaGES with coins for a guide, whose score and gradient are those of the posterior after."""
+    system = oracles.grbm_system(num_rows=2)
+
+    def coins(data, **sizes):
+        with numpyro.plate("data", len(data)):
+            v = ebm.visible("v", data)
+            probs = 0.5 + 0 * v[:, :1] + jnp.zeros(np.size(system.params["c"]))
+            numpyro.sample("h", dist.Bernoulli(probs).to_event(1))
+
+    system = system._replace(guide=coins)
+    wrong, expected = estimates(ebm.VaGES(2), system, 2)
+    assert np.max(np.abs(z_scores(draws(wrong, jax.random.key(0), 1_000), expected))) > 10
+    refine = ebm.KernelRefinement(ebm.BlockGibbs, 1)
+    moved, _ = estimates(ebm.VaGES(2, refine=refine), system, 2)
+    assert_unbiased(draws(moved, jax.random.key(1), 4_000), expected, "refined")
+
+
+def signed(v):
+    with numpyro.plate("data", len(v)):
+        s = numpyro.sample("s", ebm.Counting())
+        h = numpyro.sample("h", ebm.Lebesgue())
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=v)
+        ebm.energy("E", 0.5 * h**2 + 0.5 * (v - (2 * s - 1) * h) ** 2)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_sums_latents_out_is_refused():
+    v = jnp.ones(2)
+    row_model = read_model(signed, (v,))
+    latent = {"s": jnp.zeros((2, 2), int), "h": jnp.zeros((2, 2))}
+    refine = ebm.KernelRefinement(partial(ebm.MALA, step_size=0.1))
+    with pytest.raises(ebm.ModelError, match=r"KernelRefinement: MALA sums.*\['s'\] out"):
+        refine(jax.random.key(0), row_model, {}, {"v": v}, latent)
+
+
+def test_a_kernel_itself_is_no_function_that_makes_one():
+    with pytest.raises(ebm.ModelError, match="KernelRefinement: `kernel` must be a function"):
+        ebm.KernelRefinement(ebm.BlockGibbs(oracles.grbm))
