@@ -15,10 +15,12 @@ from numpyro.infer import MCMC
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import fisher
 from numpyro_ebm.diagnostics.arviz.draws import _kernel_stats
-from numpyro_ebm.diagnostics.gap.posterior import _pareto_shapes
+from numpyro_ebm.diagnostics.gap.posterior import _fisher, _pareto_shapes
+from numpyro_ebm.diagnostics.gap.weights import weigh_particles
 from numpyro_ebm.diagnostics.stein import _signs
 from numpyro_ebm.log_normalizers import smc
 from numpyro_ebm.log_normalizers.options import Options
+from numpyro_ebm.model.reading import read_model
 
 KEY = jax.random.key(6)
 
@@ -54,8 +56,45 @@ def test_pareto_shapes_are_those_of_the_tails():
     shapes = np.array([0.2, 0.6, 0.9])
     found = np.asarray(_pareto_shapes(jnp.asarray(shapes * rng.exponential(size=(4_000, 3)))))
     np.testing.assert_allclose(found, shapes, atol=0.2)
-    few = np.asarray(_pareto_shapes(jnp.asarray(shapes * rng.exponential(size=(60, 3)))))
-    assert few.shape == (3,) and np.all(np.abs(few - shapes) < 0.6)
+
+
+def test_few_particles_tell_a_light_tail_from_a_heavy_one():
+    tails = jnp.asarray([0.1, 0.9] * np.random.default_rng(0).exponential(size=(80, 2)))
+    light, heavy = np.asarray(_pareto_shapes(tails))
+    assert abs(light - 0.1) < 0.4 and abs(heavy - 0.9) < 0.4 and light < heavy
+
+
+def test_the_error_of_a_gap_is_that_of_the_jackknife():
+    """Of log mean w - mean log w, (draws, rows); where log p̃ is known, of mean log w."""
+    rng = np.random.default_rng(1)
+    log_q, log_p = rng.normal(size=(2, 500, 3)) * [[[0.5]], [[0.8]]]
+    log_w = log_p - log_q
+    found = weigh_particles(jnp.asarray(log_p), jnp.asarray(log_q))
+    weights = np.exp(log_w)
+    parts = np.log((weights.sum(0) - weights) / 499) - (log_w.sum(0) - log_w) / 499
+    np.testing.assert_allclose(found.error, parts.std(0) * np.sqrt(499), rtol=0.02)
+    np.testing.assert_allclose(found.log_marginal, np.log(np.exp(log_w).mean(0)), rtol=1e-4)
+    known = weigh_particles(jnp.asarray(log_p), jnp.asarray(log_q), jnp.zeros(3))
+    np.testing.assert_allclose(known.error, log_w.std(0, ddof=1) / np.sqrt(500), rtol=1e-4)
+
+
+def test_the_fisher_gap_of_gaussians_by_hand():
+    """½ E (h/σ² - h)² of N(0, σ²) against a standard normal: ½ σ² (1/σ² - 1)² a coordinate."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue((2,)))
+            ebm.energy("E", 0.5 * jnp.sum(h**2, -1) + 0.5 * v**2)
+
+    row_model = read_model(model, (jnp.zeros(3),))
+    h = {"h": 0.7 * jax.random.normal(KEY, (2_000, 3, 2))}
+    log_q = lambda h: -0.5 * jnp.sum(h["h"] ** 2, -1) / 0.49  # noqa: E731
+    log_p = lambda h: -0.5 * jnp.sum(h["h"] ** 2, -1)  # noqa: E731
+    found, error = jax.jit(lambda h: _fisher(row_model, h, log_p, log_q))(h)
+    exact = 0.49 * (1 / 0.49 - 1) ** 2
+    np.testing.assert_allclose(found, exact, rtol=4 / np.sqrt(2_000))
+    np.testing.assert_allclose(error, exact / np.sqrt(2_000), rtol=0.1)  # half of a χ² of two
 
 
 def test_the_error_of_a_fisher_divergence_is_that_of_its_mean(monkeypatch):

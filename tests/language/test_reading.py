@@ -44,7 +44,7 @@ def test_whole_numbers_of_few_bits_do_not_overflow(dtype, base):
     def model(data):
         with numpyro.plate("data", len(data)):
             v = numpyro.sample("v", base(), obs=data)
-            ebm.energy("E", 1e-6 * (v + v) * v * v)
+            ebm.energy("E", 1e-6 * ((v + v) * v * v))
 
     found = read_model(model, (data,)).log_density({}, {})
     np.testing.assert_allclose(found, -2e-6 * data.astype(float) ** 3, rtol=1e-6)

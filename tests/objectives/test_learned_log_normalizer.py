@@ -24,6 +24,7 @@ from contrast_cases import (
 from jax.nn import softplus
 from numpyro.handlers import scale
 from oracles import jit
+from scipy import stats
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import FarNoiseWarning, ModelError
@@ -120,6 +121,21 @@ def test_the_error_of_log_z_is_honest(ratio, known):
     z = np.asarray(z)
     print(f"z: mean {z.mean():.3f}, standard deviation {z.std():.3f}")
     assert abs(z.mean()) < 0.35 and 0.83 < z.std() < 1.17
+
+
+def test_the_error_of_log_z_is_that_of_the_optimal_bridge():
+    """Var = 2 (1/A - 1) / n of as much noise as rows, A = ∫ 2 p q / (p + q) (Meng, Wong 1996)."""
+    num, x = 4_000, np.linspace(-15, 15, 4_001)
+    p, q = stats.norm.pdf(x, 0.5, 0.8), stats.norm.pdf(x, 0.0, 1.5)
+    overlap = np.trapezoid(2 * p * q / (p + q), x)
+    t = 1 / 0.64
+    params = {"t": t, "m": 0.5 * t, "log_normalizer": 0.5 * np.log(2 * np.pi / t) + 0.125 * t}
+    params = jax.tree.map(jnp.asarray, params)
+    data = 0.5 + 0.8 * jax.random.normal(KEY, (num,))
+    found = ebm.NCE(dist.Normal(0.0, 1.5)).log_normalizer(
+        jax.random.key(7), params, one_dimensional, None, data, parameters_known=True
+    )
+    np.testing.assert_allclose(found.mcse, np.sqrt(2 * (1 / overlap - 1) / num), rtol=0.1)
 
 
 def wide(data):

@@ -25,6 +25,7 @@ from divergence_cases import (
 from jax.nn import softplus
 from jax.scipy.special import logsumexp
 from oracles import assert_unbiased, binary_states, jit
+from scipy import stats
 
 import numpyro_ebm as ebm
 from numpyro_ebm.objectives.chain_weights import gradient_weights, read_log_normalizer, resampled
@@ -132,6 +133,23 @@ def test_weights_find_the_shares_of_modes_that_chains_do_not_leave():
             fit = svi.run(KEY, 2_000, jnp.asarray(data, jnp.float32), progress_bar=False)
         shares[is_weighted] = float(jax.nn.sigmoid(fit.params["odds"]))
     assert abs(shares[True] - 0.8) < 0.05 < 0.1 < abs(shares[False] - 0.8)
+
+
+def test_weights_are_those_of_the_density_over_where_the_chains_began():
+    """Before the parameters move and after, of chains that stay where they are."""
+    model, data = CASES["Gaussian, MALA"][:2]
+    objective, data = weighted(partial(ebm.MALA, step_size=1e-12)), jnp.asarray(data, jnp.float32)
+    start = arrays({"precision": 2.0 * np.eye(2), "mean": np.ones(2)})
+    after = arrays({"precision": np.array([[1.5, 0.3], [0.0, 2.0]]), "mean": np.array([0.2, 0.9])})
+    problem = objective.prepare(KEY, start, model, None, (data,), {})
+    state = objective.init_state(KEY, start, problem)
+    moved = objective.settle(KEY, start, after, problem, state)
+    v = np.asarray(state.position["v"])
+    log_q = stats.norm.logpdf(v, data.mean(0), data.std(0)).sum(-1)
+    for params, found in ((start, state), (after, moved)):
+        x = (v - params["mean"]) @ params["precision"].T
+        log_p = -0.5 * np.sum(x**2, -1) - np.sum(params["mean"])
+        np.testing.assert_allclose(found.log_weights, log_p - log_q, rtol=1e-3, atol=1e-3)
 
 
 def test_chains_are_resampled_among_those_of_their_population():

@@ -349,7 +349,9 @@ def test_figures_of_a_trace_are_those_by_hand():
     np.testing.assert_allclose(
         [found.accept_prob, found.step_size], [trace.accept_prob.mean(), 0.7]
     )
-    assert found.p_value < 4 * stats.chi2(3).sf(wald) + 1e-12 and not found.is_adequate
+    of_recoil = stats.chi2(1).sf((found.recoil / found.recoil_error) ** 2)
+    least = min(of_recoil, stats.chi2(3).sf(wald))
+    assert found.p_value == pytest.approx(4 * least, rel=1e-6, abs=0.0) and not found.is_adequate
 
 
 def test_widths_are_those_of_every_element():

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generalised posteriors, and the learning rates that calibrate them."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +28,10 @@ from posterior_cases import (
 from registry.objectives import OBJECTIVES
 
 import numpyro_ebm as ebm
-from numpyro_ebm.errors import (
-    ModelError,
-)
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.model.arguments import Arguments
+from numpyro_ebm.posteriors.calibrated import _at_same_data
+from numpyro_ebm.posteriors.calibration import _over_data_sets
 
 
 def linear_model(data):
@@ -279,3 +283,19 @@ def test_calibrated_intervals_cover_at_their_nominal_rate(x64):
         z = (0.3 - float(found.mean["theta"])) / float(found.standard_deviation["theta"])
         inside.append(abs(z) < scipy.stats.norm.ppf(0.95))
     assert 0.85 <= np.mean(inside) <= 0.95
+
+
+def test_simulated_data_sets_have_the_covariance_of_a_row():
+    """Of N(θ, 1): the gradient over all 25 rows varies by 1/25, that of one row by 1."""
+    values = 0.3 + jax.random.normal(KEY, (2_000, 25))
+    potential: Any = SimpleNamespace(
+        num_rows=25, loss_at=lambda x, key, values: 0.5 * jnp.mean((x[0] - values) ** 2)
+    )
+    found = _over_data_sets(potential, np.array([0.3]), KEY, values)
+    np.testing.assert_allclose(found, [[1.0]], rtol=4 * np.sqrt(2 / 2_000))
+
+
+def test_data_with_elements_missing_are_those_of_the_calibration():
+    data = np.array([1.0, np.nan, 3.0])
+    here, there = Arguments((data,), {}), Arguments((data.copy(),), {})
+    assert _at_same_data(here, there) and not _at_same_data(here, Arguments((2 * data,), {}))

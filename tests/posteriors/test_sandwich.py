@@ -18,8 +18,6 @@ from posterior_cases import KEY, ROWS, precision_model
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError, WidthWarning
-from numpyro_ebm.model.arguments import Arguments
-from numpyro_ebm.posteriors.calibrated import _at_same_data
 from numpyro_ebm.posteriors.sandwich import sandwich_map
 
 HEAVY = np.random.default_rng(3).standard_t(5, 400)
@@ -310,12 +308,6 @@ def test_the_trace_rule_and_its_cap(x64):
     assert capped.learning_rate == 1.0 < raw.learning_rate
 
 
-def test_data_with_elements_missing_are_those_of_the_calibration():
-    data = np.array([1.0, np.nan, 3.0])
-    here, there = Arguments((data,), {}), Arguments((data.copy(),), {})
-    assert _at_same_data(here, there) and not _at_same_data(here, Arguments((2 * data,), {}))
-
-
 def test_adjust_refuses():
     model = ebm.generalized(linear_model, ebm.ScoreMatching(), "calibrate")
     with pytest.raises(ModelError, match="there has been none"):
@@ -328,8 +320,9 @@ def test_adjust_refuses():
     ):
         with pytest.raises(ModelError, match=message):
             model.adjust(samples)
-    with pytest.raises(ModelError, match="other data than the draws"):
-        model.adjust({"theta": np.ones((5, 2))}, HEAVY + 1)
+    for args, kwargs in (((HEAVY + 1,), {}), ((), {"data": HEAVY + 1})):
+        with pytest.raises(ModelError, match="other data than the draws"):
+            model.adjust({"theta": np.ones((5, 2))}, *args, **kwargs)
     for options, message in (
         ({"groups": np.zeros(3)}, "names the group of each of the 400 rows"),
         ({"groups": np.arange(400) % 3}, "at least 4 for 2 parameters, and there are 3"),
