@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.program.compilation import is_traced
 
 __all__ = [
     "check_divides",
@@ -23,9 +24,15 @@ __all__ = [
     "everywhere",
     "leading_sharding",
     "on_axis",
+    "partitioned_by_compiler",
     "placed",
     "spread_draws",
 ]
+
+AUTOMATIC = (
+    "Make the mesh by `jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * "
+    "len(shape))`, or by `jax.sharding.Mesh`."
+)
 
 
 def leading_sharding(
@@ -38,7 +45,8 @@ def leading_sharding(
         says it. ``None``: as in the first array that is spread over several devices.
     :param trees: arrays to look for.
     :return: the sharding, or ``None`` for a single device.
-    :raises ModelError: if it is neither, or does not spread the leading axis.
+    :raises ModelError: if it is neither, or does not spread the leading axis; under a mesh with
+        explicit axes.
     """
     if sharding is None:
         found = (getattr(x, "sharding", None) for x in jax.tree.leaves(trees) if _is_whole(x))
@@ -46,6 +54,7 @@ def leading_sharding(
         sharding = next(spread, None)
         if sharding is None:
             return None
+    _check_mesh_in_use(owner)
     if isinstance(sharding, Mesh):
         return NamedSharding(_automatic(sharding), PartitionSpec(sharding.axis_names))
     if not isinstance(sharding, NamedSharding) or not sharding.spec or not sharding.spec[0]:
@@ -56,24 +65,53 @@ def leading_sharding(
     return NamedSharding(_automatic(sharding.mesh), PartitionSpec(sharding.spec[0]))
 
 
-def partitioned_by_compiler(tree: Any) -> Any:
+def partitioned_by_compiler(owner: str, tree: Any) -> Any:
     """The same arrays, those on a mesh with explicit axes on one that the compiler partitions.
 
     Axes of `jax.make_mesh` are explicit: JAX then asks for the sharding of every result that it
     does not follow from those of the operands, a gather of rows for one, which a model cannot say.
+
+    :param str owner: whose arguments they are, for the message.
+    :param tree: arrays.
+    :raises ModelError: if one of them is spread over such axes inside of `jit`, or under such a
+        mesh, where it cannot be placed anew.
     """
 
     def leaf(x):
-        sharding = getattr(x, "sharding", None) if _is_whole(x) else None
-        if not isinstance(sharding, NamedSharding) or _automatic(sharding.mesh) is sharding.mesh:
+        if not isinstance(x, jax.Array):
             return x
+        sharding = x.sharding if not_jax_tracer(x) else jax.typeof(x).sharding
+        if not isinstance(sharding, NamedSharding) or not _has_explicit_axes(sharding.mesh):
+            return x
+        if any(sharding.spec) and not _is_whole(x):
+            raise ModelError(
+                f"{owner}: an argument is spread over explicit axes of a mesh, and JAX asks a "
+                f"model for the sharding of every result then. {AUTOMATIC}"
+            )
+        if any(sharding.spec):
+            _check_mesh_in_use(owner)
+        elif is_traced() or _has_explicit_axes(jax.sharding.get_mesh()):
+            return x  # on all devices, as all else there
         return jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
 
     return jax.tree.map(leaf, tree)
 
 
+def _check_mesh_in_use(owner):
+    """Raise where all arrays that are made, keys too, have explicit axes."""
+    if not is_traced() and _has_explicit_axes(jax.sharding.get_mesh()):
+        raise ModelError(
+            f"{owner}: rows, chains or particles are spread over devices under a `jax.set_mesh` "
+            f"with explicit axes. Leave that out; a mesh in `sharding=` is enough. {AUTOMATIC}"
+        )
+
+
+def _has_explicit_axes(mesh):
+    return any(kind != AxisType.Auto for kind in mesh.axis_types)
+
+
 def _automatic(mesh):
-    if not isinstance(mesh, Mesh) or all(kind == AxisType.Auto for kind in mesh.axis_types):
+    if not isinstance(mesh, Mesh) or not _has_explicit_axes(mesh):
         return mesh
     return Mesh(mesh.devices, mesh.axis_names)
 

@@ -25,6 +25,7 @@ from numpyro_ebm.language.handlers import FIT_TEMPERATURE
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced
+from numpyro_ebm.program.devices import partitioned_by_compiler
 from numpyro_ebm.signatures import checked, explaining
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.compiled import CompiledRounds
@@ -183,7 +184,7 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: :class:`EnergySVIState`.
         """
-        args, kwargs = as_arrays(args, kwargs)
+        args, kwargs = _arguments("init", args, kwargs)
         state = self._init(rng_key, init_params, args, kwargs)
         if not self.loss.keeps:
             return state
@@ -226,7 +227,7 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: the next state and the loss of the energy, a mean over rows.
         """
-        args, kwargs = as_arrays(args, kwargs)
+        args, kwargs = _arguments("update", args, kwargs)
         return self._round().take(
             svi_state.step_key, svi_state, args, kwargs, forward_mode_differentiation
         )
@@ -264,7 +265,7 @@ class EnergySVI(SVI):
         :param kwargs: keyword arguments of model and guide.
         :return: scalar loss.
         """
-        args, kwargs = as_arrays(args, kwargs)
+        args, kwargs = _arguments("evaluate", args, kwargs)
         return self._round().evaluate(svi_state.step_key, svi_state, args, kwargs)
 
     @explaining
@@ -429,3 +430,8 @@ class EnergySVI(SVI):
             posterior=self._posterior,
             num_rows=num_rows if self.num_rows is None else self.num_rows,
         )
+
+
+def _arguments(method, args, kwargs):
+    """Arguments of one round, of any library and on any mesh."""
+    return partitioned_by_compiler(f"EnergySVI.{method}", as_arrays(args, kwargs))

@@ -83,7 +83,7 @@ class Run:
         if source is not None:
             args, kwargs = source.first(step, position)
         else:
-            args, kwargs = partitioned_by_compiler((args, kwargs))
+            args, kwargs = partitioned_by_compiler("EnergySVI.run", (args, kwargs))
         state = svi._begin(rng_key, init_state, init_params, args, kwargs)
         traced, key = svi._plan.traced, state.rng_key
         spread = leading_sharding("EnergySVI.run", sharding, args, kwargs)

@@ -41,7 +41,23 @@ def model(data=None, rows=1):
         ebm.energy("E", 0.5 * jnp.sum((v - 0.3) ** 2, -1) - hidden)
 
 
+def latent(data):
+    W = numpyro.param("W", lambda key: 0.1 * jax.random.normal(key, (D, 8)))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(event_shape=(D,)), obs=data)
+        h = numpyro.sample("h", ebm.Counting(2, event_shape=(8,)))
+        ebm.energy("E", 0.5 * jnp.sum((v - 0.3) ** 2, -1) - jnp.sum((v @ W) * h, -1))
+
+
+def guide(data):
+    A = numpyro.param("A", jnp.zeros((D, 8)))
+    with numpyro.plate("data", len(data)):
+        v = ebm.visible("v", data)
+        numpyro.sample("h", numpyro.distributions.Bernoulli(logits=v @ A).to_event(1))
+
+
 OBJECTIVES = {
+    "VaGES": lambda: ebm.DenoisingScoreMatching(0.2, ebm.VaGES(4)),
     "DSM": lambda: ebm.DenoisingScoreMatching(0.2),
     "PCD": lambda: ebm.ContrastiveDivergence(
         partial(ebm.ULA, step_size=3e-3), 2, persistent=True, reset_probability=0.1
@@ -54,8 +70,13 @@ def share(x):
     return x.addressable_shards[0].data.size / x.size
 
 
+def new(objective):
+    parts = (latent, guide) if objective == "VaGES" else (model, None)
+    return ebm.EnergySVI(*parts, optax.adam(1e-2), OBJECTIVES[objective]())
+
+
 def fit(objective, data, **options):
-    svi = ebm.EnergySVI(model, None, optax.adam(1e-2), OBJECTIVES[objective]())
+    svi = new(objective)
     fit = svi.run(jax.random.key(1), 30, data, progress_bar=False, **options)
     told = {"losses": np.asarray(fit.losses).tolist(), "W": float(jnp.sum(fit.params["W"] ** 2))}
     kept = fit.state.objective_state
@@ -90,4 +111,30 @@ if not where:
         jax.random.key(3), fixed, method="ais", num_particles=64, num_temperatures=50, sharding=MESH
     )
     found["log Z"] = float(log_z.value), float(log_z.mcse)
+    # Axes that ask a model for the sharding of every result.
+    explicit = jax.make_mesh((num_devices,), ("rows",))
+    spread = jax.device_put(ROWS, NamedSharding(explicit, PartitionSpec("rows")))
+    svi = new("DSM")
+    state = svi.init(jax.random.key(1), spread)
+    found["update"] = [float(svi.update(state, x)[1]) for x in (spread, ROWS)]
+
+    def under_mesh(**options):
+        with jax.set_mesh(explicit):
+            fit("DSM", spread, batch_size=32, **options)
+
+    def draw_under_mesh():
+        with jax.set_mesh(explicit):
+            ebm.sample(jax.random.key(2), fixed, 8, num_chains=8, kernel=ebm.MALA, sharding=MESH)
+
+    found["refused"] = []
+    for call in (
+        partial(jax.jit(svi.update), state, spread),
+        under_mesh,
+        partial(under_mesh, sharding=MESH),
+        draw_under_mesh,
+    ):
+        try:
+            call()
+        except ebm.ModelError as error:
+            found["refused"].append(str(error))
 print("FOUND", json.dumps(found))

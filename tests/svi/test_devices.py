@@ -42,7 +42,9 @@ def assert_close(found, expected, names):
 @pytest.mark.slow
 def test_eight_devices_and_two_processes_give_what_one_gives():
     one, eight = told(started(1)), told(started(8))
-    assert_close(eight, one, ["DSM", "PCD", "own", "stream", "all rows"])
+    assert_close(eight, one, ["DSM", "PCD", "VaGES", "own", "stream", "all rows"])
+    np.testing.assert_allclose(*eight["update"], rtol=2e-5)
+    assert ["explicit axes" in x for x in eight["refused"]] == [True] * 4
     assert eight["PCD"]["chains"] == eight["draws"]["share"] == 1 / 8
     np.testing.assert_allclose(
         eight["draws"]["values"], one["draws"]["values"], rtol=1e-4, atol=1e-5
