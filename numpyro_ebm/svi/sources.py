@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.inputs import is_iterator
+from numpyro_ebm.inputs import as_arrays, is_iterator
 from numpyro_ebm.svi.minibatch import Minibatches, Orders
 
 __all__ = ["IterableSource", "StoredRows", "find_source"]
@@ -282,7 +282,8 @@ class _Form(NamedTuple):
 
 def _on_host(batch):
     """A batch as a tuple of arguments, of arrays of NumPy."""
-    return jax.tree.map(_to_numpy, tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+    args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    return jax.tree.map(_to_numpy, as_arrays(args)[0])
 
 
 def _to_numpy(x):

@@ -101,6 +101,24 @@ def test_batches_of_an_iterable_are_those_of_update():
         )
 
 
+def test_batches_may_be_dicts_of_tensors():
+    """As those of tf.data are; and arrays whose elements are objects."""
+
+    def by_name(batch, *, shift=0.0):
+        model(batch["rows"], batch["group"], shift=shift)
+
+    batches = cut(32, DATA, GROUP)
+    one = svi(a_model=by_name)
+    ways = [
+        [{"rows": rows, "group": group} for rows, group in batches],
+        [{"rows": Tensor(rows), "group": Tensor(group)} for rows, group in batches],
+        [{"rows": rows, "group": group.astype(object)} for rows, group in batches],
+    ]
+    fits = [run(5, Loader(way), one=one) for way in ways]
+    for fit in fits[1:]:
+        assert_same(fit.losses, fits[0].losses)
+
+
 def svi_params(state):
     one = svi()
     one.init(jax.random.key(1), *cut(32, DATA, GROUP)[0])
@@ -166,7 +184,8 @@ def test_a_wrong_batch_ends_the_run_and_loses_nothing():
         r"float32\[32, 2\] and the first one was float32\[32, 3\]": batches[0][:, :2],
         r"float32\[40, 3\]": np.resize(DATA, (40, 3)),
         r"int64\[32, 3\]": batches[0].astype(np.int64),
-        "holds <U1 values": np.full((32, 3), "a"),
+        "holds text": np.full((32, 3), "a"),
+        "is a masked array": np.ma.masked_less(batches[1], 0.0),
     }
     for message, batch in wrong.items():
         source = iter([*batches, batches[0], batch, batches[1]])
@@ -174,7 +193,7 @@ def test_a_wrong_batch_ends_the_run_and_loses_nothing():
             fit = run(9, source)
         assert len(fit.losses) == 4 and caught[0].message.result.state is fit.state
         assert_same(fit.state, expected.state)
-    for batch in (nan, wrong["holds <U1 values"]):  # at the first one nothing was learned
+    for batch in (nan, wrong["holds text"]):  # at the first one nothing was learned
         with pytest.raises(ebm.ModelError):
             run(2, iter([batch, batches[0]]))
 
