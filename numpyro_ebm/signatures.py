@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ebm._compat import is_prng_key
+from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError, UnknownArgumentError
 
 __all__ = ["Checked", "checked", "explaining"]
@@ -51,7 +51,10 @@ def checked(function: Function) -> Function:
 
     @functools.wraps(function)
     def looking(*args, **kwargs):
-        result = explained(*args, **kwargs)
+        try:
+            result = explained(*args, **kwargs)
+        except jax.errors.ConcretizationTypeError as error:
+            raise ModelError(_which_is_traced(function, args, kwargs)) from error
         wrong = _find_wrong(function, args, kwargs)
         if wrong is not None:
             raise ModelError(wrong)
@@ -125,6 +128,16 @@ def _find_wrong(function, args, kwargs):
             order = f" Its arguments are {order[:4]}, in this order." if hint is RandomKey else ""
             return f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}.{order}"
     return None
+
+
+def _which_is_traced(function, args, kwargs):
+    """Which arguments `jit`, `vmap` or `grad` made unknown, where a value has to be known."""
+    given = inspect.signature(function).bind(*args, **kwargs).arguments.items()
+    traced = [name for name, x in given if isinstance(x, jax.Array) and not not_jax_tracer(x)]
+    return (
+        f"{type(args[0]).__name__}: one of the arguments {traced} decides what is computed, so "
+        "that its value has to be known; in `jit`, `vmap` or `grad` it is not. Pass a number."
+    )
 
 
 class RandomKey:

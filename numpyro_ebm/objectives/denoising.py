@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.arguments import check_own_argument
@@ -191,7 +192,8 @@ class MultiscaleDenoisingScoreMatching(Objective):
             check_positive("MultiscaleDenoisingScoreMatching", noise_scale=noise_scale)
         name = "MultiscaleDenoisingScoreMatching"
         check_positive(name, min_noise_scale=min_noise_scale, max_noise_scale=max_noise_scale)
-        if not min_noise_scale <= max_noise_scale:
+        levels = min_noise_scale, max_noise_scale
+        if all(map(not_jax_tracer, levels)) and not levels[0] <= levels[1]:
             raise ModelError(
                 "MultiscaleDenoisingScoreMatching: needs 0 < min_noise_scale <= max_noise_scale, "
                 f"got {min_noise_scale} and {max_noise_scale}."
