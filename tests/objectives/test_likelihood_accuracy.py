@@ -2,6 +2,7 @@
 """Accuracy of maximum likelihood by quadrature, what is said of it, and learning."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -231,3 +232,31 @@ def test_equal_rows_have_no_spread_but_for_rounding(value):
     data = jnp.full(3, value)
     loss = ebm.MaximumLikelihood().loss(KEY, {"loc": value}, gaussian, None, data)
     np.testing.assert_allclose(loss, 0.5 * np.log(2 * np.pi), atol=1e-3)
+
+
+def test_the_error_at_large_energies_is_that_of_the_energies(x64):
+    """No sum over states does better: exact weights of the rounded energies have the same error."""
+    v = np.array(np.meshgrid(*[[0.0, 1.0]] * 6)).reshape(6, -1).T
+    field = np.linspace(-0.8, 0.9, 6)
+
+    def at_level(level):
+        def bits(data):
+            theta = numpyro.param("theta", jnp.asarray(field, jnp.float32))
+            with numpyro.plate("data", len(data)):
+                x = numpyro.sample("v", ebm.Counting(2, event_shape=(6,)), obs=data)
+                ebm.energy("E", jnp.float32(level) - x.astype(jnp.float32) @ theta)
+
+        loss = partial(ebm.MaximumLikelihood().loss, KEY)
+        rows = jnp.zeros((3, 6), int)
+        found = jax.grad(lambda p: loss(p, bits, None, rows))({"theta": jnp.float32(field)})
+        energy = np.float32(level) - np.asarray(v, np.float32) @ field.astype(np.float32)
+        assert energy.dtype == np.float32
+        weight = np.exp(-(energy - energy.min()).astype(np.float64))
+        return np.asarray(found["theta"]), weight @ v / weight.sum()
+
+    exact = 1 / (1 + np.exp(-field.astype(np.float32).astype(np.float64)))
+    found, of_rounded = at_level(1e5)
+    assert np.abs(found - of_rounded).max() < 1e-6
+    assert 1e-4 < np.abs(of_rounded - exact).max() < 1e-2
+    found, _ = at_level(0.0)
+    assert np.abs(found - exact).max() < 1e-6
