@@ -126,8 +126,11 @@ def test_the_denoising_loss_of_a_gaussian_is_the_closed_form():
     exact = 1.5 * ((1 - 1.6 * scales**2) ** 2 + 1.6**2 * scales**2 * 0.49)
     assert np.all(np.abs(found.value - exact) < 4 * found.standard_error)
     assert np.all(found.standard_error < 0.08 * exact) and found.by_row.shape == (3, 400)
-    flat = denoising_loss(KEY, model, data, 1e-8, noise_scale=0.5)  # no score: D / 2
+    flat = denoising_loss(KEY, model, data, 1e-8, noise_scale=0.5, num_draws=3)  # no score: D / 2
     assert abs(flat.value - 1.5) < 4 * flat.standard_error and flat.value.shape == ()
+    for x in (found, flat):  # rows are independent, draws of one row are not
+        error = np.std(x.by_row, -1, ddof=1) / np.sqrt(400)
+        np.testing.assert_allclose(x.standard_error, error, rtol=1e-4)
 
 
 def test_the_denoising_loss_sums_latents_and_keeps_labels():

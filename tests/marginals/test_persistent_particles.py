@@ -19,6 +19,7 @@ from numpyro.infer import SVI
 from oracles import assert_unbiased
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.plan import BatchRows
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -133,6 +134,33 @@ def test_particles_of_a_positive_latent_follow_their_rows():
     beta = 1.5 + np.linspace(0.5, 2.0, 200) * np.asarray(v)
     z = (mean - 3.0 / beta) / (np.sqrt(3.0) / beta / np.sqrt(8 * 300 / 10))
     assert np.abs(z).max() < 5.0 and abs(z.mean()) < 0.3
+
+
+def test_the_score_is_of_other_particles_than_the_surrogate():
+    """Of four, two each, where second derivatives are taken; of all where they are not."""
+
+    def model(data):
+        scale = numpyro.param("scale", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * scale * (v - h) ** 2 + 0.5 * h**2)
+
+    v, h = jnp.array([0.3, -0.5, 1.0]), jax.random.normal(jax.random.key(2), (4, 3))
+    row_model = read_model(model, (v,))
+    marginal = ebm.PersistentParticles(partial(ebm.MALA, step_size=0.1), 4)
+    marginal._held = {"h": h}
+    params = {"scale": jnp.array(1.5)}
+    for order, of_score in ((1, h), (2, h[:2])):
+        point = {"v": v}
+        bound = marginal.bind(jax.random.key(0), row_model, None, params, point, order=order)
+        expected = -1.5 * (v - of_score.mean(0))
+        np.testing.assert_allclose(bound.score(point)["v"], expected, rtol=1e-5)
+    # The second derivative of the surrogate has the variance of the other two.
+    second = jax.grad(
+        lambda u: jnp.sum(jax.grad(lambda u: jnp.sum(bound.log_density(params, {"v": u})))(u))
+    )(v)
+    np.testing.assert_allclose(second, -1.5 + 1.5**2 * h[2:].var(0, ddof=1), rtol=1e-4)
 
 
 def runs_of(objective, data):

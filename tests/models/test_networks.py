@@ -98,6 +98,37 @@ def test_networks_are_their_layers_written_out(make, pooled):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_perceptron_is_its_layers_written_out():
+    network = mlp_network(KEY, (2, 3), widths=(5, 4), activation=jnp.tanh)
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    *hidden, last = [layer for layer in network.layers if isinstance(layer, eqx.nn.Linear)]
+    assert [layer.weight.shape for layer in hidden] == [(5, 6), (4, 5)]
+    h = x.ravel()
+    for layer in hidden:
+        h = np.tanh(layer.weight @ h + layer.bias)
+    expected = (last.weight @ h + last.bias)[0]
+    np.testing.assert_allclose(network(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (mlp_network, {"widths": (8, 30, 30)}),
+        (conv_network, {"channels": (4, 4, 4)}),
+        (residual_network, {"channels": (4, 4, 4), "num_blocks": 2}),
+    ],
+)
+def test_layers_have_weights_of_their_own(make, options):
+    """No two begin alike, nor with the same numbers at another scale."""
+    leaves = jax.tree.leaves(eqx.filter(make(KEY, (4, 8, 8), **options), eqx.is_array))
+    weights = [np.ravel(x) for x in leaves if x.ndim > 1 and np.any(x)]
+    assert len(weights) >= 4
+    for i, one in enumerate(weights):
+        for other in weights[:i]:
+            num = min(one.size, other.size)
+            assert abs(np.corrcoef(one[:num], other[:num])[0, 1]) < 4.5 / np.sqrt(num)
+
+
 @pytest.mark.parametrize("make", [mlp_network, conv_network, residual_network])
 def test_outputs_and_flat_rows(make):
     x = jax.random.normal(KEY, (5, 7))  # sides that cannot be halved

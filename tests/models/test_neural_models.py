@@ -2,6 +2,7 @@
 """Models made of networks, where a network is simple enough for a closed form."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from numpyro_ebm.models import (
     conditional_energy,
     deep_eblvm,
     deep_eblvm_guide,
+    grbm,
+    grbm_guide,
     jem,
     jem_logits,
     latent_prior,
@@ -190,6 +193,19 @@ def test_terms_of_models_with_covariates_and_decoders_are_as_written():
     of_rows = stats.norm(jax.vmap(decoder)(z), 0.4).logpdf(y).sum()
     expected = stats.norm.logpdf(z).sum() - float(jax.vmap(network)(z).sum()) + of_rows
     np.testing.assert_allclose(log_joint(model, y, z=z), expected, rtol=1e-5)
+
+
+def test_the_guide_of_a_grbm_contains_its_posterior():
+    W, c, v = RNG.normal(size=(2, 3)), RNG.normal(size=3), RNG.normal(size=(4, 2))
+    params = {"W": W, "c": c, "b": RNG.normal(size=2), "scale": np.array([0.7, 1.3])}
+    q = ebm.fixed(partial(grbm_guide, num_visible=2, num_hidden=3), {"A": W, "d": c})
+    model = ebm.fixed(partial(grbm, num_visible=2, num_hidden=3), params)
+    states = [np.tile(h, (4, 1)) for h in itertools.product((0, 1), repeat=3)]
+    found = [log_joint(seed(q, KEY), v, h=h) - log_joint(model, v, h=h) for h in states]
+    np.testing.assert_allclose(found, found[0], rtol=1e-4)  # log p(v), whatever h is
+    assert logsumexp([log_joint(seed(q, KEY), v[:1], h=h[:1]) for h in states]) == pytest.approx(
+        0.0, abs=1e-4
+    )
 
 
 def test_logits_of_a_jem_are_at_the_temperature_of_the_fit():

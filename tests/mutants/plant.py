@@ -117,7 +117,7 @@ def main(words: list[str]) -> int:
     FORKS.set_forkserver_preload(["scipy.stats", "numpyro.contrib.funsor", "arviz", "pytest"])
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        for name in ("numpyro_ebm", "tests", "benchmarks"):  # tests read some of these
+        for name in ("numpyro_ebm", "tests", "benchmarks", "docs"):  # tests read some of these
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", tree)
         tests = sorted({test for mutant in mutants for test in mutant.tests})

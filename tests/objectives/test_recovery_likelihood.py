@@ -13,6 +13,7 @@ import numpyro_ebm as ebm
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+KEY = jax.random.key(4)
 X = np.random.default_rng(0).normal(size=6)
 V = 0.8 * X + np.random.default_rng(1).normal(size=6)
 PARAMS = {"slope": np.array(0.1), "variance": np.array(0.4)}
@@ -172,6 +173,18 @@ def test_modes_far_apart_have_their_shares():
     right = np.asarray(v[:, 0] > 0)
     assert abs(right.mean() - share) < 0.08
     np.testing.assert_allclose(v[right].mean(0), 3.0, atol=0.1)
+
+
+def test_the_acceptance_of_the_chains_is_looked_at():
+    """Nearly all of tiny steps, next to none of huge ones, in the mean over steps and rows."""
+    for step_size, low, high in ((1e-4, 0.99, 1.0), (500.0, 0.0, 0.2)):
+        objective = ebm.RecoveryLikelihood(1.0, step_size=step_size, num_steps=5)
+        problem = objective.prepare(KEY, PARAMS, regression, None, (jnp.asarray(V),), {})
+        found = jax.jit(lambda key, x=objective, p=problem: x.statistics(key, PARAMS, p))(KEY)
+        assert low <= found <= high
+    with pytest.warns(ebm.ConvergenceWarning, match="accept"):
+        objective.review(found)
+    objective.review(jnp.array(0.5))
 
 
 @pytest.mark.slow

@@ -93,11 +93,15 @@ def test_both_phases_are_at_the_temperature(case):
 
 
 def test_the_penalty_is_of_the_energy_itself():
-    def loss(temperature, penalty):
-        objective = ebm.ContrastiveDivergence(Stay, energy_penalty=penalty, temperature=temperature)
+    def loss(energy, gradient):
+        objective = ebm.ContrastiveDivergence(
+            Stay, energy_penalty=energy, gradient_penalty=gradient, temperature=0.1
+        )
         return objective.loss(KEY, {"precision": 2.0}, gaussian, None, DATA)
 
-    np.testing.assert_allclose(loss(0.1, 0.5), np.mean(np.asarray(DATA) ** 4), rtol=1e-5)
+    data = np.asarray(DATA)
+    np.testing.assert_allclose(loss(0.5, 0.0), np.mean(data**4), rtol=1e-5)
+    np.testing.assert_allclose(loss(0.5, 0.25), np.mean(data**4 + 2 * data**2), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -161,6 +161,7 @@ def test_chains_are_resampled_among_those_of_their_population():
     assert np.mean(found["i"] % 4 == 1) > 0.9  # the heavy ones
     means = np.exp(log_weights).reshape(-1, 4)[16:].mean(1)
     np.testing.assert_allclose(weights[64:], np.repeat(np.log(means), 4), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient_weights(log_weights), jax.nn.softmax(log_weights[:64]))
     total = np.exp(log_weights[:64]).mean()
     np.testing.assert_allclose(weights[:64], np.log(total), rtol=1e-4, atol=1e-5)
 
