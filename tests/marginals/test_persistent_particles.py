@@ -192,6 +192,71 @@ def test_a_latent_prior_is_learned_with_chains_of_its_prior():
     np.testing.assert_allclose(found["w"], best["w"], atol=0.03)
 
 
+def ula_variance(precision, step_size):
+    """That of Langevin steps without a test on N(m, 1/λ): 1 / (λ (1 - ε λ / 2)); m is right."""
+    return 1 / (precision * (1 - step_size * precision / 2))
+
+
+def particle_gradient(params, x, step_size):
+    """∂_θ log p̃(x) as particles of unadjusted steps have it, in closed form."""
+    w = jnp.concatenate([jnp.ones(1), params["w"]])
+    precision = 1 + params["a"] + w @ w / NOISE**2
+    mean, variance = (
+        (params["b"] + x @ w / NOISE**2) / precision,
+        ula_variance(precision, step_size),
+    )
+    square = mean**2 + variance
+    in_w = (mean[:, None] * x - square[:, None] * w)[:, 1:] / NOISE**2
+    return {"a": -jnp.mean(square) / 2, "b": jnp.mean(mean), "w": jnp.mean(in_w, 0)}
+
+
+ULA_STEP = 0.1  # of a posterior of precision 11.6: its variance is 2.4 times what it should be
+
+
+@pytest.mark.slow
+def test_particle_gradient_descent_has_the_gradient_of_its_biased_posterior():
+    data, params = draw_data(50), truth()
+    particles = ebm.PersistentParticles(partial(ebm.ULA, step_size=ULA_STEP), 4, num_steps=5)
+    objective = ebm.ContrastiveDivergence(mala, 1, particles)
+
+    def read(problem):
+        def positive(params):
+            estimate = objective.estimate(KEY, params, problem)
+            return problem.row_model.mean(estimate.log_density(params, problem.unconstrained))
+
+        return jax.grad(positive)(params)
+
+    found = in_rounds(objective, latent_prior, params, data, 1_000, read)
+    expected = particle_gradient(params, data, ULA_STEP)
+    exact = jax.grad(lambda p: marginal_likelihood(p, data) + log_normalizer(p))(params)
+    for name, limit in particle_gradient(params, data, 1e-6).items():
+        np.testing.assert_allclose(limit, exact[name], atol=1e-4)
+    assert abs(expected["a"] - exact["a"]) > 0.04
+    for name, x in found.items():
+        x = np.asarray(x[200:], float).reshape(40, 20, -1).mean(1)
+        assert_unbiased(x, np.ravel(expected[name]), name)
+
+
+@pytest.mark.slow
+def test_particle_gradient_descent_ends_where_its_bias_says():
+    """Mean, variance and W at the root of the biased gradient, in closed form; no test anywhere."""
+    data, step = draw_data(1_000), 0.02
+    particles = ebm.PersistentParticles(partial(ebm.ULA, step_size=step), 2, num_steps=3)
+    objective = ebm.ContrastiveDivergence(prior_chains, 3, particles, persistent=True)
+    fit = runs_of(objective, data)(1_500, batch_size=100, ema=0.995)
+
+    def move(params, _):
+        gradient = particle_gradient(params, data, step)
+        negative = jax.grad(log_normalizer)(params)
+        return {k: x + 0.3 * (gradient[k] - negative[k]) for k, x in params.items()}, None
+
+    best, found = jax.jit(lambda p: jax.lax.scan(move, p, length=5_000)[0])(truth()), fit.ema_params
+    mean, variance = (lambda p: p["b"] / (1 + p["a"])), (lambda p: 1 / (1 + p["a"]))
+    np.testing.assert_allclose(mean(found), mean(best), atol=0.03)
+    np.testing.assert_allclose(variance(found), variance(best), rtol=0.15)
+    np.testing.assert_allclose(found["w"], best["w"], atol=0.03)
+
+
 @pytest.mark.slow
 def test_scores_take_one_half_of_the_particles():
     """Score matching of a model that GaussianLatents covers: the same gradient in the mean."""
