@@ -63,6 +63,8 @@ def main(num_rows=2_000, num_samples=2_000, seed=0, out="nonnegative_graph.png")
     gap = np.abs(draws["pairs"].mean(0) - exact.mean["pairs"]) / exact.standard_deviation["pairs"]
     print(f"learning rate {model.learning_rate:.3f}")
     print(f"NUTS and the closed form: means within {gap.max():.2f} posterior deviations")
+    error = np.abs(exact.mean["pairs"] - pairs) / exact.standard_deviation["pairs"]
+    print(f"pairs whose 90% interval holds the truth: {np.sum(error < 1.645)} of {len(pairs)}")
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     names = [f"{i}-{j}" for i, j in zip(ROWS, COLUMNS, strict=True)]
@@ -77,11 +79,12 @@ def main(num_rows=2_000, num_samples=2_000, seed=0, out="nonnegative_graph.png")
     axes[0].plot(at, pairs, "k_", ms=12, label="truth")
     axes[0].set_xticks(at, names, fontsize=7)
     axes[0].set(xlabel="pair", ylabel="Λ of the pair", title="Edges of a ring of six")
-    axes[0].legend(fontsize=8, loc="center right")
+    below = dict(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes[0].legend(ncols=3, **below)
     axes[1].plot(data[:, 0], data[:, 1], ".", ms=2, label="along an edge, 0-1")
     axes[1].plot(data[:, 0], data[:, 3], ".", ms=2, label="no edge, 0-3")
     axes[1].set(xlabel="v₀", title="Rows")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(ncols=2, markerscale=4, **below)
     fig.savefig(out, dpi=150)
     plt.close(fig)
     return truth, exact, draws
