@@ -49,7 +49,7 @@ def draw_base_measure(
         z = {k: jnp.asarray(model_trace[k]["value"]) for k in integrand.discrete}
         for name in integrand.real:
             value = jnp.asarray(model_trace[name]["value"])
-            z[name] = row_model.sites[name].transform.inv(value)
+            z[name] = row_model.sites[name].unconstrain_draw(value)
         return row_model.to_rows(z)
 
     keys = jax.random.split(rng_key, -(-num // row_model.num_rows))

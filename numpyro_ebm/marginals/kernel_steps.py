@@ -225,4 +225,4 @@ def draw_hidden(
     model = uncondition(substitute(row_model.model, data=row_model.plates), row_model.visible)
     drawn = substitute(seed(fixed(model, own), rng_key), data=values)
     sites = trace(drawn).get_trace(*row_model.args, **row_model.kwargs)
-    return {name: row_model.visible[name].transform.inv(sites[name]["value"]) for name in names}
+    return {name: row_model.visible[name].unconstrain_draw(sites[name]["value"]) for name in names}

@@ -77,7 +77,7 @@ class LangevinRefinement(Checked):
         algorithm = blackjax.mala if self.adjusted else langevin
 
         def refine_one(rng_key, latent):
-            unconstrained = {k: row_model.latent[k].transform.inv(h) for k, h in latent.items()}
+            unconstrained = {k: row_model.latent[k].unconstrain_draw(h) for k, h in latent.items()}
 
             def log_density(rows):
                 return row_model.unconstrained_log_density(

@@ -60,7 +60,7 @@ def unconstrained_values(
     if isinstance(row_model, PlainModel):
         return row_model.start(rng_key, init_strategy, init_params)
     values = _values_of_strategy(rng_key, row_model, init_strategy)
-    z = {name: site.transform.inv(values[name]) for name, site in row_model.visible.items()}
+    z = {name: site.unconstrain_draw(values[name]) for name, site in row_model.visible.items()}
     if init_params is None:
         return z
     unknown = sorted(set(init_params) - set(row_model.sites))

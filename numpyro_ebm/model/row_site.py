@@ -71,6 +71,24 @@ class RowSite(NamedTuple):
         """T in v = T(u); the identity for a discrete site, which has no other coordinates."""
         return biject_to(constraints.real if self.is_discrete else self.fn.support)
 
+    def unconstrain_draw(self, value: jax.Array) -> jax.Array:
+        """Coordinates T⁻¹(x) of values drawn here, of any leading axes.
+
+        A uniform draw is exactly the end of its interval, which has no coordinates, once in
+        some millions. The draw stands for all those that are rounded to it, and is taken between
+        the end and the next: eps of the way to T(0). Data are left as they are, see
+        :func:`coordinates`.
+        """
+        if self.is_unconstrained:
+            return value
+        transform, coordinates = self.transform, self.transform.inv(value)
+        if biject_to(scalar_support(self.fn.support)).domain.event_dim:  # as ordered or a simplex
+            return coordinates
+        within = transform(jnp.zeros_like(coordinates))
+        nearby = value + jnp.finfo(value.dtype).eps * (within - value)
+        nearby = jnp.where(nearby == value, jnp.nextafter(value, within), nearby)
+        return jnp.where(jnp.isfinite(coordinates), coordinates, transform.inv(nearby))
+
 
 def placeholder(site: dict[str, Any]) -> jax.Array | None:
     """A value on the support for a site that has none, so that a model can be traced."""

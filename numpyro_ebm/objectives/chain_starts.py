@@ -118,10 +118,7 @@ def draw_latent(
             values[name] = jnp.asarray(support, like.dtype)[index]
             density -= like.size / row_model.num_rows * jnp.log(len(support))
         density = jnp.full(row_model.num_rows, density)
-    u = {
-        name: x if row_model.latent[name].is_discrete else row_model.latent[name].transform.inv(x)
-        for name, x in values.items()
-    }
+    u = {name: row_model.latent[name].unconstrain_draw(x) for name, x in values.items()}
     return row_model.to_rows(u), density
 
 

@@ -147,7 +147,7 @@ class NegativePhase(Objective):
         def with_latents(rng_key, rows):
             u = row_model.from_rows(rows)
             draws = problem.marginal.draw_latent(rng_key, row_model, guide, params, u)
-            latent = {k: row_model.latent[k].transform.inv(x) for k, x in draws.items()}
+            latent = {k: row_model.latent[k].unconstrain_draw(x) for k, x in draws.items()}
             return rows | row_model.to_rows(latent)
 
         return over_chains(with_latents, rng_key, problem, visible)

@@ -46,4 +46,4 @@ def draw_summed_sites(
         ) from None
     moved, _ = row_model.constrain({name: position[name] for name in rest.visible})
     draws = marginal.draw(rng_key, rest, params, jax.tree.map(lambda x: x[None], moved), 1)
-    return {name: row_model.visible[name].transform.inv(draws[name][0]) for name in missing}
+    return {name: row_model.visible[name].unconstrain_draw(draws[name][0]) for name in missing}

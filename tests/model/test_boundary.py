@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data on the boundary of their support have no coordinates: refused, whoever asks for them."""
+"""Data on the boundary of their support have no coordinates: refused, whoever asks for them.
+
+Draws that are rounded to it have those of what they stand for.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from numpyro.handlers import mask
 import numpyro_ebm as ebm
 from numpyro_ebm.model.noise import Noise
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.model.row_site import RowSite
 
 KEY = jax.random.key(0)
 INSIDE = [[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]
@@ -151,3 +155,49 @@ def test_noise_that_rounds_to_an_end_is_drawn_anew_row_by_row():
     often = MassAtTheEnd(-1.0, 1.0)  # is no accident
     noise = Noise({"a": often.expand([2]).to_event(1), "b": dist.Normal()}, row_model)
     assert not np.isfinite(noise.draw(jax.random.key(0), {}, 20)["a"]).all()
+
+
+SUPPORTS = {
+    "unit interval": (constraints.unit_interval, [0.0, 1.0]),
+    "interval far from 0": (constraints.interval(3.0, 4.0), [3.0, 4.0]),
+    "interval about 0": (constraints.interval(-1.0, 1.0), [-1.0, 1.0]),
+    "positive": (constraints.positive, [0.0]),
+    "greater than": (constraints.greater_than(100.0), [100.0]),
+    "less than": (constraints.less_than(-7.0), [-7.0]),
+    "circle": (constraints.circular, [-np.pi, np.pi]),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_draws_at_the_end_of_their_support_are_taken_beside_it(name):
+    """By no more than rounding; what lies inside keeps its coordinates to the bit."""
+    support, ends = SUPPORTS[name]
+    fn = ebm.Lebesgue((3,), support=support)
+    site = RowSite("v", fn, jnp.zeros((2, 3)), ("rows", "v_dim_0"))
+    inside = site.transform(jnp.array([[-1.3, 0.2, 2.0], [0.1, 0.4, -0.6]]))
+    for end in np.float32(ends):
+        z = site.unconstrain_draw(inside.at[1, 2].set(end))
+        assert np.all(np.isfinite(z))
+        beside = abs(float(site.transform(z)[1, 2]) - end)
+        assert beside <= 4 * np.finfo(np.float32).eps * max(abs(end), 1)
+        np.testing.assert_array_equal(z[0], site.transform.inv(inside)[0])
+
+
+def rounded(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", EndOften(0.0, 1.0), obs=data)
+        ebm.energy("E", v)
+
+
+def test_base_measures_that_round_to_an_end_give_log_z():
+    """∫ exp(-v) over the unit interval is 1 - 1/e, and a hundredth of the draws is 0 beside it."""
+    found = ebm.log_normalizer(
+        KEY,
+        ebm.fixed(rounded, {}),
+        jnp.full(1, 0.5),
+        method="smc",
+        num_particles=200,
+        num_replicates=4,
+    )
+    exact = np.log(0.99 * (1 - np.exp(-1)) + 0.01)
+    assert abs(found.value - exact) < 4 * found.mcse + 0.01
