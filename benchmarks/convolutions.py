@@ -22,7 +22,7 @@ import optax
 from jax import lax
 
 import numpyro_ebm as ebm
-from numpyro_ebm.program import convolutions
+from numpyro_ebm.program import on_cpu
 
 SIDE, BATCH, SIGMA, CHAIN_STEPS, STEP_SIZE = 8, 128, 0.2, 10, 1e-3
 OPTIM = optax.adam(1e-3)
@@ -115,7 +115,7 @@ def main(num_steps, repeats):
     data, start = jax.random.uniform(key_data, (1_024, SIDE**2)), initial(key_start)
     for name, (loss, objective) in OBJECTIVES.items():
         ways = by_hand(loss, data, start, num_steps)
-        with mock.patch.object(convolutions, "_is_slow", lambda eqn: False):
+        with mock.patch.object(on_cpu, "is_slow", lambda eqn: False):
             ways["library, as written"] = by_library(objective, data, start, num_steps)
             ways["library, as written"]()  # compiled while it is so
         ways["library"] = by_library(objective, data, start, num_steps)

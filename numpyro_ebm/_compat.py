@@ -25,7 +25,9 @@ from blackjax.smc.resampling import systematic
 from blackjax.smc.solver import dichotomy
 from blackjax.util import generate_gaussian_noise, generate_unit_vector
 from jax.core import ShapedArray, Tracer, eval_jaxpr
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Literal, get_opaque_trace_state, jaxpr_as_fun
+from jax.extend.random import define_prng_impl, threefry_prng_impl
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.util import unconstrain_fn
 from numpyro.ops.provenance import eval_provenance, track_deps_jaxpr
@@ -47,6 +49,7 @@ __all__ = [
     "apply_stack",
     "build_sampling_algorithm",
     "build_schedule",
+    "define_prng_impl",
     "dichotomy",
     "dual_averaging_adaptation",
     "ess_solver",
@@ -68,7 +71,9 @@ __all__ = [
     "proposal",
     "psis_weights",
     "run_arguments",
+    "set_xla_metadata",
     "systematic",
+    "threefry_prng_impl",
     "trace_state",
     "track_deps_jaxpr",
     "trajectory_length",

@@ -222,6 +222,7 @@ MEMBERS = {
         "[MaximumL",
         "[Pseudo",
     ),
+    "test_programs_draw_the_same_bits": ("[keys]", "[a loop]"),
     "test_a_fit_traces_its_model_five_times_at_most": ("[all", "batches", "posterior]"),
     "test_a_chain_traces_its_model_four_times_at_most": ("[MALA]", "Replica", "Block"),
     "test_normalized_is_the_likelihood_under_the_same_handlers": ("both", "masked"),

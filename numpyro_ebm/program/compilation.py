@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm._compat import Tracer
-from numpyro_ebm.program.convolutions import eval_with_convolutions
+from numpyro_ebm.program.on_cpu import eval_on_cpu
 
 __all__ = ["compiled", "compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
 
@@ -109,7 +109,7 @@ def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable
 
     def program(constants, *args):
         leaves = jax.tree.leaves(args)
-        leaves = eval_with_convolutions(closed.jaxpr, constants, *leaves, in_loop=False)
+        leaves = eval_on_cpu(closed.jaxpr, constants, *leaves, in_loop=False)
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return program, closed.consts

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from numpyro_ebm._compat import eval_jaxpr
-from numpyro_ebm.program.convolutions import eval_with_convolutions
 from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
+from numpyro_ebm.program.on_cpu import eval_on_cpu
 
 __all__ = ["at", "scan_keys", "split_off_draws"]
 
@@ -73,11 +72,11 @@ def split_off_draws(
     structure = jax.tree.structure(shape)
 
     def draw(key):
-        return eval_jaxpr(first, closed.consts, key)
+        return eval_on_cpu(first, closed.consts, key, in_loop=False)
 
     def finish(draws, *args):
         leaves = (*draws, *jax.tree.leaves(args))
-        leaves = eval_with_convolutions(second, closed.consts, *leaves, in_loop=True)
+        leaves = eval_on_cpu(second, closed.consts, *leaves, in_loop=True)
         return jax.tree.unflatten(structure, leaves)
 
     return draw, finish, sum(_num_bytes(v.aval) for v in kept)

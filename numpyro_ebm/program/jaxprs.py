@@ -15,9 +15,11 @@ import numpy as np
 from numpyro_ebm._compat import ClosedJaxpr, Literal, is_dropped
 
 __all__ = [
+    "CALLS",
     "CUSTOM_RULES",
     "ELEMENTWISE",
     "JITS",
+    "LOOPS",
     "applied",
     "at_zero",
     "called",
@@ -36,7 +38,7 @@ __all__ = [
     "written_out",
 ]
 
-JITS = ("jit", "pjit")
+JITS, LOOPS = ("jit", "pjit"), ("scan", "while")
 
 CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", *CUSTOM_RULES}
