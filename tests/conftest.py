@@ -54,6 +54,7 @@ LONGEST = (
     "test_gallery_of_",
     "test_a_killed_run_loses_at_most_an_interval",
     "test_a_run_in_two_parts_is_one_run[",
+    "test_runs_of_a_process_that_was_killed_go_on",
     "test_annealed_ising_at_the_critical_point[",
     "test_annealed_mixture[smc",
     "test_mixed_sites[",

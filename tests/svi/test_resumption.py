@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective, from minibatches and from a stream: a run in two parts is one run."""
+"""Every objective, from minibatches and from a stream, ended or killed: two parts are one run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +16,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from registry.objectives import OBJECTIVES
+from registry.objectives import OBJECTIVES, Objective, mala
 
 import numpyro_ebm as ebm
 
@@ -16,6 +24,17 @@ pytest.importorskip("orbax.checkpoint")
 
 ROWS = np.random.default_rng(1).normal(0.2, 0.8, 48).astype(np.float32)
 BITS = np.random.default_rng(2).integers(0, 2, (48, 3))
+BATCH = 16
+SOURCES = "minibatches", "stream"
+
+chains = partial(ebm.ContrastiveDivergence, mala, 2, persistent=True)
+KEPT = {  # what an objective keeps in its state
+    "chains": Objective(chains),
+    "reset chains": Objective(partial(chains, reset_probability=0.2)),
+    "weighted chains": Objective(partial(chains, num_chains=64, weighted=True, initial="gaussian")),
+    "buffer": Objective(partial(chains, buffer=64)),
+}
+CELLS = OBJECTIVES | KEPT
 
 
 def real(data):
@@ -32,27 +51,73 @@ def bits(data):
         ebm.energy("E", -v @ field - coupling * jnp.sum(v[..., 1:] * v[..., :-1], -1))
 
 
+def runs(name):
+    """``run(source, num_steps, ...)`` of an objective; its rounds are compiled once a source."""
+    entry = CELLS[name]
+    model, rows = (real, ROWS) if entry.sites == "real" else (bits, BITS)
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    svi = {
+        source: ebm.EnergySVI(model, None, optax.adam(0.01), entry.make(None), num_rows=len(rows))
+        for source in SOURCES
+    }
+
+    def run(source, num_steps, **options):
+        data = (lambda: iter(batches)) if source == "stream" else rows
+        size = BATCH if source == "minibatches" else None
+        options |= {"batch_size": size, "progress_bar": False, "ema": 0.9}
+        return svi[source].run(jax.random.key(5), num_steps, data, **options)
+
+    return run
+
+
+def written(path):
+    return [int(x.name) for x in Path(path).iterdir() if x.name.isdigit()]
+
+
+def leave_behind(name, folder):
+    """Runs of six rounds that end, and then others that are all in the middle of one: SIGKILL."""
+    run = runs(name)
+    for source in SOURCES:
+        run(source, 6, checkpoint=Path(folder) / source / "ended")
+
+    def begin(source, *others):
+        path = Path(folder) / source / "killed"
+
+        def look(*told):
+            while not written(path):
+                time.sleep(0.01)
+            if others:
+                begin(*others)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        run(source, 11, checkpoint=ebm.Checkpoint(path, every=3), callback=look, every=7)
+
+    begin(*SOURCES)
+
+
+PROGRAM = "import sys; sys.path[:0] = sys.argv[3:]; import test_resumption as here; here."
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runs as short as these are not judged
-@pytest.mark.parametrize("source", ["minibatches", "stream"])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_run_in_two_parts_is_one_run(name, source, tmp_path):
-    entry = OBJECTIVES[name]
-    model, rows = (real, ROWS) if entry.sites == "real" else (bits, BITS)
-    batches = [rows[i : i + 16] for i in range(0, 48, 16)]
-
-    def run(num_steps, **options):
-        svi = ebm.EnergySVI(model, None, optax.adam(0.01), entry.make(None), num_rows=48)
-        if source == "stream":
-            data = lambda: iter(batches)  # noqa: E731
-        else:
-            data, options = rows, options | {"batch_size": 16}
-        return svi.run(jax.random.key(5), num_steps, data, progress_bar=False, ema=0.9, **options)
-
-    whole = run(11)
-    run(6, checkpoint=tmp_path)
-    parts = run(11, checkpoint=tmp_path)
-    assert jax.tree.structure(parts) == jax.tree.structure(whole)
-    for x, y in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        assert jnp.array_equal(x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact))
-    assert jnp.array_equal(parts.ema_params[min(parts.params)], whole.ema_params[min(whole.params)])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_run_in_two_parts_is_one_run(name, tmp_path):
+    here = Path(__file__).parent
+    code = PROGRAM + "leave_behind(*sys.argv[1:3])"
+    command = [sys.executable, "-c", code, name, str(tmp_path), str(here), str(here.parent)]
+    left = subprocess.run(command, capture_output=True, text=True)
+    assert left.returncode == -signal.SIGKILL, left.stderr
+    run = runs(name)
+    for source in SOURCES:
+        whole = run(source, 11)
+        for how in "ended", "killed":
+            path = tmp_path / source / how
+            assert 0 < max(written(path)) < 11
+            parts = run(source, 11, checkpoint=path)
+            assert jax.tree.structure(parts) == jax.tree.structure(whole)
+            both = [(*fit, fit.ema_params) for fit in (parts, whole)]
+            for x, y in zip(*map(jax.tree.leaves, both), strict=True):
+                assert x.dtype == y.dtype
+                is_number = jnp.issubdtype(x.dtype, jnp.inexact)
+                assert jnp.array_equal(x, y, equal_nan=is_number), (source, how)
+            print("CELL", name, source, how)
