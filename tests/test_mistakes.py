@@ -71,6 +71,8 @@ def test_numbers_of_other_libraries_are_taken_as_they_are(name):
     pytest.importorskip("pandas")
     found = ebm.log_likelihood(KEY, FIXED, data.CONVERTED[name](), log_normalizer=0.0)
     np.testing.assert_allclose(found, -0.5 * np.sum(np.asarray(X) ** 2, -1), rtol=1e-5)
+    found = ebm.models.grbm_log_likelihood(data.GRBM, data.CONVERTED[name]())
+    np.testing.assert_allclose(found, ebm.models.grbm_log_likelihood(data.GRBM, X), rtol=1e-5)
 
 
 def test_a_fixed_model_keeps_keyword_arguments():

@@ -19,6 +19,7 @@ from jax.nn import softplus
 from jax.scipy.special import logsumexp
 
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.language.distributions import Counting, Lebesgue
 from numpyro_ebm.language.primitives import energy, visible
 from numpyro_ebm.types import Params
@@ -131,7 +132,7 @@ def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
         + \sum_j \operatorname{softplus}\big(c_j + (W^\top v)_j\big) - \log Z
 
     :param dict params: ``W``, ``b``, ``c`` and ``scale``.
-    :param data: rows of shape (rows, num_visible).
+    :param data: rows of shape (rows, num_visible), an array or a data frame.
     :raises ModelError: as :func:`grbm_log_normalizer`.
 
     **Example**
@@ -148,5 +149,6 @@ def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
     -0.9189385...
     """
     W, b, c, scale = (params[name] for name in ("W", "b", "c", "scale"))
+    (data,), _ = as_arrays((data,))
     free = jnp.sum(softplus(c + data @ W), -1) - 0.5 * jnp.sum(((data - b) / scale) ** 2, -1)
     return free - grbm_log_normalizer(params)

@@ -241,7 +241,7 @@ class NCE(NoiseContrast):
         learned = {LOG_NORMALIZER}
         if not parameters_known:
             learned |= {name for name in read_once.row_model.parameters if name in params}
-        own = {name: jnp.asarray(params[name]) for name in sorted(learned)}
+        own = jax.tree.map(jnp.asarray, {name: params[name] for name in sorted(learned)})
         flat, unravel = ravel_pytree(own)
         if flat.size > MOST_PARAMETERS:
             raise ModelError(

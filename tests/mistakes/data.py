@@ -54,6 +54,7 @@ def started(data):
     return learner.update(learner.init(KEY, X), data)
 
 
+GRBM = {"W": jnp.eye(2), "b": jnp.zeros(2), "c": jnp.zeros(2), "scale": jnp.ones(2)}
 ENTRIES = {  # every door for data, with a table whose column is text
     "fit": lambda data: fit(data=data),
     "init": lambda data: svi().init(KEY, data),
@@ -75,6 +76,7 @@ ENTRIES = {  # every door for data, with a table whose column is text
     "an objective's loss": lambda data: ebm.ScoreMatching().loss(
         KEY, {"W": jnp.eye(2)}, plane, None, data
     ),
+    "grbm_log_likelihood": lambda data: ebm.models.grbm_log_likelihood(GRBM, data),
 }
 
 DATA = {

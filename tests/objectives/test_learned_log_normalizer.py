@@ -2,6 +2,7 @@
 """The log Z that noise contrast learns, its error, and noise that is far."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,20 @@ def test_log_normalizer_says_what_it_cannot_do():
     assert 0 < known.mcse < 1
     with pytest.raises(ModelError, match="lacks 'log_normalizer'"):
         objective.log_normalizer(KEY, {"w": jnp.zeros(2_001)}, wide, None, data)
+
+
+def of_a_tree(data):
+    p: Any = numpyro.param("p", {"t": jnp.array(1.2), "m": jnp.array(0.4)})
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * p["t"] * v**2 - p["m"] * v)
+
+
+def test_a_parameter_may_be_a_tree_as_that_of_a_network():
+    data, p = jax.random.normal(KEY, (50,)), {"t": jnp.array(1.2), "m": jnp.array(0.4)}
+    params = {"p": p, "log_normalizer": jnp.array(0.9)}
+    result = ebm.NCE(dist.Normal(0, 1.5)).log_normalizer(KEY, params, of_a_tree, None, data)
+    assert result.value == params["log_normalizer"] and 0 < result.mcse < 1
 
 
 @pytest.mark.slow
