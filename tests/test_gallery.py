@@ -104,3 +104,9 @@ def test_gallery_of_digits(tmp_path):
     pytest.importorskip("sklearn")
     wrong = run("inpainting", tmp_path, num_steps=500, num_hidden=32)
     assert wrong["machine"] < wrong["mean image"]
+
+
+@pytest.mark.slow
+def test_gallery_of_toys(tmp_path):
+    gap = run("toys", tmp_path, num_steps=300, objectives=("energy discrepancy", "NCE"))
+    assert all(-0.02 < value < 1.0 for value in gap.values())
