@@ -174,6 +174,17 @@ def test_rows_that_are_no_argument_cannot_be_repeated():
         run(ebm.Exchange(closed, exact_rows(N)), jnp.asarray(1 + TIMES), num=1)
 
 
+def test_a_plate_of_a_fixed_size_cannot_be_repeated():
+    def model(data, weights):
+        precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+        with numpyro.plate("data", N), handlers.scale(scale=weights):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * v**2)
+
+    with pytest.raises(ebm.ModelError, match=r"plate is not as long as its data, `len\(data\)`"):
+        run(ebm.Exchange(model, exact_rows(N)), X, jnp.asarray(1 + TIMES), num=1)
+
+
 def test_an_argument_as_long_as_the_rows_is_not_repeated_with_them():
     def model(data, weights, loadings):
         precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))

@@ -23,7 +23,7 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.program.constants import keep_known
 from numpyro_ebm.types import Model
 
-__all__ = ["CountedOnce", "check_repeated", "repeat_rows"]
+__all__ = ["NOT_THE_SAME", "CountedOnce", "check_repeated", "repeat_rows"]
 
 NUM_CHECKS = 2
 """Points at which the repeated rows are held against the rows themselves."""
@@ -31,6 +31,12 @@ NUM_CHECKS = 2
 REMEDY = (
     "Repeat the rows in the data themselves, `jnp.repeat(data, weights, axis=0)`; or take "
     "`normalized`, or `generalized` with `MaximumLikelihood`, which know log Z and take any weight."
+)
+
+NOT_THE_SAME = (
+    "Exchange: rows of weights above 1 are repeated among the arguments of the model, and the "
+    "model is not the same at these: its rows are no arguments, its plate is not as long as its data, "
+    f"`len(data)`, or another argument is as long as they are. {REMEDY}"
 )
 
 
@@ -114,8 +120,4 @@ def check_repeated(row_model: RowModel, repeated: RowModel, indices: np.ndarray)
         if not_jax_tracer(rows) and not_jax_tracer(again):
             same = same and np.allclose(np.asarray(rows)[indices], again, 1e-4, 1e-4)
     if not same:
-        raise ModelError(
-            "Exchange: rows of weights above 1 are repeated among the arguments of the model, and "
-            "the model is not the same at these: its rows are no arguments, or another argument "
-            f"is as long as they are. {REMEDY}"
-        )
+        raise ModelError(NOT_THE_SAME)

@@ -23,7 +23,12 @@ from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.obs_masks import RowsObserved
 from numpyro_ebm.model.priors import UnsetParams, prior_part, read_with_priors
 from numpyro_ebm.model.row_site import placeholder
-from numpyro_ebm.posteriors.exchange.repeat import CountedOnce, check_repeated, repeat_rows
+from numpyro_ebm.posteriors.exchange.repeat import (
+    NOT_THE_SAME,
+    CountedOnce,
+    check_repeated,
+    repeat_rows,
+)
 from numpyro_ebm.samplers.positions import flatten_sites, unflatten_sites
 from numpyro_ebm.types import Model, Params, SiteValues
 
@@ -198,7 +203,10 @@ class ExchangeTarget:
                 "weights above 1 (`handlers.scale`). Give the rows the weight 1."
             )
         indices, self.args, self.kwargs = found
-        self.row_model = read_with_priors(self.model, self.args, self.kwargs, "Exchange")
+        try:
+            self.row_model = read_with_priors(self.model, self.args, self.kwargs, "Exchange")
+        except ModelError as error:  # it was read at the rows themselves
+            raise ModelError(NOT_THE_SAME) from error
         check_repeated(row_model, self.row_model, indices)
 
     def _check(self, unset):
