@@ -35,8 +35,8 @@ REMEDY = (
 
 NOT_THE_SAME = (
     "Exchange: rows of weights above 1 are repeated among the arguments of the model, and the "
-    "model is not the same at these: its rows are no arguments, its plate is not as long as its data, "
-    f"`len(data)`, or another argument is as long as they are. {REMEDY}"
+    "model is not the same at these: its rows are no arguments, its plate is not as long as its "
+    f"data, `len(data)`, or another argument is as long as they are. {REMEDY}"
 )
 
 
