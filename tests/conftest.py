@@ -34,8 +34,9 @@ collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in proces
 LONGEST = (
     *(
         f"what_the_page_says[docs/{page}."
-        for page in ("conditional", "images", "latent_priors", "posteriors")
+        for page in ("conditional", "deep_latents", "images", "latent_priors", "posteriors")
     ),
+    "test_known_likelihoods.py::",
     "test_particle_gradient_descent_ends_where_its_bias_says",
     "test_chains_of_a_deep_machine_arrive_at_maximum_likelihood[",
     "test_the_error_and_the_baseline_of_a_frechet_distance",
