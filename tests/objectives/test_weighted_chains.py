@@ -141,9 +141,14 @@ def test_weights_are_those_of_the_density_over_where_the_chains_began():
     objective, data = weighted(partial(ebm.MALA, step_size=1e-12)), jnp.asarray(data, jnp.float32)
     start = arrays({"precision": 2.0 * np.eye(2), "mean": np.ones(2)})
     after = arrays({"precision": np.array([[1.5, 0.3], [0.0, 2.0]]), "mean": np.array([0.2, 0.9])})
-    problem = objective.prepare(KEY, start, model, None, (data,), {})
-    state = objective.init_state(KEY, start, problem)
-    moved = objective.settle(KEY, start, after, problem, state)
+
+    @jit
+    def both(data):
+        problem = objective.prepare(KEY, start, model, None, (data,), {})
+        state = objective.init_state(KEY, start, problem)
+        return state, objective.settle(KEY, start, after, problem, state)
+
+    state, moved = both(data)
     v = np.asarray(state.position["v"])
     log_q = stats.norm.logpdf(v, data.mean(0), data.std(0)).sum(-1)
     for params, found in ((start, state), (after, moved)):
