@@ -4,6 +4,7 @@
 Models of `numpyro_ebm.models`, each by its own recipe:
 
     mdsm          an energy that is told its noise, by multiscale denoising, drawn by annealing
+    recovery      such an energy by recovery likelihood, drawn level by level
     pcd           an energy by persistent contrastive divergence with a buffer
     jem           a joint energy model of images and labels, drawn class by class
     latent_prior  an energy of latents under a decoder, posterior particles kept for every row
@@ -205,6 +206,18 @@ def mdsm(keys, images, labels, num_rounds=6_000):
     return annealed(keys[2], model, fit.ema_params, noise_scales=LEVELS, **options), None
 
 
+def recovery(keys, images, labels, num_rounds=4_000):
+    model = told_of_noise(keys[0], (128, 128, 128))
+    walk = {"noise_argument": "sigma", "num_steps": 10, "step_size": 0.3}
+    levels = np.geomspace(3.0, 0.15, 7)  # six steps down
+    # Chains begin where those of a draw do, at the level above.
+    objective = ebm.RecoveryLikelihood(levels, initial="noised", **walk)
+    svi = ebm.EnergySVI(model, None, adam(num_rounds, 1e-3), objective)
+    fit = svi.run(keys[1], num_rounds, images, batch_size=128, ema=0.998)
+    options = {"noise_scales": levels, "recover": True, **walk}
+    return annealed(keys[2], model, fit.ema_params, **options), None
+
+
 def deep_eblvm(keys, images, labels, num_rounds=4_000, num_hidden=16):
     convolutions = partial(models.conv_network, shape=(8, 8), channels=(16, 32, 64))
     model = models.deep_eblvm(
@@ -240,7 +253,7 @@ def deep_eblvm(keys, images, labels, num_rounds=4_000, num_hidden=16):
     return draws, None
 
 
-METHODS = {f.__name__: f for f in (mdsm, pcd, jem, latent_prior, deep_eblvm)}
+METHODS = {f.__name__: f for f in (mdsm, recovery, pcd, jem, latent_prior, deep_eblvm)}
 
 
 def classifier(rng_key, images, labels, num_rounds=1_500):
