@@ -64,9 +64,7 @@ class KernelRefinement(Checked):
         The arguments are those of :class:`~numpyro_ebm.LangevinRefinement`.
         """
         sites, num = row_model.latent, len(next(iter(latent.values())))
-        start = {
-            k: x if sites[k].is_discrete else sites[k].transform.inv(x) for k, x in latent.items()
-        }
+        start = {name: sites[name].unconstrain_draw(x) for name, x in latent.items()}
 
         def refine_one(key, start):
             return move_latents(

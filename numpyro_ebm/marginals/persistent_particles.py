@@ -6,11 +6,11 @@ r"""Persistent particles: draws of the latent sites of every row, kept from roun
 
 where K leaves the posterior p(h | v; θ) invariant. The particles of a row are Markov chains that go
 on from where the row was met last, so that no guide has to know the posterior: they follow it as
-long as θ moves slowly against them. With unadjusted Langevin steps (``ULA``) it is particle gradient
-descent, whose particles are of a law that is off by O(ε): where the posterior is Gaussian with
-precision λ their mean is right, and their variance 1/(λ (1 - ελ/2)). With prior chains of the same
-kind beside it, it is the interacting particle algorithm for latent-space priors, up to the noise
-that this adds to θ.
+long as θ moves slowly against them. With unadjusted Langevin steps (``ULA``) it is particle
+gradient descent, whose particles are of a law that is off by O(ε): where the posterior is Gaussian
+with precision λ their mean is right, and their variance 1/(λ (1 - ελ/2)). With prior chains of the
+same kind beside it, it is the interacting particle algorithm for latent-space priors, up to the
+noise that this adds to θ.
 
 Reference: Kuntz, Lim, Johansen, *Particle algorithms for maximum likelihood training of latent
 variable models*, AISTATS 2023; Marks, Wang, Akyildiz, *Learning latent energy-based models via
