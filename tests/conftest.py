@@ -37,6 +37,7 @@ LONGEST = (
         for page in ("conditional", "deep_latents", "images", "latent_priors", "posteriors")
     ),
     "test_known_likelihoods.py::",
+    "test_chains_and_parameters_go_on_while_steps_fall",
     "test_particle_gradient_descent_ends_where_its_bias_says",
     "test_chains_of_a_deep_machine_arrive_at_maximum_likelihood[",
     "test_the_error_and_the_baseline_of_a_frechet_distance",
