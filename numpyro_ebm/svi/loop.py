@@ -178,7 +178,8 @@ def run_chunks(
                     new, chunk_losses, taken, _ = take_chunk(state, now, True)
                 taken = int(taken)
                 seconds = time.perf_counter() - start
-                found = np.asarray(chunk_losses)[: min(taken + 1, now)]
+                # A copy: a view would keep the losses of a whole chunk for those of a round.
+                found = np.array(np.asarray(chunk_losses)[: min(taken + 1, now)])
                 state, done = new, done + taken
                 losses.append(found)
                 why = Why.NOT_FINITE if taken < now else Why.DONE
