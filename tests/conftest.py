@@ -78,6 +78,7 @@ LONGEST = (
     "test_divergent_integrals_are_found[out of",
     "test_edges_of_the_graph",
     "test_eight_devices_and_two_processes",
+    "test_collectives_of_a_round_on_eight_devices",
     "test_error_bars_cover_at_their_nominal_rate",
     "test_every_support_and_kernel_with_defaults",
     "test_figures_of_draws_stand_beside_those_of_data",

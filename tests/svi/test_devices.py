@@ -87,3 +87,23 @@ def test_shardings_that_cannot_be():
         check_divides("sample", NamedSharding(eight, spec), chains=16)
         with pytest.raises(ebm.ModelError, match=f"18 chains .* multiple of {parts}"):
             check_divides("sample", NamedSharding(eight, spec), chains=18)
+
+
+@pytest.mark.slow
+def test_collectives_of_a_round_on_eight_devices():
+    """A device has an eighth of rows and chains, and of the work; gradients are what is sent."""
+    script = Path(__file__).parents[2] / "benchmarks" / "devices.py"
+    sizes = 512, 16, 8, 64
+    _, num_visible, num_hidden, batch = sizes
+    command = [sys.executable, str(script), "--devices", "1", "8", "--json", "--sizes"]
+    told = subprocess.run([*command, *map(str, sizes)], check=True, capture_output=True, text=True)
+    found = json.loads(told.stdout)
+    num_parameters = num_visible * num_hidden + num_visible
+    for of_number in found.values():
+        one, eight = of_number["1"], of_number["8"]
+        np.testing.assert_allclose(eight["losses"], one["losses"], rtol=2e-5, atol=2e-5)
+        assert not one["run"] and not one["update"]
+        assert eight["share"] == 1 / 8 and eight["flops"] < one["flops"] / 4
+        sent = sum(size for _, size in eight["update"])
+        assert 4 * num_parameters <= sent < 4 * (8 * num_parameters + 4 * batch * num_visible)
+    assert [name for name, _ in found["DSM"]["8"]["update"]] == ["all-reduce"]
