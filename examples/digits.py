@@ -26,6 +26,7 @@ repository (CC BY 4.0), as scikit-learn ships them.
 import argparse
 import time
 from functools import partial
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -298,7 +299,27 @@ def picture(draws, train, copies, out, by_class):
     fig.savefig(out, dpi=100)
 
 
-def main(method="pcd", num_rounds=None, seed=1, out="digits.png", num_report_rounds=1_500):
+def sheet(seed, draws, classes, out, num=50):
+    """Numbered draws in random order, for a reader; the classes go to a text file beside it."""
+    order = np.random.default_rng(seed).permutation(len(draws))[:num]
+    fig, axes = plt.subplots(num // 10, 10, figsize=(14, 0.16 * num), layout="constrained")
+    for i, (ax, row) in enumerate(zip(axes.flat, order, strict=True)):
+        image = jnp.clip(draws[row], -1, 1).reshape(8, 8)
+        ax.imshow(image, cmap="gray", interpolation="bicubic")
+        ax.set_title(str(i), fontsize=8)
+        ax.axis("off")
+    fig.savefig(out, dpi=80)
+    np.savetxt(Path(out).with_suffix(".txt"), np.asarray(classes)[order], fmt="%d")
+
+
+def main(
+    method="pcd",
+    num_rounds=None,
+    seed=1,
+    out="digits.png",
+    num_report_rounds=1_500,
+    unlabelled=None,
+):
     train, held_out = load()
     keys = jax.random.split(jax.random.key(seed), 7)
     start = time.perf_counter()
@@ -312,6 +333,8 @@ def main(method="pcd", num_rounds=None, seed=1, out="digits.png", num_report_rou
         rows = [np.flatnonzero(np.asarray(classes) == k) for k in range(10)]
         rows = [np.resize(i, 10) if len(i) else np.zeros(10, int) for i in rows]
         shown = draws[np.stack(rows, 1).ravel()]
+    if unlabelled:
+        sheet(seed, draws, classes, unlabelled)
     copies = nearest_rows(shown, train[0])
     picture(jnp.clip(shown, -1, 1), train, copies, out, classes is not None)
     print(f"{method}: {minutes:.1f} minutes")
@@ -326,5 +349,8 @@ if __name__ == "__main__":
     parser.add_argument("--num-rounds", type=int, default=None)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="digits.png")
+    parser.add_argument("--unlabelled", help="of jem: a sheet of draws to be named by a reader")
     args = parser.parse_args()
-    main(args.method, args.num_rounds, args.seed, args.out)
+    if args.unlabelled and args.method != "jem":
+        parser.error("--unlabelled needs draws that have classes, those of jem")
+    main(args.method, args.num_rounds, args.seed, args.out, unlabelled=args.unlabelled)
