@@ -73,8 +73,10 @@ def emulate_log_normalizer(
 ) -> EmulatedLogNormalizer:
     r"""Interpolate log Z(θ) from estimates at a design of parameters.
 
-    A Gaussian process on top of a quadratic, in unconstrained coordinates, weighs every estimate by
-    its error; between and beyond the design its own standard error grows.
+    A Gaussian process on top of a polynomial, in unconstrained coordinates, weighs every estimate
+    by its error; between and beyond the design its own standard error grows. Of a design of few
+    points it is a rough one: over an Ising model with 16, errors are 1.6 times as large as claimed
+    inside, and 2.8 times half a spread of the design beyond (root mean squares).
     ``normalized(model, emulated)`` evaluates it once for each step of a sampler, and records the
     standard error of the log-likelihood at every draw as ``log_normalizer_error``, in nats: where
     that is no small part of one, the posterior is not to be trusted.

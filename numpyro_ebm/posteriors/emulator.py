@@ -3,12 +3,20 @@ r"""A function interpolated from noisy values at scattered points, with its erro
 
 .. math:: f(x) = b(x)^\top c + g(x), \qquad g \sim GP\big(0, a^2 e^{-\frac12 \|(x - x')/ℓ\|^2}\big)
 
-with b all monomials to the second degree, flat in c, and amplitude a and length-scales ℓ of maximal
-marginal likelihood. The fit is made once, in double precision on the host; predictions are JAX.
+with b all monomials to the fourth degree, and amplitude a and length-scales ℓ of maximal marginal
+likelihood. The prior of c is flat to the second degree; those of x^α beyond have the variances of
+a smooth function with the spread s of the values,
+
+.. math:: \mathrm{var}\, c_α = s^2 / (λ^{2 |α|} α!), \qquad λ^2 = 2.25\, D
+
+Noisy values in the middle cannot tell such terms from none, and from them comes the error beyond
+the design. The fit is made once, in double precision on the host; predictions are JAX.
 
 Reference: Rasmussen, Williams, *Gaussian processes for machine learning*, 2006, sections 2.7, 5.4.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,6 +29,12 @@ __all__ = ["Emulator", "fit_emulator"]
 FLOOR = 1e-3
 """Least standard deviation of the noise, in units of the residual spread of the quadratic fit, at
 which interpolation is accurate in single precision."""
+
+
+DEGREE = 4
+SQUARED_LENGTH = 2.25
+"""λ² a coordinate, in units of the variance of the design. With half as much the errors of
+tests/posteriors/test_emulated.py stay as they are."""
 
 
 class Emulator(NamedTuple):
@@ -91,8 +105,9 @@ def fit_emulator(points: ArrayLike, values: ArrayLike, errors: ArrayLike) -> Emu
     center, scale = points.mean(0), points.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     x = (points - center) / scale
-    basis = _monomials(x, np)
-    left_over = values - basis @ np.linalg.lstsq(basis, values, rcond=None)[0]
+    basis, precisions = _monomials(x, np), _precisions(size, max(values.std(), 1e-9))
+    flat = basis[:, precisions == 0]
+    left_over = values - flat @ np.linalg.lstsq(flat, values, rcond=None)[0]
     spread = max(left_over.std(), 1e-9 * (1 + np.abs(values).max()))
     noise = np.maximum(np.asarray(errors, float), FLOOR * spread) ** 2
     gaps = x[:, None] - x
@@ -106,7 +121,7 @@ def fit_emulator(points: ArrayLike, values: ArrayLike, errors: ArrayLike) -> Emu
         white_basis, white_values = (
             scipy.linalg.solve_triangular(lower, y, lower=True) for y in (basis, values)
         )
-        gram = np.linalg.cholesky(white_basis.T @ white_basis)
+        gram = np.linalg.cholesky(white_basis.T @ white_basis + np.diag(precisions))
         coefficients = scipy.linalg.cho_solve((gram, True), white_basis.T @ white_values)
         rest = white_values - white_basis @ coefficients
         return lower, white_basis, gram, coefficients, rest
@@ -116,11 +131,11 @@ def fit_emulator(points: ArrayLike, values: ArrayLike, errors: ArrayLike) -> Emu
         # the extent of the design.
         penalty = np.sum(((parameters - start) / 2.0) ** 2) / 2
         try:
-            lower, _, gram, _, rest = solved(parameters)
+            lower, _, gram, coefficients, rest = solved(parameters)
         except np.linalg.LinAlgError:
             return np.inf
         determinants = np.sum(np.log(np.diag(lower))) + np.sum(np.log(np.diag(gram)))
-        return 0.5 * rest @ rest + determinants + penalty
+        return 0.5 * (rest @ rest + precisions @ coefficients**2) + determinants + penalty
 
     start = np.log(np.array([spread, *np.ones(size)]))
     found = minimize(negative_evidence, start, method="Nelder-Mead")
@@ -139,7 +154,26 @@ def fit_emulator(points: ArrayLike, values: ArrayLike, errors: ArrayLike) -> Emu
     return Emulator(*(jnp.asarray(a, jnp.result_type(float)) for a in arrays))
 
 
+def _powers(size):
+    """Which coordinates are multiplied in each monomial, with repetition, by degree."""
+    return [
+        np.array(list(itertools.combinations_with_replacement(range(size), degree)), int)
+        for degree in range(DEGREE + 1)
+    ]
+
+
 def _monomials(x, xp):
-    size = x.shape[1]
-    rows, columns = np.triu_indices(size)
-    return xp.concatenate([xp.ones((len(x), 1)), x, x[:, rows] * x[:, columns]], 1)
+    """All monomials of points, (K, monomials)."""
+    return xp.concatenate([xp.prod(x[:, powers], -1) for powers in _powers(x.shape[1])], 1)
+
+
+def _precisions(size, spread):
+    """Of the priors of the coefficients: 0 to the second degree."""
+    found = []
+    for degree, all_powers in enumerate(_powers(size)):
+        for powers in all_powers:
+            orders = np.unique(powers, return_counts=True)[1]
+            factorials = math.prod(math.factorial(n) for n in orders)
+            scale = (SQUARED_LENGTH * size) ** degree * factorials
+            found.append(scale / spread**2 if degree > 2 else 0.0)
+    return np.array(found)
