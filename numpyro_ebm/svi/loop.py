@@ -128,6 +128,26 @@ class Look(NamedTuple):
     seconds: float | None = None
 
 
+class _Losses:
+    """The losses so far, in an array that is doubled when it is full: views of it never change."""
+
+    def __init__(self, before: np.ndarray | None):
+        self._held, self._number = np.empty(0, jnp.result_type(float)), 0
+        self.add(self._held if before is None else before)
+
+    def add(self, found: np.ndarray) -> None:
+        end = self._number + len(found)
+        if end > len(self._held):
+            held = np.empty(max(end, 2 * self._number), self._held.dtype)
+            held[: self._number] = self.so_far()
+            self._held = held
+        self._held[self._number : end] = found
+        self._number = end
+
+    def so_far(self) -> np.ndarray:
+        return self._held[: self._number]
+
+
 def run_chunks(
     take_chunk: Callable[..., Any],
     ready: Callable[[EnergySVIState], int],
@@ -158,8 +178,8 @@ def run_chunks(
     :return: the last finite state, the losses (with that of the round that was not finite, if there
         is one), the length for another chunk, and why the run ended.
     """
-    losses, why = [np.zeros(0) if before is None else before], Why.DONE
-    done = len(losses[0])
+    losses, why = _Losses(before), Why.DONE
+    done = len(losses.so_far())
     last = [(done - done % (look.rounds or 1), time.perf_counter()) for look in looks]
     with tqdm(total=num_steps, initial=done, disable=not progress_bar) as bar:
         try:
@@ -178,10 +198,9 @@ def run_chunks(
                     new, chunk_losses, taken, _ = take_chunk(state, now, True)
                 taken = int(taken)
                 seconds = time.perf_counter() - start
-                # A copy: a view would keep the losses of a whole chunk for those of a round.
-                found = np.array(np.asarray(chunk_losses)[: min(taken + 1, now)])
+                found = np.asarray(chunk_losses)[: min(taken + 1, now)]
                 state, done = new, done + taken
-                losses.append(found)
+                losses.add(found)
                 why = Why.NOT_FINITE if taken < now else Why.DONE
                 bar.update(taken)
                 if progress_bar:
@@ -191,11 +210,11 @@ def run_chunks(
                 for i, look in enumerate(looks if why is not Why.NOT_FINITE else ()):
                     if _is_due(look, done, *last[i]):
                         last[i] = done, time.perf_counter()
-                        if look.call(state, np.concatenate(losses)):
+                        if look.call(state, losses.so_far()):
                             why = Why.CALLBACK
         except KeyboardInterrupt:
             why = Why.INTERRUPTED
-    return state, np.concatenate(losses), length, why
+    return state, losses.so_far().copy(), length, why
 
 
 def _is_due(look, done, told, then):

@@ -187,7 +187,7 @@ def _with_losses_since(callback, every, done):
 
     def call(state, losses):
         nonlocal told
-        since, told = losses[told:], len(losses)
+        since, told = losses[told:].copy(), len(losses)
         return callback(int(state.step), state, since)
 
     return call

@@ -38,6 +38,7 @@ def test_a_callback_sees_every_loss_once_and_changes_nothing():
     assert all(int(state.step) == step for step, state, _ in seen)
     np.testing.assert_array_equal(np.concatenate([x for _, _, x in seen]), plain.losses[:40])
     np.testing.assert_array_equal(fit.losses, plain.losses)
+    assert all(x.base is None for _, _, x in seen)  # one that is kept holds nothing else
     # A run that goes on counts from the first round of all.
     more, later = svi(), []
     first = more.run(jax.random.key(1), 20, DATA, progress_bar=False)
