@@ -17,6 +17,7 @@ def example(request, tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     if request.param[0] == "digits":
         pytest.importorskip("sklearn")
+    if request.param[0] in ("digits", "pen_digits"):
         pytest.importorskip("equinox")
     name, options = request.param
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -79,3 +80,10 @@ def test_figures_of_draws_stand_beside_those_of_data(example):
     assert example["sure"] < 0.3 < 0.7 < example["sure, data"]
     assert example["Fréchet"] - example["its baseline"] > 10 * example["its error"]
     assert example["MMD p-value"] < 0.01 and example["nearer than held-out"] < 0.2
+
+
+@pytest.mark.slow
+@run("pen_digits", num_rounds=5, num_images=400, num_draws=50)
+def test_simulated_digits_are_named_and_noise_is_not(example):
+    assert example["sure"] + 0.2 < example["sure, new images"] > 0.6
+    assert example["nearer than new images"] < 0.1
