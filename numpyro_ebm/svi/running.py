@@ -96,7 +96,9 @@ class Run:
             )
         else:
             left = num_steps - len(self._before)
-            self._batches = StreamedBatches(source, args, kwargs, key, step, left, traced, spread)
+            self._batches = StreamedBatches(
+                source, args, kwargs, key, step, left, traced, svi.static_kwargs, spread
+            )
         state = self._complete(state, init_state, options["ema"])
         if spread is not None:  # what the objective keeps lies as the rows do
             own, rows = state.objective_state, state.marginal_state

@@ -55,6 +55,7 @@ class StreamedBatches:
     :param int step: rounds that were taken before.
     :param int num_steps: rounds of the run: no more batches are read.
     :param TracedModel traced: the model at the first batch.
+    :param dict static_kwargs: arguments that the model has besides, whatever the batch.
     :param sharding: how the rows of a batch are spread over devices, or ``None``.
     """
 
@@ -67,12 +68,13 @@ class StreamedBatches:
         step: int,
         num_steps: int,
         traced: TracedModel,
+        static_kwargs: dict[str, Any],
         sharding: NamedSharding | None = None,
     ):
         plan = source.minibatches(args, kwargs)
         self.minibatches = plan._replace(sharding=sharding)
         check_divides("EnergySVI.run", sharding, **{"rows of a batch": plan.batch_size})
-        self._source, self._unread = source, num_steps
+        self._source, self._unread, self._static_kwargs = source, num_steps, static_kwargs
         leaves = zip(self.minibatches.kinds, jax.tree.leaves((args, kwargs)), strict=True)
         self._leaves = [(kind, x) for kind, x in leaves if kind != "static"]
         first = [np.asarray(x) for kind, x in self._leaves if kind == "step"]
@@ -181,6 +183,7 @@ class StreamedBatches:
         return count
 
     def _at(self, args, kwargs):
+        kwargs = {**kwargs, **self._static_kwargs}
         traced = self._traced.rebound(self._traced.model, args, kwargs)
         return self._traced.at(args, kwargs, {}) if traced is None else traced
 

@@ -132,6 +132,26 @@ def test_arguments_after_the_batches_stay():
     assert_same(fit.state, expected.state)
 
 
+def sized(data, *, width=2, levels=None):
+    """A model whose event shape, or support, is an argument that `EnergySVI` holds."""
+    mean = numpyro.param("mean", jnp.zeros(width))
+    support = dist.constraints.real if levels is None else dist.constraints.interval(*levels)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((width,), support), obs=data)
+        ebm.energy("E", 0.5 * jnp.sum((v - mean) ** 2, -1))
+
+
+@pytest.mark.parametrize(
+    "static",
+    [{"width": 3}, pytest.param({"width": 3, "levels": (-20.0, 20.0)}, marks=pytest.mark.slow)],
+)
+def test_batches_are_judged_with_the_arguments_that_are_held(static):
+    one, batches = svi(a_model=sized, **static), cut(16, DATA)
+    np.testing.assert_allclose(
+        run(6, iter(batches), one=one).losses, one_by_one(batches, one)[1], rtol=1e-5
+    )
+
+
 def test_rows_on_disk_are_those_in_memory(tmp_path):
     np.save(tmp_path / "rows.npy", DATA)
     stored = np.load(tmp_path / "rows.npy", mmap_mode="r")
