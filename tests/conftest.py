@@ -34,7 +34,10 @@ collect_ignore = ["svi/devices_program.py"]  # run by test_devices.py, in proces
 LONGEST = (
     *(
         f"what_the_page_says[docs/{page}."
-        for page in ("conditional", "deep_latents", "images", "latent_priors", "posteriors")
+        for page in (
+            *("conditional", "deep_latents", "images", "latent_priors", "objectives"),
+            "posteriors",
+        )
     ),
     "test_known_likelihoods.py::",
     "test_chains_and_parameters_go_on_while_steps_fall",
@@ -68,6 +71,19 @@ LONGEST = (
     "test_stein_test_has_its_size_and_power[exact-rbf",
     "test_training_ends_at_the_likelihood_and_at_log_z",
     "test_variational_nce_trains",
+    "test_runs_and_draws_leave_nothing_behind",
+    "test_simulated_digits_are_named_and_noise_is_not",
+    "test_a_latent_prior_is_learned_with_chains_of_its_prior",
+    "test_a_flowjax_flow_of_networks_follows_a_bent_density",
+    "test_log_likelihood_integrates_continuous_latents_by_rows",
+    "test_two_latent_sites_against_quadrature",
+    "test_derivatives_of_annealed_log_normalizers[levels-of_levels",
+    "test_derivatives_of_annealed_log_normalizers[gaussian-of_gaussian-ais",
+    "test_derivatives_of_exact_log_normalizers[steep",
+    "test_stationary_law_is_that_of_enumeration[DiscreteLangevin-lattice",
+    "test_the_law_of_every_sampler_is_that_of_enumeration[exact differences-m",
+    "test_unrolled_steps_make_the_gradient_of_a_linear_gaussian_model_exact",
+    "test_declared_colors_are_used_and_tried",
     "test_mixed_sites[",
     "test_the_posterior_is_the_exact_one[gaussian-mala",
     "test_the_posterior_is_the_exact_one[ising",
@@ -314,13 +330,13 @@ MEMBERS = {
 @pytest.hookimpl(tryfirst=True)  # before tests are picked by their marks
 def pytest_collection_modifyitems(items):
     for item in items:
-        is_slow = item.get_closest_marker("slow") is not None
         if isinstance(item, pytest.DoctestItem):  # two minutes in all
             item.add_marker(pytest.mark.slow)
         law, _, member = item.nodeid.partition("[")
         words = next((words for name, words in MEMBERS.items() if law.endswith(name)), None)
         if words is not None and not any(word in "[" + member for word in words):
             item.add_marker(pytest.mark.slow)
+        is_slow = item.get_closest_marker("slow") is not None
         if is_slow and any(name in item.nodeid for name in LONGEST):
             item.add_marker(pytest.mark.longest)
 
