@@ -199,7 +199,7 @@ MEMBERS = {
         "[table",
         "[gather",
     ),
-    "test_couplings_and_fields_are_the_energy": ("[square",),
+    "test_couplings_and_fields_are_the_energy": ("[square", "[rows"),
     "test_a_row_of_weight_two_is_the_row_twice": (
         "[square",
         "[ScoreM",
@@ -226,6 +226,7 @@ MEMBERS = {
         "edges and",
         "codes of pairs-1",
         "a switch",
+        "a network of each site-1",
         "products of",
         "equal pairs of a matrix-6",
         "three",

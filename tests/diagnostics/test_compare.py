@@ -139,8 +139,8 @@ def test_the_error_of_log_z_is_that_of_all_rows():
 def test_rows_count_by_their_weights(score):
     weights = np.array([2.0, 0.0, 1.0])
     weighted = handlers.scale(handlers.mask(bits, mask=weights > 0), scale=np.maximum(weights, 1.0))
-    params = {"logit": np.array([0.5, -1.0, 0.2])}, {"logit": np.array([-0.5, 1.0, 0.1])}
-    rows = BITS[:3]
+    rows = BITS[:3]  # each model is the better one for one of those that count
+    params = [{"logit": 1.5 * (2.0 * np.asarray(rows[i]) - 1.0)} for i in (0, 2)]
     some = ebm.compare(
         {k: (weighted, x) for k, x in zip("ab", params, strict=True)}, rows, score=score
     )
@@ -150,6 +150,8 @@ def test_rows_count_by_their_weights(score):
     )
     for name in some.columns[1:6]:
         np.testing.assert_allclose(some[name], twice[name], rtol=1e-4, atol=1e-5)
+    if score is None:
+        assert np.all(np.abs(some["weight"] - 0.5) < 0.45)  # no model has all of the weight
 
 
 def normal(data, loc=0.0):

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from normalizer_cases import KEY, ising, model_of
 from numpyro.distributions import constraints
+from numpyro.infer.util import log_density
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
@@ -126,3 +127,51 @@ def test_several_methods_agree():
         "ais",
         "smc",
     }
+
+
+def bits(num_rows=1):
+    with numpyro.plate("data", num_rows):
+        s = numpyro.sample("s", ebm.Counting(2, (3,)))
+        ebm.energy("E", 0.3 * s[:, 0] * s[:, 1] * s[:, 2])
+
+
+def given_bits(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        h = numpyro.sample("h", ebm.Counting(2, (3,)))
+        ebm.energy("E", 0.5 * v**2 + 0.3 * h[:, 0] * h[:, 1] * h[:, 2] * v)
+
+
+def observed_bits(data):
+    weight = numpyro.sample("weight", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        s = numpyro.sample("s", ebm.Counting(2, (3,)), obs=data)
+        ebm.energy("E", weight * s[:, 0] * s[:, 1] * s[:, 2])
+
+
+THREE, REALS = jnp.array([[0, 1, 1], [1, 1, 1]]), jnp.array([0.5, -1.0])
+WEIGHT = {"weight": jnp.array(0.3)}
+LIMITS = {
+    "log_normalizer": lambda most: ebm.log_normalizer(
+        KEY, ebm.fixed(bits, {}), method="enumerate", max_states=most
+    ),
+    "Enumerated": lambda most: ebm.ScoreMatching(ebm.Enumerated(max_states=most)).loss(
+        KEY, {}, given_bits, None, REALS
+    ),
+    "MaximumLikelihood": lambda most: ebm.MaximumLikelihood(max_states=most).loss(
+        KEY, WEIGHT, observed_bits, None, THREE
+    ),
+    "normalized": lambda most: log_density(
+        ebm.normalized(observed_bits, max_states=most), (THREE,), {}, WEIGHT
+    ),
+    "Exchange": lambda most: ebm.Exchange(
+        observed_bits, "enumerate", max_states=most, step_size=0.1
+    ).init(KEY, 0, None, (THREE,), {}),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_as_many_states_as_are_allowed_are_summed_and_no_more(name):
+    LIMITS[name](8)
+    with pytest.raises(ModelError, match="8 (joint )?states"):
+        LIMITS[name](7)

@@ -15,6 +15,8 @@ from marginal_cases import bound, grbm_log_joint
 from oracles import assert_unbiased, draws, flat, jit, z_scores
 
 import numpyro_ebm as ebm
+from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -147,3 +149,21 @@ def test_importance_weights_alone_excuse_a_guide_that_ignores_the_visible_sites(
     for marginal in (ebm.VaGES(2), ebm.Unrolled(1)):
         with pytest.raises(ebm.ModelError, match="ignores the visible sites"):
             prepare(marginal)
+
+
+@pytest.mark.parametrize(
+    "marginal", [ebm.ImportanceBound(100), ebm.VaGES(100, importance_weighted=True)], ids=repr
+)
+def test_a_particle_is_resampled_by_its_weight_under_the_guide(marginal):
+    """From a guide that is off by a deviation the draws are of the posterior, of every row."""
+    system = oracles.linear_system(num_rows=2)
+    data = jnp.asarray(system.data)
+    params = jax.tree.map(jnp.asarray, system.params)
+    row_model = read_model(system.model, (data,), {}, params)
+    guide = Guide(oracles.linear_guide(shift=0.7, noise=1.4), row_model, (data,), {})
+    point = row_model.unconstrain_visible()
+    draw = lambda key: marginal.draw_latent(key, row_model, guide, params, point)["h"]  # noqa: E731
+    h = np.asarray(jit(jax.vmap(draw))(jax.random.split(jax.random.key(5), 800)))
+    exact = oracles.exact_linear_guide(system.params)
+    gap = h.mean(0) - (system.data @ exact["B"].T + exact["d"])
+    assert np.max(np.abs(gap) / exact["std"]) < 4.5 / np.sqrt(800) + 0.05

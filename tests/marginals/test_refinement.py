@@ -33,6 +33,36 @@ def test_langevin_steps_move_a_wrong_guide_to_the_posterior():
     assert_unbiased(draws(moved, jax.random.key(1), 4_000), expected, "refined")
 
 
+def bowls(data):
+    """One unit beside each of two, which it follows at another rate in every row."""
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+        h = numpyro.sample("h", ebm.Lebesgue((2,)))
+        ebm.energy("E", 0.5 * jnp.sum((h - v) ** 2, -1) + 0.5 * jnp.sum(v**2, -1))
+
+
+REFINEMENTS = {
+    "Langevin": ebm.LangevinRefinement(4, 0.2),
+    "kernel": ebm.KernelRefinement(partial(ebm.ULA, step_size=0.2), 4),
+}
+
+
+@pytest.mark.parametrize("name", REFINEMENTS)
+def test_refinement_takes_its_steps_each_with_noise_of_its_own(name):
+    """h' = h + ε (v - h) + √(2ε) ξ, four times, from where the particles are, at the given v."""
+    row_model = read_model(bowls, (jnp.zeros((3, 2)),))
+    visible = {"v": jnp.arange(6.0).reshape(3, 2)}
+    start = jnp.broadcast_to(jnp.array([4.0, -3.0]), (4_000, 3, 2))
+    moved = REFINEMENTS[name](jax.random.key(5), row_model, {}, visible, {"h": start})["h"]
+    shrinks = 0.8 ** np.arange(5)
+    mean = visible["v"] + shrinks[4] * (start[0] - visible["v"])
+    variance = 0.4 * np.sum(shrinks[:4] ** 2)
+    gap = (moved.mean(0) - mean) / np.sqrt(variance / len(moved))
+    assert np.max(np.abs(gap)) < 4.5
+    ratio = moved.var(0) / variance
+    assert np.max(np.abs(ratio - 1)) < 4.5 * np.sqrt(2 / len(moved))
+
+
 def test_langevin_refinement_refuses_discrete_latents():
     system = oracles.grbm_system()
     with pytest.raises(ebm.ModelError, match="'h' is discrete.*continuous"):

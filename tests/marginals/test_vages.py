@@ -313,3 +313,21 @@ def test_more_particles_take_more_of_the_bias_away():
     assert removed["L=5"] > 0.5
     assert removed["L=10"] > 0.7
     assert removed["L=20"] > 0.8
+
+
+def test_weights_take_away_the_bias_of_a_wrong_guide():
+    """The score under a guide that is off by half a deviation, and wide: exact with the weights."""
+    wrong = oracles.linear_guide(shift=0.5, noise=1.4)
+    system = oracles.linear_system(num_rows=2)._replace(guide=wrong)
+    params = jax.tree.map(jnp.asarray, system.params)
+    expected = jax.vmap(system.score, (None, 0))(params, jnp.asarray(system.data))
+    for weighted in (True, False):
+        marginal = ebm.VaGES(100, importance_weighted=weighted)
+
+        def score(key, marginal=marginal):
+            estimate, point = bound(marginal, system, key, params)
+            return estimate.score(point)["v"]
+
+        found = jit(jax.vmap(score))(jax.random.split(jax.random.key(5), 400))
+        gap = (found.mean(0) - expected) / (found.std(0) / 20)
+        assert np.max(np.abs(gap)) < 6 if weighted else np.max(np.abs(gap)) > 30

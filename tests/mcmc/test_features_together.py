@@ -267,3 +267,12 @@ def test_the_worst_statistic_of_a_row_is_its_r_hat():
     apart[1, :, 1] += 20.0
     found = _r_hat([well, apart], np.array([False, False, True]))
     assert abs(found[0] - 1.0) < 0.1 and found[1] > 3 and found[2] == np.inf
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_coordinates_from_end_to_end_are_looked_at(place):
+    """Of more than are taken: chains that are apart in the first one, or in the last."""
+    x = np.random.default_rng(5).normal(size=(2, 200, 3, 50))
+    x[1, :, 1, place] += 20.0
+    found = _r_hat([x], np.zeros(3, bool))
+    assert np.all(found[[0, 2]] < 1.2) and found[1] > 3

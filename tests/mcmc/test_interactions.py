@@ -54,6 +54,30 @@ def test_interactions_are_those_of_the_lattice(name):
     assert greedy_colors(graph).max() == 1
 
 
+RNG = np.random.default_rng(5)
+SIGNED = RNG.normal(size=(2, 5, 5)) * (RNG.random((2, 5, 5)) < 0.3)
+FORMS = {
+    "rows by a matrix": lambda s: jnp.sum((s @ SIGNED[0]) * s, -1),
+    "a matrix by rows": lambda s: jnp.sum((SIGNED[0] @ s.T).T * s, -1),
+    "einsum": lambda s: jnp.einsum("ni,ij,nj->n", s, SIGNED[0], s),
+    "mask": lambda s: jnp.sum(SIGNED[0] * s[:, :, None] * s[:, None], (1, 2)),
+    "powers": lambda s: jnp.sum((s @ SIGNED[0]) ** 2, -1),
+    "a matrix for each row": lambda s: jnp.einsum("ni,nij,nj->n", s, SIGNED, s),
+    "a mask for each row": lambda s: jnp.sum(SIGNED * s[:, :, None] * s[:, None], (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_interactions_are_those_of_differences(name):
+    """Constants of both signs, and zeros, which may be elsewhere in every row."""
+    zero, fn = jnp.zeros((2, 5), int), FORMS[name]
+    found = interactions(lambda x: fn(x["s"]), {"s": zero}).toarray()
+    unit = jnp.eye(5, dtype=int)
+    for i, j in itertools.permutations(range(5), 2):
+        both = fn(zero + unit[i] + unit[j]) - fn(zero + unit[i]) - fn(zero + unit[j]) + fn(zero)
+        assert found[i, j] == np.any(np.abs(both) > 1e-5), (i, j)
+
+
 @pytest.mark.parametrize(
     "fn",
     [

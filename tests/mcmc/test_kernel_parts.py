@@ -170,3 +170,30 @@ def test_replica_exchange_is_no_block_of_gibbs(grbm):
     clamped = handlers.condition(model, {"h": jnp.ones((1, 3), int)})
     _, draws = run(ebm.ReplicaExchange(clamped), 5, 5)  # conditioned once and for all it may be
     assert draws["v"].shape == (1, 5, 1, 2)
+
+
+def test_the_variance_of_a_window_is_that_within_rows_shrunk_by_all_draws():
+    """Rows that lie apart are no spread; their draws count together against the five of Stan."""
+    x = np.random.default_rng(5).normal(size=(4, 3, 2)) * np.array([2.0, 0.3])
+    x = x + np.array([[0.0], [10.0], [-40.0]])
+    adaptation = Adaptation(8, acceptance_tuner(0.8), False, True)
+    state = adaptation.init(0.1, 3, 2, True, None)
+    for draws in x:
+        state = adaptation._gather(state, jnp.asarray(draws))
+    expected = (12 * x.var(0, ddof=1).mean(0) + 5e-3) / (12 + 5)
+    found = adaptation._end_window(state).inverse_mass_matrix
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_trajectories_are_as_long_at_the_typical_step_of_uneven_rows():
+    """L over the geometric mean of the rows' steps: 1 of 0.1 and 1.6 is 0.4."""
+    kernel = ebm.MCLMC(ebm.fixed(skewed, {}), step_size=0.1, trajectory_length=2.0)
+    state = kernel.init(jax.random.key(5), 0, None, (), {"num_rows": 2})
+    uneven = state.adapt_state._replace(step_size=jnp.array([0.1, 1.6]))
+
+    def num_steps(i):
+        at = state._replace(i=i, adapt_state=uneven)
+        return kernel.sample(at, (), {"num_rows": 2}).num_steps
+
+    found = np.asarray(jax.jit(lambda: jax.lax.map(num_steps, jnp.arange(60)))())
+    assert abs(found.mean() - 2.0 / 0.4) < 0.6

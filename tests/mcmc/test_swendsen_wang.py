@@ -87,6 +87,23 @@ def test_traced_couplings_keep_the_law_whatever_they_are(bad):
         kernel.init(jax.random.key(0), 0, None, (coupling,), {})
 
 
+def test_the_energy_of_the_state_is_that_of_its_values_where_couplings_are_traced():
+    """Also in the rows that stay where they are."""
+
+    def energy(s, coupling):
+        return -jnp.sum(coupling * (s[:, 1:] == s[:, :-1]), -1) + 0.3 * s[:, 0]
+
+    def model(coupling, num_rows=200):
+        with numpyro.plate("data", num_rows):
+            ebm.energy("E", energy(numpyro.sample("s", ebm.Counting(3, (4,))), coupling))
+
+    kernel = ebm.SwendsenWang(ebm.fixed(model, {}))
+    state = jax.jit(lambda c: last(kernel, num_steps=3, args=(c,)))(jnp.array([0.8, -0.7, 0.4]))
+    expected = energy(state.z["s"], jnp.array([0.8, -0.7, 0.4]))
+    assert np.mean(np.asarray(state.accept_prob) < 1) > 0.2
+    np.testing.assert_allclose(state.potential_energy, expected, rtol=1e-4, atol=1e-5)
+
+
 REFUSED = {
     "negative": (lambda s: jnp.sum(s[:, 1:] == s[:, :-1], -1) * 1.0, r"'s'\[0\] and 's'\[1\] rew"),
     "ordinal": (lambda s: -jnp.sum(s[:, 1:] * s[:, :-1], -1) * 1.0, "no multiple of .equal val"),

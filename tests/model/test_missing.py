@@ -220,6 +220,7 @@ def test_the_gradient_vanishes_at_the_truth_with_elements_missing(name):
         ebm.Counting(4),
         ebm.Counting(3, (2,)),
         dist.Poisson(3.0),
+        dist.DiscreteUniform(2, 4),
         dist.Normal(5.0, 0.1),
     ],
     ids=lambda fn: f"{type(fn).__name__}-{fn.support}",

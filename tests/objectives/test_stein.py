@@ -18,6 +18,7 @@ from numpyro.distributions import constraints
 from oracles import assert_unbiased, draws, flat, jit, z_scores
 
 import numpyro_ebm as ebm
+from numpyro_ebm.objectives.stein import _weighted_median
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -129,6 +130,14 @@ def test_the_median_is_that_of_the_distances(num_rows):
             for b in ("median", float(width))
         ]
         np.testing.assert_allclose(*(value(params) for value in values), rtol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 1], [3, 1, 2], [1, 1, 4], [2, 0, 2], [5, 1, 1]])
+def test_the_weighted_median_is_that_of_repeated_values(counts):
+    """Also where one half of the weights ends between two values."""
+    x = np.array([2.0, 0.5, 7.0])
+    found = _weighted_median(jnp.asarray(x), jnp.asarray(counts, float))
+    np.testing.assert_allclose(found, np.median(np.repeat(x, counts)))
 
 
 def test_the_median_is_a_constant_of_the_learning_and_follows_the_units():

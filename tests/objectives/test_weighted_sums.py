@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer import SVI
@@ -327,3 +328,53 @@ def test_parts_that_do_not_serve_their_sites_are_refused(make, message):
     svi = ebm.EnergySVI(classes, None, numpyro.optim.SGD(0.1), make())
     with pytest.raises(ebm.ModelError, match=f"(?s){message}"):
         svi.init(jax.random.key(0), X, Y)
+
+
+class Recorder(ebm.ScoreMatching):
+    """Keeps what it is asked with from round to round; no two of its arguments are equal."""
+
+    has_state = True
+
+    def init_state(self, rng_key, params, problem):
+        nothing = {name: jnp.zeros_like(x) for name, x in params.items()}
+        return {"begun": jnp.array(1.0), "advanced": nothing, "before": nothing, "after": nothing}
+
+    def advance(self, rng_key, params, problem, state):
+        return problem, {**state, "begun": state["begun"] + 1, "advanced": dict(params)}
+
+    def settle(self, rng_key, before, after, problem, state):
+        return {**state, "before": dict(before), "after": dict(after)}
+
+    def statistics(self, rng_key, params, problem):
+        return params["mean"]
+
+    def review(self, statistics):
+        self.reviewed = statistics
+
+    def review_state(self, state):
+        self.seen = state
+
+
+def bowls(data):
+    mean = numpyro.param("mean", 0.3)
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * (v - mean) ** 2)
+
+
+def test_a_part_is_asked_in_a_sum_as_it_is_alone():
+    """With the same arguments, in the same order, at the same times."""
+    alone, part = Recorder(), Recorder()
+    fits = [
+        ebm.EnergySVI(bowls, None, optax.sgd(0.1), objective).run(
+            jax.random.key(5), 3, jnp.asarray(X), progress_bar=False
+        )
+        for objective in (alone, 0.0 * ebm.ScoreMatching() + 1.0 * part)
+    ]
+    np.testing.assert_allclose(fits[0].params["mean"], fits[1].params["mean"], rtol=1e-12)
+    assert jnp.abs(alone.seen["after"]["mean"] - alone.seen["before"]["mean"]) > 0.01
+    for what in ("seen", "reviewed"):
+        pair = jax.tree.map(np.asarray, (getattr(alone, what), getattr(part, what)))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), *pair)
+    assert alone.seen["begun"] == 4
+    np.testing.assert_array_equal(alone.seen["advanced"]["mean"], alone.seen["before"]["mean"])

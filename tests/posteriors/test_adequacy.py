@@ -300,6 +300,28 @@ def test_runs_with_a_tenth_of_the_moves_or_less_are_found(name, step_size):
     assert sum(not x.is_adequate for x in found) >= 0.95 * len(found)
 
 
+def moved_gaussian(data, at):
+    precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((3,)), obs=data)
+        ebm.energy("E", 0.5 * precision * jnp.sum((v - at) ** 2, -1))
+
+
+def test_a_trace_does_not_tell_where_the_coordinates_lie():
+    """Each of them is moved by a number of its own, the model with it."""
+    kernel = ebm.Exchange(moved_gaussian, lambda m: ebm.MALA(m, step_size=0.3), 4, step_size=0.3)
+    data = jax.random.normal(jax.random.key(5), (50, 3)) * jnp.array([1.0, 2.0, 0.5])
+
+    @jax.jit
+    def trace(at):
+        args = data + at, at
+        return kernel.sample(kernel.init(jax.random.key(6), 0, None, args, {}), args, {}).auxiliary
+
+    here, there = trace(jnp.zeros(3)), trace(jnp.array([8.0, 0.0, -30.0]))
+    assert np.all(np.abs(here.recoil) > 0.01)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), here, there)
+
+
 @short
 def test_figures_of_a_trace_are_those_by_hand():
     """Half way and at the end log p̃ is independent noise; at the end it drifts with θ'."""

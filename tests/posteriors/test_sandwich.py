@@ -18,6 +18,7 @@ from posterior_cases import KEY, ROWS, precision_model
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError, WidthWarning
+from numpyro_ebm.posteriors.calibration import _bootstrap
 from numpyro_ebm.posteriors.sandwich import sandwich_map
 
 HEAVY = np.random.default_rng(3).standard_t(5, 400)
@@ -392,3 +393,23 @@ def test_draws_of_a_guide_are_adjusted(make):
     square = data**2 / np.mean(data**2, 0)
     wanted = np.cov(0.5 * square.T) / len(data)
     np.testing.assert_allclose(np.cov(moved.T), wanted, rtol=0.25, atol=0.1 * wanted.max())
+
+
+def test_the_rate_of_a_bootstrap_is_one_over_the_variance_of_a_row():
+    """Of a mean with variance s² under the loss (x - μ)²: 1 / 2 s²."""
+    rows = 2.0 * np.random.default_rng(5).normal(size=40)
+
+    class Mean:
+        num_rows, start = 40, jnp.zeros(1)
+        log_prior = staticmethod(lambda x: -0.005 * jnp.sum(x**2))
+
+        def loss(self, x, rng_key, weights):
+            return jnp.mean(weights * (x - rows) ** 2)
+
+    potential, once = Mean(), jnp.ones(40)
+    at_all = jax.jit(jax.value_and_grad(lambda x: potential.loss(x, KEY, once)))
+    best, hessian = np.array([rows.mean()], np.float32), np.full((1, 1), 2.0)
+    rate, covariance = _bootstrap(potential, at_all, best, hessian, KEY, KEY, 200, False)
+    bound = 4.5 * np.sqrt(2 / 200)
+    assert abs(rate * 2 * rows.var() - 1) < bound / (1 - bound)
+    assert abs(covariance[0, 0] / (4 * rows.var()) - 1) < bound

@@ -72,6 +72,7 @@ def test_p_values_of_uniform_ranks_are_uniform():
         share = np.mean(found <= level)
         assert share < level + 4 * np.sqrt(level * (1 - level) / 2_000)
         assert share > 0.6 * level  # counts are whole numbers
+    np.testing.assert_allclose(bands.tails, bands.tails[::-1, ::-1])  # either end is as the other
     inside = [low_high for low_high in zip(*bands.band(0.95), strict=True)]
     functions = bands.distribution(rng.integers(0, 20, (100, 2_000)))
     low, high = np.array(inside).T
@@ -180,3 +181,14 @@ def test_the_conjugate_posterior_is_that_of_a_grid():
     draws = np.asarray(conjugate(KEY, data, num=100_000)["mean"])
     np.testing.assert_allclose(draws.mean(), p @ grid, atol=0.005)
     np.testing.assert_allclose(draws.std(), np.sqrt(p @ (grid - p @ grid) ** 2), rtol=0.01)
+
+
+def test_draws_of_a_route_are_thinned_over_all_of_them():
+    """A route with draws that are known: the rank of a truth is its place among each hundredth."""
+    grid = np.linspace(-3.0, 3.0, 601) * (-1) ** (np.arange(601) // 100)
+    found = ebm.simulation_based_calibration(
+        *(jax.random.key(5), gaussian, lambda key, data: {"mean": grid}, 40, np.zeros(10)),
+        **{"simulate": exact_rows, "num_draws": 7, "progress_bar": False},
+    )
+    expected = np.sum(grid[::100, None] < found.params["mean"], 0)
+    np.testing.assert_array_equal(found.ranks["mean"], expected)

@@ -39,7 +39,7 @@ DEFAULT = (  # one of each kind; the others are slow
     *("potts by codes of pairs", "equal pairs of a matrix", "a chain by scan", "a switch"),
     *("three sites", "a padded window", "products of all pairs", "a convolution"),
     *("both of a pair", "edges and triangles", "a table of constants"),
-    *("a loop from the end", "a loop of sums"),
+    *("a loop from the end", "a loop of sums", "a network of each site"),
 )
 OF_ALL_ROWS = ("potts as a matrix", "equal pairs of a matrix")  # a program of all rows at once
 
