@@ -18,6 +18,7 @@ from numpyro.infer import Gibbs
 
 import numpyro_ebm as ebm
 from numpyro_ebm.mcmc.convergence import _split_r_hat, assess_draws
+from numpyro_ebm.mcmc.watch import Watch
 from numpyro_ebm.model.reading import read_fixed_model
 
 
@@ -233,3 +234,15 @@ def test_r_hat_of_many_laws_is_that_of_their_chains():
     normal = scipy.special.ndtri((ranks - 0.375) / 400.25)
     numpyros = np.fmax(split_gelman_rubin(one), split_gelman_rubin(normal))
     np.testing.assert_allclose(_split_r_hat(one), numpyros, rtol=1e-6)
+
+
+def test_every_look_is_at_what_happened_since_the_one_before():
+    """Rows that moved at first and then stay, and a value that grows, and then stays large."""
+    watch, energy = Watch("Kernel", 0, True), np.zeros((1, 3))
+    for t, sums, largest in ((0, [0, 0, 0], 1.0), (25, [1, 2, 3], 9.0), (100, [4, 5, 6], 900.0)):
+        watch._look(t, energy, np.array([sums]), largest)
+    with pytest.warns(ebm.ConvergenceWarning, match="1 of 3 rows did not move in 300 steps"):
+        watch._look(400, energy, np.array([[7, 5, 9]]), 900.0)
+    with pytest.warns(ebm.ConvergenceWarning, match="grew from 900 to 9.1e.03"):
+        watch._look(1_600, energy, np.array([[1, 2, 3]]), 9_100.0)
+    watch._look(6_400, energy, np.array([[4, 5, 6]]), 9_500.0)

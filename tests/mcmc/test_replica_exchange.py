@@ -173,3 +173,13 @@ def test_round_trips_are_those_since_the_warmup():
     mcmc = MCMC(kernel, num_warmup=300, num_samples=4, progress_bar=False)
     mcmc.run(jax.random.key(4))
     assert mcmc.last_state.round_trips.max() <= 1
+
+
+def test_replicas_start_at_steps_as_wide_as_their_temperatures_allow():
+    """ε/β, which a warm-up would make up for; at β = 0 as the replica before it."""
+    tuner = acceptance_tuner(0.75)
+    found = LadderAdaptation(100, tuner, True, True).init(np.array([1.0, 0.4, 0.1, 0.0]), 0.2, 3)
+    expected = np.broadcast_to(np.array([[0.2], [0.5], [2.0], [2.0]]), (4, 3))
+    np.testing.assert_allclose(found.step_size, expected, rtol=1e-6)
+    steps = jax.vmap(jax.vmap(tuner.current))(found.tuner)
+    np.testing.assert_allclose(steps, expected, rtol=1e-5)

@@ -277,3 +277,32 @@ def test_initial_values_can_be_given():
     kernel = ebm.MALA(ebm.fixed(improper, {}), step_size=1e-6, init_strategy=strategy)
     _, draws = run(kernel, num_samples=5, num_warmup=0)
     np.testing.assert_allclose(draws["v"], 101.0, atol=0.1)
+
+
+@pytest.mark.parametrize("is_annealed", [False, True])
+def test_what_is_not_said_is_as_the_docstring_says(is_annealed, monkeypatch):
+    """A hundred chains, 500 steps of warm-up, ten between draws; none where each step is a run."""
+
+    def model(num_rows=1):
+        with numpyro.plate("data", num_rows):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * v**2)
+
+    def annealed(model):
+        levels = {"inverse_temperatures": [0.5, 1.0], "step_size": 0.1}
+        return ebm.AnnealedLangevin(model, num_steps=2, **levels)
+
+    asked = {}
+
+    def run_chains(*args, **options):
+        asked.update(options)
+        raise StopIteration
+
+    monkeypatch.setattr("numpyro_ebm.mcmc.sampling.run_chains", run_chains)
+    kernel = annealed if is_annealed else ebm.MALA
+    with pytest.raises(StopIteration):
+        ebm.sample(jax.random.key(5), ebm.fixed(model, {}), 250, kernel=kernel)
+    expected = {"num_chains": 100, "num_warmup": 500, "num_draws": 3, "every": 10}
+    if is_annealed:
+        expected |= {"num_warmup": 0, "every": 1}
+    assert {name: asked[name] for name in expected} == expected

@@ -16,6 +16,8 @@ from numpyro.handlers import block
 from oracles import assert_unbiased, binary_states, draws, flat
 
 import numpyro_ebm as ebm
+from numpyro_ebm.marginals.kernel_steps import draw_hidden
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.persistent_chains import Chains
 
 # log p̃(v, s) = -v²/2 + (b·s) v + c·s for a state s in a table: v given s is N(b·s, 1).
@@ -259,3 +261,22 @@ def test_chains_start_where_the_positive_phase_has_its_latents(name, model, guid
 
     error = np.asarray(start(jax.random.key(0)) - 0.5 * data)
     assert abs(np.mean(error)) < 4 * np.std(error) / np.sqrt(len(data)) + 0.02
+
+
+def beside(data):
+    """A positive site whose law reads another; no energy does."""
+    with numpyro.plate("data", len(data["v"])):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data["v"])
+        numpyro.sample("x", dist.LogNormal(v, 0.5), obs=data["x"])
+        ebm.energy("E", 0.5 * v**2)
+
+
+def test_sites_that_a_kernel_does_not_see_are_drawn_in_their_coordinates():
+    """Given the others, where the chains are: the logarithm of x is normal around v."""
+    data = {"v": jnp.zeros(4_000), "x": jnp.ones(4_000)}
+    row_model = read_model(beside, (data,), {})
+    position = {"v": jnp.linspace(-1.0, 1.0, 4_000)}
+    u = draw_hidden(jax.random.key(5), row_model, {}, position, ["x"])["x"]
+    gap = np.asarray(u - position["v"])
+    assert abs(gap.mean()) < 4.5 * 0.5 / np.sqrt(4_000)
+    np.testing.assert_allclose(gap.std(), 0.5, rtol=4.5 / np.sqrt(8_000))

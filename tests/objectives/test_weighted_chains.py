@@ -247,3 +247,29 @@ def test_the_end_of_a_run_says_that_log_z_is_not_known():
     with pytest.warns(ebm.ConvergenceWarning, match="known to no better than 0.[5-9].* nats"):
         objective.review_state(Chains({}, jnp.array(0), log_weights=log_weights))
     objective.review_state(Chains({}, jnp.array(0), log_weights=0.1 * log_weights))
+
+
+@pytest.mark.parametrize("num_values, size", [(2, 3), (4, 1)])
+def test_weights_begin_at_log_z_where_chains_begin_at_the_model(num_values, size):
+    """Units that nothing is asked of: whatever rows there are, each has all of its values."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Counting(num_values, (size,)))
+            ebm.energy("E", 0.5 * v**2 + 0.0 * jnp.sum(h, -1))
+
+    objective = weighted(ebm.BlockGibbs, num_chains=64, initial=dist.Normal(0.0, 1.0))
+    svi = ebm.EnergySVI(model, None, optax.sgd(0.1), objective)
+    found = objective.log_normalizer(svi.init(KEY, jnp.arange(5.0)))
+    expected = 0.5 * np.log(2 * np.pi) + size * np.log(num_values)
+    np.testing.assert_allclose(found.value, expected, rtol=1e-5)
+    assert found.mcse < 1e-3
+
+
+def test_effective_numbers_are_of_the_chains_they_are_said_of():
+    """Those that measure are the last half: one of them has all the weight, and no other half."""
+    log_weights = jnp.zeros(128).at[127].set(50.0)
+    found = read_log_normalizer(log_weights)
+    np.testing.assert_allclose(found.ess, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found.diagnostics["gradient_ess"], 64.0, rtol=1e-5)

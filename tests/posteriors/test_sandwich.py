@@ -413,3 +413,15 @@ def test_the_rate_of_a_bootstrap_is_one_over_the_variance_of_a_row():
     bound = 4.5 * np.sqrt(2 / 200)
     assert abs(rate * 2 * rows.var() - 1) < bound / (1 - bound)
     assert abs(covariance[0, 0] / (4 * rows.var()) - 1) < bound
+
+
+def test_a_prior_that_is_not_concave_adds_no_width():
+    """Where its logarithm bends upwards it counts as flat there, beside where it bends down."""
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(2, 3, 3))
+    directions, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    curvature = [directions @ np.diag(x) @ directions.T for x in ([-3.0, 0.0, 2.0], [0, 0, 2.0])]
+    slope = rng.normal(size=3)
+    maps = [sandwich_map(a @ a.T, b @ b.T, 10.0, 0.7, slope, x) for x in curvature]
+    for one, other in zip(*maps, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)

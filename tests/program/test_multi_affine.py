@@ -8,6 +8,7 @@ import pytest
 from discrete_energies import MEETS_ITSELF, NOT_TAKEN, TAKEN, Energy
 
 from numpyro_ebm.program.multi_affine import multi_affine
+from numpyro_ebm.program.state_tables import merged_slots
 
 
 def rows_of(energy: Energy, num_rows, seed=1):
@@ -119,3 +120,15 @@ def test_small_integers_wrap_around_as_they_do():
     assert form is not None
     found = form(jnp.array(1.0), form.indicators(x))
     np.testing.assert_allclose(found, [144.0, 200.0])
+
+
+def test_two_slots_of_an_operand_stay_two():
+    """Also where no element reads by both, so that they would go into one."""
+    free = -1
+    pairs, own = np.array([[0, free], [free, 1]]), np.array([[0, 1]])
+    for labels in ([pairs, own], [own, pairs]):
+        merged, places = merged_slots(labels, (2,))
+        for slots, place in zip(labels, places, strict=True):
+            assert len(set(place)) == len(slots)
+            for slot, i in zip(slots, place, strict=True):
+                np.testing.assert_array_equal(np.where(slot < 0, merged[i], slot), merged[i])

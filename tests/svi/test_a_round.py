@@ -158,3 +158,27 @@ def test_the_loss_of_a_guide_is_a_mean_over_rows():
     # -E log p + log q has the gradient 2 (loc + v / 2) - v = 0 at loc = 0.
     assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(2_000)
     np.testing.assert_allclose(np.var(found), 4 / len(DATA), rtol=0.2)
+
+
+class Counts(ebm.ScoreMatching):
+    """Keeps how many rows it was shown at the end of a run."""
+
+    def statistics(self, rng_key, params, problem):
+        return jnp.asarray(problem.row_model.num_rows)
+
+    def review(self, statistics):
+        self.seen = int(statistics)
+
+
+@pytest.mark.parametrize("num_rows, batch_size, expected", [(60, 10, 60), (2_100, 7, 2_048)])
+def test_a_run_is_looked_at_with_more_rows_than_a_batch(num_rows, batch_size, expected):
+    def model(data):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * (v - mean) ** 2)
+
+    objective, data = Counts(), jnp.linspace(-1.0, 1.0, num_rows)
+    svi = ebm.EnergySVI(model, None, optax.sgd(0.1), objective)
+    svi.run(jax.random.key(5), 2, data, batch_size=batch_size, progress_bar=False)
+    assert objective.seen == expected

@@ -182,10 +182,10 @@ def test_a_stream_goes_on_where_it_was(objective, monkeypatch):
     first = run(9, Loader(batches), one=one)
     second = run(14, Loader(batches), one=one, init_state=first.state)
     assert_same(second.state, whole.state)
-    # An iterator is read as far as its rounds go, and no further.
+    # An iterator is read as far as its rounds go, and no further; of three batches by turns, ten.
     iterator = itertools.cycle(batches)
-    first = run(9, iterator, one=one)
-    second = run(14, iterator, one=one, init_state=first.state)
+    first = run(10, iterator, one=one)
+    second = run(13, iterator, one=one, init_state=first.state)
     assert_same(second.state, whole.state)
 
 
