@@ -62,8 +62,10 @@ def find_weights(data_plate: DataPlate, model_trace: Trace) -> dict[str, dict[st
             masks[name] = jnp.all(jnp.stack(rows), 0)
     weights = {"row_scale": scales, "row_mask": masks}
     for what, by_site in weights.items():
-        if by_site and by_site.keys() != sites.keys():
-            raise _differ(what, sorted(by_site), sorted(sites.keys() - by_site.keys()))
+        others = sorted(sites.keys() - by_site.keys())
+        if by_site and others:
+            joined = what == "row_mask" and {*others} <= data_plate.obs_masked
+            raise _joined(others) if joined else _differ(what, sorted(by_site), others)
     return weights
 
 
@@ -132,6 +134,14 @@ def _differ(what, some, others):
         "a whole, its log-likelihood or loss: put all that is in the data plate, energies as "
         f"well, under one `numpyro.handlers.{handler}`. What tempers an energy is "
         "`numpyro_ebm.temper`; a single term is weighted inside of its energy."
+    )
+
+
+def _joined(names):
+    return ModelError(
+        f"A mask of rows goes with no `obs_mask` of elements, as of {names}: NumPyro makes one of "
+        "both, and rows cannot be told from elements. Leave these rows out of the data, or say in "
+        "`obs_mask` that nothing of them is observed."
     )
 
 

@@ -246,3 +246,11 @@ def test_the_reference_is_normalised(fn):
     normal = jnp.sum(jnp.reshape(dist.Normal(0, 1).log_prob(z), (len(z), -1)), -1)
     np.testing.assert_allclose(log_r[:, 1], normal - jacobian, rtol=1e-4, atol=1e-4)
     assert abs(float(jnp.mean(z))) < 4 / np.sqrt(z.size)
+
+
+def test_a_mask_of_rows_beside_one_of_elements_is_refused_as_what_it_is():
+    masked = numpyro.handlers.mask(gaussian, mask=jnp.arange(ROWS) != 2)
+    with pytest.raises(
+        ebm.ModelError, match="goes with no `obs_mask` of elements, as of .*Leave these rows out"
+    ):
+        ebm.ScoreMatching().loss(jax.random.key(5), {"scale": 1.3}, masked, None, SEEN, MASK)
