@@ -240,3 +240,25 @@ def test_gap_refuses_what_it_cannot_do():
     for message, args, options in cases:
         with pytest.raises(ebm.ModelError, match=message):
             ebm.posterior_gap(KEY, *args, **options)
+
+
+def test_the_bound_of_a_gradient_is_that_of_its_ranges(x64):
+    """Of one bit and one parameter: s = θ h - v, ∂θ log p̃ = h v, and both at once h."""
+
+    def model(data):
+        theta = numpyro.param("theta", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Counting(2))
+            ebm.energy("E", 0.5 * v**2 - theta * h * v)
+
+    def guide(data):
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.Bernoulli(logits=0.3 + ebm.visible("v", data)))
+
+    v, theta = np.array([0.4, -1.5, 2.0]), 0.7
+    gap = ebm.posterior_gap(KEY, model, guide, {"theta": theta}, jnp.asarray(v), gradient=True)
+    p, q = (1 / (1 + np.exp(-x)) for x in (theta * v, 0.3 + v))
+    np.testing.assert_allclose(gap.tv, np.abs(p - q), rtol=1e-8)
+    expected = (1 + 1.5 * np.abs(theta * v)) * gap.tv
+    np.testing.assert_allclose(gap.vages.range_bound, expected, rtol=1e-8)

@@ -50,6 +50,7 @@ BINARY, FOUR = ebm.Counting, lambda: ebm.Counting(4)
 REAL, VECTOR = ebm.Lebesgue, lambda: ebm.Lebesgue((3,))
 POSITIVE = lambda: ebm.Lebesgue((), constraints.positive)  # noqa: E731
 BOUNDED = lambda: ebm.Lebesgue((), constraints.interval(0.0, 2.0))  # noqa: E731
+BELOW = lambda: ebm.Lebesgue((), constraints.less_than(2.0))  # noqa: E731
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,7 @@ BOUNDED = lambda: ebm.Lebesgue((), constraints.interval(0.0, 2.0))  # noqa: E731
         (POSITIVE, lambda: dist.Normal(0.0, 1.0)),
         (POSITIVE, lambda: dist.Beta(1.0, 2.0)),
         (BOUNDED, lambda: interval(0.0, 1.0)),
+        (BELOW, lambda: interval(0.0, 2.0)),
         (VECTOR, lambda: dist.Dirichlet(jnp.ones(3))),
     ],
 )

@@ -319,3 +319,8 @@ def test_draws_that_cannot_be_differentiated_are_told_of_vages():
 def test_bad_options_of_the_bound_and_of_the_unrolled_ratio(make, message):
     with pytest.raises(ebm.ModelError, match=message):
         make()
+
+
+def test_a_relaxed_loss_keeps_its_temperature_where_its_path_is_not_derived():
+    own = ebm.Unrolled(1, guide_loss=ebm.RelaxedELBO(0.7))._loss(None)
+    assert own.temperature == 0.7 and not own.path_derivative

@@ -183,3 +183,11 @@ def test_replicas_start_at_steps_as_wide_as_their_temperatures_allow():
     np.testing.assert_allclose(found.step_size, expected, rtol=1e-6)
     steps = jax.vmap(jax.vmap(tuner.current))(found.tuner)
     np.testing.assert_allclose(steps, expected, rtol=1e-5)
+
+
+def test_a_ladder_down_to_zero_stays_one():
+    """Its steps of equal rejection are between the same ends, which it keeps."""
+    ladder = jnp.array([1.0, 0.5, 0.1, 0.0])
+    found = np.asarray(tempering.equal_rejection_ladder(ladder, jnp.array([0.1, 0.1, 0.6])))
+    assert found[0] == 1 and found[-1] == 0 and np.all(np.diff(found) < 0)
+    assert found[1] < 0.1  # most of the rejections are between the last two

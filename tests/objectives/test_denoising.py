@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import oracles
 import pytest
 from jax.nn import softplus
 
@@ -184,3 +185,20 @@ def test_geometric_levels_are_even_in_their_logarithm():
     )
     place = (np.log10(np.sort(objective.levels(jax.random.key(3), 50))) + 1) / 2 * 50
     np.testing.assert_array_equal(np.floor(place), np.arange(50))
+
+
+@pytest.mark.parametrize("variance_reduction", [True, False])
+def test_a_weight_that_is_not_given_is_that_of_each_level(variance_reduction):
+    """At one level for all rows it is the weight of that number."""
+    system = oracles.gaussian_system(num_rows=5)
+    params = jax.tree.map(jnp.asarray, system.params)
+    losses = [
+        ebm.MultiscaleDenoisingScoreMatching(
+            weight,
+            min_noise_scale=0.4,
+            max_noise_scale=0.4,
+            variance_reduction=variance_reduction,
+        ).loss(jax.random.key(5), params, system.model, None, jnp.asarray(system.data))
+        for weight in (None, 0.4)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)

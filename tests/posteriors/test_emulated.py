@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import MCMC, NUTS
@@ -140,3 +142,20 @@ def test_the_emulator_is_a_gaussian_process_over_a_polynomial(x64):
         mean, variance = predicted(x[[i]], np.delete(np.arange(9), i))
         expected = (values[i] - mean) / np.sqrt(variance + errors[i] ** 2)
         np.testing.assert_allclose(emulator.left_out[i], expected[0], rtol=1e-6)
+
+
+def test_a_design_of_positive_parameters_is_read_as_it_is_asked(x64):
+    """log Z is ½ log(2π / τ), a straight line in log τ."""
+
+    def model(data):
+        precision = numpyro.sample("precision", dist.Gamma(2.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * v**2)
+
+    design = {"precision": np.geomspace(0.1, 10.0, 9)}
+    options = {"design": design, "method": "enumerate"}
+    emulated = ebm.emulate_log_normalizer(KEY, model, jnp.zeros(2), **options)
+    for precision in (0.15, 1.0, 7.0):
+        found = emulated({"precision": precision})
+        np.testing.assert_allclose(found, 0.5 * np.log(2 * np.pi / precision), atol=1e-3)

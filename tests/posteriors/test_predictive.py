@@ -12,6 +12,8 @@ import pytest
 from numpyro import handlers
 
 import numpyro_ebm as ebm
+from numpyro_ebm.mcmc.convergence import Convergence
+from numpyro_ebm.posteriors.predictive import _of_all
 
 KEY = jax.random.key(0)
 X = np.linspace(-1.0, 1.0, 200)
@@ -125,3 +127,18 @@ def test_chains_that_stay_apart_are_told():
 def test_bad_draws_are_refused(draws, options, words):
     with pytest.raises(ebm.ModelError, match=words):
         ebm.predictive(KEY, bits, draws, np.zeros((4, 3), int), **options)
+
+
+def test_one_look_of_many_is_not_lost_among_the_others():
+    """Draws of the parameters are looked at in groups: what is bad in one of them is bad."""
+    zeros, ones = np.zeros(3, int), np.ones(3)
+    right = Convergence(8, 10, zeros, zeros, zeros, 0.8 * ones, 0.0, ones, 2.0)
+    wrong = Convergence(4, 10, *np.eye(3, dtype=int), 0.2 * ones, 0.5, ones + 4 * np.eye(3)[1], 9e3)
+    for looks in ([right, wrong], [wrong, right]):
+        found = _of_all(looks)
+        assert (found.num_chains, found.num_draws, found.largest) == (12, 10, 9e3)
+        for name, expected in (
+            *(("not_finite", [1, 0, 0]), ("unresolved", [0, 1, 0]), ("frozen", [0, 0, 1])),
+            *(("acceptance", [0.5] * 3), ("diverging", 0.25), ("r_hat", [1, 5, 1])),
+        ):
+            np.testing.assert_allclose(getattr(found, name), expected)

@@ -13,6 +13,7 @@ from numpyro.infer import NUTS
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm.posteriors.routes import _warn_of_correlation
 from numpyro_ebm.posteriors.uniform_ranks import rank_bands
 
 KEY = jax.random.key(0)
@@ -192,3 +193,11 @@ def test_draws_of_a_route_are_thinned_over_all_of_them():
     )
     expected = np.sum(grid[::100, None] < found.params["mean"], 0)
     np.testing.assert_array_equal(found.ranks["mean"], expected)
+
+
+def test_the_correlation_of_few_draws_is_not_taken_for_less():
+    """Five independent draws, each of them twice, are correlated by one half."""
+    draws = np.random.default_rng(5).normal(size=(4_000, 5))
+    with pytest.warns(ebm.ConvergenceWarning, match=r"'mean' have a correlation of 0\.(49|50|51)"):
+        _warn_of_correlation({"mean": np.repeat(draws, 2, 1)}, 10)
+    _warn_of_correlation({"mean": draws}, 5)

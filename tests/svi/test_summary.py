@@ -14,7 +14,7 @@ from numpyro.infer.svi import SVIRunResult
 
 import numpyro_ebm as ebm
 from numpyro_ebm.svi.state import EnergySVIRunResult
-from numpyro_ebm.svi.summary import gradient_norm, verdict
+from numpyro_ebm.svi.summary import gradient_norm, lines_of, verdict
 
 STEPS = np.arange(2_000)
 NOISE = np.random.default_rng(0).normal(size=2_000)
@@ -65,3 +65,12 @@ def test_a_fit_prints_well_and_stays_a_named_tuple():
 def test_names_of_a_fit_are_escaped_in_html():
     fit = EnergySVIRunResult({"<b>": jnp.zeros(3)}, None, jnp.ones(2))
     assert "&lt;b&gt; (3,)" in fit._repr_html_() and "unknown" in repr(fit)
+
+
+def test_the_loss_that_is_printed_is_the_mean_of_the_last_quarter():
+    """Of what is finite there."""
+    losses = np.append(np.arange(99.0), 400.0)
+    losses[80] = np.nan
+    fit = EnergySVIRunResult({}, None, losses)
+    expected = np.nanmean(losses[75:])
+    assert dict(lines_of(fit))["loss"] == f"{expected:.5g} (mean of the last 24)"

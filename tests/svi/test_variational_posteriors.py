@@ -72,6 +72,7 @@ GUIDES = {
     "by hand": lambda model: by_hand,
     "AutoNormal": lambda model: AutoNormal(ebm.prior(model)),
     "NumPyro's idiom": lambda model: AutoNormal(block(seed(model, 0), expose=["theta"])),
+    "a site of all together": lambda model: AutoMultivariateNormal(ebm.prior(model)),
     "a flow that is not inverted": lambda model: AutoIAFNormal(ebm.prior(model), num_flows=1),
 }
 
