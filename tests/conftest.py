@@ -199,7 +199,7 @@ MEMBERS = {
         "[table",
         "[gather",
     ),
-    "test_couplings_and_fields_are_the_energy": ("[square", "[rows"),
+    "test_couplings_and_fields_are_the_energy": ("[square",),
     "test_a_row_of_weight_two_is_the_row_twice": (
         "[square",
         "[ScoreM",

@@ -135,13 +135,6 @@ def bits(num_rows=1):
         ebm.energy("E", 0.3 * s[:, 0] * s[:, 1] * s[:, 2])
 
 
-def given_bits(data):
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        h = numpyro.sample("h", ebm.Counting(2, (3,)))
-        ebm.energy("E", 0.5 * v**2 + 0.3 * h[:, 0] * h[:, 1] * h[:, 2] * v)
-
-
 def observed_bits(data):
     weight = numpyro.sample("weight", dist.Normal(0.0, 1.0))
     with numpyro.plate("data", len(data)):
@@ -149,17 +142,11 @@ def observed_bits(data):
         ebm.energy("E", weight * s[:, 0] * s[:, 1] * s[:, 2])
 
 
-THREE, REALS = jnp.array([[0, 1, 1], [1, 1, 1]]), jnp.array([0.5, -1.0])
+THREE = jnp.array([[0, 1, 1], [1, 1, 1]])
 WEIGHT = {"weight": jnp.array(0.3)}
 LIMITS = {
     "log_normalizer": lambda most: ebm.log_normalizer(
         KEY, ebm.fixed(bits, {}), method="enumerate", max_states=most
-    ),
-    "Enumerated": lambda most: ebm.ScoreMatching(ebm.Enumerated(max_states=most)).loss(
-        KEY, {}, given_bits, None, REALS
-    ),
-    "MaximumLikelihood": lambda most: ebm.MaximumLikelihood(max_states=most).loss(
-        KEY, WEIGHT, observed_bits, None, THREE
     ),
     "normalized": lambda most: log_density(
         ebm.normalized(observed_bits, max_states=most), (THREE,), {}, WEIGHT

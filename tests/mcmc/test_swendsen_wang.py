@@ -13,6 +13,8 @@ from scipy.sparse.csgraph import connected_components as components_of
 from test_enumerated_states import last, z_score
 
 import numpyro_ebm as ebm
+from numpyro_ebm.program.potts import Potts
+from numpyro_ebm.samplers import swendsen_wang
 from numpyro_ebm.samplers.connected_components import connected_components
 
 RIGHT, DOWN = (
@@ -87,21 +89,24 @@ def test_traced_couplings_keep_the_law_whatever_they_are(bad):
         kernel.init(jax.random.key(0), 0, None, (coupling,), {})
 
 
-def test_the_energy_of_the_state_is_that_of_its_values_where_couplings_are_traced():
+def test_the_energy_of_the_state_is_that_of_its_values_where_couplings_are_not_known():
     """Also in the rows that stay where they are."""
+    coupling, fields = jnp.array([[0.8, -0.7, 0.4]]), jnp.arange(12.0).reshape(1, 4, 3) / 10
+    pairs = np.stack([np.arange(3), np.arange(1, 4)], 1)
+    form = Potts(("s",), np.tile(np.arange(3), (4, 1)), pairs, coupling, fields, False, False)
 
-    def energy(s, coupling):
-        return -jnp.sum(coupling * (s[:, 1:] == s[:, :-1]), -1) + 0.3 * s[:, 0]
+    def log_density(x):
+        s = x["s"]
+        linear = jnp.sum(fields[0][jnp.arange(4), s], -1)
+        return jnp.sum(coupling * (s[:, 1:] == s[:, :-1]), -1) + linear
 
-    def model(coupling, num_rows=200):
-        with numpyro.plate("data", num_rows):
-            ebm.energy("E", energy(numpyro.sample("s", ebm.Counting(3, (4,))), coupling))
-
-    kernel = ebm.SwendsenWang(ebm.fixed(model, {}))
-    state = jax.jit(lambda c: last(kernel, num_steps=3, args=(c,)))(jnp.array([0.8, -0.7, 0.4]))
-    expected = energy(state.z["s"], jnp.array([0.8, -0.7, 0.4]))
-    assert np.mean(np.asarray(state.accept_prob) < 1) > 0.2
-    np.testing.assert_allclose(state.potential_energy, expected, rtol=1e-4, atol=1e-5)
+    start = {"s": jax.random.randint(jax.random.key(5), (300, 4), 0, 3)}
+    state = swendsen_wang.init(start, log_density)
+    kernel = jax.jit(lambda key, x: swendsen_wang.build_kernel()(key, x, log_density, form))
+    for key in jax.random.split(jax.random.key(6), 2):
+        state, info = kernel(key, state)
+    assert np.mean(np.asarray(info.acceptance_rate) < 1) > 0.2
+    np.testing.assert_allclose(state.logdensity, log_density(state.position), rtol=1e-5)
 
 
 REFUSED = {

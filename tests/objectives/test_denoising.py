@@ -187,18 +187,14 @@ def test_geometric_levels_are_even_in_their_logarithm():
     np.testing.assert_array_equal(np.floor(place), np.arange(50))
 
 
-@pytest.mark.parametrize("variance_reduction", [True, False])
-def test_a_weight_that_is_not_given_is_that_of_each_level(variance_reduction):
+def test_a_weight_that_is_not_given_is_that_of_each_level():
     """At one level for all rows it is the weight of that number."""
     system = oracles.gaussian_system(num_rows=5)
     params = jax.tree.map(jnp.asarray, system.params)
     losses = [
-        ebm.MultiscaleDenoisingScoreMatching(
-            weight,
-            min_noise_scale=0.4,
-            max_noise_scale=0.4,
-            variance_reduction=variance_reduction,
-        ).loss(jax.random.key(5), params, system.model, None, jnp.asarray(system.data))
+        ebm.MultiscaleDenoisingScoreMatching(weight, min_noise_scale=0.4, max_noise_scale=0.4).loss(
+            jax.random.key(5), params, system.model, None, jnp.asarray(system.data)
+        )
         for weight in (None, 0.4)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-6)

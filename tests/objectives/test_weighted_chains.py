@@ -3,6 +3,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from oracles import assert_unbiased, binary_states, jit
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.objectives.chain_starts import draw_latent
 from numpyro_ebm.objectives.chain_weights import gradient_weights, read_log_normalizer, resampled
 from numpyro_ebm.objectives.persistent_chains import Chains
 
@@ -249,22 +252,20 @@ def test_the_end_of_a_run_says_that_log_z_is_not_known():
     objective.review_state(Chains({}, jnp.array(0), log_weights=0.1 * log_weights))
 
 
-@pytest.mark.parametrize("num_values, size", [(2, 3), (4, 1)])
-def test_weights_begin_at_log_z_where_chains_begin_at_the_model(num_values, size):
-    """Units that nothing is asked of: whatever rows there are, each has all of its values."""
+def test_units_that_are_drawn_at_random_have_the_density_of_a_row():
+    """One over the number of their states, however many rows there are."""
 
     def model(data):
         with numpyro.plate("data", len(data)):
             v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            h = numpyro.sample("h", ebm.Counting(num_values, (size,)))
-            ebm.energy("E", 0.5 * v**2 + 0.0 * jnp.sum(h, -1))
+            h = numpyro.sample("h", ebm.Counting(3, (2,)))
+            ebm.energy("E", 0.5 * v**2 + 0.1 * jnp.sum(h, -1))
 
-    objective = weighted(ebm.BlockGibbs, num_chains=64, initial=dist.Normal(0.0, 1.0))
-    svi = ebm.EnergySVI(model, None, optax.sgd(0.1), objective)
-    found = objective.log_normalizer(svi.init(KEY, jnp.arange(5.0)))
-    expected = 0.5 * np.log(2 * np.pi) + size * np.log(num_values)
-    np.testing.assert_allclose(found.value, expected, rtol=1e-5)
-    assert found.mcse < 1e-3
+    row_model = read_model(model, (jnp.arange(5.0),))
+    problem = SimpleNamespace(row_model=row_model, guide=None)
+    drawn, density = draw_latent(KEY, {}, problem, row_model.to_rows(row_model.visible_values))
+    assert drawn["h"].shape == (5, 2)
+    np.testing.assert_allclose(density, np.full(5, -2 * np.log(3)), rtol=1e-6)
 
 
 def test_effective_numbers_are_of_the_chains_they_are_said_of():

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 import pytest
 
 import numpyro_ebm as ebm
@@ -31,10 +30,6 @@ BEGINNINGS = {
     "recovery-default": (recovery(), 1.0),
     "contrastive-default": (contrastive(), 1.0),
     "contrastive-gaussian": (contrastive(initial="gaussian"), 3.0),
-    "contrastive-law": (
-        contrastive(initial=dist.Normal(2.0, 0.5)),
-        16 + 6 * 4 * 0.25 + 3 * 0.0625,
-    ),
 }
 
 
