@@ -38,7 +38,8 @@ import numpy as np
 from numpyro.infer import MCMC
 from scipy.special import chdtrc
 
-from numpyro_ebm.diagnostics.prior_widths import prior_widths
+from numpyro_ebm.diagnostics.heteroscedastic_regression import regress
+from numpyro_ebm.diagnostics.prior_widths import median_width, prior_widths
 from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
 from numpyro_ebm.signatures import explaining
 
@@ -172,7 +173,7 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     widths = prior_widths(mcmc, _block(mcmc.sampler, name))
     p_value = min(1.0, 4 * min(p_drift, p_ratio, p_accepted, p_recoil))
     is_small = sds < MOST_SDS and acceptance_drift < MOST_CHANGE and correlation < MOST_CORRELATION
-    most = MOST_CORRELATION if _median(widths) > AS_WIDE else STUCK
+    most = MOST_CORRELATION if median_width(widths) > AS_WIDE else STUCK
     is_stuck = correlation > most and movement < LEAST_MOVEMENT
     result = AuxiliaryAdequacy(
         drift,
@@ -194,7 +195,7 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     if not result.is_adequate:
         said = f"{_complaint(result, is_stuck)}{_sentence(widths)}"
         warnings.warn(ShortAuxiliaryWarning(said), stacklevel=2)
-    elif _median(widths) > AS_WIDE:
+    elif median_width(widths) > AS_WIDE:
         logger.info(
             "auxiliary_adequacy: the auxiliary chains move (%.2f), and the data say little.%s",
             movement,
@@ -210,13 +211,9 @@ def _block(kernel, field):
     return kernel
 
 
-def _median(widths):
-    return np.median(np.concatenate([np.ravel(x) for x in widths.values()]))
-
-
 def _sentence(widths):
     """A posterior as wide as its prior, in words."""
-    if _median(widths) <= AS_WIDE:
+    if median_width(widths) <= AS_WIDE:
         return ""
     ratios = ", ".join(f"{np.median(x):.2f} for '{name}'" for name, x in widths.items())
     return f" The draws are as wide as the prior, by a ratio of {ratios}."
@@ -276,7 +273,7 @@ def _systematic_change(trace, weight):
     change = _finite(density[:, :, 2] - density[:, :, 1])
     if not change.any():  # exact draws
         return 0.0, 0.0, 0.0, 1.0
-    fitted, left, statistic, degrees = _regression(change, trace.proposal, weight)
+    fitted, left, statistic, degrees = regress(change, trace.proposal, weight)
     drift = float(np.sqrt(np.mean(fitted)))
     # Half way and at the end the chain is as good as independent, if it is long enough.
     sds = drift / max(float(np.sqrt(np.mean(left) / 2)), 1e-30)
@@ -288,43 +285,10 @@ def _change_of_acceptance(trace, accepted):
     change = accepted[:, :, 1] - accepted[:, :, 0]
     if not change.any():
         return 0.0, 1.0
-    fitted, left, statistic, degrees = _regression(change, trace.proposal, np.ones(change.shape))
+    fitted, left, statistic, degrees = regress(change, trace.proposal, np.ones(change.shape))
     noise = np.mean(left) * degrees / change.size
     drift = float(np.sqrt(max(np.mean(fitted) - noise, 0.0)) / accepted.mean())
     return drift, float(chdtrc(degrees, statistic))
-
-
-def _regression(change, proposal, weight):
-    """Squares fitted and left, a Wald statistic of no systematic change, and its degrees.
-
-    Every auxiliary chain is run afresh, so that given θ' the changes are independent; their
-    variance may depend on θ' (the Wald statistic has White's covariance, corrected
-    for the leverage of a few draws far out, as in HC3).
-    """
-    theta = np.asarray(proposal, float).reshape(*change.shape, -1)
-    if change.ndim == 2:  # without groups: one
-        change, theta, weight = change[:, :, None], theta[:, :, None], weight[:, :, None]
-    statistic, fitted, left, degrees = 0.0, [], [], 0
-    for group in range(change.shape[2]):
-        y, w = change[:, :, group].ravel(), weight[:, :, group].ravel()
-        x = theta[:, :, group].reshape(y.size, -1)
-        x = x - np.average(x, 0, w)
-        x = x / np.maximum(np.sqrt(np.average(x**2, 0, w)), 1e-30)
-        x = np.concatenate([np.ones((y.size, 1)), x], 1)
-        if y.size < 10 * x.shape[1]:
-            raise ModelError(
-                f"auxiliary_adequacy: {y.size} draws are too few for {x.shape[1] - 1} parameters."
-            )
-        inverse = np.linalg.pinv(x.T @ (x * w[:, None]))
-        slope = inverse @ (x.T @ (w * y))
-        rest = y - x @ slope
-        leverage = np.minimum(w * np.einsum("ni,ij,nj->n", x, inverse, x), 0.99)
-        covariance = inverse @ (x.T * (w * rest / (1 - leverage)) ** 2) @ x @ inverse
-        statistic += float(slope @ np.linalg.pinv(covariance) @ slope)
-        fitted.append(w * (x @ slope) ** 2)
-        left.append(w * rest**2)
-        degrees += x.shape[1]
-    return fitted, left, statistic, degrees
 
 
 def _finite(change):

@@ -17,7 +17,7 @@ from numpyro_ebm._compat import run_arguments
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.priors import isolated, prior_part, read_with_priors
 
-__all__ = ["prior_widths"]
+__all__ = ["median_width", "prior_widths"]
 
 NUM_DRAWS = 2_000
 """Draws of the prior: a width is known to 3 %."""
@@ -46,3 +46,8 @@ def prior_widths(mcmc: MCMC, kernel: Any) -> dict[str, np.ndarray]:
 def _width(draws):
     low, high = np.quantile(np.asarray(draws, float), (0.16, 0.84), axis=0)
     return np.maximum(high - low, np.finfo(float).tiny)
+
+
+def median_width(widths: dict[str, np.ndarray]) -> float:
+    """The median over all elements of all parameters."""
+    return float(np.median(np.concatenate([np.ravel(x) for x in widths.values()])))
