@@ -134,7 +134,7 @@ def _on_points(function):
         x = jnp.asarray(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
         if x.shape[-1:] != (2,):
-            raise ValueError(f"points must have shape (..., 2), got {x.shape}")
+            raise ModelError(f"points must have shape (..., 2), got {x.shape}")
         value = jnp.where(jnp.isnan(x).any(-1), jnp.nan, function(x))
         return value.astype(x.dtype)
 
@@ -169,7 +169,7 @@ def log_density(name: str, x: ArrayLike) -> jax.Array:
     """
     known = {key: toy.log_density for key, toy in TOYS.items() if toy.log_density is not None}
     if name not in known:
-        raise ValueError(
+        raise ModelError(
             f"no exact log-density for {name!r}; known for: {', '.join(sorted(known))}"
         )
     return known[name](x)
@@ -221,14 +221,14 @@ def dequantize(rng_key: jax.Array, values: ArrayLike, num_levels: int) -> jax.Ar
     True
     """
     if not isinstance(num_levels, Integral) or isinstance(num_levels, bool) or num_levels < 2:
-        raise ValueError(f"num_levels must be an int of at least 2, got {num_levels!r}")
+        raise ModelError(f"num_levels must be an int of at least 2, got {num_levels!r}")
     x = jnp.asarray(values, jnp.result_type(float))
     try:
         whole = np.asarray((x == jnp.floor(x)) & (x >= 0) & (x < num_levels))
     except jax.errors.TracerArrayConversionError:
         whole = np.array(True)
     if not whole.all():
-        raise ValueError(
+        raise ModelError(
             f"values must be whole numbers from 0 to {num_levels - 1}, and "
             f"{np.size(whole) - np.sum(whole)} of {np.size(whole)} are not; numbers of the unit "
             "interval are whole after `jnp.round(x * (num_levels - 1))`"

@@ -1,86 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the manual says why: what messages say, by the section of its index of errors.
+"""Where the manual says why: the section of its index of errors, by the module that raised.
 
-The index, ``docs/errors.md``, has these words in the first columns of its tables.
+The index, ``docs/errors.md``, has the words of ``ELSEWHERE``, and of other messages, in the first
+columns of its tables.
 """
 
-__all__ = ["INDEX", "PAGE", "PointsToPage"]
+import sys
+
+__all__ = ["PAGE", "PointsToPage", "note", "section"]
 
 PAGE = "https://github.com/numpyro-ebm/numpyro-ebm/blob/main/docs/errors.md"
 
-INDEX: dict[str, tuple[str, ...]] = {
+SECTIONS = {
+    "data": ("inputs", "datasets", "model.finite_supports", "model.row_site", "model.row_weights"),
+    "models": ("language", "model", "models", "program"),
+    "parameters-and-log-z": (
+        "language.distributions",
+        "language.handlers",
+        "log_normalizers",
+        "model.given",
+        "model.priors",
+        "model.reading",
+    ),
+    "latent-sites-and-guides": ("guides", "language.supports", "marginals", "model.provenance"),
+    "training": ("objectives", "svi", "model.noise", "model.noise_forms"),
+    "sampling": ("mcmc", "model.plain_model", "samplers"),
+    "posteriors": ("posteriors",),
+    "diagnostics": ("diagnostics",),
+    "arguments-of-a-call": ("errors", "signatures"),
+}
+"""Modules and folders of the package; a module that is named itself is not where its folder is."""
+
+ELSEWHERE = {
     "data": (
         "but its plates and event shape ask for",
         "and an array of shape",
         "of the model is empty",
-        "no numbers in the column(s)",
-        "is a masked array",
-        "is a sparse",
         "are complex",
-        "nothing is masked in silence",
-        "leave its support",
-        "lie on the boundary of its support",
     ),
     "models": (
-        "is outside any plate",
-        "Cannot tell the data plate",
-        "one energy for each element",
-        "not go into its plates",
-        "The model has no energy statement",
-        "No energy depends on the visible site",
-        "takes its name first",
-        "Two statements of the model are named",
-        "is stated in the body of a loop",
-        "is out of reach: the normalizer is that of a whole row",
         "cannot be called with",
-        "was given a value of shape",
+        "No energy depends on the visible site",
+        "is out of reach: the normalizer is that of a whole row",
+        "`event_shape` must be a tuple of positive integers",
+        "is discrete; use",
     ),
     "parameters-and-log-z": (
-        "is unnormalised: its density needs",
-        "is not resolved (free",
-        "no value for the parameter(s)",
-        "is an improper base measure and has no draws",
-        "no parameter of the model has a prior",
         "every row has a density and a log Z of its own",
         "has no finite integral",
+        "no value for the parameter(s)",
     ),
-    "training": (
-        "must be an objective such as",
-        "must be an optimiser of NumPyro or Optax",
-        "takes derivatives in the visible values",
-        "sums over the values of discrete sites",
-        "The guide does not draw the latent site(s)",
-        "and the visible sites of the model are",
-        "from its argument, so it would be fitted",
-        "is the state of a run",
-        "has no state yet",
-    ),
-    "sampling-and-calls": (
-        "a random key, such as",
-        "no unobserved site",
-        "moves continuous sites",
-        "has no field",
-        "is not finite at the initial values",
-        "`init_params` names",
-    ),
+    "training": ("must be an objective such as", "takes derivatives in the visible values"),
 }
+"""Words of messages that belong to another section than their module."""
 
 
 class PointsToPage(Exception):
     """An error with a note below its message: the section of the index that says why.
 
-    The message itself stays as it is, so that another error may quote it.
+    The message itself stays as it is, so that another error may quote it. What others raise, in a
+    model of their own, has no note.
 
     **Example**
 
-    >>> from numpyro_ebm.error_pages import PointsToPage
-    >>> PointsToPage("The data of the model is empty.").__notes__
-    ['Why, and what helps: https://github.com/numpyro-ebm/numpyro-ebm/blob/main/docs/errors.md#data']
+    >>> from numpyro_ebm.errors import check_positive
+    >>> try:
+    ...     check_positive("MALA", step_size=-1.0)
+    ... except PointsToPage as error:
+    ...     print(error.__notes__[0])
+    Why, and what helps: https://github.com/numpyro-ebm/numpyro-ebm/blob/main/docs/errors.md#arguments-of-a-call
     """
 
     def __init__(self, *args: object):
         super().__init__(*args)
-        message = str(args[0]) if args else ""
-        sections = [s for s, words in INDEX.items() if any(x in message for x in words)]
-        if sections:
-            self.add_note(f"Why, and what helps: {PAGE}#{sections[0]}")
+        module = sys._getframe(1).f_globals.get("__name__", "")
+        where = section(module, str(args[0]) if args else "")
+        if where:
+            self.add_note(note(where))
+
+
+def note(where: str) -> str:
+    """What is said below a message.
+
+    :param str where: a section of the index.
+    """
+    return f"Why, and what helps: {PAGE}#{where}"
+
+
+def section(module: str, message: str) -> str:
+    """The section of the index for a message.
+
+    :param str module: the name of the module that raised it.
+    :param str message: the message.
+    :return: the anchor of the section; empty for a module that is not of the package.
+    """
+    package, *path = module.split(".")
+    if package != __package__:
+        return ""
+    for where, words in ELSEWHERE.items():
+        if any(x in message for x in words):
+            return where
+    of = {part: where for where, parts in SECTIONS.items() for part in parts}
+    names = (".".join(path[:n]) for n in (2, 1))
+    return next((of[name] for name in names if name in of), "")

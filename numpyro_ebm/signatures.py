@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
+from numpyro_ebm.error_pages import note
 from numpyro_ebm.errors import ModelError, UnknownArgumentError
 
 __all__ = ["Checked", "checked", "explaining"]
@@ -91,7 +92,9 @@ def explaining(function: Function) -> Function:
             unknown = kwargs.keys() - _options(function, args)
             meant = _meant(unknown, function, args)
             if isinstance(error, TypeError) and meant and f"'{next(iter(unknown))}'" in str(error):
-                raise TypeError(f"{error}. Did you mean {meant}?") from None
+                told = TypeError(f"{error}. Did you mean {meant}?")
+                told.add_note(note("arguments-of-a-call"))
+                raise told from None
             raise
 
     return typing.cast(Function, explained)

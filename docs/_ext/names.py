@@ -17,6 +17,8 @@ __all__ = ["setup"]
 
 NAME = re.compile(r"(?:ebm\.|numpyro_ebm\.)?([A-Za-z]\w*(?:\.\w+)*)(?:\(.*\))?", re.DOTALL)
 FOREIGN = re.compile(r"(?:numpyro|jax|jnp|dist|blackjax|az|arviz|optax)\.[\w.]+")
+PROSE = 80
+"""Characters in a row of three columns that are sentences, and not names and numbers."""
 PREFIXES = {"jnp.": "jax.numpy.", "dist.": "numpyro.distributions.", "az.": "arviz."}
 # Names of NumPyro that stand without their module, and where its reference has them.
 NUMPYRO = {
@@ -93,10 +95,13 @@ class ReadableTables(SphinxPostTransform):
     def run(self, **kwargs):
         for table in self.document.findall(nodes.table):
             heads = [entry.astext() for head in table.findall(nodes.thead) for entry in head[0]]
-            if len(heads) < 4 or any(isinstance(a, desc) for a in ancestors(table)):
+            rows = next(iter(table.findall(nodes.tbody)))
+            words = sum(len(row.astext()) for row in rows) / len(rows)
+            is_wide = len(heads) > 3 or (len(heads) == 3 and words > PROSE)
+            if not is_wide or any(isinstance(a, desc) for a in ancestors(table)):
                 continue
             table["classes"].append("stacked")
-            for row in next(iter(table.findall(nodes.tbody))):
+            for row in rows:
                 for head, entry in zip(heads, row, strict=False):
                     entry.insert(0, nodes.inline("", head, classes=["column"]))
         for literal in self.document.findall(nodes.literal):

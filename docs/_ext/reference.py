@@ -189,6 +189,8 @@ def write_pages(app):
 
 def written_signature(app, what, name, found, options, signature, returns):
     """The signature as the source has it; what has no source in Python keeps its own."""
+    if what == "exception" and "__init__" not in vars(found):
+        return "", None
     if isinstance(found, type):
         made = next((vars(k)["__init__"] for k in found.__mro__ if "__init__" in vars(k)), None)
         found = found if hasattr(found, "_fields") else made
@@ -205,8 +207,14 @@ def written_signature(app, what, name, found, options, signature, returns):
     return f"({ast.unparse(arguments)})", node.returns and ast.unparse(node.returns)
 
 
+def public_bases(app, name, found, options, bases):
+    """Of an error: what a user may catch."""
+    bases[:] = [base for base in bases if base.__module__ != "numpyro_ebm.error_pages"]
+
+
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("builder-inited", write_pages, priority=100)
+    app.connect("autodoc-process-bases", public_bases)
     app.connect("autodoc-process-signature", written_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm._compat import ClosedJaxpr, jaxpr_as_fun
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.types import LogDensity
 
 __all__ = ["per_row"]
@@ -60,7 +61,7 @@ def _per_row(log_density, closed_over):
     @value_and_grad.def_vmap
     def _(axis_size, in_batched, position, shared):
         if any(jax.tree.leaves(in_batched[1])):
-            raise ValueError("`per_row`: the arguments after the position must not vary by row.")
+            raise ModelError("`per_row`: the arguments after the position must not vary by row.")
         values, pullback = jax.vjp(lambda x: log_density(x, *shared), position)
         (gradients,) = pullback(jnp.ones_like(values))
         return (values, gradients), (True, jax.tree.map(lambda _: True, position))
