@@ -17,7 +17,7 @@ __all__ = ["setup"]
 
 NAME = re.compile(r"(?:ebm\.|numpyro_ebm\.)?([A-Za-z]\w*(?:\.\w+)*)(?:\(.*\))?", re.DOTALL)
 FOREIGN = re.compile(r"(?:numpyro|jax|jnp|dist|blackjax|az|arviz|optax)\.[\w.]+")
-PROSE = 80
+PROSE = 60
 """Characters in a row of three columns that are sentences, and not names and numbers."""
 PREFIXES = {"jnp.": "jax.numpy.", "dist.": "numpyro.distributions.", "az.": "arviz."}
 # Names of NumPyro that stand without their module, and where its reference has them.
