@@ -36,6 +36,7 @@ def test_every_page_has_its_parts_and_every_example_a_page():
         page = (GALLERY / f"{name}.md").read_text(encoding="utf-8")
         assert f":link: {name}\n" in index and f":img-top: {make.picture(name).name}\n" in index
         assert f"]({make.picture(name).name})" in page and f"literalinclude}} {name}.txt" in page
+        assert f"](../../examples/{name}.py)" in page
         assert "\n## What can go wrong\n" in page and not page.split("\n", 2)[2].startswith("#")
         size = make.picture(name).stat().st_size
         assert 10_000 < size < 900_000, f"{name}: {size} bytes"
