@@ -91,7 +91,7 @@ jax.Array
 
 Raises
 ------
-ValueError
+ModelError
     If ``num_samples`` is not a positive integer.
 
 Examples
@@ -158,7 +158,7 @@ def log_density(name: str, x: ArrayLike) -> jax.Array:
 
     Raises
     ------
-    ValueError
+    ModelError
         If there is no toy of that name, its density is unknown, or ``x`` is not of shape (..., 2).
 
     Examples
@@ -209,7 +209,7 @@ def dequantize(rng_key: jax.Array, values: ArrayLike, num_levels: int) -> jax.Ar
 
     Raises
     ------
-    ValueError
+    ModelError
         If ``num_levels`` is not an integer of at least 2, or ``values`` are not whole numbers of
         that range.
 

@@ -44,6 +44,7 @@ ELSEWHERE = {
         "is out of reach: the normalizer is that of a whole row",
         "`event_shape` must be a tuple of positive integers",
         "is discrete; use",
+        "is empty: its lower bound is not the lower one",
     ),
     "parameters-and-log-z": (
         "every row has a density and a log Z of its own",

@@ -176,7 +176,8 @@ def _is_one(value, hint):
         return isinstance(value, int | np.integer) and not isinstance(value, bool)
     if hint is float:
         numbers = int | float | np.number | np.ndarray | jax.Array
-        return isinstance(value, numbers) and not isinstance(value, bool)
+        is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        return is_number and np.ndim(value) == 0
     kind = hint if origin is None else origin
     if kind is tuple:
         return isinstance(value, tuple | list)

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import lax
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from numpyro_ebm._compat import is_enumerating
+from numpyro_ebm._compat import is_enumerating, not_jax_tracer
 from numpyro_ebm.errors import (
     ImproperSamplingError,
     ModelError,
@@ -114,6 +115,8 @@ class Lebesgue(dist.ImproperUniform):
             raise ModelError(
                 f"Lebesgue: the support {support} is discrete; use `Counting(num_values)`."
             )
+        if _is_empty(support):
+            raise ModelError(f"Lebesgue: {support} is empty: its lower bound is not the lower one.")
         if support.event_dim > len(event_shape):
             raise ModelError(
                 f"Lebesgue: the support {support} needs an `event_shape` of at least "
@@ -287,3 +290,10 @@ class Unnormalized(dist.Distribution):
             )
         shape = lax.broadcast_shapes(self.batch_shape, jnp.shape(value)[:-1])
         return jnp.broadcast_to(-self.energy, shape)
+
+
+def _is_empty(support):
+    """Whether the bounds of a support are known and in the wrong order somewhere."""
+    support = getattr(support, "base_constraint", support)
+    ends = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+    return all(map(not_jax_tracer, ends)) and bool(np.any(np.greater_equal(*ends)))

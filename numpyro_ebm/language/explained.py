@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpyro.distributions import MaskedDistribution
 from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import failed_statement, not_jax_tracer, trace_state
+from numpyro_ebm.error_pages import note
 from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnknownArgumentError
 from numpyro_ebm.inputs import argument_name, as_arrays, list_of_numbers
 from numpyro_ebm.language.distributions import Unnormalized
@@ -25,7 +27,12 @@ WHAT_A_ROW_NEEDS = (
     "and the energy, with everything that is not a row in event dimensions or in further plates."
 )
 EXPLAINED = TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError
-NOT_EXPLAINED = ImproperSamplingError, jax.errors.JAXTypeError, jax.errors.JAXIndexError
+OF_TRACED = jax.errors.JAXTypeError, jax.errors.JAXIndexError
+NOT_EXPLAINED = (ImproperSamplingError, *OF_TRACED)
+NOTE_OF_TRACED = (
+    "A model is a program of JAX, where sites have no values yet: `jnp` in the place of `np`, "
+    "`jnp.where` in the place of `if`."
+)
 
 
 class explained(Messenger):
@@ -48,6 +55,9 @@ class explained(Messenger):
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         self._trace_state = None  # which cannot be pickled
+        if isinstance(exc_value, OF_TRACED) and NOTE_OF_TRACED not in _notes(exc_value):
+            exc_value.add_note(NOTE_OF_TRACED)
+            exc_value.add_note(note("models"))
         if isinstance(exc_value, EXPLAINED) and not isinstance(exc_value, NOT_EXPLAINED):
             why = self._wrong_data()
             if why is None and not isinstance(exc_value, ModelError):  # which says more
@@ -58,6 +68,11 @@ class explained(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         name = msg.get("name")
+        if msg["type"] in ("sample", "param", "deterministic") and not isinstance(name, str):
+            raise ModelError(
+                f"A statement `numpyro.{msg['type']}` has a `{type(name).__name__}` for a name. "
+                f'Names come first, and are strings: `numpyro.{msg["type"]}("name", ...)`.'
+            )
         asks = msg["type"] == "param" and msg["args"] and msg["args"][0] is None  # of a module
         if msg["type"] in ("sample", "param", "deterministic", "visible") and not asks:
             self._twice += [name] if name in self._names else []
@@ -82,8 +97,11 @@ class explained(Messenger):
 
     def compare(self, name: str, own: Any, value: Any) -> None:
         """Remember the value of a parameter if it has another shape than the model gives it."""
-        if hasattr(own, "shape") and hasattr(value, "shape") and own.shape != value.shape:
-            self._changed[name] = value.shape, own.shape
+        is_number = isinstance(value, bool | int | float | complex)
+        found = getattr(value, "shape", () if is_number else None)
+        if hasattr(own, "shape") and found != own.shape:
+            given = f"type `{type(value).__name__}`" if found is None else f"shape {found}"
+            self._changed[name] = given, own.shape
 
     def _wrong_data(self):
         """What is wrong with the data of a site whatever the model makes of them, or ``None``."""
@@ -110,9 +128,9 @@ class explained(Messenger):
         for name, (value, shape) in self._observed.items():
             if jnp.shape(value) != shape:
                 return wrong_shape(name, jnp.shape(value), shape)
-        for name, (found, shape) in self._changed.items():
+        for name, (given, shape) in self._changed.items():
             return (
-                f"The parameter '{name}' was given a value of shape {found}, and the model "
+                f"The parameter '{name}' was given a value of {given}, and the model "
                 f"declares it with the shape {shape}. Give it that shape, or call the model with "
                 "the arguments from which it takes its sizes."
             )
@@ -135,6 +153,10 @@ class explained(Messenger):
                     f"it ({type(error).__name__}: {error}). Pass an array, `jnp.asarray(data)`."
                 )
         return None
+
+
+def _notes(error):
+    return getattr(error, "__notes__", ())
 
 
 def _broadcasts(found, shape):
@@ -162,6 +184,13 @@ def _outside_of_plates(name, fn, frames):
             f"The energy '{name}' has shape {shape}, which does not go into its plates ({plates}): "
             "one energy for each element. Sum over event dimensions, as in `jnp.sum(..., -1)`, and "
             "compute it from sites of the same plates."
+        )
+    if name.endswith("observed") and isinstance(fn, MaskedDistribution):  # what `obs_mask` makes
+        name = name.removesuffix("_observed").removesuffix("_unobserved")
+        return (
+            f"The `obs_mask` of the site '{name}' has shape {shape}, which does not go into its "
+            f"plates ({plates}). The event dimensions of a site are known together: declare what "
+            "may be missing by itself in a plate of its own, and not by `event_shape=`."
         )
     return (
         f"The site '{name}' is drawn from a {type(fn).__name__} of batch shape {shape}, which does "

@@ -57,7 +57,13 @@ def energy(name: str, value: ArrayLike) -> None:
         )
     if not handler_stack:
         return
-    value = jnp.asarray(value)
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"The energy '{name}' is a `{type(value).__name__}`, and numbers are needed, one for "
+            "each row. Does the function that computes it return them?"
+        ) from error
     if jnp.iscomplexobj(value):
         raise ModelError(
             f"The energy '{name}' is complex, and it has to be real: exp(-E) is a density. Take "
@@ -90,6 +96,7 @@ def visible(name: str, value: T) -> T:
     :param str name: name of the visible site in the model.
     :param value: the value to use when no objective overrides it, usually the data argument.
     :return: the visible value, of the shape of ``value``.
+    :raises ModelError: if the name does not come first.
 
     **Example**
 
@@ -97,6 +104,11 @@ def visible(name: str, value: T) -> T:
     >>> ebm.visible("v", 1.5)
     1.5
     """
+    if not isinstance(name, str):
+        raise ModelError(
+            "`visible(name, value)` takes its name first, a string, as in "
+            '`numpyro_ebm.visible("v", data)`.'
+        )
     if not handler_stack:
         return value
     message = {

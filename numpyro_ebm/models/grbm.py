@@ -133,7 +133,7 @@ def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
 
     :param dict params: ``W``, ``b``, ``c`` and ``scale``.
     :param data: rows of shape (rows, num_visible), an array or a data frame.
-    :raises ModelError: as :func:`grbm_log_normalizer`.
+    :raises ModelError: as :func:`grbm_log_normalizer`, and if the rows are not those of ``W``.
 
     **Example**
 
@@ -150,5 +150,10 @@ def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
     """
     W, b, c, scale = (params[name] for name in ("W", "b", "c", "scale"))
     (data,), _ = as_arrays((data,))
+    if jnp.shape(data)[-1:] != W.shape[:1]:
+        raise ModelError(
+            f"grbm_log_likelihood: the data have shape {jnp.shape(data)}, and W of shape {W.shape} "
+            f"asks for (rows, {W.shape[0]})."
+        )
     free = jnp.sum(softplus(c + data @ W), -1) - 0.5 * jnp.sum(((data - b) / scale) ** 2, -1)
     return free - grbm_log_normalizer(params)

@@ -239,6 +239,10 @@ class Objective(Checked, Term, ABC):
         :raises ModelError: if the model, the guide and the objective do not go together, or the
             objective has parameters or a state that the caller does not bring.
         """
+        if not isinstance(self, Objective):  # called by NumPyro's `SVI`, on a class
+            raise ModelError(
+                "`loss` must be an objective such as `ScoreMatching()`, and got a class of them."
+            )
         if self.keeps:
             raise ModelError(
                 f"{self!r} keeps a state from round to round, for which a loss of parameters alone "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of EnergySVI: its batches, the state it starts from, its chunks, and how it ends."""
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -186,10 +187,24 @@ class Run:
 def _with_losses_since(callback, every, done):
     """A callback that is told the losses since it was called before."""
     told = done - done % every
+    try:
+        inspect.signature(callback).bind(0, None, None)
+    except TypeError as error:
+        raise ModelError(
+            f"EnergySVI.run: `callback` is called with (step, state, losses), and fails: {error}."
+        ) from None
+    except ValueError:  # of a builtin
+        pass
 
     def call(state, losses):
         nonlocal told
         since, told = losses[told:].copy(), len(losses)
-        return callback(int(state.step), state, since)
+        answer = callback(int(state.step), state, since)
+        if answer is not None and np.asarray(answer).dtype.kind != "b":
+            raise ModelError(
+                "EnergySVI.run: `callback` returns True to end the run, else False or nothing; it "
+                f"returned a `{type(answer).__name__}`."
+            )
+        return answer
 
     return call

@@ -365,3 +365,15 @@ def test_an_energy_answers_for_its_flat_measures():
 def test_flat_measures_end_where_their_support_does():
     found = ebm.Lebesgue((), dist.constraints.positive).log_prob(jnp.array([-1.0, 1.0]))
     assert found.tolist() == [-np.inf, 0.0]
+
+
+def test_a_support_is_empty_if_its_bounds_are_exchanged_anywhere():
+    low = jnp.array([0.0, 1.0])
+    with pytest.raises(ebm.ModelError, match="is empty: its lower bound"):
+        ebm.Lebesgue((2,), dist.constraints.independent(dist.constraints.interval(low, 1.0), 1))
+    with pytest.raises(ebm.ModelError, match="is empty: its lower bound"):
+        ebm.Lebesgue((2,), dist.constraints.interval(low, 1.0))
+    traced = jax.jit(
+        lambda low: ebm.Lebesgue((2,), dist.constraints.interval(low, 1.0)).log_prob(low)
+    )
+    traced(low)  # of bounds that are traced nothing is known

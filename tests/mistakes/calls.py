@@ -27,7 +27,7 @@ from mistakes.setting import (
     rbm,
     svi,
 )
-from numpyro.infer import MCMC, NUTS, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 
 import numpyro_ebm as ebm
 
@@ -123,6 +123,43 @@ TRAINING = {
     "a callback that is never called": Mistake(
         lambda: fit(callback=print), "both of `callback` and `every`"
     ),
+    "a callback that returns a number": Mistake(
+        lambda: fit(num_steps=2, callback=lambda step, state, losses: losses.mean(), every=1),
+        "`callback` returns True to end the run.*returned a `float",
+    ),
+    "a callback of a step": Mistake(
+        lambda: fit(callback=lambda step: None, every=1), r"called with \(step, state, losses\)"
+    ),
+    "an objective for parameters": Mistake(
+        lambda: fit(init_params=ebm.ScoreMatching()), "`init_params` must be a `dict`"
+    ),
+    "steps and data exchanged": Mistake(
+        lambda: run(KEY, X, 2), "`num_steps` must be a positive integer"
+    ),
+    "data twice": Mistake(lambda: run(KEY, 1, X, data=X), "multiple values for argument 'data'"),
+    "a marginal for EnergySVI": Mistake(
+        lambda: fit(rbm, guide, marginal=ebm.VaGES(2)), r"called with.*\['marginal'\]"
+    ),
+    "scales of noise": Mistake(
+        lambda: ebm.DenoisingScoreMatching(jnp.array([0.1, 0.2])), "`noise_scale` must be a number"
+    ),
+    "scales of noise by site": Mistake(
+        lambda: ebm.DenoisingScoreMatching({"v": 0.1}), "`noise_scale` must be a number"
+    ),
+    "noise of all rows": Mistake(
+        lambda: fit(loss=ebm.NCE(dist.Normal(0, 1).expand([6, 2]).to_event(2))),
+        r"event shape \(6, 2\), and the site \(2,\)",
+    ),
+    "no noise": Mistake(
+        lambda: ebm.NCE(dist.Normal(0, 1), noise_ratio=0), "`noise_ratio` must be a positive"
+    ),
+    "half a step of a chain": Mistake(
+        lambda: ebm.ContrastiveDivergence(ebm.MALA, 5.5), "`num_steps` must be a positive integer"
+    ),
+    "a class of objectives, NumPyro's SVI": Mistake(
+        lambda: SVI(plane, None, optax.adam(0.1), SM).run(KEY, 1, X, progress_bar=False),
+        "must be an objective such as",
+    ),
     "an average that does not decay": Mistake(
         lambda: fit(ema=1.0), "`ema` must be between 0 and 1"
     ),
@@ -152,6 +189,15 @@ SAMPLING = {
         lambda: ebm.sample(KEY, ebm.fixed(plane, {"W": jnp.eye(3)}), 1),
         r"'W' was given a value of shape \(3, 3\).*\(2, 2\)",
     ),
+    "fixed at a list": Mistake(
+        lambda: ebm.sample(KEY, ebm.fixed(plane, {"W": [[1.0, 0.0], [0.0, 1.0]]}), 1),
+        r"'W' was given a value of type `list`.*\(2, 2\)",
+    ),
+    "fixed at text": Mistake(
+        lambda: ebm.sample(KEY, ebm.fixed(plane, {"W": "eye"}), 1),
+        r"'W' was given a value of type `str`.*\(2, 2\)",
+    ),
+    "fixed by keyword": Mistake(lambda: ebm.fixed(plane, W=jnp.eye(2)), "dict of parameter values"),
     "fixed at a fit": Mistake(lambda: ebm.fixed(plane, [jnp.eye(2)]), "dict of parameter values"),
     "fixed, exchanged": Mistake(lambda: ebm.fixed(PARAMS, plane), "dict of parameter values"),
     "fixed without parameters": Mistake(lambda: ebm.fixed(plane), "dict of parameter values"),
@@ -183,6 +229,16 @@ SAMPLING = {
     ),
     "a negative step": Mistake(
         lambda: ebm.MALA(FIXED, step_size=-1.0), "`step_size` must be positive"
+    ),
+    "data for a step": Mistake(lambda: ebm.MALA(FIXED, X), "`step_size` must be positive"),
+    "blocks of names": Mistake(
+        lambda: ebm.BlockGibbs(FIXED, blocks=["v", "h"]), "sequence of sequences of site names"
+    ),
+    "names for data": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, ["v"]), "the visible site 'v' are a `list`"
+    ),
+    "a kernel of another model": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, kernel=ebm.MALA(FIXED_BITS)), "moves continuous sites"
     ),
     "a step by name": Mistake(lambda: ebm.MALA(FIXED, step_size="auto"), "`step_size` must be"),
     "two for a probability": Mistake(
@@ -230,6 +286,16 @@ POSTERIORS = {
     "no priors": Mistake(lambda: posterior(ebm.normalized(plane), X), "no parameter.*has a prior"),
     "no priors, generalized": Mistake(
         lambda: posterior(ebm.generalized(plane, SM()), X), "no parameter.*has a prior"
+    ),
+    "log Z for a function of it": Mistake(
+        lambda: posterior(ebm.normalized(bayesian, 0.9), LINE), "function of the parameters"
+    ),
+    "data for log Z": Mistake(lambda: ebm.normalized(bayesian, LINE), "`log_normalizer` must be"),
+    "a class of objectives": Mistake(
+        lambda: ebm.generalized(bayesian, SM), "must be an objective such as"
+    ),
+    "no auxiliary steps": Mistake(
+        lambda: ebm.Exchange(bayesian, ebm.MALA, 0), "`num_auxiliary_steps` must be a positive"
     ),
     "log Z of another shape": Mistake(
         lambda: posterior(ebm.normalized(bayesian, lambda p: jnp.ones(7))), r"shape \(7,\)"
@@ -306,6 +372,21 @@ DIAGNOSTICS = {
     "too many coordinates": Mistake(
         lambda: ebm.to_arviz(DRAWS, FIXED, coords={"v_dim_0": [1, 2, 3]}),
         "3 labels for the dimension 'v_dim_0', which is of .2.",
+    ),
+    "log Z and its error": Mistake(
+        lambda: ebm.log_likelihood(KEY, FIXED, X, log_normalizer=(1.0, 0.1)),
+        r"has shape \(2,\); it is a number",
+    ),
+    "log Z by name": Mistake(
+        lambda: ebm.log_likelihood(KEY, FIXED, X, log_normalizer="quadrature"),
+        "`log_normalizer` must be a number, an array",
+    ),
+    "a test of one row": Mistake(lambda: ebm.stein_test(KEY, FIXED, X[:1]), "there is only one"),
+    "a test of parameters": Mistake(
+        lambda: ebm.stein_test(KEY, PARAMS, X), "`model` must be a function"
+    ),
+    "a test of what is not fixed": Mistake(
+        lambda: ebm.stein_test(KEY, plane, X), r"free parameter\(s\) \['W'\]"
     ),
     "stein_test, exchanged": Mistake(lambda: ebm.stein_test(FIXED, KEY, X), ARGUMENTS),
     "log_normalizer, exchanged": Mistake(lambda: ebm.log_normalizer(FIXED, KEY), ARGUMENTS),

@@ -7,6 +7,8 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 from mistakes.setting import (
     BITS,
     FIXED,
@@ -22,6 +24,7 @@ from mistakes.setting import (
     line,
     model_of,
     plane,
+    plate,
     positive,
     rbm,
     svi,
@@ -47,6 +50,30 @@ def sparse():
     from scipy.sparse import csr_matrix
 
     return csr_matrix(NP)
+
+
+def of_covariates(data, x):
+    a = numpyro.param("a", 1.0)
+    with plate(x):
+        y = numpyro.sample("y", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", 0.5 * (y - a * x) ** 2)
+
+
+def learn_categories(data=None):
+    b = numpyro.param("b", jnp.zeros(3))
+    with plate(data):
+        ebm.energy("E", -b[numpyro.sample("v", ebm.Counting(3), obs=data)])
+
+
+def masked(data, known):
+    a = numpyro.param("a", 1.0)
+    with plate(data):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data, obs_mask=known)
+        ebm.energy("E", a * jnp.sum(v**2, -1))
+
+
+def on(support):
+    return model_of(lambda: ebm.Lebesgue((2,), support), lambda v, W: jnp.sum((v @ W) ** 2, -1))
 
 
 def started(data):
@@ -109,6 +136,13 @@ DATA = {
     "a list of strings": Mistake(lambda: fit(data=[["a", "b"]] * 5), LIST),
     "a string": Mistake(lambda: fit(data="data.csv"), r"visible site 'v' are a `str`"),
     "strings": Mistake(lambda: fit(data=np.array([["a", "b"]])), "argument number 1 holds text"),
+    "a dict": Mistake(lambda: fit(data={"v": X}), r"visible site 'v' are a `dict`"),
+    "another number of covariates": Mistake(
+        lambda: svi(of_covariates).run(KEY, 1, LINE[:4], LINE), shapes((4,), (6,))
+    ),
+    "one-hot vectors": Mistake(
+        lambda: fit(learn_categories, data=jnp.eye(3), loss=PL()), shapes((3, 3), (3,))
+    ),
     "objects": Mistake(lambda: fit(data=MIXED), r"holds objects \(float, str\)"),
     "objects without a value": Mistake(
         lambda: fit(data=np.array([[1.0, None]], dtype=object)), r"objects \(NoneType, float\)"
@@ -150,6 +184,18 @@ DATA = {
         lambda: ebm.log_likelihood(KEY, FIXED_BITS, BITS + 1), "leave its support"
     ),
     "negative numbers for positive": Mistake(lambda: fit(positive, data=LINE), "leave its support"),
+    "numbers out of order": Mistake(
+        lambda: fit(on(dist.constraints.ordered_vector), data=-jnp.sort(X, -1)), "leave its support"
+    ),
+    "weights that do not sum to one": Mistake(
+        lambda: fit(on(dist.constraints.simplex), data=jnp.abs(X)), "leave its support"
+    ),
+    "a mask of event dimensions": Mistake(
+        lambda: svi(masked).run(KEY, 1, X, X > 0), r"`obs_mask` of the site 'v' has shape \(6, 2\)"
+    ),
+    "other columns than those of W": Mistake(
+        lambda: ebm.models.grbm_log_likelihood(GRBM, X[:, :1]), r"\(6, 1\).*for \(rows, 2\)"
+    ),
     "zeros for positive": Mistake(
         lambda: fit(positive, data=jnp.zeros(3)), r"(leave|boundary of) its support"
     ),

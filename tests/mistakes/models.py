@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes in models and guides."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -95,6 +97,29 @@ def named(name, energy="E"):
             ebm.energy(energy, jnp.sum(v**2, -1))
 
     return model
+
+
+def value_first(data=None):
+    a: Any = numpyro.param(1.0, "a")  # pyright: ignore[reportArgumentType]
+    with plate(data):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+        ebm.energy("E", a * jnp.sum(v**2, -1))
+
+
+def plate_of(size):
+    def model(data=None):
+        a = numpyro.param("a", 1.0)
+        with numpyro.plate("data", size):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+            ebm.energy("E", a * jnp.sum(v**2, -1))
+
+    return model
+
+
+def returned(data=None):
+    with plate(data):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+    return numpyro.param("a", 1.0) * jnp.sum(v**2, -1)
 
 
 def swapped(data=None):
@@ -226,6 +251,25 @@ MODELS = {
         lambda: learn_bits(lambda: ebm.Counting(2.5, (2,))), "`num_values` must be an integer"
     ),
     "one value": Mistake(lambda: ebm.Counting(1), "`num_values` must be an integer of at least 2"),
+    "bounds exchanged": Mistake(
+        lambda: ebm.Lebesgue((), dist.constraints.interval(1.0, 0.0)), "is empty: its lower bound"
+    ),
+    "a support for the shape": Mistake(
+        lambda: ebm.Lebesgue(dist.constraints.positive), "`event_shape` must be a tuple"
+    ),
+    "an energy that is None": Mistake(
+        lambda: fit(with_vector(lambda v, W: None)), "'E' is a `NoneType`, and numbers are needed"
+    ),
+    "a parameter by its value": Mistake(
+        lambda: fit(value_first), "`numpyro.param` has a `float` for a name"
+    ),
+    "a plate of another size": Mistake(lambda: fit(plate_of(5)), r"\(6, 2\).* ask for \(5, 2\)"),
+    "a plate of one": Mistake(lambda: fit(plate_of(1)), r"\(6, 2\).* ask for \(1, 2\)"),
+    "rows in the event shape": Mistake(
+        lambda: fit(model_of(lambda: ebm.Lebesgue((6, 2)), lambda v, W: jnp.sum(v**2, (-1, -2)))),
+        "one energy for each element",
+    ),
+    "an energy that is returned": Mistake(lambda: fit(returned), "no energy statement"),
     "a parameter named as a site": Mistake(lambda: fit(param_of_the_site), "are named 'v'"),
     "two sites of a name": Mistake(lambda: fit(named("v")), "are named 'v'"),
     "an energy named as a site": Mistake(lambda: fit(named("h", "h")), "are named 'h'"),
@@ -277,6 +321,12 @@ def bits_and_more(v, A):
     numpyro.sample("z", dist.Normal(0, 1))
 
 
+def visible_last(data=None):
+    with plate(data):
+        v = ebm.visible(data, "v")  # pyright: ignore
+        numpyro.sample("h", dist.Bernoulli(logits=v @ jnp.zeros((2, 3))).to_event(1))
+
+
 def reads_data(data=None):
     A = numpyro.param("A", jnp.zeros((2, 3)))
     with plate(data):
@@ -297,6 +347,7 @@ GUIDES = {
         "does not draw the latent site.*'h'",
     ),
     "the argument instead of visible": Mistake(lambda: learn(reads_data), 'visible\\("v", data\\)'),
+    "visible with its name last": Mistake(lambda: learn(visible_last), "takes its name first"),
     "visible of no site": Mistake(
         lambda: learn(q_of(bits, site="x")), r"visible\('x', ...\)`, and.*\['v'\]"
     ),
