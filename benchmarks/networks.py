@@ -4,7 +4,8 @@
 Denoising score matching and persistent contrastive divergence (ten Langevin steps) of a perceptron,
 and VaGES with multiscale denoising of a deep latent variable model, 128 rows a batch, Adam. A loop
 is one `lax.scan` over a chunk of steps, its losses differentiated by JAX; it is compiled at XLA's
-default level and at level 1, the library's. All take turns in one process; processor seconds.
+default level and at level 1, the library's. All take turns in one process, processor seconds. First
+of all both have to have the same loss, gradient and chains, where their noise is alike.
 
     taskset -c 0 python benchmarks/networks.py
 """
@@ -13,6 +14,7 @@ import argparse
 import os
 import time
 from functools import partial
+from unittest import mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
@@ -139,7 +141,7 @@ def vages(p, q, key, level, noise, v):
         delta = values - lax.stop_gradient(values)
         return jnp.mean(delta, 0) + 0.5 * jnp.var(delta, 0, ddof=1)
 
-    offset = level / 0.1**2 * noise
+    offset = noise / 0.1**2
     z = score / level + offset
     along = jax.jvp(surrogate, (v,), (z / level,))[1] + jnp.sum(z * offset, -1)
     return jnp.mean(along - 0.5 * lax.stop_gradient(along))
@@ -199,6 +201,51 @@ class Library:
         return fit.losses
 
 
+def flat(values):
+    return {f"{k}.{n}": x for k, v in values.items() for n, x in v.items()}
+
+
+def by_library(make, objective, p, q, v):
+    """Loss of a second round, its gradient in the energy's parameters, and the chains."""
+    key, params = jax.random.key(0), flat(p | q)
+    problem = objective.prepare(key, params, *make, (v,), {})
+    state = objective.init_state(key, params, problem)
+    problem, state = objective.advance(key, params, problem, state)
+    loss = jax.value_and_grad(lambda p: objective.energy_loss(key, params | p, problem))
+    return *loss(flat(p)), v if state is None else state.position["v"]
+
+
+def by_loop(loss, p, q, v):
+    key = jax.random.key(0)
+    if loss is None:
+        return *jax.value_and_grad(vages)(p, q, key, *noised(key, v)), v
+    _, chains = loss(p, q, key, v, v)
+    (value, chains), gradient = jax.value_and_grad(loss, has_aux=True)(p, q, key, v, chains)
+    return value, gradient, chains
+
+
+def check_same(make, objective, loss, p, q, v):
+    """Raise unless both compute the same, where all draws of noise are the same by any key."""
+
+    def normal(key, shape=(), dtype=float, **_):
+        return jnp.broadcast_to(jnp.sin(1.0 + jnp.arange((1, *shape)[-1])), shape)
+
+    draws = {
+        "normal": normal,
+        "uniform": lambda key, shape=(), *_, **__: jnp.full(shape, 0.5),
+        "permutation": lambda key, n, *_, **__: jnp.arange(n),
+    }
+    alike = mock.patch.multiple(jax.random, **draws)
+    with alike, mock.patch("blackjax.util.normal", normal):  # which it imported by name
+        ours = jax.jit(partial(by_library, make, objective))(p, q, v)
+        value, gradient, chains = jax.jit(partial(by_loop, loss))(p, q, v)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
+        ours,
+        (value, flat(gradient), chains),
+    )
+
+
 def timed(take):
     start = time.process_time()
     jax.block_until_ready(take())
@@ -243,6 +290,7 @@ def main(rounds):
             "level 1": Loop(loss, data, start, start_guide, 1),
         }
         first = {way: timed(x.take) for way, x in ways.items()}
+        check_same(make, objective, loss, start, start_guide, data[:BATCH])  # warm from here on
         for way in ways.values():
             way.take()
         seconds = {way: [] for way in ways}
