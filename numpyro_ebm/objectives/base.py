@@ -122,12 +122,13 @@ class Objective(Checked, Term, ABC):
         """What the objective keeps, after the step of the energy took parameters to others."""
         return state
 
-    @property
-    def has_statistics(self) -> bool:
-        """Whether there is anything to :meth:`review`."""
+    def has_statistics(self, state: Any) -> bool:
+        """Whether there is anything to :meth:`review`, with what it kept from round to round."""
         return type(self).statistics is not Objective.statistics
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
         """What :meth:`review` wants to know at the end of a run; a pytree of arrays."""
         return None
 

@@ -20,6 +20,7 @@ class ChainOptions(NamedTuple):
     buffer: int | None
     initial: Any
     reset_probability: float
+    adjusted_resets: bool
     weighted: bool
     energy_penalty: float
     history: Remembers
@@ -75,6 +76,14 @@ class ChainOptions(NamedTuple):
                 f"{OWNER}: `num_chains` of the chains in the buffer move in a round, and "
                 f"{self.num_chains} are more than the {self.buffer} of `buffer`."
             )
+        if self.adjusted_resets and not self.reset_probability:
+            raise ModelError(f"{OWNER}: `adjusted_resets` wants a `reset_probability`, 1 at best.")
+        if self.adjusted_resets and isinstance(self.initial, str) and self.initial == "data":
+            raise ModelError(
+                f"{OWNER}: `adjusted_resets` are tested against the density of where chains begin, "
+                'and the data have none. Set `initial="gaussian"`, `"uniform"` or a NumPyro '
+                "distribution that covers the rows."
+            )
         if self.weighted and self.kl_weight:
             raise ModelError(
                 f"{OWNER}: chains with `weighted=True` stand for the model: drop `kl_weight`."
@@ -93,7 +102,7 @@ class ChainOptions(NamedTuple):
 
     def check_model(self, row_model: RowModel) -> None:
         """Raise if a model does not go with them."""
-        check_initial(self.initial, row_model, self.weighted)
+        check_initial(self.initial, row_model, self.weighted or self.adjusted_resets)
         given = [name for name in ("num_chains", "buffer", "weighted") if getattr(self, name)]
         if self.persistent and row_model.covariates and given:
             raise ModelError(

@@ -23,13 +23,20 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.plan import Problem
 from numpyro_ebm.types import Params, SiteValues
 
-__all__ = ["OWNER", "check_initial", "draw_latent", "draw_visible", "visible_log_density"]
+__all__ = [
+    "OWNER",
+    "check_initial",
+    "draw_latent",
+    "draw_visible",
+    "spread_of_rows",
+    "visible_log_density",
+]
 
 OWNER = "ContrastiveDivergence"
 
 
-def check_initial(initial: Any, row_model: RowModel, weighted: bool) -> None:
-    """Raise unless chains of this model can begin so."""
+def check_initial(initial: Any, row_model: RowModel, covers: bool) -> None:
+    """Raise unless chains of this model can begin so, and everywhere if it ``covers``."""
     if initial == "gaussian":
         discrete = [name for name, site in row_model.visible.items() if site.is_discrete]
         if discrete:
@@ -38,7 +45,7 @@ def check_initial(initial: Any, row_model: RowModel, weighted: bool) -> None:
                 '`initial="data"`, `"uniform"` or a distribution.'
             )
     elif initial != "data":
-        _noise(initial, row_model, covers=weighted)
+        _noise(initial, row_model, covers=covers)
 
 
 def draw_visible(
@@ -120,6 +127,20 @@ def draw_latent(
         density = jnp.full(row_model.num_rows, density)
     u = {name: row_model.latent[name].unconstrain_draw(x) for name, x in values.items()}
     return row_model.to_rows(u), density
+
+
+def spread_of_rows(problem: Problem) -> SiteValues | None:
+    """Standard deviations of the coordinates in the batch, rows leading; ``None`` of discrete ones.
+
+    They are those of :func:`draw_visible` at a fitted Gaussian.
+    """
+    row_model = problem.row_model
+    if any(site.is_discrete for site in row_model.visible.values()):
+        return None
+    _, std = _fitted(problem)
+    return row_model.to_rows(
+        row_model.unflatten(jnp.broadcast_to(std, (row_model.num_rows, len(std))))
+    )
 
 
 def _fitted(problem):

@@ -119,7 +119,9 @@ class ConditionalNCE(Objective):
 
         return each(there, jax.random.split(key_noise, self.noise_ratio)) - here
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
         slope = jnp.vectorize(jax.grad(self.pair_loss))
         log_ratios = self._log_ratios(rng_key, params, problem)
         return mean_overlap(problem.row_model, slope(log_ratios) / slope(0.0))

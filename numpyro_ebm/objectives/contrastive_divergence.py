@@ -78,6 +78,9 @@ class ContrastiveDivergence(NegativePhase):
         :class:`~numpyro_ebm.NCE` takes it, a NumPyro distribution for one. Chains that are not
         persistent begin there in every round.
     :param float reset_probability: share of the persistent chains of a round that begins anew.
+    :param bool adjusted_resets: begin anew only where a Metropolis-Hastings test accepts it. Resets
+        then leave the model invariant, and carry chains from mode to mode where ``initial`` covers
+        them, in few dimensions.
     :param bool weighted: whether persistent chains carry the work of training as weights. The
         gradient is then consistent in the number of chains even where they do not mix, and
         :meth:`log_normalizer` knows log Z. Half of the chains give the gradient, the other half
@@ -109,8 +112,9 @@ class ContrastiveDivergence(NegativePhase):
         come from elsewhere than ``EnergySVI.run``.
 
     Warns :class:`~numpyro_ebm.ConvergenceWarning` at the end of a run whose persistent chains have
-    an R-hat of 3 or more over its last 256 rounds: ``chain_diagnostics`` has them all. Of
-    weighted chains, if log Z is known to no better than half a nat.
+    an R-hat of 3 or more over its last 256 rounds (``chain_diagnostics`` has them all); of weighted
+    chains, if log Z is known to no better than half a nat; and of chains that belong to rows, if
+    their energies do not stay in further steps (:mod:`~numpyro_ebm.objectives.chain_balance`).
 
     Reference: Hinton 2002; Tieleman 2008; Du, Mordatch 2019; Carbone et al. 2023; the penalty of
     gradients, Kumar et al. 2019; the divergence of the chains, Du et al. 2021.
@@ -148,6 +152,7 @@ class ContrastiveDivergence(NegativePhase):
         buffer: int | None = None,
         initial: Any = "data",
         reset_probability: float = 0.0,
+        adjusted_resets: bool = False,
         weighted: bool = False,
         energy_penalty: float = 0.0,
         history: Remembers = "light",
@@ -164,6 +169,7 @@ class ContrastiveDivergence(NegativePhase):
             buffer,
             initial,
             reset_probability,
+            adjusted_resets,
             weighted,
             energy_penalty,
             history,

@@ -148,7 +148,9 @@ class EnergyDiscrepancy(Objective):
             log_ratios = jnp.concatenate([own, log_ratios])
         return log_ratios
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
         if not self.w:
             return None  # without a bound that the loss could stand at
         log_ratios = self._log_ratios(rng_key, params, problem)

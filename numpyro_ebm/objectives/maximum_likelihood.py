@@ -108,7 +108,9 @@ class MaximumLikelihood(Objective):
         here = here - problem.row_model.log_reference(values)
         return problem.row_model.mean(self.log_normalizer(params, problem) - here + log_det)
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> list[jax.Array]:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> list[jax.Array]:
         """log Z with all nodes, with half of them, and with a reach of half the width."""
         if not has_real_coordinates(problem.row_model):
             return []

@@ -185,7 +185,9 @@ class NCE(NoiseContrast):
         mixed = mean(doubt(at_data)) + self.noise_ratio * mean(doubt(at_noise))
         return mixed / mean(jnp.ones_like(at_data)) * (1 + self.noise_ratio) / self.noise_ratio
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
         return self.overlap(rng_key, params, problem)
 
     def review(self, statistics: Any) -> None:

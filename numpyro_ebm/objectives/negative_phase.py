@@ -9,10 +9,16 @@ import jax.numpy as jnp
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective, Problem
+from numpyro_ebm.objectives.chain_balance import energy_drop, warn_if_not_there
 from numpyro_ebm.objectives.chain_history import History
 from numpyro_ebm.objectives.chain_moves import KernelSteps, over_chains
 from numpyro_ebm.objectives.chain_options import ChainOptions
-from numpyro_ebm.objectives.chain_starts import draw_latent, draw_visible, visible_log_density
+from numpyro_ebm.objectives.chain_starts import (
+    draw_latent,
+    draw_visible,
+    spread_of_rows,
+    visible_log_density,
+)
 from numpyro_ebm.objectives.chain_weights import check_num_chains, gradient_weights, resampled
 from numpyro_ebm.objectives.persistent_chains import Chains, rows_of_batch
 from numpyro_ebm.types import Params, SiteValues
@@ -81,9 +87,12 @@ class NegativePhase(Objective):
         if options.reset_probability or state.begun is not None:
             num = len(jax.tree.leaves(chains)[0])
             restarts = jax.random.bernoulli(key_reset, options.reset_probability, (num,))
+            fresh = self._start(key_start, params, problem, num)
+            if options.adjusted_resets:
+                key = jax.random.fold_in(key_reset, 3)
+                restarts &= self._accepts(key, params, problem, fresh, chains)
             if state.begun is not None:
                 restarts |= ~state.begun[index]
-            fresh = self._start(key_start, params, problem, num)
             # A latent site that the start says nothing about goes on from where it is.
             chains = {k: _choose_rows(restarts, fresh.get(k, x), x) for k, x in chains.items()}
         chains = self._steps(key_move, params, problem, chains)
@@ -105,6 +114,34 @@ class NegativePhase(Objective):
             return state
         old, new = (self._densities(rng_key, p, problem, state.position) for p in (before, after))
         return state._replace(log_weights=state.log_weights + new - old)
+
+    # At the end of a run
+
+    def has_statistics(self, state: Any) -> bool:
+        return isinstance(state, Chains) and state.begun is not None
+
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
+        """By how much energies of chains of rows fall in further sweeps, and which have begun."""
+        if not self.has_statistics(state):
+            return None
+
+        def move(rng_key, rows):
+            return self._steps(rng_key, params, problem, rows)
+
+        def log_density(rows):
+            return self._log_density(rng_key, params, problem, problem.row_model.from_rows(rows))
+
+        index = rows_of_batch(problem).numbers
+        key_round, key_drop = jax.random.split(rng_key)
+        chains = move(key_round, state.taken(index))  # as in a round
+        drop = energy_drop(key_drop, log_density, move, chains, spread_of_rows(problem))
+        return drop, state.begun[index]
+
+    def review(self, statistics: Any) -> None:
+        if statistics is not None:
+            warn_if_not_there(*statistics)
 
     # Which chains, and where they begin
 
@@ -151,6 +188,25 @@ class NegativePhase(Objective):
             return rows | row_model.to_rows(latent)
 
         return over_chains(with_latents, rng_key, problem, visible)
+
+    def _accepts(self, rng_key, params, problem, fresh, chains):
+        """Which resets a test accepts: proposals that do not depend on where the chains are."""
+        visible, latent = problem.row_model.visible, problem.row_model.latent
+        drawn = sorted(latent.keys() & chains.keys())
+        if drawn or (latent and problem.marginal.value != "exact"):
+            raise ModelError(
+                "ContrastiveDivergence: `adjusted_resets` are tested by log p̃(v), which wants the "
+                f"latent site(s) {sorted(latent)} summed out exactly, by the marginal and by the "
+                f"kernel (it draws {drawn}). Drop it."
+            )
+
+        def log_ratio(rows):
+            rows = {name: rows[name] for name in visible}
+            log_q = visible_log_density(self._options.initial, params, problem, rows)
+            return self._densities(rng_key, params, problem, rows) - log_q
+
+        gain = log_ratio(fresh) - log_ratio(chains)
+        return jnp.log(jax.random.uniform(rng_key, jnp.shape(gain))) < gain
 
     def _weighted_start(self, rng_key, params, problem, num):
         """Where weighted chains begin, log p̃ - log q there."""

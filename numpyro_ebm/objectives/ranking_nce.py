@@ -74,7 +74,9 @@ class RankingNCE(NoiseContrast):
         at_data, at_noise = self.contrast(rng_key, params, problem)
         return jnp.concatenate([at_data[None], at_noise])
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
         everyone = self._everyone(rng_key, params, problem)
         return mean_overlap(problem.row_model, overlap_of_many(everyone))
 

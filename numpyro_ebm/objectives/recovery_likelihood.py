@@ -187,7 +187,9 @@ class RecoveryLikelihood(Objective):
         chains, accepted = scan_keys(step, first, jax.random.split(rng_key, self.num_steps))
         return stop_gradient((row_model.from_rows(chains.position), accepted))
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
         estimate = self.estimate(rng_key, params, problem)
         return jnp.mean(self._recover(rng_key, params, problem, estimate)[1])
 

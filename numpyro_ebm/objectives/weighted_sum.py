@@ -102,9 +102,9 @@ class WeightedSum(Objective):
     def is_loss(self) -> bool:
         return all(part.objective.is_loss for part in self.parts)
 
-    @property
-    def has_statistics(self) -> bool:
-        return any(part.objective.has_statistics for part in self.parts)
+    def has_statistics(self, state: Any) -> bool:
+        each = zip(self.parts, self._states(state), strict=True)
+        return any(part.objective.has_statistics(own) for part, own in each)
 
     def check_sites(self, row_model: RowModel) -> None:
         self.check_observed(row_model)  # the rest is for the parts to say, of their own sites
@@ -138,11 +138,10 @@ class WeightedSum(Objective):
     def advance(
         self, rng_key: jax.Array, params: Params, problem: Problem, state: Any
     ) -> tuple[Problem, Any]:
-        states = (None,) * len(self.parts) if state is None else state
         moved = [
             objective.advance(key, params, own, kept)
             for (objective, key, own), kept in zip(
-                self._each(rng_key, problem), states, strict=True
+                self._each(rng_key, problem), self._states(state), strict=True
             )
         ]
         problem = problem._replace(parts=tuple(own for own, _ in moved))
@@ -156,13 +155,19 @@ class WeightedSum(Objective):
             objective.settle(key, before, after, own, kept) for (objective, key, own), kept in each
         )
 
-    def statistics(self, rng_key: jax.Array, params: Params, problem: Problem) -> Any:
-        each = self._each(rng_key, problem)
-        return [objective.statistics(key, params, own) for objective, key, own in each]
+    def statistics(
+        self, rng_key: jax.Array, params: Params, problem: Problem, state: Any = None
+    ) -> Any:
+        each = zip(self._each(rng_key, problem), self._states(state), strict=True)
+        return [
+            objective.statistics(key, params, own, kept) if objective.has_statistics(kept) else None
+            for (objective, key, own), kept in each
+        ]
 
     def review(self, statistics: Any) -> None:
         for part, own in zip(self.parts, statistics, strict=True):
-            part.objective.review(own)
+            if own is not None:
+                part.objective.review(own)
 
     def review_state(self, state: Any) -> None:
         if self.has_state:
@@ -180,6 +185,10 @@ class WeightedSum(Objective):
             if part.objective is objective:
                 return state._replace(objective_state=own)
         raise ModelError(f"state_of: {objective!r} keeps nothing in this state.")
+
+    def _states(self, state: Any) -> tuple[Any, ...]:
+        """What each part kept."""
+        return (None,) * len(self.parts) if state is None else state
 
     def _each(
         self, rng_key: jax.Array | None, problem: Problem

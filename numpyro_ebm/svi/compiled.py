@@ -150,10 +150,11 @@ class CompiledRounds:
     def _statistics(self, state, arrays, indices, *, minibatches):
         a_round = self._round(None)
         args, kwargs = minibatches.batch(arrays, indices, 0)
+        a_round = a_round._replace(rows=minibatches.rows(indices, 0))
         key = jax.random.fold_in(state.rng_key, REVIEW_STREAM)
         key_prepare, key_look = jax.random.split(key)
         params, _, problem = a_round.prepare(key, key_prepare, state, args, kwargs)
-        return a_round.objective.statistics(key_look, params, problem)
+        return a_round.objective.statistics(key_look, params, problem, state.objective_state)
 
 
 def _kinds(tree):

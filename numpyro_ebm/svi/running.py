@@ -179,7 +179,7 @@ class Run:
         if self._options["stable"]:
             undone = int(np.isnan(result.losses).sum())
             warn_of_undone(result, undone, self._num_steps)
-        if svi.loss.has_statistics:
+        if svi.loss.has_statistics(state.objective_state):
             svi._compiled.review(state, self._batches)
         svi.loss.review_state(state.objective_state)
 

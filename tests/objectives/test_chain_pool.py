@@ -275,6 +275,11 @@ def test_conditional_chains_learn_a_regression():
         ({"energy_penalty": -1.0}, "`energy_penalty` must be positive"),
         ({"weighted": True}, "without `persistent=True`.*`weighted`"),
         ({"persistent": True, "weighted": True}, "begin at a distribution whose density"),
+        ({"persistent": True, "adjusted_resets": True}, "wants a `reset_probability`"),
+        (
+            {"persistent": True, "adjusted_resets": True, "reset_probability": 1.0},
+            "tested against the density",
+        ),
         (
             {"persistent": True, "weighted": True, "initial": "gaussian", "buffer": 9},
             "drop `buffer` and `reset_probability`",
@@ -290,6 +295,11 @@ def test_options_that_contradict_each_other(options, message):
     "model, args, options, message",
     [
         (rbm, (BITS,), {"initial": "gaussian"}, r"\['v'\] are discrete"),
+        (
+            *(rbm, (BITS,)),
+            {"initial": "uniform", "reset_probability": 1.0, "adjusted_resets": True},
+            r"\['h'\] summed out exactly",
+        ),
         (still, (jnp.zeros(3),), {"initial": "uniform"}, "bounded or finite.*'v'"),
         (still, (jnp.zeros(3),), {"buffer": 2}, "as the batch has rows, 3.*the 2 of `buffer`"),
         (rbm, (BITS,), {"energy_penalty": 0.1}, r"latent site\(s\) \['h'\]"),
