@@ -32,6 +32,7 @@ __all__ = [
     "adapted_steps",
     "energy_error_tuner",
     "running_mean",
+    "search_tuner",
     "tree_where",
     "warmup_windows",
 ]
@@ -74,6 +75,48 @@ def acceptance_tuner(target: float, gamma: float = 0.05) -> Tuner:
     """
     init, update, final = dual_averaging_adaptation(target, gamma=gamma)
     return Tuner(init, update, lambda state: jnp.exp(state.log_step_size), final)
+
+
+class SearchState(NamedTuple):
+    """State of :func:`search_tuner`: log ε, its average, and the number of steps."""
+
+    log_step_size: jax.Array
+    average: jax.Array
+    num_steps: jax.Array
+
+    def times(self, factor: jax.Array) -> "SearchState":
+        """The state for steps in another unit."""
+        log = jnp.log(factor)
+        return self._replace(log_step_size=self.log_step_size + log, average=self.average + log)
+
+
+def search_tuner(target: float, gain: float = 3.0) -> Tuner:
+    r"""Stochastic approximation of the step size of an acceptance probability that is noisy.
+
+    .. math:: \log ε_{t+1} = \log ε_t + g\, t^{-0.6} (α_t - α^*)
+
+    Dual averaging has the gain of :math:`t^{-1/2} / γ`, and swings by factors of a hundred where
+    the acceptance hardly changes with the step size. Averaged as there.
+
+    :param float target: the acceptance probability.
+    :param float gain: g, about that of Garthwaite, Fan, Sisson, *Adaptive optimal scaling of
+        Metropolis-Hastings algorithms using the Robbins-Monro process*, 2016.
+    """
+
+    def init(step_size):
+        log = jnp.log(step_size)
+        return SearchState(log, log, jnp.zeros_like(log))
+
+    def update(state, accept_prob):
+        num = state.num_steps + 1
+        log = state.log_step_size + gain * num**-0.6 * (accept_prob - target)
+        weight = num**-0.75
+        return SearchState(log, weight * log + (1 - weight) * state.average, num)
+
+    def current(state):
+        return jnp.exp(state.log_step_size)
+
+    return Tuner(init, update, current, lambda state: jnp.exp(state.average))
 
 
 class EnergyErrorState(NamedTuple):

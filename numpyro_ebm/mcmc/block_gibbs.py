@@ -90,8 +90,10 @@ class BlockGibbs(RowKernel):
     other one D evaluations and a Cholesky factor per row; a Bernoulli block costs one. Units of any
     number of values with C colours cost C gradients where the energy is a sum of products of tables
     of single units, however it is written; units that all interact, in pairs, one product of
-    matrices for all of them. Else D units of K values cost the D K evaluations that they cost one
-    by one, in C batches. :meth:`plan` tells which it is (its ``form``).
+    matrices for all of them; products of three and more, such as the triangles of a network, those
+    that hold the units of a colour, where that is less. Else D units of K values cost the D K
+    evaluations that they cost one by one, in C batches. :meth:`plan` tells which it is (its
+    ``form``).
 
     .. note:: The energy's operations are all that is looked at. A base measure
        ``Bernoulli(probs=...)`` hides its degree behind checks, and its units are weighed one by

@@ -5,6 +5,7 @@
 not zero.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "is_jaxpr",
     "keeps_values",
     "needed",
+    "num_operations",
     "renamed",
     "scan_parts",
     "vanishes",
@@ -194,6 +196,22 @@ def needed(jaxpr: Any) -> list[Any]:
             eqns.append(eqn)
             wanted |= set(variables(eqn.invars))
     return eqns[::-1]
+
+
+def num_operations(closed: Any) -> int:
+    """About how many numbers a program computes, those that a product of matrices adds up too."""
+    total = 0
+    for eqn in needed(closed.jaxpr):
+        inner = called(eqn)
+        if inner is not None:
+            total += num_operations(inner)
+            continue
+        number = sum(math.prod(v.aval.shape) for v in eqn.outvars)
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            number *= math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        total += number
+    return total
 
 
 def renamed(jaxpr: Any, same: dict[Any, Any]) -> Any:

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike
 from numpyro_ebm._compat import Tracer
 from numpyro_ebm.program.coloring import greedy_colors
 from numpyro_ebm.program.interactions import interactions
+from numpyro_ebm.program.monomials import Monomials, monomials
 from numpyro_ebm.program.quadratic import quadratic_form
 from numpyro_ebm.program.state_rules import StateWalker
 from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, constant
@@ -235,6 +236,22 @@ class MultiAffine:
         own = np.kron(np.eye(len(self.values)), np.ones((size // len(self.values),) * 2))
         half = 0.5 * jnp.diagonal(H)
         return half if b is None else b + half, H * (1.0 - own).astype(H.dtype)
+
+    def monomials(self) -> Monomials | None:
+        """The function as a sum of products of indicators, in the order of a flat array of them.
+
+        ``None`` where it is not written out: rows that differ, or read other sites, too many
+        products, and degrees up to two, which :meth:`coefficients` are made for.
+        """
+        if self.num_rows > 1 or self._others or self.degree < 3 or not self.is_affine:
+            return None
+        consts, shape = self._closed.consts, (1, *self._shape)
+
+        def log_density(flat):
+            return jnp.sum(self._walk({}, consts, jnp.reshape(flat, shape), {}))
+
+        width = 1 if self.is_binary else self.values.shape[1]
+        return monomials(log_density, math.prod(shape), width)
 
     def logits(self, slopes: jax.Array) -> jax.Array:
         """The function at all states of each coordinate, up to a constant: (..., states).

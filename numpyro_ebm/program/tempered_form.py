@@ -37,6 +37,9 @@ class Tempered(NamedTuple):
         """As those of :class:`~numpyro_ebm.program.multi_affine.MultiAffine`."""
         return self._between(lambda form: form.secants(args, indicators, others))
 
+    def monomials(self) -> None:
+        """They are those of neither end."""
+
     def slopes_one_by_one(self, others: Any = None) -> Callable[[jax.Array, Any], jax.Array]:
         """As those of :class:`~numpyro_ebm.program.multi_affine.MultiAffine`."""
         ends = [form for form in (self.cold, self.hot) if form is not None]

@@ -27,6 +27,7 @@ from numpyro_ebm.samplers.chromatic_gibbs import draw_coloured
 from numpyro_ebm.samplers.gaussian_conditional import expand_quadratic
 from numpyro_ebm.samplers.gibbs_blocks import Block
 from numpyro_ebm.samplers.indicator_gibbs import draw_one_by_one
+from numpyro_ebm.samplers.monomial_gibbs import draw_by_monomials, plan_monomials
 from numpyro_ebm.samplers.positions import flatten_sites
 from numpyro_ebm.types import LogDensity, SiteValues
 
@@ -89,6 +90,10 @@ def draw_block(
     >>> draw_block(jax.random.key(0), position, log_density, block)["v"].shape
     (3, 2)
     """
+    if block.kind in ("coloured", "sequential"):
+        sweep = plan_monomials(block)
+        if sweep is not None:
+            return draw_by_monomials(rng_key, position, block, sweep, backwards=backwards)
     if block.kind == "sequential" and block.form is not None:
         return draw_one_by_one(rng_key, position, block, backwards=backwards)
     if block.kind == "sequential":

@@ -75,7 +75,7 @@ class Exchange(AdaptiveKernel):
         belongs in another block of ``Gibbs``.
     :param float step_size: of the proposal, in units of its covariance's root; the initial value
         where it is adapted.
-    :param bool adapt_step_size: adapt it in warm-up by dual averaging of the acceptance.
+    :param bool adapt_step_size: adapt it in warm-up to the acceptance, by stochastic approximation.
     :param bool adapt_covariance: adapt the covariance of the proposal in warm-up.
     :param float target_accept_prob: the acceptance to adapt to; by default 0.44 for one parameter
         down to 0.234 for many, and 0.4 for Langevin proposals.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warm-up of :class:`~numpyro_ebm.Exchange`: step sizes, covariances and the reference data sets.
 
-A random walk adapts its step size by dual averaging and its covariance by Welford's algorithm in
-windows that double, as NUTS does. A Langevin proposal is a random walk in the first half of the
+A random walk searches its step size by stochastic approximation and gathers its covariance in
+windows that double, as NUTS does; at the end of one its proposals keep their volume and change
+their shape. A Langevin proposal is a random walk in the first half of the
 warm-up; then the chain pauses while K fictitious data sets are drawn at the mean of what it
 saw, and from there on their surrogate of log Z has a gradient. Every group of parameters has its
 own step size and covariance.
@@ -19,7 +20,7 @@ from numpyro_ebm._compat import welford_algorithm
 from numpyro_ebm.mcmc.adaptation import (
     Tuner,
     WindowAdaptation,
-    acceptance_tuner,
+    search_tuner,
     tree_where,
     warmup_windows,
 )
@@ -105,9 +106,7 @@ class ExchangeAdaptation(WindowAdaptation):
         adapt_covariance: bool,
         step_size: float,
     ):
-        tuner = Tuner(*map(jax.vmap, acceptance_tuner(target)))
-        # Dual averaging is drawn to ten times its start, and this start is about right.
-        tuner = tuner._replace(init=lambda step_size, init=tuner.init: init(step_size / 10))
+        tuner = Tuner(*map(jax.vmap, search_tuner(target)))
         self.step_size, self.num_references = step_size, num_references
         self.schedule = reference_schedule(num_warmup, num_references)
         super().__init__(
@@ -170,14 +169,19 @@ class ExchangeAdaptation(WindowAdaptation):
             reference=jnp.where(seen, center[0], state.reference),
             has_gradient=state.has_gradient | restarts,
         )
-        return tree_where(restarts, self._restart(new), new)
+        return tree_where(restarts, self._from_the_start(new), new)
 
-    def _restart(self, state):
+    def _from_the_start(self, state):
+        """The state with a search that begins anew, after the proposal has changed."""
         if not self.adapt_step_size:
             return state
         return super()._restart(
             state._replace(step_size=jnp.full_like(state.step_size, self.step_size))
         )
+
+    def _restart(self, state):
+        """Nothing: the volume of proposals does not change at the end of a window."""
+        return state
 
     def _no_moments(self, groups, dimension):
         return jax.vmap(lambda _: INIT_WELFORD(dimension))(jnp.arange(groups))
@@ -186,7 +190,7 @@ class ExchangeAdaptation(WindowAdaptation):
         return state._replace(moments=jax.vmap(UPDATE_WELFORD)(state.moments, observed))
 
     def _end_window(self, state):
-        _, sums, counts = state.moments
+        (_, sums, counts), old = state.moments, state.scale
         groups, dimension, _ = sums.shape
         count = jnp.reshape(counts, (-1, 1, 1))
         covariance = sums / jnp.maximum(count - 1, 1)
@@ -195,6 +199,15 @@ class ExchangeAdaptation(WindowAdaptation):
         diagonal, effective = covariance * jnp.eye(dimension), count / (10 * dimension)
         covariance = (effective * covariance + 5 * diagonal) / (effective + 5)
         covariance = (count * covariance + 5e-3 * jnp.eye(dimension)) / (count + 5)  # Stan's
-        return state._replace(
-            scale=jnp.linalg.cholesky(covariance), moments=self._no_moments(groups, dimension)
-        )
+        scale = jnp.linalg.cholesky(covariance)
+        state = state._replace(scale=scale, moments=self._no_moments(groups, dimension))
+        if not self.adapt_step_size:
+            return state
+        # Proposals keep their volume and change their shape, so that the search may go on.
+        factor = _root_volume(old) / _root_volume(scale)
+        return state._replace(step_size=state.step_size * factor, tuner=state.tuner.times(factor))
+
+
+def _root_volume(scale):
+    """The geometric mean of the diagonals of triangular factors, (groups,)."""
+    return jnp.exp(jnp.mean(jnp.log(jnp.diagonal(scale, axis1=-2, axis2=-1)), -1))
