@@ -206,7 +206,7 @@ def flat(values):
 
 
 def by_library(make, objective, p, q, v):
-    """Loss of a second round, its gradient in the energy's parameters, and the chains."""
+    """Loss of the first round, its gradient in the energy's parameters, and the chains."""
     key, params = jax.random.key(0), flat(p | q)
     problem = objective.prepare(key, params, *make, (v,), {})
     state = objective.init_state(key, params, problem)
@@ -219,8 +219,7 @@ def by_loop(loss, p, q, v):
     key = jax.random.key(0)
     if loss is None:
         return *jax.value_and_grad(vages)(p, q, key, *noised(key, v)), v
-    _, chains = loss(p, q, key, v, v)
-    (value, chains), gradient = jax.value_and_grad(loss, has_aux=True)(p, q, key, v, chains)
+    (value, chains), gradient = jax.value_and_grad(loss, has_aux=True)(p, q, key, v, v)
     return value, gradient, chains
 
 

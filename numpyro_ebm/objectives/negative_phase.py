@@ -63,7 +63,7 @@ class NegativePhase(Objective):
             start, log_weights = self._weighted_start(key_start, params, problem, total)
         else:
             start, log_weights = self._start(key_start, params, problem, total), None
-        position = self._steps(key_move, params, problem, start)
+        position = self._on_all_sites(key_move, params, problem, start)
         size = row_model.flatten(problem.unconstrained).shape[1]
         history = History.start(options.history, total, size, num / total)
         return Chains(position, jnp.array(0), history, log_weights)
@@ -149,10 +149,25 @@ class NegativePhase(Objective):
         """A chain for every row of the data, each begun when its row is first in a batch."""
         num, total = problem.row_model.num_rows, rows_of_batch(problem).total
         start = self._start(key_start, params, problem, num)
-        position = self._steps(key_move, params, problem, start)  # tells which sites it moves
+        position = self._on_all_sites(key_move, params, problem, start)
         place = jnp.arange(total) % num
         position = {name: x[place] for name, x in position.items()}
         return Chains(position, jnp.array(0), begun=jnp.zeros(total, bool))
+
+    def _on_all_sites(self, rng_key, params, problem, start):
+        """Chains where they begin; moved by a round's steps, if the kernel has to place some sites.
+
+        One that moves no others need not be compiled for it.
+        """
+
+        def move(start):
+            return self._steps(rng_key, params, problem, start)
+
+        shapes = [
+            {name: (x.shape, x.dtype) for name, x in chains.items()}
+            for chains in (start, jax.eval_shape(move, start))
+        ]
+        return start if shapes[0] == shapes[1] else move(start)
 
     def _moving(self, rng_key, problem, state):
         """Which chains move in this round; ``None`` for all of them."""
