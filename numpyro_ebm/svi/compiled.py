@@ -71,7 +71,7 @@ class CompiledRounds:
         :param int length: number of rounds.
         :param options: ``watched``, ``stable``, ``forward_mode``, and ``ema``, the decay.
         """
-        arrays, indices = batches.chunk(int(state.step))
+        arrays, indices = batches.chunk(int(state.step), length)
         names = "minibatches", "watched", "stable", "forward_mode", "ema"
         return self._compiled(self._take_chunk, *names)(
             state, arrays, indices, length, minibatches=batches.minibatches, **options

@@ -37,6 +37,9 @@ SECONDS_PER_LOOK = 0.5
 DRAWN_AHEAD = 4 * 2**20
 """Bytes of random numbers that are drawn before the rounds they are for."""
 
+ROUNDS_AHEAD = 64
+"""For how many rounds at most: a chunk of few draws no more than these."""
+
 
 def take_rounds(
     one_round: Callable[..., tuple[EnergySVIState, jax.Array]],
@@ -75,7 +78,7 @@ def take_rounds(
 
     first = state
     draw, finish, size = split_off_draws(looked_at, state.rng_key, state, jnp.array(0))
-    ahead = max(1, min(CHUNK, DRAWN_AHEAD // max(size, 1)))
+    ahead = max(1, min(ROUNDS_AHEAD, DRAWN_AHEAD // max(size, 1)))
     if not is_counter_based(state.rng_key):
         ahead = 1  # drawn for several rounds at once, its numbers are others
 

@@ -263,9 +263,17 @@ class Batches:
         del step
         return CHUNK
 
-    def chunk(self, step: int) -> tuple[list[jax.Array], Any]:
-        """What :meth:`Minibatches.batch` takes, for a chunk of rounds from this one on."""
-        return self.arrays, self.indices(step, CHUNK)
+    def chunk(self, step: int, length: int) -> tuple[list[jax.Array], Any]:
+        """What :meth:`Minibatches.batch` takes, for so many rounds from this one on.
+
+        Indices have one shape, for one program; those of rounds that are not taken are not drawn.
+        """
+        found = self.indices(step, length)
+        if found is None:
+            return self.arrays, None
+        indices = np.zeros((CHUNK, self.minibatches.batch_size), found.dtype)
+        indices[:length] = found
+        return self.arrays, indices
 
     def read_ahead(self, until: jax.Array) -> None:
         """Read what comes next while a chunk runs, until its losses are there: nothing here."""

@@ -96,8 +96,9 @@ class StreamedBatches:
             self._following = None
         return self._block.end - step
 
-    def chunk(self, step: int) -> tuple[list[jax.Array], Any]:
+    def chunk(self, step: int, length: int) -> tuple[list[jax.Array], Any]:
         """The batches on the device, and the place of that of a round among them."""
+        del length
         return self._among_others(self._block.arrays), np.int32(step - self._block.start)
 
     def read_ahead(self, until: jax.Array) -> None:

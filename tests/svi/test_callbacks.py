@@ -49,6 +49,18 @@ def test_a_callback_sees_every_loss_once_and_changes_nothing():
     np.testing.assert_array_equal(losses, plain.losses[20:])
 
 
+def test_a_callback_costs_no_rounds_that_are_not_taken(monkeypatch):
+    """Orders of the rows are drawn for the rounds of a chunk, and each of them once."""
+    drawn, draw = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(seed), draw(seed))[1])
+    one, options = svi(), {"batch_size": 20, "progress_bar": False}
+    plain = one.run(jax.random.key(1), 42, DATA, **options)
+    drawn.clear()
+    fit = one.run(jax.random.key(1), 42, DATA, callback=lambda *_: None, every=7, **options)
+    assert [seed[-1] for seed in drawn] == list(range(21))  # an epoch has two batches
+    np.testing.assert_array_equal(fit.losses, plain.losses)
+
+
 def test_a_callback_ends_a_run():
     means = []
 
