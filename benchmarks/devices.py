@@ -8,7 +8,8 @@ A host that looks like 1, 2, 4 and 8 devices trains an RBM (its hidden units sum
 denoising score matching and by persistent contrastive divergence, in `run` with `sharding=`. Of
 each device: its share of the data and of the chains, floating-point operations of a round, and the
 collective operations of a round, with the bytes of their results. The first are those of `update`,
-the last are read in the text of its program and of that of `run`, which gathers minibatches too.
+the last are read in the text of its program and of that of `run`, which gathers minibatches too,
+and draws noise for many rounds at once: what it reduces of that (sums over rows) is told apart.
 """
 
 import argparse
@@ -33,7 +34,10 @@ def collectives(text):
         if told:
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", told[1])
             sizes = [BYTES[kind] * product(shape.split(",")) for kind, shape in arrays]
-            found.append((told[2], sum(sizes)))
+            # The rounds of `run` are a loop in the loop over those whose noise is drawn at once.
+            loops = re.search(r'op_name="[^"]*take_chunk\)((?:/while/body)*)', line)
+            ahead = loops and loops[1].count("while") == 1
+            found.append((told[2] + " (of many rounds)" * bool(ahead), sum(sizes)))
     return found
 
 
