@@ -92,6 +92,8 @@ def _numbers(x, name):
         )
     if hasattr(x, "detach"):  # PyTorch: outside of its graph, and on the host
         x = x.detach().cpu()
+        if str(x.dtype) == "torch.bfloat16":  # a type that NumPy has from JAX only
+            return np.asarray(x.float()).astype(jnp.bfloat16)
     found = np.asarray(x)
     if found.dtype == object:
         found = _of_objects(found)
@@ -117,7 +119,8 @@ def _of_objects(x):
 
 
 def _what_it_holds(x):
-    columns = [str(k) for k in getattr(x, "columns", ()) if not _is_column_of_numbers(x[k])]
+    names = getattr(x, "column_names", getattr(x, "columns", ()))  # of Arrow, of pandas
+    columns = [str(k) for k in names if not _is_column_of_numbers(x[k])]
     if columns:
         return f"no numbers in the column(s) {columns}"
     kinds = {"U": "text", "S": "text", "M": "dates", "m": "times", "V": "records"}

@@ -109,7 +109,7 @@ class explained(Messenger):
             if not hasattr(value, "shape") and not isinstance(value, bool | int | float | complex):
                 return (
                     f"The data of the visible site '{name}' are a `{type(value).__name__}`, and "
-                    f"an array of shape {shape} is needed. Pass `jnp.asarray(data)`."
+                    f"an array of shape {shape} is needed. {_instead_of(value)}"
                 )
             if jnp.iscomplexobj(value):
                 return (
@@ -152,11 +152,27 @@ class explained(Messenger):
                     f"The argument number {i + 1} of the model is a list, and the model failed on "
                     f"it ({type(error).__name__}: {error}). Pass an array, `jnp.asarray(data)`."
                 )
+        for path, x in jax.tree_util.tree_leaves_with_path(self._arguments):
+            if not hasattr(x, "shape") and type(x).__name__ in str(error):
+                return (
+                    f"The {argument_name(path)} of the model is a `{type(x).__name__}`, and the "
+                    f"model failed on it ({type(error).__name__}: {error}). {_instead_of(x)}"
+                )
         return None
 
 
 def _notes(error):
     return getattr(error, "__notes__", ())
+
+
+def _instead_of(x):
+    """What to pass in the place of something that is no array."""
+    if isinstance(x, list | tuple):
+        return "Pass `jnp.asarray(data)`."
+    return (
+        "Pass an array; `EnergySVI.run` takes in the place of its first argument batches too: an "
+        "iterator, a data loader, or a function without parameters that makes one."
+    )
 
 
 def _broadcasts(found, shape):

@@ -8,6 +8,7 @@ the rounds since the last one.
 
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.signatures import Checked
 from numpyro_ebm.svi.saved import as_it_was, packed, unpacked
 from numpyro_ebm.svi.state import EnergySVIRunResult
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 
@@ -41,7 +47,9 @@ class Checkpoint(Checked):
     :param int keep_best: how many of those with the lowest loss are kept besides. It is the mean
         over the rounds since the checkpoint before, and means little where the objective's value is
         no loss (:class:`~numpyro_ebm.ContrastiveDivergence`).
-    :raises ModelError: if an option is out of range, or Orbax is not installed.
+    :raises ModelError: if an option is out of range, or Orbax is not installed; from ``run``, if
+        another run writes there, or what is there is of a run with another key, model, optimiser,
+        objective, number of rows, ``batch_size`` or ``ema``, or cannot be read.
 
     **Example**
 
@@ -82,6 +90,8 @@ class Checkpoint(Checked):
         self.seconds = None if every is not None else seconds
         self._keep = keep, keep_best
         self._manager: Any = None
+        self._lock: int | None = None
+        self._failed = False
         self._told = 0
         _orbax()
 
@@ -103,21 +113,31 @@ class Checkpoint(Checked):
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=ocp.CheckpointManagerOptions(
-                cleanup_tmp_directories=True,
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-            ),
-        )
+        lock = _locked(self.path)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(
+                    cleanup_tmp_directories=True,
+                    preservation_policy=policies.AnyPreservationPolicy(kept),
+                ),
+            )
+        except BaseException:
+            _unlock(lock)
+            raise
+        self._lock, self._failed = lock, False
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._manager.close()
-        self._manager = None
+        try:
+            with suppress(Exception) if self._failed else nullcontext():  # it says so once more
+                self._manager.close()
+        finally:
+            _unlock(self._lock)
+            self._manager = self._lock = None
 
-    def latest(self, rng_key: jax.Array) -> tuple[EnergySVIRunResult, str | None] | None:
-        """What is there: the fit, and where its batches were.
+    def latest(self, rng_key: jax.Array) -> tuple[EnergySVIRunResult, dict[str, Any]] | None:
+        """What is there: the fit, and what else is known of its run.
 
         :param rng_key: key that the run was given.
         :raises ModelError: if a run with another key left it.
@@ -132,14 +152,49 @@ class Checkpoint(Checked):
                 "key. Give the same key to go on with it, or another folder to begin anew."
             )
         self._told = len(fit.losses)
-        return fit, contents["position"]
+        return fit, contents
 
-    def write(self, rng_key: jax.Array, fit: SVIRunResult, position: str | None) -> None:
+    def check(self, contents: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Raise :class:`ModelError` if a run with other settings left what is there.
+
+        :param contents: as :meth:`latest` found them.
+        :param settings: of this run, by name.
+        """
+        left = contents["settings"]
+        differ = [f"{k} {left[k]} and not {x}" for k, x in settings.items() if left[k] != x]
+        if differ:
+            raise ModelError(
+                f"EnergySVI.run: the checkpoint in {self.path} is of a run with "
+                f"{', '.join(differ)}, which would have come to something else. Go on as it began, "
+                "or in another folder from its state: `init_state=load(folder).state`."
+            )
+
+    def finish(self) -> None:
+        """Wait for what is written in the background."""
+        with self._noting_failures():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _noting_failures(self):
+        try:
+            yield
+        except Exception:
+            self._failed = True
+            raise
+
+    def write(
+        self,
+        rng_key: jax.Array,
+        fit: SVIRunResult,
+        position: str | None,
+        settings: dict[str, Any],
+    ) -> None:
         """Write a checkpoint, in the background.
 
         :param rng_key: key that the run was given.
         :param fit: the fit so far.
         :param position: where its batches are.
+        :param settings: what a run that goes on has to have as this one; see :meth:`check`.
         """
         done = len(fit.losses)
         if done == self._manager.latest_step() or not done:
@@ -148,16 +203,20 @@ class Checkpoint(Checked):
         arrays, contents = packed(fit)
         kinds = {name: _kind(x) for name, x in arrays.items()}
         contents |= {"kinds": kinds, "run_key": _words(rng_key), "position": position}
+        contents["settings"] = settings
         numbered = {str(i): _plain(x) for i, x in enumerate(arrays.values())}
-        loss = float(np.mean(np.asarray(fit.losses[self._told :])))
+        losses = np.asarray(fit.losses[self._told :])
+        losses = losses[np.isfinite(losses)]  # those of rounds that were undone are NaN
+        loss = float(losses.mean()) if losses.size else float(np.finfo(float).max)
         self._told = done
-        self._manager.save(
-            done,
-            args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeSave(numbered), contents=ocp.args.JsonSave(contents)
-            ),
-            metrics={"loss": loss},
-        )
+        with self._noting_failures():
+            self._manager.save(
+                done,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeSave(numbered), contents=ocp.args.JsonSave(contents)
+                ),
+                metrics={"loss": loss},
+            )
 
 
 def load_checkpoint(
@@ -177,6 +236,18 @@ def load_checkpoint(
 
 
 def _read_step(manager, step, path, like):
+    try:
+        arrays, contents = _arrays_of(manager, step)
+    except Exception as error:  # of Orbax, of many kinds
+        raise ModelError(
+            f"The checkpoint after {step} rounds in {os.fspath(path)} cannot be read "
+            f"({type(error).__name__}: {str(error)[:200]}). Remove its folder, '{step}', to go on "
+            "from the one before."
+        ) from error
+    return unpacked(arrays, contents, path, like), contents
+
+
+def _arrays_of(manager, step):
     ocp, _ = _orbax()
     names = ocp.args.Composite(contents=ocp.args.JsonRestore())
     contents = manager.restore(step, args=names)["contents"]
@@ -187,8 +258,39 @@ def _read_step(manager, step, path, like):
         args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(restore_args=as_numpy)),
     )["arrays"]
     pairs = enumerate(kinds.items())
-    found = {name: as_it_was(np.asarray(arrays[str(i)]), kind) for i, (name, kind) in pairs}
-    return unpacked(found, contents, path, like), contents
+    return {
+        name: as_it_was(np.asarray(arrays[str(i)]), kind) for i, (name, kind) in pairs
+    }, contents
+
+
+def _locked(path):
+    """A folder, made if it is not there, and held by this process; ``None`` where it cannot be.
+
+    Orbax would take away the half-written checkpoint of a second run as one that was left there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ModelError(f"Checkpoint: {path} is no folder, and a folder is needed.") from error
+    if fcntl is None or jax.process_index():
+        return None
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise ModelError(
+            f"EnergySVI.run: another run writes its checkpoints to {path}. Give this one a folder "
+            "of its own."
+        ) from error
+    except OSError:  # of a file system without locks
+        pass
+    return folder
+
+
+def _unlock(folder):
+    if folder is not None:
+        os.close(folder)
 
 
 def _orbax():

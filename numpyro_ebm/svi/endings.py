@@ -18,6 +18,7 @@ class Why(Enum):
     DONE = "all rounds are taken"
     NOT_FINITE = "the next round is not finite"
     NO_BATCH = "the batches end, or the next one cannot be read"
+    NOT_WRITTEN = "a checkpoint cannot be written"
     CALLBACK = "a callback asked for it"
     INTERRUPTED = "the user interrupted it"
 
@@ -30,7 +31,7 @@ def warn_of_end(
     :param Why why: why it ended.
     :param result: what it has come to.
     :param int num_steps: rounds that it was to take.
-    :param error: what was wrong with the next batch, if anything was.
+    :param error: what was wrong with the next batch, or with a checkpoint, if anything was.
     :return: whether it ended before.
     """
     if why is Why.NOT_FINITE:
@@ -43,10 +44,12 @@ def warn_of_end(
             "...)`), or a bounded parameterisation.",
             result,
         )
-    elif why in (Why.INTERRUPTED, Why.NO_BATCH):
+    elif why in (Why.INTERRUPTED, Why.NO_BATCH, Why.NOT_WRITTEN):
         done = len(result.losses)
         what = "was interrupted"
-        if error is not None:
+        if why is Why.NOT_WRITTEN:
+            what = f"cannot write a checkpoint ({type(error).__name__}: {error}) and ended"
+        elif error is not None:
             what = f"cannot take the next batch ({type(error).__name__}: {error}) and ended"
         elif why is Why.NO_BATCH:
             what = (

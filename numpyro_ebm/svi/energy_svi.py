@@ -340,7 +340,7 @@ class EnergySVI(SVI):
         """
         check_integer("EnergySVI.run", num_steps=num_steps)
         args, kwargs = as_arrays(args, kwargs)
-        source = find_source(args, kwargs, batch_size)
+        source = find_source(args, kwargs, batch_size, checkpoint is not None)
         in_memory = (args, kwargs) if source is None else ()
         if is_traced(rng_key, in_memory, init_state, init_params):
             raise ModelError(

@@ -202,8 +202,8 @@ def run_chunks(
                 taken = int(taken)
                 seconds = time.perf_counter() - start
                 found = np.asarray(chunk_losses)[: min(taken + 1, now)]
-                state, done = new, done + taken
                 losses.add(found)
+                state, done = new, done + taken  # at once: Ctrl-C may come between any two lines
                 why = Why.NOT_FINITE if taken < now else Why.DONE
                 bar.update(taken)
                 if progress_bar:
@@ -217,7 +217,8 @@ def run_chunks(
                             why = Why.CALLBACK
         except KeyboardInterrupt:
             why = Why.INTERRUPTED
-    return state, losses.so_far().copy(), length, why
+    known = done + (why is Why.NOT_FINITE)
+    return state, losses.so_far()[:known].copy(), length, why
 
 
 def _is_due(look, done, told, then):

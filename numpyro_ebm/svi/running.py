@@ -3,7 +3,7 @@
 
 import inspect
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -71,6 +71,7 @@ class Run:
     ):
         self._svi, self._key, self._num_steps, self._kept = svi, rng_key, num_steps, kept
         self._options, position, self._before = options, None, np.zeros(0)
+        contents, self._unwritten = None, None
         found = None if kept is None else kept.latest(rng_key)
         if kept is not None and found is not None:
             if init_state is not None:
@@ -78,14 +79,21 @@ class Run:
                     f"EnergySVI.run: there is a checkpoint in {kept.path} to go on from, and "
                     "`init_state`. Leave that out, or give another folder."
                 )
-            fit, position = found
-            init_state, self._before = fit.state, np.asarray(fit.losses)
+            fit, contents = found
+            position, init_state = contents["position"], fit.state
+            self._before = np.asarray(fit.losses)
+            if len(self._before) > num_steps:
+                raise ModelError(
+                    f"EnergySVI.run: the checkpoint in {kept.path} is of {len(self._before)} "
+                    f"rounds, and `num_steps`, which counts them, is {num_steps}."
+                )
         step = steps_of(init_state)
         if source is not None:
             args, kwargs = source.first(step, position)
         else:
             args, kwargs = partitioned_by_compiler("EnergySVI.run", (args, kwargs))
-        state = svi._begin(rng_key, init_state, init_params, args, kwargs)
+        with _about(source):
+            state = svi._begin(rng_key, init_state, init_params, args, kwargs)
         traced, key = svi._plan.traced, state.rng_key
         spread = leading_sharding("EnergySVI.run", sharding, args, kwargs)
         if source is None:
@@ -100,6 +108,14 @@ class Run:
             self._batches = StreamedBatches(
                 source, args, kwargs, key, step, left, traced, svi.static_kwargs, spread
             )
+        cut, ema = self._batches.minibatches, options["ema"]
+        self._settings = {
+            "rows": int(cut.num_rows),
+            "batch_size": int(cut.batch_size),
+            "ema": None if ema is None else float(ema),
+        }
+        if kept is not None and contents is not None:
+            kept.check(contents, self._settings)
         state = self._complete(state, init_state, options["ema"])
         if spread is not None:  # what the objective keeps lies as the rows do
             own, rows = state.objective_state, state.marginal_state
@@ -135,12 +151,15 @@ class Run:
             looks=looks,
             before=self._before,
         )
+        error = batches.error
         if kept is not None:
-            self._write(state, losses[:-1] if why is Why.NOT_FINITE else losses)
+            self._write(state, losses[:-1] if why is Why.NOT_FINITE else losses, last=True)
+        if self._unwritten is not None:
+            why, error = Why.NOT_WRITTEN, self._unwritten
         result = self._result(state, losses)
-        if batches.error is not None and not len(losses):
-            raise batches.error
-        if not warn_of_end(why, result, self._num_steps, batches.error):
+        if error is not None and not len(losses):
+            raise error
+        if not warn_of_end(why, result, self._num_steps, error):
             self._review(result)
         return result
 
@@ -169,9 +188,20 @@ class Run:
         result.objective = type(svi.loss).__name__
         return result
 
-    def _write(self, state, losses):
-        if self._kept is not None:
-            self._kept.write(self._key, self._result(state, losses), self._batches.position)
+    def _write(self, state, losses, last=False):
+        """Write a checkpoint; a run that cannot ends, with what it learned."""
+        if self._kept is None or self._unwritten is not None:
+            return True
+        fit, where = self._result(state, losses), self._batches.position
+        try:
+            self._kept.write(self._key, fit, where, self._settings)
+            if last:
+                self._kept.finish()
+        except ModelError:
+            raise
+        except Exception as error:  # of Orbax and of the disk, of many kinds
+            self._unwritten = error
+        return self._unwritten is not None
 
     def _review(self, result):
         """Say what there is to say of a run that took all its rounds."""
@@ -182,6 +212,17 @@ class Run:
         if svi.loss.has_statistics(state.objective_state):
             svi._compiled.review(state, self._batches)
         svi.loss.review_state(state.objective_state)
+
+
+@contextmanager
+def _about(source):
+    """Say of an error at the first batch what the batch was."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(source, IterableSource):
+            error.add_note(f"The first batch of `EnergySVI.run` was {source.form}.")
+        raise
 
 
 def _with_losses_since(callback, every, done):

@@ -6,7 +6,6 @@ of the number of rounds wherever that can be had: rows on disk are shuffled as a
 and an iterable that can begin anew is read up to where a run had come.
 """
 
-import base64
 import inspect
 import json
 import mmap
@@ -19,12 +18,19 @@ import numpy as np
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.inputs import as_arrays, is_iterator
 from numpyro_ebm.svi.minibatch import Minibatches, Orders
+from numpyro_ebm.svi.places import set_place, tells_place, told_place
 
 __all__ = ["IterableSource", "StoredRows", "find_source"]
 
+MOST_SHORT = 100
+"""How many batches in a row are left out for having few rows: each worker of a loader has one."""
+
 
 def find_source(
-    args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | None
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int | None,
+    is_kept: bool = False,
 ) -> "IterableSource | StoredRows | None":
     """The source of batches among the arguments of a run; ``None`` if all are in memory.
 
@@ -32,10 +38,12 @@ def find_source(
         that is no pytree, such as a data loader, or a function without parameters that returns one.
     :param dict kwargs: keyword arguments.
     :param int batch_size: rows in a batch, or ``None``. With it, arrays on disk stay there.
-    :raises ModelError: if an iterator stands in another place, or ``batch_size`` would cut the
-        batches of an iterable.
+    :param bool is_kept: whether the run writes checkpoints.
+    :raises ModelError: if an iterator stands in another place, ``batch_size`` would cut the batches
+        of an iterable, or a checkpoint could not say where an iterator was.
     """
-    others = (*args[1:], *kwargs.values())
+    inside = args[:1] if args and not is_iterator(args[0]) else ()
+    others = (*inside, *args[1:], *kwargs.values())
     if any(map(is_iterator, jax.tree.leaves(others, is_leaf=is_iterator))):
         raise ModelError(
             "EnergySVI.run: an iterator of batches takes the place of the first argument. Where "
@@ -48,7 +56,7 @@ def find_source(
                 "EnergySVI.run: batches of an iterable are taken as they come, and `batch_size` "
                 "would cut them once more. Leave it out."
             )
-        return IterableSource(args[0], epoch, args[1:], kwargs)
+        return IterableSource(args[0], epoch, args[1:], kwargs, is_kept)
     if batch_size is not None and any(map(_is_stored, jax.tree.leaves((args, kwargs)))):
         check_integer("EnergySVI.run", batch_size=batch_size)
         return StoredRows(args, kwargs, batch_size)
@@ -59,11 +67,14 @@ class IterableSource:
     """Batches of an iterable, again from the first one where it ends, if it can begin anew.
 
     - **num_rows** - ``None``: how many rows there are is not known.
+    - **form** - structure, shapes and types of the first batch, once it was read.
 
     :param source: the first argument of a run.
     :param epoch: what returns an iterable of the batches of an epoch.
     :param tuple others: the other arguments, which are the same in all rounds.
     :param dict kwargs: keyword arguments, likewise.
+    :param bool is_kept: whether it is asked where it is.
+    :raises ModelError: if it is, and is an iterator that cannot tell.
     """
 
     num_rows = None
@@ -74,11 +85,19 @@ class IterableSource:
         epoch: Callable[[], Iterable[Any]],
         others: tuple[Any, ...],
         kwargs: dict[str, Any],
+        is_kept: bool = False,
     ):
+        if is_kept and is_iterator(source) and not tells_place(source):
+            raise ModelError(
+                "EnergySVI.run: a run that goes on from a checkpoint has to find its batch again, "
+                f"and a {type(source).__name__} can neither begin anew nor say where it is. Pass "
+                "an iterable, or a function that makes the iterator."
+            )
+        self._is_kept = is_kept
         self._source, self._epoch, self._others, self._kwargs = source, epoch, others, kwargs
         self._iterator: Any = None
-        self._form: _Form | None = None
-        self._num_read = 0
+        self.form: _Form | None = None
+        self._num_read = self._num_short = 0
 
     def first(
         self, step: int, position: str | None = None
@@ -115,17 +134,14 @@ class IterableSource:
     def position(self) -> str | None:
         """Where it is, if the source or its iterator can tell.
 
-        That is by ``state_dict`` and ``load_state_dict``, or ``get_state`` and ``set_state``.
+        See :mod:`~numpyro_ebm.svi.places`. It is asked only if there will be checkpoints.
         """
-        for x in (self._iterator, self._source):
-            for ask in ("state_dict", "get_state"):
-                if hasattr(x, ask):
-                    state = getattr(x, ask)()
-                    if isinstance(state, bytes):
-                        state = {"bytes": base64.b64encode(state).decode()}
-                    rows = None if self._form is None else self._form.rows
-                    return json.dumps({"read": self._num_read, "rows": rows, "state": state})
-        return None
+        if not self._is_kept:
+            return None
+        state = told_place(self._source, self._iterator)
+        rows = None if self.form is None else self.form.rows
+        told = {"read": self._num_read, "rows": rows, "state": state}
+        return None if state is None else json.dumps(told)
 
     def minibatches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Minibatches:
         """How the arguments of a round are made.
@@ -135,7 +151,7 @@ class IterableSource:
         """
         num_streamed = len(jax.tree.leaves(self._peeked))
         streamed = [i < num_streamed for i in range(len(jax.tree.leaves((args, kwargs))))]
-        rows = 1 if self._form is None else self._form.rows
+        rows = 1 if self.form is None else self.form.rows
         return Minibatches.streamed(args, kwargs, streamed, rows, rows)
 
     @property
@@ -145,21 +161,22 @@ class IterableSource:
     def _iterable(self):
         """The iterator of the epoch that is being read."""
         if self._iterator is None:
-            self._iterator = iter(self._epoch())
+            epoch = self._epoch()
+            if _is_of_numbers(epoch) or isinstance(epoch, dict) or not hasattr(epoch, "__iter__"):
+                raise ModelError(
+                    "EnergySVI.run: a function that makes batches returns an iterator or an "
+                    f"iterable of them, as a generator does, got a {type(epoch).__name__}."
+                )
+            self._iterator = iter(epoch)
         return self._iterator
 
     def _restore(self, state):
-        if isinstance(state, dict) and state.keys() == {"bytes"}:
-            state = base64.b64decode(state["bytes"])
-        for whose in (lambda: self._source, self._iterable):
-            for tell in ("load_state_dict", "set_state"):
-                if hasattr(whose(), tell):
-                    getattr(whose(), tell)(state)
-                    return
-        raise ModelError(
-            "EnergySVI.run: a checkpoint says where its batches were, and this source cannot go "
-            f"there: {type(self._source).__name__} has no `load_state_dict` and no `set_state`."
-        )
+        if not any(set_place(find(), state) for find in (lambda: self._source, self._iterable)):
+            raise ModelError(
+                "EnergySVI.run: a checkpoint says where its batches were, and this source cannot "
+                f"go there: {type(self._source).__name__} has no `load_state_dict` and no "
+                "`set_state`."
+            )
 
     def _all(self):
         found = True
@@ -174,18 +191,20 @@ class IterableSource:
         for batch in self._all():
             batch = _on_host(batch)
             form = _Form.of(batch)
-            if self._form is None and rows in (None, form.rows):
-                self._form = form
-            if form == self._form:
-                self._num_read += 1
+            if self.form is None and rows in (None, form.rows):
+                self.form = form
+            if form == self.form:
+                self._num_read, self._num_short = self._num_read + 1, 0
                 yield batch
                 continue
-            full = rows if self._form is None else self._form.rows
-            if full is None or form.rows >= full:
+            full = rows if self.form is None else self.form.rows
+            self._num_short += 1
+            is_short = full is not None and form.rows < full and form.shortens(self.form)
+            if not is_short or self._num_short > MOST_SHORT:
+                first = f"had {full} rows" if self.form is None else f"was {self.form}"
                 raise ModelError(
-                    f"EnergySVI.run: a batch is {form} and the first one was {self._form}. All "
-                    "batches have one form; only one with fewer rows, as the last of an epoch, "
-                    "is left out."
+                    f"EnergySVI.run: a batch is {form} and the first one {first}. All batches have "
+                    "one form; only one with fewer rows, as the last of an epoch, is left out."
                 )
 
 
@@ -205,7 +224,7 @@ class StoredRows:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int):
         self._leaves, self._structure = jax.tree.flatten((args, kwargs))
-        lengths = {len(x) for x in self._leaves if _is_stored(x)}
+        lengths = {x.shape[0] for x in self._leaves if _is_stored(x)}
         self.num_rows = max(lengths)
         if len(lengths) > 1 or self.num_rows < batch_size:
             raise ModelError(
@@ -265,25 +284,44 @@ class _Form(NamedTuple):
     """Structure, shapes and types of the arrays of a batch."""
 
     structure: Any
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: tuple[tuple[str, str, tuple[int, ...]], ...]
 
     @classmethod
     def of(cls, batch):
-        leaves, structure = jax.tree.flatten(batch)
-        return cls(structure, tuple((str(x.dtype), x.shape) for x in leaves))
+        found, structure = jax.tree_util.tree_flatten_with_path(batch)
+        names = [jax.tree_util.keystr(path[1 if len(batch) == 1 else 0 :]) for path, _ in found]
+        arrays = zip(names, (x for _, x in found), strict=True)
+        return cls(structure, tuple((name, str(x.dtype), x.shape) for name, x in arrays))
 
     @property
     def rows(self):
-        return self.arrays[0][1][0] if self.arrays and self.arrays[0][1] else 1
+        """Rows of a batch, those of the first of its arrays that has any."""
+        return next(shape[0] for _, _, shape in self.arrays if shape)
+
+    def shortens(self, other):
+        """Whether it may differ from another form by its rows alone; ``None`` is any form."""
+        mine, its = (
+            None if x is None else [(name, dtype, shape[1:]) for name, dtype, shape in x.arrays]
+            for x in (self, other)
+        )
+        return its is None or mine == its
 
     def __str__(self):
-        return ", ".join(f"{dtype}{list(shape)}" for dtype, shape in self.arrays) or "empty"
+        arrays = (f"{name} {dtype}{list(shape)}".strip() for name, dtype, shape in self.arrays)
+        return ", ".join(arrays)
 
 
 def _on_host(batch):
     """A batch as a tuple of arguments, of arrays of NumPy."""
     args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    return jax.tree.map(_to_numpy, as_arrays(args)[0])
+    arrays = jax.tree.map(_to_numpy, as_arrays(args)[0])
+    if not any(x.ndim for x in jax.tree.leaves(arrays)):
+        raise ModelError(
+            f"EnergySVI.run: a batch, a {type(batch).__name__}, holds no array with rows on its "
+            "leading axis. Have the loader put rows together, as `.batch(256)` or `batch_size=256` "
+            "does in most of them; and make arrays of lists of numbers, `numpy.asarray(batch)`."
+        )
+    return arrays
 
 
 def _to_numpy(x):
@@ -325,15 +363,24 @@ def _is_stored(x):
     return isinstance(x, np.memmap) or (hasattr(x, "chunks") and hasattr(x, "dtype"))
 
 
+def _is_of_numbers(x):
+    return hasattr(x, "dtype") or hasattr(x, "__array__")
+
+
 def _epoch_of(x) -> Any:
     """What makes an iterable of batches of the first argument of a run, or ``None``."""
-    if x is None or hasattr(x, "shape") or isinstance(x, str | bytes | set | frozenset | type):
+    if x is None or _is_of_numbers(x) or isinstance(x, str | bytes | set | frozenset | type):
         return None
     if is_iterator(x):
         return lambda: x
     leaves = jax.tree.leaves(x)
     if len(leaves) != 1 or leaves[0] is not x:  # a pytree: a batch itself, or a network
         return None
+    if hasattr(x, "keys"):
+        raise ModelError(
+            f"EnergySVI.run: a {type(x).__name__} holds arrays by their names, and is no iterable "
+            "of batches. Pass one of them, or a dict: `{name: x[name] for name in x}`."
+        )
     if hasattr(x, "__iter__"):
         return lambda: x
     return x if callable(x) and _takes_nothing(x) else None

@@ -68,9 +68,13 @@ def test_a_callback_ends_a_run():
         means.append(np.mean(losses))
         return step == 15
 
-    fit = run(1_000, callback=patience, every=5)
+    fit = run(1_000, callback=lambda *x: np.bool_(patience(*x)), every=5)
     assert len(fit.losses) == 15 and int(fit.state.step) == 15 and len(means) == 3
     np.testing.assert_array_equal(fit.losses, run(15).losses)
+    # What is true only in Python's eyes does not end it in silence.
+    for told in (lambda *x: x[2].mean(), lambda *x: {"loss": x[2]}):
+        with pytest.raises(ebm.ModelError, match="returns True to end the run"):
+            run(15, callback=told, every=5)
 
 
 def test_an_interruption_returns_what_was_learned():

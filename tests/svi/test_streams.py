@@ -201,6 +201,8 @@ def test_a_wrong_batch_ends_the_run_and_loses_nothing():
     expected = run(4, Loader(batches))
     wrong = {
         "NaN": nan,
+        r"\['other'\] float32\[32, 3\] and the first one was float": {"other": batches[0]},
+        r"is float32\[9, 2\]": batches[0][:9, :2],  # fewer rows, and something else besides
         r"float32\[32, 2\] and the first one was float32\[32, 3\]": batches[0][:, :2],
         r"float32\[40, 3\]": np.resize(DATA, (40, 3)),
         r"int64\[32, 3\]": batches[0].astype(np.int64),
@@ -236,6 +238,86 @@ def test_an_iterator_that_ends_early_says_so():
     assert len(fit.losses) == 2 and np.isfinite(fit.losses).all()
     with pytest.raises(ebm.ModelError, match="yields no batch"):
         run(9, Loader([]))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (list(DATA[:, 0]), "a float32, holds no array with rows"),  # the loader makes no batches
+        ([None], "a NoneType, holds no array with rows"),
+        ([()], "a tuple, holds no array with rows"),
+        ([DATA[:32].tolist()], "a list, holds no array with rows"),
+        (lambda: DATA, "makes batches returns an iterator .* got a ndarray"),
+        (lambda: {"rows": DATA}, "got a dict"),
+        (lambda: None, "got a NoneType"),
+        ({"rows": iter([DATA[:32]])}, "an iterator of batches takes the place of the first"),
+        (lambda rows: iter([rows]), "is a `function`, and the model failed on it .* data loader"),
+    ],
+)
+def test_what_is_no_source_of_batches_is_told(source, message):
+    source = Loader(source) if isinstance(source, list) else source
+    with pytest.raises(ebm.ModelError, match=message):
+        run(3, source)
+
+
+def test_an_error_at_the_first_batch_tells_its_form():
+    """A loader that gives rows one by one: the model sees a plate of as many rows as values."""
+    with pytest.raises(ebm.ModelError, match="asks? for") as caught:
+        run(3, Loader(list(DATA)))
+    assert "The first batch of `EnergySVI.run` was float32[3]." in caught.value.__notes__
+
+
+def test_batches_that_stay_short_end_the_run():
+    """As the workers of a loader have a short one each; but an endless source has no last one."""
+    full, *short = [DATA[:32]] + [DATA[:9]] * 8
+    assert_same(run(5, Loader([full, *short])).state, run(5, Loader([full])).state)
+    endless = itertools.chain([full, full], itertools.repeat(DATA[:9]))
+    with pytest.warns(ebm.InterruptedWarning, match=r"\[9, 3\] and the first one was .*32"):
+        fit = run(5, endless)
+    assert len(fit.losses) == 2
+
+
+class Zarr:
+    """An array on disk without ``len``, as those of zarr."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.dtype, self.chunks = x, x.shape, x.dtype, (8, 3)
+
+    def __getitem__(self, rows):
+        assert (np.diff(rows) > 0).all()  # as h5py asks
+        return self.x[rows]
+
+
+class Table:
+    """A dataset that is iterated by its batches, and has a shape, as Hugging Face's."""
+
+    def __init__(self, batches):
+        self.batches, self.shape = batches, (len(batches), 1)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Group:
+    """Arrays by name, as of h5py, zarr and ``np.load`` of an npz file."""
+
+    def keys(self):
+        return ["x"]
+
+    def __iter__(self):
+        return iter(self.keys())
+
+    def __getitem__(self, key):
+        return DATA
+
+
+def test_arrays_of_other_libraries_on_disk():
+    assert_same(run(9, Zarr(DATA), batch_size=20).state, run(9, DATA, batch_size=20).state)
+    batches = [data for (data,) in cut(32, DATA)]
+    assert_same(run(4, Table(batches)).state, run(4, Loader(batches)).state)
+    for options in ({}, {"batch_size": 8}):
+        with pytest.raises(ebm.ModelError, match="a Group holds arrays by their names"):
+            run(3, Group(), **options)
 
 
 def test_discrete_rows_off_their_support_are_found():
