@@ -63,16 +63,28 @@ def assert_unbiased(objective, model, levels, num):
         return jax.grad(loss)(PARAMS)
 
     found = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(5), num))
+    errors = {name: np.std(x) / np.sqrt(num) for name, x in found.items()}
     for name, expected in expected_gradient(PARAMS, levels).items():
-        error = np.std(found[name]) / np.sqrt(num)
-        assert abs(np.mean(found[name]) - expected) < 4 * error, name
-        assert error < 0.2 * abs(expected)
+        assert abs(np.mean(found[name]) - expected) < 4 * errors[name], name
+        assert errors[name] < 0.2 * abs(expected)
+    return errors
 
 
 @pytest.mark.parametrize("initial", ["noised", pytest.param("data", marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_the_conditional_likelihood(initial):
     objective = ebm.RecoveryLikelihood(0.7, num_steps=40, step_size=0.3, initial=initial)
     assert_unbiased(objective, regression, [0.7, 0.0], 2_000)
+
+
+def test_pairs_of_chains_have_the_same_mean_and_less_noise():
+    """The slope's gradient is linear in x⁻: what is left of its noise are y and rejections."""
+    errors = []
+    for antithetic in (False, True):
+        objective = ebm.RecoveryLikelihood(
+            0.7, num_steps=40, step_size=0.3, initial="noised", antithetic=antithetic
+        )
+        errors.append(assert_unbiased(objective, regression, [0.7, 0.0], 2_000))
+    assert errors[1]["slope"] < 0.7 * errors[0]["slope"]
 
 
 @pytest.mark.slow
