@@ -107,6 +107,7 @@ LONGEST = (
     "test_error_bars_cover_at_their_nominal_rate",
     "test_every_support_and_kernel_with_defaults",
     "test_figures_of_draws_stand_beside_those_of_data",
+    "test_every_method_of_digits_trains_and_draws[",
     "test_a_mixture_is_learned_and_drawn",
     "test_modes_far_apart_have_their_shares",
     "test_larger_models_with_latents[",

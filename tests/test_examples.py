@@ -82,6 +82,17 @@ def test_figures_of_draws_stand_beside_those_of_data(example):
     assert example["MMD p-value"] < 0.01 and example["nearer than held-out"] < 0.2
 
 
+DIGITS = ("mdsm", "recovery", "pcd", "jem", "deep_eblvm")
+SHORT = [("digits", {"method": x, "num_rounds": 5, "num_report_rounds": 5}) for x in DIGITS]
+
+
+@pytest.mark.parametrize("example", SHORT, indirect=True, ids=DIGITS)
+def test_every_method_of_digits_trains_and_draws(example):
+    """Five rounds draw finite images, and none that could be digits."""
+    assert all(np.isfinite(x) for x in example.values())
+    assert example["MMD p-value"] < 0.01 and example["nearer than held-out"] < 0.2
+
+
 @pytest.mark.slow
 @run("pen_digits", num_rounds=5, num_images=400, num_draws=50)
 def test_simulated_digits_are_named_and_noise_is_not(example):
