@@ -4,7 +4,7 @@
 Models of `numpyro_ebm.models`, each by its own recipe:
 
     mdsm          an energy that is told its noise, by multiscale denoising, drawn by annealing
-    recovery      such an energy by recovery likelihood, drawn level by level
+    recovery      such an energy by recovery likelihood, drawn by annealing
     pcd           an energy by persistent contrastive divergence with a buffer
     jem           a joint energy model of images and labels, drawn class by class
     latent_prior  an energy of latents under a decoder, posterior particles kept for every row
@@ -215,8 +215,8 @@ def recovery(keys, images, labels, num_rounds=6_000):
     )
     svi = ebm.EnergySVI(model, None, adam(num_rounds, 2e-3), objective)
     fit = svi.run(keys[1], num_rounds, images, batch_size=128, ema=0.999)
-    options = {"noise_argument": "sigma", "num_steps": 60, "step_size": 0.1, "recover": True}
-    return annealed(keys[2], model, fit.ema_params, noise_scales=levels, **options), None
+    options = {"noise_argument": "sigma", "num_steps": 40, "step_size": 0.1}
+    return annealed(keys[2], model, fit.ema_params, noise_scales=levels[1:], **options), None
 
 
 def deep_eblvm(keys, images, labels, num_rounds=9_000, num_hidden=16):
