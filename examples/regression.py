@@ -68,8 +68,11 @@ OBJECTIVES = {
     "energy discrepancy": lambda: ebm.EnergyDiscrepancy(1.0, 32),
     "denoising s. m.": lambda: ebm.DenoisingScoreMatching(0.1),
     "CD-20": lambda: ebm.ContrastiveDivergence(MALA, 20),
-    "PCD-20": lambda: PersistentCD(reset_probability=0.1),
     "PCD-20, no resets": PersistentCD,
+    "PCD-20, resets": lambda: PersistentCD(reset_probability=0.1),
+    "PCD-20, adjusted": lambda: PersistentCD(
+        initial=dist.Normal(0.0, 2.0), reset_probability=1.0, adjusted_resets=True
+    ),
 }
 
 
@@ -122,6 +125,8 @@ def draw(out, x, y, line, densities, found):
     for ax, (name, density) in zip(others, densities.items(), strict=False):
         ax.pcolormesh(np.linspace(-2, 2, 80), Y, density.T, vmax=1.4, rasterized=True)
         ax.set_title(f"{name}: {found[name]:.3f}", fontsize=10)
+    for ax in axes.flat[len(densities) + 1 :]:
+        ax.set_axis_off()
     first.set(xlim=(-2, 2), ylim=(-3, 3))
     fig.supxlabel("x", fontsize=10)
     fig.supylabel("y", fontsize=10)
@@ -134,5 +139,6 @@ if __name__ == "__main__":
     parser.add_argument("--num-steps", type=int, default=1_500)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, metavar="NAME")
     parser.add_argument("--out", default="regression.png")
     main(**vars(parser.parse_args()))

@@ -14,6 +14,7 @@ from numpyro_ebm.errors import ImproperSamplingError, ModelError
 from numpyro_ebm.language.distributions import Unnormalized, speak_for
 from numpyro_ebm.language.explained import WHAT_A_ROW_NEEDS
 from numpyro_ebm.language.questions import INVERSE_TEMPERATURE, ask, who_resolves
+from numpyro_ebm.language.sites import unwrap
 
 T = TypeVar("T", bound=ArrayLike)
 
@@ -70,6 +71,7 @@ def energy(name: str, value: ArrayLike) -> None:
             "`jnp.real` of it, or `jnp.abs` of its parts, if the data are complex by intent."
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
+        _forbid_steps(name, value)
         value = value.astype(jnp.result_type(float))
     inverse_temperature = ask(INVERSE_TEMPERATURE)
     if inverse_temperature is not None:
@@ -186,6 +188,23 @@ def _free_parameters():
         if site["type"] == "param"
         or (site["type"] == "sample" and not site["is_observed"] and not site["cond_indep_stack"])
     )
+
+
+def _forbid_steps(name, value):
+    """Refuse whole numbers as the energy of real sites: it has no slope, and teaches nothing."""
+    real = [
+        site["name"]
+        for site in _recorded_sites()
+        if site["type"] == "sample"
+        and site["cond_indep_stack"]
+        and not unwrap(site["fn"]).support.is_discrete
+    ]
+    if real and jnp.ndim(value):
+        raise ModelError(
+            f"The energy '{name}' is of type {value.dtype}, in steps over the real site(s) {real}: "
+            "its slope is 0 everywhere. If steps are meant, write numbers, as in "
+            "`jnp.where(v > 0, 1.0, 0.0)`."
+        )
 
 
 def _forbid_forward_draws(name, plates):

@@ -119,7 +119,7 @@ def find_start(
         # Traced, not run: only the initial values of parameters are ever computed.
         nonlocal traced
         key_init, rng_key = jax.random.split(rng_key)
-        values, traced = _ask(
+        values, traced, undefined = _ask(
             key_init, model, guide, objective, guide_loss, init_params, args, kwargs
         )
         # Weak types become plain ones, so that nothing is compiled twice.
@@ -133,11 +133,12 @@ def find_start(
         bounds = {name: jax.tree.leaves(traced.constraints[name]) for name in traced.penalised}
         of_guide = {name: values.pop(name) for name in sorted(traced.of_guide)}
         of_networks = [{name: values.pop(name) for name in x} for x in traced.of_networks]
-        return optimizers.init(values, of_guide, of_networks), rng_key, bounds
+        return optimizers.init(values, of_guide, of_networks), rng_key, bounds, undefined
 
-    optim_states, rng_key, bounds = run_compiled(
+    optim_states, rng_key, bounds, undefined = run_compiled(
         first_states, rng_key, unless=(args, kwargs), options=compiler_options()
     )
+    _check_defined(undefined)
     constraints = dict(traced.constraints)
     for name, leaves in bounds.items():
         tree = jax.tree.structure(constraints[name])
@@ -234,9 +235,31 @@ def _ask(rng_key, model, guide, objective, guide_loss, init_params, args, kwargs
             f"{sorted({*values, *row_model.parameters})}."
         )
     penalised = [name for name in values if name in row_model.priors]
-    return values, _Traced(
+    found = _Traced(
         parameters.constraints, penalised, of_guide, of_networks, posterior, plan, guide_loss
     )
+    return values, found, _undefined_rows(row_model)
+
+
+def _undefined_rows(row_model):
+    """Of each site of the row, how many rows have no density: NaN at the data and first values."""
+    sites = {**row_model.parameters, **{name: x.value for name, x in row_model.sites.items()}}
+    return {
+        name: jnp.sum(row_model.weigh(jnp.isnan(x).astype(float)) > 0)
+        for name, x in row_model.terms(sites).items()
+    }
+
+
+def _check_defined(undefined):
+    """Raise where a density is NaN, which an objective that reads derivatives alone never sees."""
+    for name, count in undefined.items():
+        if not_jax_tracer(count) and count > 0:
+            raise ModelError(
+                f"EnergySVI: the density of '{name}' is NaN in {int(count)} rows of the data, at "
+                "the parameters' initial values. It has to be defined on the whole support of its "
+                "sites, as `jnp.log(v)` is not at v < 0: give the site the support that is meant, "
+                "as in `Lebesgue(dist.constraints.positive)`, or pass `init_params`."
+            )
 
 
 def _check_guide_loss(guide_loss, problem):

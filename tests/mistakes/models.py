@@ -188,7 +188,26 @@ def learn_bits(base):
     return fit(model, data=BITS, loss=ebm.PseudoLikelihood())
 
 
+def of_whole_numbers(data=None):
+    with plate(data):
+        v = numpyro.sample("v", vector(), obs=data)
+        ebm.energy("E", v[..., 0] > numpyro.param("a", 0.5))
+
+
+def of_logarithm(data=None):
+    with plate(data):
+        v = numpyro.sample("v", vector(), obs=data)
+        ebm.energy("E", numpyro.param("a", 1.0) * jnp.sum(jnp.log(v) + v**2, -1))
+
+
 MODELS = {
+    "an energy in steps": Mistake(
+        lambda: fit(of_whole_numbers), r"'E' is of type bool, in steps over.*\['v'\].*jnp.where"
+    ),
+    "an energy that is nowhere": Mistake(
+        lambda: fit(of_logarithm, data=jnp.abs(X).at[1, 0].set(-1.0)),
+        "density of 'E' is NaN in 1 rows.*the support that is meant",
+    ),
     "no plate": Mistake(lambda: fit(no_plate), r"plates \(none\).*with numpyro.plate\("),
     "no plate, a mean": Mistake(lambda: fit(no_plate_mean), r"with numpyro.plate\("),
     "an energy outside the plate": Mistake(

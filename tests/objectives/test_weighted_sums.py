@@ -345,7 +345,7 @@ class Recorder(ebm.ScoreMatching):
     def settle(self, rng_key, before, after, problem, state):
         return {**state, "before": dict(before), "after": dict(after)}
 
-    def statistics(self, rng_key, params, problem):
+    def statistics(self, rng_key, params, problem, state=None):
         return params["mean"]
 
     def review(self, statistics):

@@ -163,7 +163,7 @@ def test_the_loss_of_a_guide_is_a_mean_over_rows():
 class Counts(ebm.ScoreMatching):
     """Keeps how many rows it was shown at the end of a run."""
 
-    def statistics(self, rng_key, params, problem):
+    def statistics(self, rng_key, params, problem, state=None):
         return jnp.asarray(problem.row_model.num_rows)
 
     def review(self, statistics):
