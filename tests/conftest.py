@@ -88,6 +88,7 @@ LONGEST = (
     "test_the_posterior_is_the_exact_one[gaussian-mala",
     "test_the_posterior_is_the_exact_one[ising",
     "test_the_posterior_is_the_exact_one[pairs",
+    "test_the_posterior_is_the_exact_one[lifetimes-chosen",
     "test_stein_test_has_its_size_and_power[guide",
     "test_a_state_that_the_model_closes_over_is_held[",
     "test_adjusted_intervals_cover_at_their_nominal_rates[",

@@ -148,6 +148,9 @@ CASES = {
         {"num_auxiliary_steps": 10, "num_bridges": 3},
     ),
     "pairs-enumerate": ("pairs", "enumerate", {}),
+    "lifetimes-chosen": ("lifetimes", None, {"num_auxiliary_steps": 20}),
+    "ising4-chosen": ("ising4", None, {"num_auxiliary_steps": 20}),
+    "pairs-chosen": ("pairs", None, {"num_auxiliary_steps": 20}),
 }
 
 
@@ -172,6 +175,18 @@ def check_case(name, seed=0):
     draws, _, _ = chains(kernel, (jnp.asarray(data),), seed=seed, **size)
     for values, mean, sd in expected(draws):
         assert_posterior(values, mean, sd)
+
+
+@pytest.mark.parametrize(
+    ("problem", "kernel"), {"gaussian": "BlockGibbs", "lifetimes": "MALA"}.items()
+)
+def test_the_auxiliary_kernel_is_chosen_for_the_model(problem, kernel, caplog):
+    model, data, _ = POSTERIORS[problem]
+    with caplog.at_level("INFO", "numpyro_ebm"):
+        ebm.Exchange(model, num_auxiliary_steps=2).init(
+            jax.random.key(5), 10, None, (jnp.asarray(data),), {}
+        )
+    assert f"Exchange: {kernel} draws the fictitious data" in caplog.text
 
 
 FIVE_SEEDS = ["gaussian-gibbs", "ising4-gibbs", "counts-enumerate"]

@@ -40,6 +40,8 @@ def make_auxiliary(
     """
     if isinstance(auxiliary, str) and auxiliary == "enumerate":
         return EnumerationSimulator(max_states)
+    if auxiliary is None:
+        return ChainSimulator(None, num_steps)
     if isinstance(auxiliary, type) and issubclass(auxiliary, MCMCKernel):
         return ChainSimulator(auxiliary, num_steps)
     if not isinstance(auxiliary, MCMCKernel) and callable(auxiliary):

@@ -8,6 +8,7 @@ Reference: Liang, *A double Metropolis-Hastings sampler for spatial models with 
 normalizing constants*, Journal of Statistical Computation and Simulation, 2010.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,11 +23,16 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.handlers import fixed, uncondition
 from numpyro_ebm.language.sites import plates_of
+from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
+from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
+from numpyro_ebm.mcmc.sampling import name_of_kernel
 from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = ["AuxiliaryReport", "AuxiliaryWarmup", "ChainSimulator"]
+
+logger = logging.getLogger(__name__)
 
 
 class AuxiliaryWarmup(NamedTuple):
@@ -71,23 +77,23 @@ class _HideOutside(Messenger):
 class ChainSimulator:
     """A Markov chain that starts at the data and takes a number of steps.
 
-    :param build: a function from a model to a kernel.
+    :param build: a function from a model to a kernel; ``None`` for the one that
+        :func:`~numpyro_ebm.mcmc.choose_kernel` takes.
     :param int num_steps: its steps.
     """
 
     is_exact = False
 
-    def __init__(self, build: Callable[[Model], MCMCKernel], num_steps: int):
+    def __init__(self, build: Callable[[Model], MCMCKernel] | None, num_steps: int):
         check_integer("Exchange", num_auxiliary_steps=num_steps)
         self.build, self.num_steps = build, num_steps
 
     def check(
         self, target: ExchangeTarget, z: SiteValues, num_bridges: int, num_warmup: int
     ) -> None:
-        free = uncondition(
-            _HideOutside(target.model, target.row_model.plate), target.row_model.visible
-        )
-        kernel = self._kernel(fixed(free, {}))
+        kernel, *_ = self._built(target, target.constrain(z))
+        if self.build is None:
+            logger.info("Exchange: %s draws the fictitious data", name_of_kernel(kernel))
         discrete = sorted(k for k, site in target.row_model.visible.items() if site.is_discrete)
         # NumPyro's own kernels leave the law invariant and refuse sites that they cannot move.
         if discrete and not getattr(kernel, "moves_discrete", True):
@@ -159,7 +165,11 @@ class ChainSimulator:
         warmup = warmup._replace(i=jnp.asarray(num_warmup))
         return self._run(rng_key, target, params, values, 1, num_warmup, warmup)[1]
 
-    def _kernel(self, model):
+    def _kernel(self, model, args, kwargs):
+        if self.build is None:
+            kernel = kernel_for_rows(model, read_fixed_model(model, args, kwargs))
+            # Of its own order, latent sites first: they have no start of their own.
+            return BlockGibbs(model) if isinstance(kernel, BlockGibbs | None) else kernel
         kernel = self.build(model)
         if not isinstance(kernel, MCMCKernel):
             raise ModelError(
@@ -168,8 +178,8 @@ class ChainSimulator:
             )
         return kernel
 
-    def _begin(self, rng_key, target, params, values, num_warmup):
-        """The kernel, its state at the data, and the arguments of its model."""
+    def _built(self, target, params):
+        """The kernel, its model and the arguments of that."""
         free = uncondition(
             _HideOutside(target.model, target.row_model.plate), target.row_model.visible
         )
@@ -183,8 +193,12 @@ class ChainSimulator:
             return fixed(free, params)(*args, **kwargs)
 
         args = ({**target.constants, **params}, sites, *target.args)
-        kernel = self._kernel(auxiliary_model)
-        row_model = read_fixed_model(auxiliary_model, args, kwargs)
+        return self._kernel(auxiliary_model, args, kwargs), auxiliary_model, args, kwargs
+
+    def _begin(self, rng_key, target, params, values, num_warmup):
+        """The kernel, its state at the data, and the arguments of its model."""
+        kernel, model, args, kwargs = self._built(target, params)
+        row_model = read_fixed_model(model, args, kwargs)
         start = {
             name: x if row_model.sites[name].is_discrete else row_model.sites[name].transform.inv(x)
             for name, x in values.items()

@@ -62,6 +62,9 @@ class Exchange(AdaptiveKernel):
         - a function of *two* arguments ``(rng_key, params)`` that returns exact draws, a dict of
           arrays of the shapes of the data by site name; ``params`` are the parameters that this
           kernel moves.
+        - by default the kernel that :func:`~numpyro_ebm.mcmc.choose_kernel` takes for the model,
+          and ``BlockGibbs`` where that would enumerate; the logger
+          ``numpyro_ebm.posteriors.exchange.auxiliary_chain`` at level INFO says which.
     :param int num_auxiliary_steps: steps of an auxiliary chain.
     :param str proposal: ``"random_walk"``, Gaussian in unconstrained coordinates, or
         ``"langevin"``, see the note.
@@ -141,7 +144,7 @@ class Exchange(AdaptiveKernel):
     def __init__(
         self,
         model: Model,
-        auxiliary: Literal["enumerate"] | Callable[..., Any],
+        auxiliary: Literal["enumerate"] | Callable[..., Any] | None = None,
         num_auxiliary_steps: int = 100,
         *,
         proposal: Literal["random_walk", "langevin"] = "random_walk",
