@@ -205,7 +205,6 @@ MEMBERS = {
     "test_a_row_of_weight_two_is_the_row_twice": (
         "[square",
         "[ScoreM",
-        "[Ratio",
     ),
     "test_derivatives_are_those_of_the_exact_marginal": (
         "[VaGES]",
@@ -236,7 +235,7 @@ MEMBERS = {
     ),
     "test_parts_are_the_laws_of_the_model": ("are the joint", "entropy", "beside a label"),
     "test_svi_and_energy_svi_agree_at_the_optimum": ("[ScoreM", "[NCE", "Pseudo"),
-    "test_every_row_has_its_own_normalizer": ("[the plate's index]",),
+    "test_every_row_has_its_own_normalizer": (),
     "test_value_and_gradient_are_the_formula": ("[SM-", "[DSM-", "median-", "-Exact"),
     "test_loss_and_gradient_are_unbiased": (
         "[SM-VaGES]",
@@ -265,7 +264,7 @@ MEMBERS = {
     "test_kernels.py::test_protocol": ("MALA-mass", "Replica", "Annealed"),
     "test_moments_of_asymmetric_and_correlated_targets": ("float64",),
     "test_value_and_both_gradients_are_unbiased": ("Exact-True", "Enumerated-False", "VaGES-True"),
-    "test_the_energy_descends_and_the_flow_ascends": ("function-3", "distribution"),
+    "test_the_energy_descends_and_the_flow_ascends": ("distribution",),
     "test_chains_that_hardly_move_give_the_prior_and_say_so": (),
     "test_a_posterior_outside_of_the_design_is_found_out": (),
     "test_rows_are_left_out_where_they_stand": ("covariates", "blocks", "weights"),
@@ -291,10 +290,10 @@ MEMBERS = {
         "GES-D",
         "Bound-NCE",
     ),
-    "test_a_masked_row_is_as_left_out": (
-        "[ScoreM",
-        "[weight",
-    ),
+    "test_a_masked_row_is_as_left_out": ("[ScoreM",),
+    "test_rows_without_observation_count_as_masked": (),
+    "test_normalized.py::test_rows_with_parameters_of_their_own": (),
+    "test_rows_that_are_masked_drop_out_of_both_sides_of_the_ratio": (),
     "test_spins_of_any_scale_and_bias": (),
     "test_neighbours_are_the_values_of_the_support": (),
     "test_plain_models.py::test_posteriors": ("mixture-MALA", "-Under", "-ULA"),
@@ -309,7 +308,6 @@ MEMBERS = {
     "test_a_guide_is_trained_as_on_the_peer": ("DAIS",),
     "test_a_fit_reads_bounds_however_they_are_made": ("number", "jnp", "argument", "Lebesgue"),
     "test_a_tool_gives_what_it_gives_for_its_peer": (
-        "[Trace_ELBO-f",
         "[TraceEnum_ELBO, ",
         "[log_density-",
         "[replay-n",

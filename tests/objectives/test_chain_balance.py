@@ -77,13 +77,12 @@ def test_nothing_is_said_without_evidence(shift, begun):
     warn_if_not_there(100 + drop[:15], np.ones(15, bool))
 
 
-@pytest.mark.parametrize("place, says", [(0.0, False), (8.0, True)])
-def test_a_run_says_that_the_energy_outran_its_chains(place, says):
+def test_a_run_says_that_the_energy_outran_its_chains():
     def model(x, data):
-        place_of = numpyro.param("place", jnp.array(place))
+        place = numpyro.param("place", jnp.array(0.0))
         with numpyro.plate("data", len(data)):
             y = numpyro.sample("y", ebm.Lebesgue(), obs=data)
-            ebm.energy("E", 0.5 * (y - x - place_of) ** 2)
+            ebm.energy("E", 0.5 * (y - x - place) ** 2)
 
     x = jnp.linspace(-1.0, 1.0, 60)
     y = x + jax.random.normal(jax.random.key(3), (60,))
@@ -91,11 +90,9 @@ def test_a_run_says_that_the_energy_outran_its_chains(place, says):
     objective = ebm.ContrastiveDivergence(kernel, 2, persistent=True)
     svi = ebm.EnergySVI(model, None, optax.sgd(1e-6), objective)
     run = partial(svi.run, KEY, 4, x, y, batch_size=30, progress_bar=False)
-    if not says:
-        run()
-        return
+    run()  # a warning would be an error
     with pytest.warns(ebm.ConvergenceWarning, match="one of each row, are not where.*outruns them"):
-        run()
+        run(init_params={"place": jnp.array(8.0)})
 
 
 def test_adjusted_resets_bring_chains_to_the_model():
