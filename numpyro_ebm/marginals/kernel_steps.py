@@ -115,13 +115,17 @@ def take_steps(
     args, kwargs = row_model.args, row_model.kwargs
     state = kernel.init(rng_key, 0, stop_gradient(start), args, kwargs)
 
-    def step(_, state):
+    @jax.jit  # traced once, in a loop and beside it
+    def step(state):
         return kernel.sample(state, args, kwargs)
 
-    if num_steps == 1:  # no loop, so that its random numbers can be drawn ahead
-        state = step(0, state)
-    else:
-        state = lax.fori_loop(0, num_steps, step, state)
+    # Without a test nobody asks for the gradient where the last step ends: it is not computed if
+    # that step is no part of the loop. A step without a loop has its random numbers drawn ahead.
+    apart = 1 if num_steps == 1 or not getattr(kernel, "leaves_invariant", True) else 0
+    if num_steps > apart:
+        state = lax.fori_loop(0, num_steps - apart, lambda _, state: step(state), state)
+    if apart:
+        state = step(state)
     return stop_gradient(dict(getattr(state, kernel.sample_field)))
 
 
