@@ -310,9 +310,6 @@ POSTERIORS = {
     "a negative rate": Mistake(
         lambda: ebm.generalized(bayesian, SM(), learning_rate=-1), "`learning_rate` must be"
     ),
-    "Exchange without an auxiliary": Mistake(
-        lambda: ebm.Exchange(bayesian), "missing.*'auxiliary'", TypeError
-    ),
     "Exchange with a kernel that wants more": Mistake(
         lambda: chain(ebm.Exchange(bayesian, ebm.ULA), LINE),
         "missing.*'step_size'",
