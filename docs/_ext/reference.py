@@ -190,7 +190,7 @@ def write_pages(app):
 def written_signature(app, what, name, found, options, signature, returns):
     """The signature as the source has it; what has no source in Python keeps its own."""
     if what == "exception" and "__init__" not in vars(found):
-        return "", None
+        return ("", None) if signature else None  # where it has none, there is none to take away
     if isinstance(found, type):
         made = next((vars(k)["__init__"] for k in found.__mro__ if "__init__" in vars(k)), None)
         found = found if hasattr(found, "_fields") else made
