@@ -36,8 +36,10 @@ from numpyro_ebm.errors import (
 )
 from numpyro_ebm.guides.losses import PosteriorScore, RelaxedELBO
 from numpyro_ebm.language.distributions import Counting, Lebesgue
-from numpyro_ebm.language.handlers import fixed, integrated, temper
+from numpyro_ebm.language.fixed import fixed
+from numpyro_ebm.language.handlers import integrated
 from numpyro_ebm.language.primitives import energy, visible
+from numpyro_ebm.language.temper import temper
 from numpyro_ebm.log_normalizers import log_likelihood, log_normalizer
 from numpyro_ebm.marginals import *  # noqa: F403
 from numpyro_ebm.mcmc import *  # noqa: F403

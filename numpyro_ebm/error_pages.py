@@ -16,7 +16,9 @@ SECTIONS = {
     "models": ("language", "model", "models", "program"),
     "parameters-and-log-z": (
         "language.distributions",
+        "language.fixed",
         "language.handlers",
+        "language.temper",
         "log_normalizers",
         "model.given",
         "model.priors",

@@ -29,7 +29,7 @@ from numpyro_ebm.diagnostics.row_scores import (
 )
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
-from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.language.fixed import fixed
 from numpyro_ebm.log_normalizers import LogLikelihood
 from numpyro_ebm.model.plain_model import states_energy
 from numpyro_ebm.model.reading import read_model

@@ -24,7 +24,7 @@ from numpyro.handlers import substitute
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
-from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.language.fixed import fixed
 from numpyro_ebm.log_normalizers.ais import run_ais
 from numpyro_ebm.log_normalizers.comparison import best_of
 from numpyro_ebm.log_normalizers.enumeration import run_enumeration, why_not_enumeration

@@ -12,7 +12,9 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm._compat import eval_provenance
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import fixed, temper, uncondition
+from numpyro_ebm.language.fixed import fixed
+from numpyro_ebm.language.handlers import uncondition
+from numpyro_ebm.language.temper import temper
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Params, SiteValues
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from numpyro.infer import init_to_uniform
 
 from numpyro_ebm.errors import ModelError, check_positive
-from numpyro_ebm.language.handlers import temper
+from numpyro_ebm.language.temper import temper
 from numpyro_ebm.mcmc.adaptation import AdaptState
 from numpyro_ebm.mcmc.chain_kernel import LangevinState
 from numpyro_ebm.mcmc.row_kernel import RowKernel

@@ -12,7 +12,7 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError, field_or_item
-from numpyro_ebm.language.handlers import temper
+from numpyro_ebm.language.temper import temper
 from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.mcmc.adaptive_kernel import AdaptiveKernel
 from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation, LadderState, parse_ladder

@@ -21,7 +21,7 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import temper
+from numpyro_ebm.language.temper import temper
 from numpyro_ebm.mcmc.adaptation import running_mean
 from numpyro_ebm.mcmc.replica_exchange import ReplicaExchange, ReplicaExchangeState
 from numpyro_ebm.mcmc.row_kernel import RowKernel

@@ -12,22 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
-from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import GIBBS_SITES_KWARG, ClosedJaxpr, Tracer
+from numpyro_ebm._compat import GIBBS_SITES_KWARG, ClosedJaxpr
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.explained import explained
 from numpyro_ebm.language.handlers import resolve_normalizer
 from numpyro_ebm.language.sites import is_energy, log_prob_of, param_sites, unwrap
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.data_plate import find_data_plate
-from numpyro_ebm.model.network_state import held_state
+from numpyro_ebm.model.marked_values import frozen, mark_values
 from numpyro_ebm.model.obs_masks import row_observed
 from numpyro_ebm.model.reference import FillUnobserved
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite, check_data, check_shape, placeholder
 from numpyro_ebm.model.row_weights import RowWeights, find_weights, stand_in
-from numpyro_ebm.program.marks import MarkedProgram, Operand, marked, signature
+from numpyro_ebm.program.marks import MarkedProgram, Operand, signature
 from numpyro_ebm.types import Model, Params
 
 __all__ = ["TracedModel", "trace_model"]
@@ -91,7 +90,7 @@ class TracedModel:
         prepared = substitute(seed(explained(self.model), rng_key), data=data)
         prepared = FillUnobserved(substitute(prepared, substitute_fn=placeholder))
         prepared = resolve_normalizer(prepared)
-        marks = _mark_values()
+        marks = mark_values()
         with marks:
             sites = trace(prepared).get_trace(*here.args, **here.kwargs)
         values, self._has_loops = marks.values, marks.has_loops
@@ -105,8 +104,8 @@ class TracedModel:
         visible = {name: rows[name] for name in self.observed}
         for site in visible.values():
             check_shape(site)
-        self._thaw_visible, visible = _frozen(visible)
-        self._thaw, found = _frozen(
+        self._thaw_visible, visible = frozen(visible)
+        self._thaw, found = frozen(
             rows,
             {name: values[name] for name in self._with_role("plate", "mutable")},
             {name: values[name] for name in self._with_role("param", "prior")},
@@ -332,60 +331,3 @@ def _role(site, data_plate):
     if site["fn"].event_shape == (0,):  # a `numpyro.factor`
         return None
     return "visible" if site["is_observed"] else "latent"
-
-
-class _mark_values(Messenger):
-    """Mark the values of all sites of a model that is being traced, and remember them."""
-
-    def __init__(self):
-        self.values, self.has_loops = {}, False
-        super().__init__()
-
-    def postprocess_message(self, msg):
-        if msg["type"] == "control_flow":
-            self.has_loops = True  # its sites have their values already, inside of it
-        if msg["type"] == "sample" and (is_energy(msg) or msg["fn"].event_shape == (0,)):
-            return  # an energy, or a `numpyro.factor`
-        if msg["type"] == "mutable":
-            msg["value"] = held_state(msg)
-        if msg["type"] in ("sample", "param", "plate", "mutable", "deterministic"):
-            if msg["type"] == "sample" and msg["is_observed"] and not msg["fn"].support.is_discrete:
-                msg["value"] = _with_dtype(msg["value"], jnp.result_type(msg["value"], float))
-            if msg["type"] == "param":
-                msg["value"] = jax.tree.map(_strongly_typed, msg["value"])
-            self.values[msg["name"]] = msg["value"]
-            msg["value"] = marked(msg["name"], msg["value"])
-
-
-def _with_dtype(x, dtype):
-    if isinstance(x, Tracer):
-        return jnp.asarray(x, dtype)
-    with jax.ensure_compile_time_eval():  # data stay known, for who checks them
-        return jnp.asarray(x, dtype)
-
-
-def _strongly_typed(x):
-    """An initial value that is a number of Python, as an optimiser makes it."""
-    if isinstance(x, Tracer):
-        return x
-    with jax.ensure_compile_time_eval():
-        return jax.lax.convert_element_type(x, jnp.result_type(x))
-
-
-def _frozen(*dicts):
-    """Dicts of pytrees in two parts: a function of their tracers that puts others there, and these.
-
-    The order of the dicts is kept, in which sites are drawn and summed; a pytree would sort them.
-    """
-    names = [list(x) for x in dicts]
-    leaves, structure = jax.tree.flatten([list(x.values()) for x in dicts])
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tracer)]
-    arrays = [leaves[i] for i in places]
-    known = {i: x for i, x in enumerate(leaves) if i not in places}
-
-    def thaw(arrays):
-        found = {**known, **dict(zip(places, arrays, strict=True))}
-        values = structure.unflatten([found[i] for i in range(len(found))])
-        return [dict(zip(*pair, strict=True)) for pair in zip(names, values, strict=True)]
-
-    return thaw, arrays

@@ -18,7 +18,7 @@ import numpyro
 
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.distributions import Counting
-from numpyro_ebm.language.handlers import FIT_TEMPERATURE
+from numpyro_ebm.language.fixed import FIT_TEMPERATURE
 from numpyro_ebm.language.primitives import energy
 from numpyro_ebm.models.neural_energy import base_distribution, module_site
 from numpyro_ebm.types import Model, Params

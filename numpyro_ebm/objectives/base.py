@@ -12,7 +12,7 @@ from jax.lax import stop_gradient
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.losses import default_guide_loss, row_guide_loss
 from numpyro_ebm.keys import default_key
-from numpyro_ebm.language.handlers import temper
+from numpyro_ebm.language.temper import temper
 from numpyro_ebm.marginals import Marginal, list_exact
 from numpyro_ebm.marginals.base import Estimate
 from numpyro_ebm.model.reading import read_model

@@ -21,7 +21,7 @@ from numpyro.infer import Predictive
 
 from numpyro_ebm._compat import find_stack_level
 from numpyro_ebm.errors import ModelError, NormalizerDisagreementWarning
-from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.language.fixed import fixed
 from numpyro_ebm.log_normalizers import log_normalizer
 from numpyro_ebm.log_normalizers.methods import MethodName
 from numpyro_ebm.model.priors import prior_part, read_with_priors

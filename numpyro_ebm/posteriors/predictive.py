@@ -18,7 +18,8 @@ import numpy as np
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.errors import ModelError, check_integer
-from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.language.fixed import fixed
+from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.convergence import Convergence, assess_draws, warn_of_convergence
 from numpyro_ebm.mcmc.sampling import complete_draws, name_of_kernel, pick_kernel, run_chains

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from numpyro.handlers import substitute
 
-from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.language.fixed import fixed
+from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.mcmc.sampling import sample
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.types import Model, Params, SiteValues

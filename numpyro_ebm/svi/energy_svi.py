@@ -21,7 +21,7 @@ from numpyro.infer.util import transform_fn
 from numpyro_ebm.errors import ModelError, check_fraction, check_integer
 from numpyro_ebm.guides.losses import check_guide_loss
 from numpyro_ebm.inputs import as_arrays
-from numpyro_ebm.language.handlers import FIT_TEMPERATURE
+from numpyro_ebm.language.fixed import FIT_TEMPERATURE
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.program.compilation import is_traced

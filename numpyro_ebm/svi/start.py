@@ -19,7 +19,7 @@ from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss
-from numpyro_ebm.language.handlers import FIT_TEMPERATURE
+from numpyro_ebm.language.fixed import FIT_TEMPERATURE
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import Objective
 from numpyro_ebm.objectives.plan import Plan, make_plan

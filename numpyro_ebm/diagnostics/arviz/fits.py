@@ -9,7 +9,7 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.arviz.groups import Converted
 from numpyro_ebm.errors import ModelError
-from numpyro_ebm.language.handlers import fixed
+from numpyro_ebm.language.fixed import fixed
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.persistent_chains import Chains
 from numpyro_ebm.types import Model

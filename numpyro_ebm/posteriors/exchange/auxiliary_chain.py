@@ -21,7 +21,8 @@ from numpyro.primitives import Messenger
 from numpyro_ebm._compat import GIBBS_SITES_KWARG
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.keys import default_key
-from numpyro_ebm.language.handlers import fixed, uncondition
+from numpyro_ebm.language.fixed import fixed
+from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.language.sites import plates_of
 from numpyro_ebm.mcmc.block_gibbs import BlockGibbs
 from numpyro_ebm.mcmc.kernel_choice import kernel_for_rows
