@@ -130,7 +130,8 @@ class Checkpoint(Checked):
 
     def __exit__(self, *error: Any) -> None:
         try:
-            with suppress(Exception) if self._failed else nullcontext():  # it says so once more
+            told = self._failed or error[0] is not None
+            with suppress(Exception) if told else nullcontext():  # it says so once more
                 self._manager.close()
         finally:
             _unlock(self._lock)

@@ -25,14 +25,13 @@ class Why(Enum):
 
 def warn_of_end(
     why: Why, result: SVIRunResult, num_steps: int, error: Exception | None = None
-) -> bool:
+) -> None:
     """Warn if a run ended before its last round, and nobody asked for it.
 
     :param Why why: why it ended.
     :param result: what it has come to.
     :param int num_steps: rounds that it was to take.
     :param error: what was wrong with the next batch, or with a checkpoint, if anything was.
-    :return: whether it ended before.
     """
     if why is Why.NOT_FINITE:
         done = len(result.losses) - 1
@@ -62,10 +61,9 @@ def warn_of_end(
             result,
         )
     else:
-        return False
+        return
     warning.__cause__ = error
     warnings.warn(warning, stacklevel=find_stack_level())
-    return True
 
 
 def warn_of_undone(result: SVIRunResult, undone: int, num_steps: int) -> None:

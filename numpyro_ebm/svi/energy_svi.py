@@ -29,6 +29,7 @@ from numpyro_ebm.program.devices import partitioned_by_compiler
 from numpyro_ebm.signatures import checked, explaining
 from numpyro_ebm.svi.checkpoints import Checkpoint
 from numpyro_ebm.svi.compiled import CompiledRounds
+from numpyro_ebm.svi.ctrl_c import CtrlC
 from numpyro_ebm.svi.loop import Callback
 from numpyro_ebm.svi.resuming import check_is_state, check_optimizers, restored
 from numpyro_ebm.svi.round import Round
@@ -336,7 +337,8 @@ class EnergySVI(SVI):
         the last finite state; the warning carries the same result as ``.result``. With
         ``stable_update`` it says at the end how many rounds were undone. Ctrl-C, an iterator
         without more batches and a later batch that cannot be used end the run with an
-        :class:`~numpyro_ebm.errors.InterruptedWarning`, and it returns what was learned.
+        :class:`~numpyro_ebm.errors.InterruptedWarning`, and it returns what was learned; a second
+        Ctrl-C raises ``KeyboardInterrupt`` at once.
         """
         check_integer("EnergySVI.run", num_steps=num_steps)
         args, kwargs = as_arrays(args, kwargs)
@@ -361,10 +363,13 @@ class EnergySVI(SVI):
             "forward_mode": forward_mode_differentiation,
             "ema": ema,
         }
-        with opened(checkpoint) as kept:
-            return Run(self, rng_key, num_steps, kept, **batch, **start, **rounds).take(
-                progress_bar, callback, every
-            )
+        with CtrlC() as ctrl_c:
+            with opened(checkpoint) as kept:
+                begin = ctrl_c.heard(Run)
+                run = begin(self, rng_key, num_steps, kept, **batch, **start, **rounds)
+                result = run.take(ctrl_c, progress_bar, callback, every)
+            run.tell(ctrl_c, result)
+        return result
 
     # Internal
 

@@ -5,6 +5,7 @@ How many rounds one call takes follows the time they need: a progress bar moves 
 while the host is asked for as little as possible.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -165,10 +166,10 @@ def run_chunks(
 ) -> tuple[EnergySVIState, np.ndarray, int, Why]:
     """Take rounds chunk by chunk, with a look at the losses in between.
 
-    Ctrl-C ends the run at the last chunk that was finished.
+    ``KeyboardInterrupt`` ends the run at the last chunk that was finished.
 
-    :param take_chunk: ``(state, length, watched) -> (state, losses, taken, ok)``, as
-        :func:`take_rounds`.
+    :param take_chunk: ``(state, length, watched, seconds) -> (state, losses, taken, ok)``, as
+        :func:`take_rounds`; ``seconds`` is what the chunk before took, inf of the first one.
     :param ready: how many rounds from a state on have their batches; 0 if there are no more.
     :param EnergySVIState state: where to start.
     :param int num_steps: number of rounds.
@@ -181,7 +182,7 @@ def run_chunks(
     :return: the last finite state, the losses (with that of the round that was not finite, if there
         is one), the length for another chunk, and why the run ended.
     """
-    losses, why = _Losses(before), Why.DONE
+    losses, why, seconds = _Losses(before), Why.DONE, math.inf
     done = len(losses.so_far())
     last = [(done - done % (look.rounds or 1), time.perf_counter()) for look in looks]
     with tqdm(total=num_steps, initial=done, disable=not progress_bar) as bar:
@@ -196,14 +197,14 @@ def run_chunks(
                     if look.rounds is not None:
                         now = min(now, told + look.rounds - done)
                 start = time.perf_counter()
-                new, chunk_losses, taken, ok = take_chunk(state, now, watched)
+                new, chunk_losses, taken, ok = take_chunk(state, now, watched, seconds)
                 if not ok:
-                    new, chunk_losses, taken, _ = take_chunk(state, now, True)
+                    new, chunk_losses, taken, _ = take_chunk(state, now, True, seconds)
                 taken = int(taken)
                 seconds = time.perf_counter() - start
                 found = np.asarray(chunk_losses)[: min(taken + 1, now)]
                 losses.add(found)
-                state, done = new, done + taken  # at once: Ctrl-C may come between any two lines
+                state, done = new, done + taken  # at once: an interruption may come between lines
                 why = Why.NOT_FINITE if taken < now else Why.DONE
                 bar.update(taken)
                 if progress_bar:

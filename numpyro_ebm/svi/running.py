@@ -19,6 +19,7 @@ from numpyro_ebm.program.devices import (
     placed,
 )
 from numpyro_ebm.svi.checkpoints import Checkpoint
+from numpyro_ebm.svi.ctrl_c import CtrlC, wait
 from numpyro_ebm.svi.endings import Why, warn_of_end, warn_of_undone
 from numpyro_ebm.svi.loop import Callback, Look, run_chunks
 from numpyro_ebm.svi.minibatch import Batches
@@ -125,24 +126,29 @@ class Run:
         self._state = state
 
     def take(
-        self, progress_bar: bool, callback: Callback | None, every: int | None
+        self, ctrl_c: CtrlC, progress_bar: bool, callback: Callback | None, every: int | None
     ) -> EnergySVIRunResult:
-        """Take the rounds; arguments as of :meth:`EnergySVI.run`."""
+        """Take the rounds, and write the last checkpoint.
+
+        :param CtrlC ctrl_c: what is heard of Ctrl-C; the others as of :meth:`EnergySVI.run`.
+        """
         svi, kept, batches = self._svi, self._kept, self._batches
 
-        def take_chunk(state, length, watched):
+        def take_chunk(state, length, watched, seconds):
             taken = svi._compiled.chunk(state, batches, length, watched=watched, **self._options)
             batches.read_ahead(taken[1])
+            wait(taken[1], seconds)
             return taken
 
         looks = []
         if callback is not None and every is not None:
-            looks.append(Look(_with_losses_since(callback, every, len(self._before)), every))
+            call = _with_losses_since(callback, every, len(self._before))
+            looks.append(Look(ctrl_c.heard(call), every))
         if kept is not None:
             looks.append(Look(self._write, kept.every, kept.seconds))
         state, losses, svi._length, why = run_chunks(
-            take_chunk,
-            lambda state: batches.ready(int(state.step)),
+            ctrl_c.heard(take_chunk),
+            ctrl_c.heard(lambda state: batches.ready(int(state.step))),
             self._state,
             self._num_steps,
             svi._length,
@@ -151,17 +157,30 @@ class Run:
             looks=looks,
             before=self._before,
         )
-        error = batches.error
+        if ctrl_c.presses > 1:
+            raise KeyboardInterrupt
         if kept is not None:
             self._write(state, losses[:-1] if why is Why.NOT_FINITE else losses, last=True)
+        self._why = why
+        return self._result(state, losses)
+
+    def tell(self, ctrl_c: CtrlC, result: EnergySVIRunResult) -> None:
+        """Warn of an end before the last round, or of what a look at the result finds."""
+        why = self._why
+        error = self._batches.error if why is Why.NO_BATCH else None
         if self._unwritten is not None:
             why, error = Why.NOT_WRITTEN, self._unwritten
-        result = self._result(state, losses)
-        if error is not None and not len(losses):
+        if error is not None and not len(result.losses):
             raise error
-        if not warn_of_end(why, result, self._num_steps, error):
-            self._review(result)
-        return result
+        if why in (Why.DONE, Why.CALLBACK):
+            try:
+                ctrl_c.heard(self._review)(result)
+            except KeyboardInterrupt:
+                if ctrl_c.presses > 1:
+                    raise
+                why = Why.INTERRUPTED
+        ctrl_c.answered = True
+        warn_of_end(why, result, self._num_steps, error)
 
     def _complete(self, state, init_state, ema):
         """The state with what the objective keeps, and with averages of the parameters."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the host is told while a run goes on, and how a run ends early."""
 
-import os
 import signal
-import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import numpyro_ebm as ebm
+from numpyro_ebm.svi.compiled import CompiledRounds
 
 DATA = np.random.default_rng(4).normal(1.0, 1.0, 50)
 
@@ -27,8 +28,11 @@ def svi():
     return ebm.EnergySVI(gaussian, None, optax.sgd(0.1), ebm.DenoisingScoreMatching(0.3))
 
 
-def run(num_steps, **options):
-    return svi().run(jax.random.key(1), num_steps, DATA, progress_bar=False, **options)
+ONE = svi()  # its rounds are compiled once
+
+
+def run(num_steps, one=ONE, **options):
+    return one.run(jax.random.key(1), num_steps, DATA, progress_bar=False, **options)
 
 
 def test_a_callback_sees_every_loss_once_and_changes_nothing():
@@ -40,10 +44,8 @@ def test_a_callback_sees_every_loss_once_and_changes_nothing():
     np.testing.assert_array_equal(fit.losses, plain.losses)
     assert all(x.base is None for _, _, x in seen)  # one that is kept holds nothing else
     # A run that goes on counts from the first round of all.
-    more, later = svi(), []
-    first = more.run(jax.random.key(1), 20, DATA, progress_bar=False)
-    options = {"init_state": first.state, "callback": lambda *x: later.append(x), "every": 27}
-    more.run(jax.random.key(1), 27, DATA, progress_bar=False, **options)
+    later = []
+    run(27, init_state=run(20).state, callback=lambda *x: later.append(x), every=27)
     (step, _, losses), *others = later
     assert (step, others) == (47, [])
     np.testing.assert_array_equal(losses, plain.losses[20:])
@@ -53,10 +55,9 @@ def test_a_callback_costs_no_rounds_that_are_not_taken(monkeypatch):
     """Orders of the rows are drawn for the rounds of a chunk, and each of them once."""
     drawn, draw = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(seed), draw(seed))[1])
-    one, options = svi(), {"batch_size": 20, "progress_bar": False}
-    plain = one.run(jax.random.key(1), 42, DATA, **options)
+    plain = run(42, batch_size=20)
     drawn.clear()
-    fit = one.run(jax.random.key(1), 42, DATA, callback=lambda *_: None, every=7, **options)
+    fit = run(42, batch_size=20, callback=lambda *_: None, every=7)
     assert [seed[-1] for seed in drawn] == list(range(21))  # an epoch has two batches
     np.testing.assert_array_equal(fit.losses, plain.losses)
 
@@ -77,24 +78,80 @@ def test_a_callback_ends_a_run():
             run(15, callback=told, every=5)
 
 
-def test_an_interruption_returns_what_was_learned():
-    """A signal as Ctrl-C sends it, while a chunk of rounds runs."""
-
-    def interrupt(step, state, losses):
-        if step == 20:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(2)
-
-    # Workers of pytest-xdist ignore the signal.
+@pytest.fixture
+def press():
+    """Press Ctrl-C; workers of pytest-xdist ignore the signal, and a run leaves it as it was."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.warns(ebm.InterruptedWarning, match="after 20 of 1000 rounds") as caught:
-            fit = run(1_000, callback=interrupt, every=10)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    left = signal.signal(signal.SIGINT, before)
+    assert left is signal.default_int_handler
+
+
+def test_an_interruption_returns_what_was_learned(press):
+    with pytest.warns(ebm.InterruptedWarning, match="after 20 of 1000 rounds") as caught:
+        fit = run(1_000, callback=lambda step, *_: press() if step == 20 else None, every=10)
     np.testing.assert_array_equal(fit.losses, run(20).losses)
     (told,) = (x.message for x in caught if isinstance(x.message, ebm.InterruptedWarning))
     assert told.result is fit
+
+
+LOOK = SimpleNamespace(call=lambda *told: None)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    "where, rounds",
+    [
+        ((CompiledRounds, "chunk"), 0),
+        ((LOOK, "call"), 10),
+        ((ebm.Checkpoint, "write"), 10),
+        ((ebm.Checkpoint, "finish"), 20),
+        ((ebm.DenoisingScoreMatching, "review_state"), 20),
+    ],
+    ids=["chunk", "callback", "write", "finish", "review"],
+)
+def test_a_second_interruption_ends_a_run(where, rounds, times, press, tmp_path, monkeypatch):
+    """The first one leaves learned and written what was; after both the same call goes on."""
+    pytest.importorskip("orbax.checkpoint")
+    works, presses = getattr(*where), iter([press] * times)
+
+    def pressed(*args, **kwargs):
+        try:
+            next(presses, int)()
+        finally:  # of a user who cleans up, or the next line where the first one is kept
+            next(presses, int)()
+        return works(*args, **kwargs)
+
+    options = {"checkpoint": ebm.Checkpoint(tmp_path, every=10)}
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, pressed)
+        options |= {"callback": lambda *told: LOOK.call(*told), "every": 10}
+        if times == 2:
+            with pytest.raises(KeyboardInterrupt):
+                run(20, **options)
+        else:
+            with pytest.warns(ebm.InterruptedWarning, match=f"interrupted after {rounds} of 20"):
+                fit = run(20, **options)
+            assert len(fit.losses) == rounds
+            assert sorted(int(x.name) for x in tmp_path.iterdir()) == [10, 20][: rounds // 10]
+    assert next(presses, None) is None
+    np.testing.assert_array_equal(run(20, **options).losses, run(20).losses)
+
+
+def test_an_interruption_that_something_swallows_is_heard(press):
+    """As those in callbacks of the garbage collector are; others' handlers stay as they are."""
+
+    def swallowing(step, *_):
+        with suppress(KeyboardInterrupt):
+            press()
+
+    with pytest.warns(ebm.InterruptedWarning, match="after 5 of 20"):
+        run(20, callback=swallowing, every=5)
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(None))
+    assert len(run(20, callback=swallowing, every=5).losses) == 20
+    signal.signal(signal.SIGINT, before)
+    assert len(heard) == 4
 
 
 def test_an_interruption_before_the_first_round(monkeypatch):
