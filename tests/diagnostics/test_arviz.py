@@ -36,6 +36,7 @@ def held_out():
     return oracles.grbm_draws(GRBM, 30, np.random.default_rng(3))
 
 
+@pytest.mark.slow
 def test_log_likelihood_only_with_log_z(run, held_out):
     import arviz as az
 
@@ -196,6 +197,7 @@ def persistent():
     return svi.run(jax.random.key(1), 50, data, batch_size=6, progress_bar=False), data
 
 
+@pytest.mark.slow
 def test_a_fit_with_persistent_chains(persistent):
     import arviz as az
 
@@ -221,6 +223,7 @@ def test_a_fit_with_persistent_chains(persistent):
         ebm.to_arviz(fit, gaussian, jnp.zeros(6))
 
 
+@pytest.mark.slow
 def test_a_fit_without_chains(held_out):
 
     data = jnp.asarray(held_out)

@@ -44,6 +44,7 @@ def test_energies_on_bounded_supports_are_those_of_the_site():
     assert gap.statistic == 0 and gap.p_value == 1
 
 
+@pytest.mark.slow
 def test_energies_under_a_bound_and_with_covariates():
     system = oracles.linear_system(num_rows=5)
     model, data = ebm.fixed(oracles.linear_gaussian, LINEAR), jnp.asarray(system.data)

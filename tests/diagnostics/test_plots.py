@@ -51,6 +51,7 @@ def test_plot_of_a_density(ax):
     assert difference == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_plot_of_chains(ax, run):
     assert ebm.plots.chains(run, GRBM_FIXED, ax=ax, num=30) is ax
     paths = [line for line in ax.lines if len(line.get_xdata()) > 1]

@@ -172,6 +172,7 @@ def test_stein_test_in_unconstrained_coordinates(x64):
     np.testing.assert_allclose(found.statistic, expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_stein_test_does_not_mind_the_order_of_rows():
     data = jnp.asarray(grbm_sets(1, 60, 0)[0])
     one = ebm.stein_test(KEY, GRBM_FIXED, data)
@@ -189,6 +190,7 @@ def spins(data=None):
         ebm.energy("E", jnp.sum(v, -1))
 
 
+@pytest.mark.slow
 def test_stein_test_refuses_what_it_cannot_do():
     data = jnp.asarray(oracles.grbm_system().data)
     linear = ebm.fixed(oracles.linear_opaque, LINEAR)

@@ -264,6 +264,7 @@ def test_guides_must_see_the_visible_value(logits, message):
         provenance.check_guide(row_model, guide_of(logits), {})
 
 
+@pytest.mark.slow
 def test_a_blind_guide_is_allowed_under_importance_weights():
     loss = ebm.DenoisingScoreMatching(0.1, ebm.VaGES(4, importance_weighted=True))
     blind = guide_of(lambda data: jnp.zeros(len(data)))

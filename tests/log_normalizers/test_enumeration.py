@@ -64,6 +64,7 @@ def test_kaufman_gives_the_values_of_the_literature():
         assert kaufman(10, beta) == pytest.approx(log_z, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_real_sites_are_integrated_in_closed_form(grbm16):
     params, truth = grbm16
     model = ebm.fixed(ebm.models.grbm, params)
@@ -76,6 +77,7 @@ def test_real_sites_are_integrated_in_closed_form(grbm16):
         assert found.value == pytest.approx(truth, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_units_that_do_not_interact_are_not_counted(grbm):
     rng = np.random.default_rng(0)
     W, b, c = rng.normal(size=(5, 40)), rng.normal(size=5), rng.normal(size=40)

@@ -177,6 +177,7 @@ def test_derivatives_of_log_likelihoods_in_parameters_and_data():
             np.testing.assert_allclose(x, y, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_rows_with_covariates_have_derivatives_of_their_own():
     def model(x, theta):
         with numpyro.plate("data", len(x)):

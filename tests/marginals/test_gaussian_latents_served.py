@@ -91,6 +91,7 @@ def test_stein_test_and_adequacy_are_those_of_the_model_without_latents():
     assert found.p_value == exact.p_value
 
 
+@pytest.mark.slow
 def test_energy_svi_learns_without_a_guide():
     import optax
 
@@ -156,6 +157,7 @@ def test_chains_move_on_the_marginal_and_the_latents_are_drawn_exactly():
     assert_mean((h - mean)[..., 0] * (h - mean)[..., 1], 0.0)
 
 
+@pytest.mark.slow
 def test_draws_given_the_visible_values():
     v = jnp.array([-1.5, 0.5])
     draws = ebm.sample(KEY, ebm.fixed(well, {}), 2_000, 2, v, num_warmup=5, thinning=1)
@@ -166,6 +168,7 @@ def test_draws_given_the_visible_values():
     assert_mean(np.asarray(draws["k"]).reshape(100, 20, 2) - on, 0.0)
 
 
+@pytest.mark.slow
 def test_posterior_gap_has_the_marginal_in_closed_form():
     system = oracles.linear_system(num_rows=5)
     guide = oracles.linear_guide(noise=0.8, shift=0.2)

@@ -37,6 +37,7 @@ def test_declared_colors_are_used_and_tried():
         all_at_once.init(jax.random.split(jax.random.key(0), 2), 0, None, (), {})
 
 
+@pytest.mark.slow
 def test_a_weak_interaction_of_one_pair_is_found():
     def log_density(x):
         return 0.01 * x["s"][:, 3] * x["s"][:, 17] + jnp.sum(jnp.sin(x["s"]), -1)

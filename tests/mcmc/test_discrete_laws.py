@@ -48,6 +48,7 @@ def test_how_blocks_are_drawn(law):
         assert block.colors.max() == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_of_a_lattice_is_two_gradients():
     """Whatever its size: no loop over units is left in the compiled sweep."""
     calls = []
@@ -102,6 +103,7 @@ def test_the_unadjusted_proposals_miss_a_coupled_law():
     assert law.z_score(last(kernel, 20_000, 0, 60).z["s"]) > 50
 
 
+@pytest.mark.slow
 def test_step_size_is_adapted_to_the_acceptance():
     kernel = ebm.DiscreteLangevin(LAWS["ordinal"].model, target_accept_prob=0.8)
     state = last(kernel, 500, 300, 300)

@@ -60,6 +60,7 @@ def test_sample_draws_event_and_scalar_discrete_sites_together(values):
         assert abs(x.mean() - weights @ of(states)) < 4.5 * x.std() / np.sqrt(len(x))
 
 
+@pytest.mark.slow
 def test_sample_draws_discrete_models_exactly():
     states = (np.arange(8)[:, None] >> np.arange(3)) & 1
     energy = -states @ [1.0, -1.0, 0.5] - 0.5 * states[:, 0] * states[:, 1]
@@ -107,6 +108,7 @@ def test_sample_draws_units_of_both_kinds_beside_each_other():
     assert_mean(chains(h - np.sum(weights * on**2, -1)), 0.0)
 
 
+@pytest.mark.slow
 def test_sample_composes_gibbs_where_units_cannot_be_enumerated():
     draws = ebm.sample(
         jax.random.key(0), ebm.fixed(units, {}), 400, num_chains=40, num_warmup=200, num_units=20
@@ -118,6 +120,7 @@ def test_sample_composes_gibbs_where_units_cannot_be_enumerated():
     assert_mean(chains, 0.0, min_ess=50)
 
 
+@pytest.mark.slow
 def test_sample_given_observed_sites_and_a_kernel(grbm):
     fixed = ebm.fixed(grbm.model, grbm.params)
     clamped = handlers.condition(fixed, {"v": jnp.array([[0.5, -1.0]])})

@@ -97,6 +97,7 @@ def test_exact_differences_from_a_gradient_have_the_stationary_law(name):
     assert chisquare(counts, p / p.sum() * counts.sum()).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_sites_of_unequal_states_beside_a_real_one():
     """E = ½v² - v a(x, b) - f(x, b): p(x, b) ∝ exp(f + ½a²)."""
     a, f = jnp.asarray(RNG.normal(size=(3, 2))), jnp.asarray(RNG.normal(size=(3, 2)))

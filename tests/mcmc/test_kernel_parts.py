@@ -162,6 +162,7 @@ def test_bad_options(build, message):
         build()
 
 
+@pytest.mark.slow
 def test_replica_exchange_is_no_block_of_gibbs(grbm):
     model = ebm.fixed(grbm.model, grbm.params)
     kernel = Gibbs([(ebm.ReplicaExchange(model), ["v"]), (DiscreteGibbs(model), ["h"])])

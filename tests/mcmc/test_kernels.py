@@ -308,6 +308,7 @@ def test_blocks_of_gibbs(grbm, name):
     assert_mean(h, hidden, **slack)
 
 
+@pytest.mark.slow
 def test_discrete_sites_are_summed_out(grbm):
     mean, second, _ = grbm.oracle.moments()
     kernel = ebm.ReplicaExchange(ebm.fixed(grbm.model, grbm.params), num_replicas=3)

@@ -104,6 +104,7 @@ def test_the_density_is_numpyros(kernel):
     assert 0 < values["b"] < values["s"] and values["half"] == values["s"] / 2
 
 
+@pytest.mark.slow
 def test_observed_sites_and_factors_are_tempered():
     def model(y):
         s = numpyro.sample("s", dist.HalfNormal(2.0))
@@ -145,6 +146,7 @@ def normal(y, scale=1.0):
     numpyro.sample("y", dist.Normal(m, scale), obs=y)
 
 
+@pytest.mark.slow
 def test_starts_and_their_refusals():
     kernel = ebm.MALA(normal, 1e-9, init_strategy=init_to_value(values={"m": 1.5, "r": 3.0}))
 
@@ -187,6 +189,7 @@ def test_fields_thinning_and_going_on():
     np.testing.assert_array_equal(mcmc.last_state.adapt_state.step_size, sizes)
 
 
+@pytest.mark.slow
 def test_a_chain_that_does_not_move_warns():
     mcmc = MCMC(
         ebm.MALA(normal, 1e8, adapt_step_size=False),
@@ -263,6 +266,7 @@ def test_blocks_of_gibbs():
         assert abs(draws[name].mean() - mean) < 4 * error, name
 
 
+@pytest.mark.slow
 def test_elements_that_nothing_reads_have_a_law():
     """Of `obs_mask`: N(0, 1), where NumPyro has them flat; the others are as if left out."""
 

@@ -85,6 +85,7 @@ def test_the_kernel_follows_from_supports_and_energy(model, expected):
         assert re.fullmatch(expected, name_of_kernel(kernel)), name_of_kernel(kernel)
 
 
+@pytest.mark.slow
 def test_sample_says_what_it_does(caplog, grbm):
     model = ebm.fixed(grbm.model, grbm.params)
     with caplog.at_level(logging.INFO, "numpyro_ebm.mcmc.sampling"):

@@ -101,6 +101,7 @@ def test_moments_of_asymmetric_and_correlated_targets(name, precision):
         assert extra["diverging"].mean() < 0.01
 
 
+@pytest.mark.slow
 def test_mala_is_exact_where_ula_is_not():
     """One step size for both: the variance of N(0, 1) tells a missing correction at once."""
 
@@ -118,6 +119,7 @@ def test_mala_is_exact_where_ula_is_not():
         assert_mean(draws["v"][0].T ** 2, variance)
 
 
+@pytest.mark.slow
 def test_rows_accept_on_their_own():
     mcmc, _ = run(ebm.MALA(ebm.fixed(skewed, {})), num_samples=200, num_warmup=300, num_rows=1_000)
     accept = np.asarray(mcmc.get_extra_fields()["accept_prob"])
@@ -164,6 +166,7 @@ def test_chain_methods(method):
     np.testing.assert_array_equal(draws["v"], again["v"])
 
 
+@pytest.mark.slow
 def test_deterministic_sites_and_hidden_plates():
     def model():
         with numpyro.plate("data", 30, dim=-1):
@@ -182,6 +185,7 @@ def test_deterministic_sites_and_hidden_plates():
     assert_mean(u**2, 2.0)
 
 
+@pytest.mark.slow
 def test_discrete_sites_are_summed_out(grbm):
     for model in (grbm.model, grbm.plate_model):
         mcmc, draws = run(ebm.MALA(ebm.fixed(model, grbm.params)), num_chains=20, num_samples=1_000)
@@ -204,6 +208,7 @@ def test_blocks_of_gibbs_beside_discrete_gibbs(grbm, block):
     assert_mean(draws["h"][:, :, 0], hidden, **slack)
 
 
+@pytest.mark.slow
 def test_gibbs_hands_constrained_values_from_block_to_block():
     """r > 0 given a bit is Gamma(2 + 2 bit, 1), and the bit has the weights of their integrals."""
 

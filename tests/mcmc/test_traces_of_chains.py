@@ -75,6 +75,7 @@ def test_a_kernel_reads_its_model_again_at_other_arguments():
         assert abs(draws.std() / scale - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_a_kernel_started_under_jit_steps_outside_of_it():
     kernel = ebm.MALA(ebm.fixed(gaussian, {}), 0.5)
     state = jax.jit(lambda key: kernel.init(key, 0, None, (), {}))(jax.random.key(0))
@@ -83,6 +84,7 @@ def test_a_kernel_started_under_jit_steps_outside_of_it():
     np.testing.assert_allclose(moved.z["v"], again.z["v"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_traced_arguments_are_read_where_they_are_traced():
     def steps(scale):
         kernel = ebm.MALA(ebm.fixed(gaussian, {}), 0.5)

@@ -135,6 +135,7 @@ class MassAtTheEnd(EndOften):
     share = 0.5
 
 
+@pytest.mark.slow
 def test_noise_that_rounds_to_an_end_is_drawn_anew_row_by_row():
     def model(data):
         mean = numpyro.param("mean", 0.5)
@@ -189,6 +190,7 @@ def rounded(data):
         ebm.energy("E", v)
 
 
+@pytest.mark.slow
 def test_base_measures_that_round_to_an_end_give_log_z():
     """∫ exp(-v) over the unit interval is 1 - 1/e, and a hundredth of the draws is 0 beside it."""
     found = ebm.log_normalizer(

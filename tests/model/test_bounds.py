@@ -53,6 +53,7 @@ def test_data_outside_of_them_are_refused(name):
         fit(BOUNDS[name], jnp.full((50, 2), 3.0), ebm.ScoreMatching())
 
 
+@pytest.mark.slow
 def test_kernels_move_inside_of_them():
     data = jax.random.uniform(KEY, (50, 2), minval=-0.9, maxval=0.9)
     objective = ebm.ContrastiveDivergence(lambda m: ebm.MALA(m, step_size=0.1))

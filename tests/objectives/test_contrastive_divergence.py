@@ -308,6 +308,7 @@ def test_long_chains_of_an_ising_ring():
     assert_unbiased(samples, flat((value, jax.grad(nll)(params))), "Ising")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_data_plate_with_a_subsample_of_its_own():
     """In the mean over batches the gradient is that of all rows, on the scale of one."""
@@ -334,6 +335,7 @@ def test_a_data_plate_with_a_subsample_of_its_own():
     np.testing.assert_allclose(still, 0.0, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_covariates_stay_with_their_rows():
     x, data = np.random.default_rng(0).normal(size=(2, 7))
@@ -378,6 +380,7 @@ def test_a_grbm_is_learned_nearly_as_well_as_by_maximum_likelihood(persistent):
     assert reached > best - 0.02
 
 
+@pytest.mark.slow
 def test_numpyros_kernels_are_refused_under_a_plate_that_subsamples_itself():
     """They would sample the density to the power of the plate's scale."""
 

@@ -41,6 +41,7 @@ def persistent_run():
     return svi, svi.run(KEY, 24, ROWS, batch_size=20, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_chains_are_part_of_the_training_state(persistent_run):
     svi, fit = persistent_run
     chains = fit.state.objective_state
@@ -73,6 +74,7 @@ def test_another_batch_size_raises(persistent_run):
         svi.run(KEY, 1, ROWS, batch_size=30, init_state=fit.state, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_evaluate_looks_at_the_next_round_and_changes_nothing(persistent_run, stable_update):
     svi, fit = persistent_run
     before = jax.tree.map(jnp.copy, fit.state)
@@ -130,6 +132,7 @@ def gaussian(data):
         ebm.energy("E", 0.5 * precision * v**2)
 
 
+@pytest.mark.slow
 def test_numpyros_svi_trains_without_persistent_chains():
     data = 0.5 * jax.random.normal(KEY, (1_000,))
     objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=0.2), 3)

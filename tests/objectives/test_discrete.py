@@ -210,6 +210,7 @@ def test_bits_of_any_dtype(data):
         assert loss == pytest.approx(jnp.mean(expected))
 
 
+@pytest.mark.slow
 def test_one_value_is_no_choice():
     model, data = one_site(dist.DiscreteUniform(4, 4), np.full(3, 4))
     cases = [(formula.make, formula.expected) for formula in FORMULAS.values()]

@@ -145,6 +145,7 @@ def test_uniform_perturbation_is_maximum_likelihood():
 # The limit of many samples -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bits_tend_to_the_definition(x64):
     params = arrays(ISING)
     data = np.array([0, 0, 3, 5, 7, 6])
@@ -179,6 +180,7 @@ def test_gaussian_tends_to_its_closed_form(x64):
     assert_unbiased(samples, flat(jit(jax.value_and_grad(expected))(params)))
 
 
+@pytest.mark.slow
 def test_small_noise_is_score_matching(x64):
     """ED/t² against ½s² + ∂s, on the closed form of the Gaussian and on the library."""
     data, t, params = RNG.normal(size=20), 0.03, {"precision": 1.3}
@@ -190,6 +192,7 @@ def test_small_noise_is_score_matching(x64):
     assert np.all(np.abs(samples.mean(0) / t**2 - expected) < error)
 
 
+@pytest.mark.slow
 def test_bits_and_numbers_together(x64):
     """p(b, v) ∝ exp(a b - ½ (v - m b)²), each site perturbed in its own way."""
     t, flip = 0.7, 0.25

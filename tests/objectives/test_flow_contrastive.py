@@ -240,6 +240,7 @@ def test_bad_arguments(make, message):
         train(gaussian, make(), jnp.asarray(DATA[:10], jnp.float32), 1)
 
 
+@pytest.mark.slow
 def test_a_likelihood_that_is_not_asked_for_is_not_in_the_loss():
     """At the last row the log-density of the flow is minus infinity."""
 

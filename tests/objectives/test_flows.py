@@ -58,6 +58,7 @@ def test_every_form_of_flow_trains(form):
     np.testing.assert_allclose(trained.log_prob(data), by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_constraints_of_a_distribution_are_kept():
     """Steps that would carry an unconstrained scale far below zero."""
     flow = dist.Normal(jnp.zeros(2), 0.5 * jnp.ones(2)).to_event(1)
@@ -103,6 +104,7 @@ def test_names_and_constraints_of_nested_distributions():
     }
 
 
+@pytest.mark.slow
 def test_the_base_of_a_stack_is_not_trained():
     data = jnp.asarray(RNG.normal(size=(50, 2)), jnp.float32)
     affine = transforms.AffineTransform(jnp.zeros(2), jnp.ones(2))
@@ -137,6 +139,7 @@ def test_a_flow_on_positive_data():
     assert np.all(trained.sample(KEY, (100,)) > 0)
 
 
+@pytest.mark.slow
 def test_flowjax_draws_and_evaluates_with_parameters():
     pytest.importorskip("flowjax")
     from flowjax.bijections import Affine

@@ -261,6 +261,7 @@ def test_jit_equals_eager_for_the_other_pairs(name, marginal):
     check_jit(name, marginal)
 
 
+@pytest.mark.slow
 def test_single_precision():
     system = oracles.with_learned_guide(oracles.grbm_system())
     with jax.enable_x64(False):

@@ -131,6 +131,7 @@ def test_latent_sites_with_gaps_are_summed_over_their_values(values):
         np.testing.assert_allclose(found, logsumexp(terms) - 0.5 * v**2, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_draws_are_values_of_the_support():
     values = (-1, 1)
     draws = ebm.sample(KEY, ebm.fixed(model_of(values, 0.3), {}), 2_000, num_rows=4)["s"]

@@ -69,6 +69,7 @@ def test_an_energy_of_another_width_than_the_data_warns(precision, which):
         reviewed(precision_model, DATA, precision=precision)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_warning():
     svi = ebm.EnergySVI(precision_model, None, optax.sgd(0.0), ebm.MaximumLikelihood(num_nodes=16))
     with pytest.warns(QuadratureWarning, match="`num_nodes` \\(now 16\\)"):
@@ -167,6 +168,7 @@ def test_recovers_a_gaussian(ours):
     assert fit.losses[-1] < fit.losses[0]
 
 
+@pytest.mark.slow
 def test_an_energy_that_is_no_number_among_the_data_is_not_hidden():
     def broken(data):
         a = numpyro.param("a", 1.0)
@@ -234,6 +236,7 @@ def test_equal_rows_have_no_spread_but_for_rounding(value):
     np.testing.assert_allclose(loss, 0.5 * np.log(2 * np.pi), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_error_at_large_energies_is_that_of_the_energies(x64):
     """No sum over states does better: exact weights of the rounded energies have the same error."""
     v = np.array(np.meshgrid(*[[0.0, 1.0]] * 6)).reshape(6, -1).T

@@ -152,6 +152,7 @@ def test_the_score_that_minimises_at_many_levels(noise_scale):
         assert np.max(np.abs(z_scores(away, np.zeros(2)))) > 5
 
 
+@pytest.mark.slow
 def test_one_level_is_denoising_score_matching():
     """With σ = σ₀ the loss is that of DSM over σ₀², particles and all."""
     system = oracles.with_learned_guide(oracles.grbm_system())

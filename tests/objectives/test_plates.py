@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 FORMULAS = formulas("real")
 
 
+@pytest.mark.slow
 def test_subsampling_does_not_change_the_scale():
     """A plate that draws 3 of 12 rows: the loss of those rows, not N/B times it."""
     rng = np.random.default_rng(11)

@@ -156,6 +156,7 @@ def test_the_hessian_of_a_bound_is_that_of_its_value():
     np.testing.assert_allclose(jax.jit(jax.hessian(loss))(POINT), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_mixed_derivatives_in_parameters_and_data():
     """∂²L/∂p∂v of the row's score matching loss ½p²v² - p, from which influences are made."""
 

@@ -65,6 +65,7 @@ def population(kernel, width, degree=60):
     return value
 
 
+@pytest.mark.slow
 def test_the_population_value_has_its_closed_form():
     """RBF, data N(0, 1), model N(m, 1): the score differs by m from that of the data, so that
     KSD = m² E k = m² ℓ / √(ℓ² + 2)."""
@@ -140,6 +141,7 @@ def test_the_weighted_median_is_that_of_repeated_values(counts):
     np.testing.assert_allclose(found, np.median(np.repeat(x, counts)))
 
 
+@pytest.mark.slow
 def test_the_median_is_a_constant_of_the_learning_and_follows_the_units():
     """The data ten times as large, the model with them: the scores shrink by ten, KSD by 100."""
     rng = np.random.default_rng(0)

@@ -236,6 +236,7 @@ def test_what_cannot_be_weighted(model, args, objective, message):
         svi.run(KEY, 1, *map(jnp.asarray, args), progress_bar=False)
 
 
+@pytest.mark.slow
 def test_chains_without_weights_know_no_log_z():
     objective = ebm.ContrastiveDivergence(ebm.BlockGibbs, persistent=True)
     svi = ebm.EnergySVI(ising, None, optax.sgd(0.1), objective)

@@ -247,6 +247,7 @@ def test_the_warmup_tunes_an_auxiliary_of_spins():
     assert_right(mcmc, "beta", mean, sd)
 
 
+@pytest.mark.slow
 def test_a_posterior_as_wide_as_its_prior_is_noted_and_no_fault_if_chains_move(caplog):
     """One row far from telling anything: a Gamma(2, 1) prior on a precision that is scaled away."""
 

@@ -79,6 +79,7 @@ def test_an_emulated_normalizer_weighs_noise_and_refuses():
         ebm.emulate_log_normalizer(KEY, ring_model, SPINS[:1], design={"beta": jnp.ones(20)})
 
 
+@pytest.mark.slow
 def test_errors_hold_beyond_the_design():
     """log Σ exp(J s) over the bonds s of a lattice from 16 noisy values, and half a spread further.
 

@@ -213,6 +213,7 @@ def test_the_posterior_is_the_exact_one_for_five_seeds(name):
             assert_posterior(values[20 * seed : 20 * (seed + 1)], mean, sd)
 
 
+@pytest.mark.slow
 def test_reversible_sweeps_are_in_detailed_balance_and_plain_ones_are_not():
     """Flows x → x' and x' → x of a chain of three spins, from exact draws of its law."""
     couplings, fields = np.array([1.2, -0.8]), np.array([0.7, -0.2, 0.4])

@@ -56,6 +56,7 @@ def test_elements_that_stay_in_the_model_integrate_to_what_was_observed():
     np.testing.assert_allclose(total, expected(), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_elements_that_are_integrated_out_leave_what_was_observed():
     model = ebm.normalized(pairs, "enumerate", marginal=ebm.GaussianLatents())

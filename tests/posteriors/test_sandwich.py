@@ -102,6 +102,7 @@ def test_adjusted_draws_of_a_gaussian_posterior(x64, prior):
     )
 
 
+@pytest.mark.slow
 def test_a_likelihood_and_a_single_parameter_are_left_alone(x64):
     """J = H up to noise for a likelihood, and β alone is right for one parameter."""
     model = ebm.generalized(precision_model, ebm.ScoreMatching(), "calibrate")
@@ -132,6 +133,7 @@ def grouped_model(data, labels):
         ebm.energy("E", 0.5 * v**2 - theta[labels] * v)
 
 
+@pytest.mark.slow
 def test_a_hierarchy_is_adjusted_given_what_its_rows_do_not_read(x64):
     """θ of group g given μ: N(θ̂, s²/n) of its rows times N(μ, 0.3²)."""
     labels = np.repeat([0, 1, 2], [20, 40, 60])

@@ -24,6 +24,7 @@ def noisy_step(key, x, scale):
     return {"x": jnp.where(x > 0, x, x * jax.random.uniform(key_b)), "key": key_c, "one": 1.0}
 
 
+@pytest.mark.slow
 def test_draws_are_split_off_without_a_change():
     x, scale = jnp.array([0.3, -0.7, 1.1]), jnp.array(2.0)
     draw, finish, size = split_off_draws(noisy_step, jax.random.key(0), x, scale)
@@ -90,6 +91,7 @@ def test_zeros_keep_their_shape_where_a_number_is_added():
         np.testing.assert_allclose(at_zero(fn, jnp.ones(3)), fn(jnp.zeros(3)))
 
 
+@pytest.mark.slow
 def test_draws_of_many_steps_at_once_are_those_of_every_step():
     keys = jax.random.split(jax.random.key(1), 50)
     scale = jnp.array(0.1)
@@ -106,6 +108,7 @@ def test_scan_keys_of_a_step_that_draws_nothing():
     assert scan_keys(lambda key, x: 2.0 * x, jnp.array(1.0), keys) == 32.0
 
 
+@pytest.mark.slow
 def test_scan_keys_can_be_differentiated_in_what_the_step_closes_over():
     keys = jax.random.split(jax.random.key(2), 4)
 

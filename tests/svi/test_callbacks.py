@@ -62,6 +62,7 @@ def test_a_callback_costs_no_rounds_that_are_not_taken(monkeypatch):
     np.testing.assert_array_equal(fit.losses, plain.losses)
 
 
+@pytest.mark.slow
 def test_a_callback_ends_a_run():
     means = []
 

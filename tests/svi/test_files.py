@@ -65,6 +65,7 @@ def test_a_run_from_a_file_is_one_long_run(objective, tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["fit"]
 
 
+@pytest.mark.slow
 def test_keys_and_types_come_back(tmp_path):
     fit = run(svi(), 2, impl="rbg")
     fit.params["mean"]["a"] = jnp.asarray(1.5, jnp.bfloat16)
@@ -74,6 +75,7 @@ def test_keys_and_types_come_back(tmp_path):
     assert saved.params["mean"]["a"].dtype == jnp.bfloat16 and saved.params["mean"]["a"] == 1.5
 
 
+@pytest.mark.slow
 def test_a_saved_fit_serves_in_another_process(tmp_path):
     fit = run(svi(), 3)
     ebm.save(tmp_path / "fit", fit)
@@ -118,6 +120,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             ebm.load(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = Path(tmp_path / "fit")
     ebm.save(path, run(svi(), 2))

@@ -125,6 +125,7 @@ def test_one_round_agrees_with_numpyros_svi_in_the_mean():
         assert jnp.all(jnp.abs(difference) < 4.5 * error + 1e-6), name
 
 
+@pytest.mark.slow
 def test_a_guide_step_is_taken_before_the_energy_and_by_its_own_optimiser(long_run):
     svi = vages_dsm(num_guide_steps=3, guide_optim=optax.sgd(0.0))
     state = svi.init(jax.random.key(0), DATA)
@@ -213,6 +214,7 @@ def test_rows_of_numpys_and_static_arguments_pass_through():
     np.testing.assert_allclose(fit.params["precision"], 1 / np.mean(data**2), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_subsampling_plate_of_the_model_trains_too():
     def subsampled(data):
         precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
@@ -229,6 +231,7 @@ def test_a_subsampling_plate_of_the_model_trains_too():
         svi.run(jax.random.key(1), 5, data, batch_size=10, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_networks_of_equinox_train():
     eqx = pytest.importorskip("equinox")
     from numpyro.contrib.module import eqx_module

@@ -76,6 +76,7 @@ def location(data):
         ebm.energy("E", 0.5 * (v - theta) ** 2)
 
 
+@pytest.mark.slow
 def test_objectives_do_not_see_what_a_draw_was_made_of():
     """Maximum likelihood closes over what is no parameter of the model."""
     train(location, AutoNormal(ebm.prior(location)), ebm.MaximumLikelihood(), num_steps=1)

@@ -100,6 +100,7 @@ def test_a_fit_traces_its_model_five_times_at_most(name):
     assert model.count == before  # nothing new to find out
 
 
+@pytest.mark.slow
 def test_an_update_on_another_batch_is_not_traced_again():
     """Eager updates repeat the operations of the first one at each batch's own values."""
     model = counted(gaussian)
@@ -134,6 +135,7 @@ def test_data_that_the_model_transforms_are_checked():
         svi.run(KEY, 5, jnp.linspace(-1.0, 1.0, 40).reshape(20, 2), progress_bar=False)
 
 
+@pytest.mark.slow
 def test_an_argument_that_makes_another_model_is_seen():
     """What is no array may change the model: it is then checked as at the start."""
 

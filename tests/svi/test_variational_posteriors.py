@@ -108,6 +108,7 @@ def test_a_point_mass_is_the_penalised_estimate():
     np.testing.assert_allclose(fit.params["precision_auto_loc"], BEST, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_posterior_is_resumed_bit_for_bit():
     """By a new object, whose AutoGuide has started elsewhere."""
 
@@ -128,6 +129,7 @@ def test_a_posterior_is_resumed_bit_for_bit():
         np.testing.assert_array_equal(whole.params[name], second.params[name])
 
 
+@pytest.mark.slow
 def test_guides_in_a_list():
     def model(data):
         shift = numpyro.sample("shift", dist.Normal(0.0, 1.0))
@@ -182,6 +184,7 @@ class OfBoth:
             numpyro.sample("h", dist.Bernoulli(logits=v @ A + theta["c"]).to_event(1))
 
 
+@pytest.mark.slow
 def test_a_round_with_latents():
     """Score matching of the exact marginal, its score and divergence written out, at a draw."""
 

@@ -149,6 +149,7 @@ def test_an_emulated_normalizer_at_enumerated_values():
     np.testing.assert_allclose(density(ours, params), density(peer, params), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_discrete_values_are_drawn_from_their_posterior():
     draws = Predictive(
         ebm.normalized(one(False)), {"b": jnp.full(2_000, 0.7)}, infer_discrete=True

@@ -196,6 +196,7 @@ def test_guides_that_read_the_density_are_refused(name):
         svi.init(jax.random.key(3), DATA)
 
 
+@pytest.mark.slow
 def test_a_proxy_of_single_rows_is_refused_by_a_loss():
     def subsampled(v):
         p = numpyro.sample("p", dist.Gamma(3.0, 2.0))
