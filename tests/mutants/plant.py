@@ -13,8 +13,12 @@ import tempfile
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +28,8 @@ LIST = Path(__file__).with_name("mutants.toml")
 SECONDS = 1_800
 """A run that takes longer has seen the fault: it does not end."""
 
+NUM_TREES = 2
+"""How many faults are planted at a time, each in a copy of the tree."""
 
 FORKS = multiprocessing.get_context("forkserver")
 """Each fault has a process of its own, with all but the package loaded already."""
@@ -107,6 +113,23 @@ def is_seen(mutant: Mutant, tree: Path) -> bool:
         path.write_text(source, encoding="utf-8")
 
 
+@contextmanager
+def borrowed(trees: Queue) -> Iterator[Path]:
+    """A copy of the tree for one run at a time."""
+    tree = trees.get()
+    try:
+        yield tree
+    finally:
+        trees.put(tree)
+
+
+def judge(trees: Queue, mutant: Mutant) -> tuple[bool, float]:
+    """Whether a fault is seen, and after how many seconds."""
+    with borrowed(trees) as tree:
+        start = time.perf_counter()
+        return is_seen(mutant, tree), time.perf_counter() - start
+
+
 def main(words: list[str]) -> int:
     """Plant, report, and return 1 if fewer than 95% of the faults are seen."""
     everything = read_mutants()
@@ -115,20 +138,21 @@ def main(words: list[str]) -> int:
     mutants = [m for m in everything if not words or any(w in f"{m.file} {m.old}" for w in words)]
     planted, killed = Counter(), Counter()
     FORKS.set_forkserver_preload(["scipy.stats", "numpyro.contrib.funsor", "arviz", "pytest"])
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in ("numpyro_ebm", "tests", "benchmarks", "docs"):  # tests read some of these
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", tree)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(NUM_TREES) as pool:
+        trees = Queue()
+        for i in range(NUM_TREES):
+            ignored = shutil.ignore_patterns(".*", "__pycache__", "venv")
+            trees.put(Path(shutil.copytree(ROOT, Path(folder, str(i)), ignore=ignored)))
         tests = sorted({test for mutant in mutants for test in mutant.tests})
-        if status(tree, tests) != 0:  # who fails anyway sees nothing
-            raise RuntimeError((tree / "report.txt").read_text(encoding="utf-8")[-5000:])
-        for mutant in mutants:
-            start = time.perf_counter()
-            seen = is_seen(mutant, tree)
+        with borrowed(trees) as tree:
+            if status(tree, tests) != 0:  # who fails anyway sees nothing
+                raise RuntimeError((tree / "report.txt").read_text(encoding="utf-8")[-5000:])
+        for mutant, (seen, seconds) in zip(
+            mutants, pool.map(partial(judge, trees), mutants), strict=True
+        ):
             planted[mutant.file] += 1
             killed[mutant.file] += seen
-            verdict, seconds = "killed" if seen else "LIVES ", time.perf_counter() - start
+            verdict = "killed" if seen else "LIVES "
             print(f"{verdict} {seconds:5.0f} s  {mutant.file}: {mutant.old} -> {mutant.new}")
             sys.stdout.flush()
     for file, number in sorted(planted.items()):
