@@ -2,7 +2,7 @@
 """Which laws are slow, or longest, by their name or that of a member."""
 
 # Of the slow members of a law, one in so many is run by `.ci/run`, and all by `pytest -m longest`;
-ONE_IN = 3
+ONE_IN = 4
 # of these, all.
 WHOLE = ("test_the_code_of_a_page_runs_and_prints_what_the_page_says",)
 
@@ -113,6 +113,23 @@ LONGEST = (
     "test_tools.py::",
     "what_the_page_says[docs/from_",
     "what_the_page_says[docs/methods",
+    "test_chains_in_parallel",
+    "test_the_unadjusted_proposals_are_biased_as_known",
+    "test_rows_have_couplings_of_their_own",
+    "test_a_model_with_latents_by_vages",
+    "test_states_pickle_and_resume_with_everything",
+    "test_log_z_of_a_grbm",
+    "test_derivatives_of_every_order",
+    "test_stein_test_has_its_size_and_power[exact-imq]",
+    "test_several_methods_agree",
+    "test_a_hidden_plate_and_a_prior_with_a_covariance",
+    "test_the_gradient_is_that_of_the_marginal_likelihood",
+    "test_particles_resume_bit_for_bit",
+    "test_unrolled_steps_of_an_elbo_do_so_too",
+    "test_weights_find_the_shares_of_modes_that_chains_do_not_leave",
+    "test_chains_of_a_part_resume_bit_for_bit",
+    "test_an_emulated_normalizer_weighs_noise_and_refuses",
+    "test_to_arviz_keeps_raw_and_adjusted_draws_apart",
 )
 
 
