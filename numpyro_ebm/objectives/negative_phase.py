@@ -157,8 +157,10 @@ class NegativePhase(Objective):
     def _on_all_sites(self, rng_key, params, problem, start):
         """Chains where they begin; moved by a round's steps, if the kernel has to place some sites.
 
-        One that moves no others need not be compiled for it.
+        One that moves no others need not be compiled for it, nor be traced where there are none.
         """
+        if not problem.row_model.latent:
+            return start
 
         def move(start):
             return self._steps(rng_key, params, problem, start)

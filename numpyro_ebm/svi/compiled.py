@@ -123,12 +123,11 @@ class CompiledRounds:
         :raises ModelError: if it is not what this objective keeps.
         """
         objective, kept = self._round(None).objective, state._replace(**dict.fromkeys(KEPT))
-        if objective.keeps:
-            args, kwargs = batches.batch(int(state.step))
-            rows = batches.rows(int(state.step))
-            kept = jax.eval_shape(
-                lambda state: self.with_objective_state(state, args, kwargs, rows),
-                kept._replace(ema=None),
+        if objective.keeps:  # asked of JAX's cache: traced once, and never run
+            arrays, indices, minibatches = batches.look(batches.minibatches.batch_size)
+            first = self._compiled(self._first_state, "minibatches")
+            kept = first.eval_shape(
+                kept._replace(ema=None), arrays, indices, minibatches=minibatches
             )
         for part, owner in KEPT.items():
             expected, found = getattr(kept, part), getattr(state, part)
@@ -138,6 +137,10 @@ class CompiledRounds:
                 check_part(part, owner.format(objective), expected, found)
             state = state._replace(**{part: found})
         return state
+
+    def _first_state(self, state, arrays, indices, *, minibatches):
+        args, kwargs = minibatches.batch(arrays, indices, 0)
+        return self.with_objective_state(state, args, kwargs, minibatches.rows(indices, 0))
 
     def review(self, state: EnergySVIState, batches: Batches | StreamedBatches) -> None:
         """Let the objective look at the result of a run, on at most REVIEW_ROWS rows."""
