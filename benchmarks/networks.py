@@ -251,7 +251,7 @@ def timed(take):
     return time.process_time() - start
 
 
-def main(rounds):
+def main(rounds, names):
     data = jax.random.uniform(jax.random.key(1), (1_024, NUM_VISIBLE))
     keys = jax.random.split(jax.random.key(2), 5)
     net = {"net": mlp(keys[0], NUM_VISIBLE, WIDTH, WIDTH, 1)}
@@ -282,7 +282,8 @@ def main(rounds):
     print(
         f"{'':12}{'steps/s: library':>17}{'loop':>8}{'ratio':>7}{'first call, s':>15}{'loops':>12}"
     )
-    for name, (make, objective, loss, start, start_guide) in cases.items():
+    for name in names or cases:
+        make, objective, loss, start, start_guide = cases[name]
         ways = {
             "library": Library(make, data, objective),
             "default": Loop(loss, data, start, start_guide, None),
@@ -310,4 +311,6 @@ def main(rounds):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    main(parser.parse_args().rounds)
+    parser.add_argument("--cases", nargs="*", help="DSM, PCD-10 or VaGES-MDSM; all by default")
+    options = parser.parse_args()
+    main(options.rounds, options.cases)
