@@ -101,12 +101,16 @@ def unpacked(
     return fit
 
 
-def as_it_was(x: np.ndarray, kind: str) -> jax.Array:
-    """An array that was written, as it was: a key, or of a type that NumPy does not know."""
+def as_it_was(x: np.ndarray, kind: str) -> jax.Array | np.ndarray:
+    """An array that was written, as it was: a key, or of a type that NumPy does not know.
+
+    One of 64 bits that JAX would round stays with NumPy: no run goes on from it by mistake.
+    """
     what, _, name = kind.partition(" ")
     if what == "key":
         return jax.random.wrap_key_data(jnp.asarray(x), impl=name)
-    return jnp.asarray(x.view(jnp.dtype(name)) if what == "type" else x)
+    x = x.view(jnp.dtype(name)) if what == "type" else x
+    return jnp.asarray(x) if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype else x
 
 
 def _is_of(part, key):

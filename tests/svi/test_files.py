@@ -12,6 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from conftest import enable_x64
 
 import numpyro_ebm as ebm
 
@@ -63,6 +64,17 @@ def test_a_run_from_a_file_is_one_long_run(objective, tmp_path):
         same(second.ema_params, whole.ema_params)
         assert jnp.array_equal(jnp.concatenate([first.losses, second.losses]), whole.losses)
     assert [x.name for x in tmp_path.iterdir()] == ["fit"]
+
+
+def test_a_run_in_32_bits_does_not_go_on_from_64(tmp_path):
+    """JAX would round what was read, and the run would come to something else."""
+    with enable_x64():
+        fit = run(svi(), 2)
+        ebm.save(tmp_path / "fit", fit)
+    saved = ebm.load(tmp_path / "fit")
+    assert saved.params["precision"] == float(fit.params["precision"])
+    with pytest.raises(ebm.ModelError, match=r"int64\[\] and should be int32\[\]"):
+        run(svi(), 2, init_state=saved.state)
 
 
 @pytest.mark.slow
