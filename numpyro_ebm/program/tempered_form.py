@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_ebm.program.monomials import Monomials
 from numpyro_ebm.program.multi_affine import MultiAffine
 
 __all__ = ["Tempered"]
@@ -37,8 +38,16 @@ class Tempered(NamedTuple):
         """As those of :class:`~numpyro_ebm.program.multi_affine.MultiAffine`."""
         return self._between(lambda form: form.secants(args, indicators, others))
 
-    def monomials(self) -> None:
-        """They are those of neither end."""
+    def monomials(self) -> Monomials | None:
+        """Those of g, whose slopes β takes; ``None`` where those of f are not constant."""
+        return self.cold.monomials() if self.hot is None or self.hot.degree <= 1 else None
+
+    def constant_slopes(self, indicators: jax.Array) -> jax.Array | None:
+        """(1 - β) times the slopes of f, where these are constant; ``None`` for zeros."""
+        if self.hot is None:
+            return None
+        slopes = jnp.asarray(self.hot.secants({}, indicators))
+        return (1 - self._beside(slopes)) * slopes
 
     def slopes_one_by_one(self, others: Any = None) -> Callable[[jax.Array, Any], jax.Array]:
         """As those of :class:`~numpyro_ebm.program.multi_affine.MultiAffine`."""
@@ -48,5 +57,9 @@ class Tempered(NamedTuple):
 
     def _between(self, slopes):
         cold = slopes(self.cold)
-        beta = jnp.reshape(self.beta, (-1,) + (1,) * (cold.ndim - 1))
+        beta = self._beside(cold)
         return beta * cold if self.hot is None else beta * cold + (1 - beta) * slopes(self.hot)
+
+    def _beside(self, slopes):
+        """β of the rows of slopes."""
+        return jnp.reshape(self.beta, (-1,) + (1,) * (slopes.ndim - 1))

@@ -45,7 +45,7 @@ class MonomialSweep(NamedTuple):
     - **coefficients** - of the products, and a zero.
     """
 
-    form: MultiAffine
+    form: MultiAffine | Tempered
     members: np.ndarray
     slots: np.ndarray
     factors: np.ndarray
@@ -69,7 +69,7 @@ def plan_monomials(block: Block) -> MonomialSweep | None:
     >>> plan_monomials(Block(("s",), "sequential", {"s": [0, 1]}, form=form))
     """
     form = block.form
-    if form is None or isinstance(form, Tempered) or form.degree < 3:
+    if form is None or form.degree < 3:
         return None
     found = form.monomials()
     if found is None or not found.variables.shape[1]:
@@ -93,7 +93,8 @@ def plan_monomials(block: Block) -> MonomialSweep | None:
     like = jax.ShapeDtypeStruct(
         (1, *form.values.shape[: 1 if form.is_binary else 2]), jnp.result_type(float)
     )
-    gradient = num_operations(jax.make_jaxpr(lambda x: form.secants({}, x))(like))
+    slopes = form.cold.secants if isinstance(form, Tempered) else form.secants
+    gradient = num_operations(jax.make_jaxpr(lambda x: slopes({}, x))(like))
     if OPERATIONS_PER_FACTOR * factors.size > number * gradient:
         return None
     shape = (*members.shape, width)
@@ -127,28 +128,34 @@ def draw_by_monomials(
     form, (number, size, width) = sweep.form, sweep.products.shape[:3]
     flat, _ = flatten_sites(position, form.names)
     rows = len(flat)
-    indicators = jnp.reshape(form.indicators(flat), (rows, -1))
+    indicators = form.indicators(flat)
     ends = jnp.broadcast_to(jnp.asarray([0.0, 1.0], indicators.dtype), (rows, 2))
-    x = jnp.concatenate([indicators, ends], 1)[:, sweep.slots]
-    noise_shape = (number, rows, size) if form.is_binary else (number, rows, size, width)
+    x = jnp.concatenate([jnp.reshape(indicators, (rows, -1)), ends], 1)[:, sweep.slots]
     draw_noise = jax.random.logistic if form.is_binary else jax.random.gumbel
-    noise = draw_noise(rng_key, noise_shape, x.dtype)
-    is_state = jnp.asarray(form.is_state)[sweep.members]
+    noise = draw_noise(rng_key, (number, rows, size, width), x.dtype)
+    scale, others = 1.0, None
+    if isinstance(form, Tempered):
+        scale, others = jnp.reshape(form.beta, (-1, 1, 1)), form.constant_slopes(indicators)
+    if others is not None:
+        others = jnp.reshape(others, (rows, -1, width))[:, sweep.members]
+        noise = noise + jnp.moveaxis(others, 1, 0)
+    if not form.is_binary:
+        noise = jnp.where(jnp.asarray(form.is_state)[sweep.members][:, None], noise, -jnp.inf)
 
     def draw(x, at):
-        color, factors, weights, noise, is_state = at
+        color, factors, weights, noise = at
         slopes = jnp.sum(weights * jnp.prod(x[:, factors], -1), -1)  # (rows, members, states)
+        logits = scale * slopes + noise
         if form.is_binary:
-            chosen = slopes[..., 0] + noise > 0
-            new = chosen
+            new = chosen = logits[..., 0] > 0
         else:
-            chosen = jnp.argmax(jnp.where(is_state, slopes, -jnp.inf) + noise, -1)
+            chosen = jnp.argmax(logits, -1)
             new = jax.nn.one_hot(chosen, width)
         new = jnp.reshape(new, (rows, -1)).astype(x.dtype)
         return lax.dynamic_update_slice(x, new, (0, color * size * width)), chosen
 
     weights = sweep.coefficients[sweep.products]
-    at = (np.arange(number), sweep.factors, weights, noise, is_state)
+    at = (np.arange(number), sweep.factors, weights, noise)
     _, chosen = lax.scan(draw, x, at, reverse=backwards)
     chosen = jnp.moveaxis(chosen, 1, 0).reshape(rows, -1)
     own = form.coordinates(block.names)

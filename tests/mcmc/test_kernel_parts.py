@@ -11,7 +11,12 @@ from numpyro import handlers
 from numpyro.infer import DiscreteGibbs, Gibbs
 
 import numpyro_ebm as ebm
-from numpyro_ebm.mcmc.adaptation import Adaptation, acceptance_tuner, energy_error_tuner
+from numpyro_ebm.mcmc.adaptation import (
+    Adaptation,
+    acceptance_tuner,
+    energy_error_tuner,
+    search_tuner,
+)
 from numpyro_ebm.samplers.per_row import per_row
 
 
@@ -53,6 +58,34 @@ def test_the_energy_error_tuner_finds_its_root():
     for _ in range(300):  # the error is one at ε = 2
         state = update(state, (tuner.current(state) / 2.0) ** 6 * rng.chisquare(20) / 20)
     assert abs(tuner.final(state) / 2.0 - 1) < 0.05
+
+
+@pytest.mark.parametrize("start", [1e-2, 3e2])
+def test_the_search_finds_the_step_of_a_random_walk(start):
+    """On N(0, 1) steps of scale ε are accepted with probability (2/π) arctan(2/ε)."""
+    tuner, target, unit, rng = search_tuner(0.234), 0.234, 100.0, np.random.default_rng(3)
+    best = 2 / np.tan(np.pi / 2 * target)
+    state = jax.vmap(tuner.init)(jnp.full(400, start))
+    noise, uniform = rng.normal(size=(1_000, 400)), rng.uniform(size=(1_000, 400))
+
+    def step(carry, at):
+        x, state = carry
+        i, noise, uniform = at
+        scale = jnp.where(i < 500, 1.0, unit)  # from the middle on steps are in another unit
+        state = jax.tree.map(
+            lambda a, b: jnp.where(i == 500, a, b), state.times(jnp.asarray(1 / unit)), state
+        )
+        y = x + tuner.current(state) * scale * noise
+        accept = jnp.exp(jnp.minimum((x**2 - y**2) / 2, 0.0))
+        return (jnp.where(uniform < accept, y, x), jax.vmap(tuner.update)(state, accept)), None
+
+    at = np.arange(1_000), noise, uniform
+    (_, state), _ = jax.lax.scan(step, (jnp.zeros(400), state), at)
+    final, current = unit * np.asarray(tuner.final(state)), unit * np.asarray(tuner.current(state))
+    accepted = 2 / np.pi * np.arctan(2 / final)
+    assert abs(accepted.mean() - target) < 4 * accepted.std() / 20 + 0.004  # and what it forgot
+    assert abs(np.median(final) / best - 1) < 0.05
+    assert np.log(final).std() < 0.7 * np.log(current).std()  # an average of them
 
 
 def bits():
