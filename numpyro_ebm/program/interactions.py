@@ -30,17 +30,13 @@ from numpyro_ebm.program.jaxprs import (
     interpret,
     is_integer,
     keeps_values,
+    moved_operands,
 )
 
 __all__ = ["interactions"]
 
 MAX_ENTRIES = 30_000_000  # entries of sparse matrices; with more, all coordinates may interact
 
-MOVES = set(
-    "broadcast_in_dim concatenate copy copy_p expand_dims pad reshape rev slice split squeeze "
-    "stack transpose unstack".split()
-)
-MOVES_BY = {"dynamic_slice": 1, "gather": 1, "dynamic_update_slice": 2, "scatter": 0}
 LINEAR = {"add", "add_any", "convert_element_type", "neg", "sub"}
 REDUCTIONS = set(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split()
@@ -162,16 +158,9 @@ class _DependencyWalker:
 
     def move(self, eqn, operands):
         """Operations that only move elements: they are run on the indices of the elements."""
-        name = eqn.primitive.name
-        num_moved = len(operands) if name in MOVES else MOVES_BY.get(name)
-        if name == "select_n":
-            moving = range(1, len(operands))
-        elif name == "scatter":
-            moving = (0, 2)
-        elif num_moved is None:
+        moving = moved_operands(eqn)
+        if moving is None:
             return None
-        else:
-            moving = range(num_moved)
         arguments, stack, start = [], [csr_matrix((1, self.dimension), dtype=bool)], 1
         for i, (x, v) in enumerate(zip(operands, eqn.invars, strict=True)):
             if i not in moving:

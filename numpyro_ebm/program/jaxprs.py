@@ -27,6 +27,7 @@ __all__ = [
     "constants_of",
     "inner_jaxprs",
     "interpret",
+    "moved_operands",
     "is_integer",
     "is_jaxpr",
     "keeps_values",
@@ -55,6 +56,17 @@ ELEMENTWISE = set(
     "rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
     "square stop_gradient sub tan tanh xor zeta".split()
 )
+
+MOVES = set(
+    "broadcast_in_dim concatenate copy copy_p expand_dims pad reshape rev slice split squeeze "
+    "stack transpose unstack".split()
+)
+MOVES_BY = {
+    "dynamic_slice": (0,),
+    "gather": (0,),
+    "dynamic_update_slice": (0, 1),
+    "scatter": (0, 2),
+}
 """Operations on arrays of one shape, or scalars, element by element."""
 
 VANISH = {
@@ -196,6 +208,14 @@ def needed(jaxpr: Any) -> list[Any]:
             eqns.append(eqn)
             wanted |= set(variables(eqn.invars))
     return eqns[::-1]
+
+
+def moved_operands(eqn: Any) -> Sequence[int] | None:
+    """The operands of which an operation moves elements, as the others say; ``None`` for others."""
+    name, number = eqn.primitive.name, len(eqn.invars)
+    if name in MOVES or name == "select_n":
+        return range(int(name == "select_n"), number)
+    return MOVES_BY.get(name)
 
 
 def num_operations(closed: Any) -> int:

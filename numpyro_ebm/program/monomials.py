@@ -21,8 +21,7 @@ import numpy as np
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.program.constants import evaluate_now, keep_known
-from numpyro_ebm.program.jaxprs import applied, called, interpret
-from numpyro_ebm.program.state_moves import MOVES, MOVES_BY
+from numpyro_ebm.program.jaxprs import applied, called, interpret, moved_operands
 
 __all__ = ["Monomials", "monomials"]
 
@@ -102,8 +101,9 @@ class _Expansion:
         inner = called(eqn)
         if inner is not None:
             return interpret(inner, self.apply, operands)
-        if name in MOVES or name in MOVES_BY or name == "select_n":
-            return self._moved(eqn, operands)
+        moved = moved_operands(eqn)
+        if moved is not None:
+            return self._moved(eqn, operands, moved)
         shape = eqn.outvars[0].aval.shape
         if name in KEPT and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             return operands
@@ -154,10 +154,8 @@ class _Expansion:
         at, terms = _pairs(np.ravel(source), x.elements)
         return _Sums(np.shape(source), at, x.variables[terms], x.coefficients[terms])
 
-    def _moved(self, eqn, operands):
+    def _moved(self, eqn, operands, moved):
         """Operations that move elements are run on their numbers."""
-        name = eqn.primitive.name
-        moved = MOVES_BY.get(name, range(1 if name == "select_n" else 0, len(operands)))
         if any(isinstance(x, _Sums) for i, x in enumerate(operands) if i not in moved):
             raise _NotWrittenOut
         if not all(not_jax_tracer(x) for i, x in enumerate(operands) if i not in moved):

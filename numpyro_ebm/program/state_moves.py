@@ -20,24 +20,13 @@ from numpyro_ebm.program.state_tables import (
     tabulated,
 )
 
-__all__ = ["MOVES", "MOVES_BY", "element", "look_up", "move_elements", "stacked"]
-
-MOVES = set(
-    "broadcast_in_dim concatenate copy copy_p expand_dims pad reshape rev slice split squeeze "
-    "stack transpose unstack".split()
-)
-MOVES_BY = {
-    "dynamic_slice": (0,),
-    "gather": (0,),
-    "dynamic_update_slice": (0, 1),
-    "scatter": (0, 2),
-}
-"""Operands that are moved; the others say where to."""
+__all__ = ["element", "look_up", "move_elements", "stacked"]
 
 
-def move_elements(walker: Any, eqn: Any, operands: list[StateArray]) -> list[StateArray]:
-    """Elements that are moved: the operation is run on their labels."""
-    moved = MOVES_BY.get(eqn.primitive.name, range(len(operands)))
+def move_elements(
+    walker: Any, eqn: Any, operands: list[StateArray], moved: Sequence[int]
+) -> list[StateArray]:
+    """Elements of the ``moved`` operands: the operation is run on their labels."""
     if any(not x.is_constant for i, x in enumerate(operands) if i not in moved):
         raise NotMultiAffine
     fixed = {i: x.table() for i, x in enumerate(operands) if i not in moved}

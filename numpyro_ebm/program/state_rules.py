@@ -22,11 +22,10 @@ from numpyro_ebm.program.jaxprs import (
     interpret,
     is_integer,
     keeps_values,
+    moved_operands,
     scan_parts,
 )
 from numpyro_ebm.program.state_moves import (
-    MOVES,
-    MOVES_BY,
     element,
     look_up,
     move_elements,
@@ -92,8 +91,9 @@ class StateWalker:
             return self._loop(eqn, operands)
         if name == "gather" and operands[0].is_constant:
             return [look_up(self, eqn, operands)]
-        if name in MOVES or name in MOVES_BY:
-            return move_elements(self, eqn, operands)
+        moved = moved_operands(eqn)
+        if moved is not None and name != "select_n":
+            return move_elements(self, eqn, operands, moved)
         if name.startswith("reduce_") or name in ("argmax", "argmin"):
             return [self._reduce(eqn, operands[0])]
         if name in ("dot_general", "conv_general_dilated"):
