@@ -8,8 +8,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Self
 
-import jax
-
 __all__ = ["CtrlC", "wait"]
 
 
@@ -63,8 +61,8 @@ class CtrlC:
         return call
 
 
-def wait(x: jax.Array, seconds: float) -> None:
-    """Wait for an array; in Python, where signals are heard, if it is to take some seconds."""
+def wait(x: Any, seconds: float) -> None:
+    """Wait for an array of JAX; in Python, where signals are heard, if it is to take some seconds."""
     if seconds > 1.0:
         while not x.is_ready():
             time.sleep(0.01)
