@@ -61,13 +61,13 @@ def network(data=None):
         ebm.energy("E", -edges * jnp.sum(y, -1) - triangles * closed)
 
 
-def main(num_samples=1_000, seed=0, out="florentine.png"):
+def main(num_samples=1_000, num_sweeps=24, seed=0, out="florentine.png"):
     A = np.zeros((len(FAMILIES), len(FAMILIES)), int)
     for family, others in MARRIAGES.items():
         A[FAMILIES.index(family), [FAMILIES.index(x) for x in others]] = 1
     data = jnp.asarray((A + A.T)[PAIRS])[None]
     kernels = {
-        "exchange": ebm.Exchange(network, ebm.BlockGibbs, 24),
+        "exchange": ebm.Exchange(network, ebm.BlockGibbs, num_sweeps),
         "pseudo-likelihood": NUTS(ebm.generalized(network, ebm.PseudoLikelihood())),
     }
     found = {}
@@ -122,6 +122,7 @@ def draw(out, A, found):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num-samples", type=int, default=1_000)
+    parser.add_argument("--num-sweeps", type=int, default=24, help="of every auxiliary graph")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="florentine.png")
     main(**vars(parser.parse_args()))

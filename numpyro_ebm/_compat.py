@@ -28,6 +28,7 @@ from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, Literal, get_opaque_trace_state, jaxpr_as_fun
 from jax.extend.random import define_prng_impl, threefry_prng_impl
+from numpyro.distributions import Distribution
 from numpyro.infer.gibbs import GIBBS_SITES_KWARG
 from numpyro.infer.util import unconstrain_fn
 from numpyro.ops.provenance import eval_provenance, track_deps_jaxpr
@@ -75,6 +76,7 @@ __all__ = [
     "systematic",
     "threefry_prng_impl",
     "trace_state",
+    "undrawable_statement",
     "track_deps_jaxpr",
     "trajectory_length",
     "unconstrain_fn",
@@ -102,6 +104,18 @@ def failed_statement(error: BaseException) -> tuple[str, Any, list[Any]] | None:
         if traceback.tb_frame.f_code.co_name == "process_message" and "expected_shape" in names:
             msg = names["msg"]
             found = msg["name"], msg["fn"], list(msg["cond_indep_stack"])
+        traceback = traceback.tb_next
+    return found
+
+
+def undrawable_statement(error: BaseException) -> tuple[str, Any] | None:
+    """Name of the `sample` statement that was given no distribution, and what it was given."""
+    traceback, found = error.__traceback__, None
+    while traceback is not None:
+        code, names = traceback.tb_frame.f_code, traceback.tb_frame.f_locals
+        if code.co_name == "sample" and "obs_mask" in names and "fn" in names:
+            is_one = isinstance(names["fn"], Distribution)
+            found = None if is_one else (names["name"], names["fn"])
         traceback = traceback.tb_next
     return found
 

@@ -30,6 +30,7 @@ __all__ = [
     "check_not_negative",
     "check_positive",
     "field_or_item",
+    "shown",
 ]
 
 
@@ -115,6 +116,17 @@ class ShortAuxiliaryWarning(RuntimeWarning):
     """Auxiliary chains of the exchange algorithm end while they still drift: they are too short."""
 
 
+def shown(value: Any) -> str:
+    """What a message says of a value that is not what was asked for, in few words.
+
+    :param value: anything; of an array its shape is said.
+    """
+    if hasattr(value, "dtype") and value.shape:
+        return f"an array of shape {value.shape}"
+    words = repr(value)
+    return words if len(words) < 200 and "\n" not in words else f"a `{type(value).__name__}`"
+
+
 def check_integer(owner: str, minimum: int = 1, **options: Any) -> None:
     """Raise :class:`ModelError` unless options are integers of at least ``minimum``.
 
@@ -125,7 +137,7 @@ def check_integer(owner: str, minimum: int = 1, **options: Any) -> None:
         integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not integer or value < minimum:
             what = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
-            raise ModelError(f"{owner}: `{name}` must be {what}, got {value!r}.")
+            raise ModelError(f"{owner}: `{name}` must be {what}, got {shown(value)}.")
 
 
 def check_positive(owner: str, **options: Any) -> None:
@@ -174,7 +186,7 @@ def _check_numbers(owner, options, is_right, what):
             continue  # nothing is known of what is traced
         kinds = jnp.floating, jnp.integer
         if not x.size or not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
-            raise ModelError(f"{owner}: `{name}` must be a number, {what}, got {value!r}.")
+            raise ModelError(f"{owner}: `{name}` must be a number, {what}, got {shown(value)}.")
         if not np.all(np.isfinite(x) & is_right(x)):
             finite = "" if what == "finite" or np.all(np.isfinite(x)) else " and finite"
             raise ModelError(f"{owner}: `{name}` must be {what}{finite}, got {value}.")

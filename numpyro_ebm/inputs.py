@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm._compat import not_jax_tracer
+from numpyro_ebm.errors import ModelError, shown
 
-__all__ = ["argument_name", "as_arrays", "is_iterator", "list_of_numbers"]
+__all__ = ["argument_name", "as_arrays", "is_iterator", "list_of_numbers", "numbers_of"]
 
 
 def as_arrays(
@@ -39,6 +40,30 @@ def as_arrays(
     for i in foreign:
         leaves[i] = _numbers(leaves[i], argument_name(paths[i]))
     return jax.tree.unflatten(structure, leaves)
+
+
+def numbers_of(owner: str, *, finite: bool = True, **named: Any) -> list[jax.Array]:
+    """Arrays of numbers that a function without a model takes, such as draws.
+
+    :param str owner: the function, for messages.
+    :param bool finite: whether all have to be finite, where they are known.
+    :param named: the arrays, of any library, or numbers and lists of them, by name.
+    :return: the arrays, in their order.
+    :raises ModelError: if one is anything else.
+    """
+    found = []
+    for name, x in as_arrays((), named)[1].items():
+        try:
+            x = jnp.asarray(x)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"{owner}: `{name}` must be an array of numbers, got {shown(x)}."
+            ) from error
+        if finite and not_jax_tracer(x) and not np.all(np.isfinite(x)):
+            number = np.sum(~np.isfinite(x))
+            raise ModelError(f"{owner}: `{name}` has {number} values that are NaN or infinite.")
+        found.append(x)
+    return found
 
 
 def argument_name(path: tuple[Any, ...]) -> str:

@@ -7,6 +7,7 @@ them, once the object has had its say; ranges are looked at by the ``check_...``
 :mod:`numpyro_ebm.errors`.
 """
 
+import builtins
 import collections.abc
 import difflib
 import functools
@@ -19,10 +20,11 @@ from typing import Any, Literal, TypeVar, Union
 import jax
 import numpy as np
 from jax.typing import ArrayLike
+from numpyro.distributions import Distribution
 
 from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.error_pages import note
-from numpyro_ebm.errors import ModelError, UnknownArgumentError
+from numpyro_ebm.errors import ModelError, UnknownArgumentError, shown
 
 __all__ = ["Checked", "checked", "explaining"]
 
@@ -75,9 +77,17 @@ def explaining(function: Function) -> Function:
 
     @functools.wraps(function)
     def explained(*args, **kwargs):
+        flags = {k: x for k, x in kwargs.items() if isinstance(x, str | list | tuple | dict)}
+        if flags and (wrong := _flags(function) & flags.keys()):
+            name = wrong.pop()
+            owner = function.__name__
+            raise ModelError(f"{owner}: `{name}` must be True or False, got {shown(flags[name])}.")
         try:
             return function(*args, **kwargs)
         except UnknownArgumentError as error:
+            wrong = _find_wrong(function, args, kwargs)
+            if wrong is not None:
+                raise ModelError(wrong) from error
             meant = _meant(error.names, function, args)
             if not meant or error.is_complete:
                 raise
@@ -124,12 +134,14 @@ def _find_wrong(function, args, kwargs):
     owner = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
     for name, value in given.items():
         hint = hints.get(name, Any)
+        if name in ("model", "guide") and value is not None:
+            hint = Statements
         if name == "rng_key" and (value is not None or signature.parameters[name].default):
             hint = RandomKey
         if signature.parameters[name].kind not in VARIADIC and not _is_one(value, hint):
             order = [k for k in signature.parameters if k != "self"]
             order = f" Its arguments are {order[:4]}, in this order." if hint is RandomKey else ""
-            return f"{owner}: `{name}` must be {_worded(hint)}, got {value!r}.{order}"
+            return f"{owner}: `{name}` must be {_worded(hint)}, got {shown(value)}.{order}"
     return None
 
 
@@ -147,9 +159,34 @@ class RandomKey:
     """In the place of an annotation: a random key of JAX."""
 
 
+class Statements:
+    """In the place of an annotation: a function of NumPyro statements, a model or a guide."""
+
+
+class KnownNames(dict):
+    """Names that an annotation may use: those of types that only a type checker imports are any."""
+
+    def __missing__(self, name):
+        if hasattr(builtins, name):
+            raise KeyError(name)
+        return Any
+
+
 @functools.cache
 def _hints(function):
-    return typing.get_type_hints(function)
+    names = KnownNames(getattr(inspect.unwrap(function), "__globals__", {}))
+    return typing.get_type_hints(function, localns=names)
+
+
+def _flags(function):
+    """Arguments by keyword that are annotated as flags."""
+    found = _hints(function).items()
+    parameters = inspect.signature(function).parameters
+    return {
+        name
+        for name, hint in found
+        if hint is bool and name in parameters and parameters[name].kind not in VARIADIC
+    }
 
 
 def _is_one(value, hint):
@@ -158,6 +195,9 @@ def _is_one(value, hint):
         return True
     if hint is RandomKey:
         return is_prng_key(value)
+    if hint is Statements:  # distributions are called as well, or made by calls
+        made = "numpyro.distributions" in str(getattr(value, "__module__", ""))
+        return callable(value) and not (isinstance(value, type | Distribution) or made)
     if hint == ArrayLike:
         numbers = isinstance(value, int | float | complex | list | tuple)
         return (numbers or hasattr(value, "dtype")) and not isinstance(value, bool)
@@ -185,6 +225,8 @@ def _is_one(value, hint):
         return callable(value)
     if kind is collections.abc.Sequence:
         return hasattr(value, "__len__") and not isinstance(value, str | bytes | dict)
+    if kind in (collections.abc.Iterable, collections.abc.Collection):  # of names, for the most
+        return isinstance(value, kind) and not isinstance(value, str | bytes)
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
@@ -202,6 +244,7 @@ def _worded(hint):
         return "a number or an array"
     words = {
         RandomKey: "a random key, such as `jax.random.key(0)`",
+        Statements: "a function of NumPyro statements, and no class or distribution",
         type(None): "`None`",
         bool: "True or False",
         int: "an integer",
@@ -210,5 +253,7 @@ def _worded(hint):
         tuple: "a tuple",
         collections.abc.Callable: "a function",
         collections.abc.Sequence: "a sequence",
+        collections.abc.Iterable: "a sequence",
+        collections.abc.Collection: "a sequence",
     }
     return words[kind] if kind in words else f"a `{getattr(kind, '__name__', kind)}`"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mistakes import calls, data, models
+from mistakes import calls, data, kinds, models
 from mistakes.setting import BITS, FIXED, KEY, X, fit, model_of, plane
 
 import numpyro_ebm as ebm
@@ -44,6 +44,10 @@ TABLES = {
     "sampling": calls.SAMPLING,
     "posteriors": calls.POSTERIORS,
     "diagnostics": calls.DIAGNOSTICS,
+    "classes": kinds.CLASSES,
+    "networks": kinds.NETWORKS,
+    "files": kinds.FILES,
+    "statistics": kinds.STATISTICS,
 }
 SLOW = {
     "an AutoGuide of the model",

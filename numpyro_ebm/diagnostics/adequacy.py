@@ -40,6 +40,7 @@ from scipy.special import chdtrc
 
 from numpyro_ebm.diagnostics.heteroscedastic_regression import regress
 from numpyro_ebm.diagnostics.prior_widths import median_width, prior_widths
+from numpyro_ebm.diagnostics.reading import check_has_run
 from numpyro_ebm.errors import ModelError, ShortAuxiliaryWarning
 from numpyro_ebm.signatures import explaining
 
@@ -153,6 +154,7 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
     >>> ebm.auxiliary_adequacy(mcmc).is_adequate
     True
     """
+    check_has_run("auxiliary_adequacy", mcmc)
     fields = mcmc.get_extra_fields(group_by_chain=True)
     found = [(name, x) for name, x in fields.items() if name.split(".")[-1] == "auxiliary"]
     if len(found) != 1:

@@ -17,6 +17,7 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.inputs import numbers_of
 from numpyro_ebm.signatures import explaining
 
 __all__ = ["Auroc", "Classification", "auroc", "classification"]
@@ -142,7 +143,8 @@ def auroc(positive: Any, negative: Any) -> Auroc:
     >>> float(ebm.diagnostics.auroc(jnp.array([2.0, 3.0]), jnp.array([1.0, 2.0])).value)
     0.875
     """
-    x, y = jnp.ravel(jnp.asarray(positive)), jnp.ravel(jnp.asarray(negative))
+    found = numbers_of("auroc", finite=False, positive=positive, negative=negative)
+    x, y = map(jnp.ravel, found)
     if min(len(x), len(y)) < 2:
         raise ModelError(f"auroc: two scores of either sort at least, got {len(x)} and {len(y)}.")
 
@@ -161,7 +163,8 @@ def _mean_and_error(x):
 
 
 def _checked_labels(logits, labels):
-    logits, labels = jnp.asarray(logits, jnp.result_type(float)), jnp.asarray(labels)
+    logits, labels = numbers_of("classification", finite=False, logits=logits, labels=labels)
+    logits = jnp.asarray(logits, jnp.result_type(float))
     is_whole = jnp.issubdtype(labels.dtype, jnp.integer)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) < 2 or not is_whole:
         raise ModelError(

@@ -17,6 +17,7 @@ import numpy as np
 
 from numpyro_ebm.diagnostics.reading import map_leading, pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.inputs import numbers_of
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.program.compilation import run_compiled
@@ -93,6 +94,8 @@ def energy_gap(
     True
     """
     row_model = read_rows("energy_gap", model, data, args, kwargs)
+    if row_model.num_rows < 2:
+        raise ModelError("energy_gap compares rows, and there is only one. Pass more of the data.")
     if guide is not None and marginal is None:
         raise ModelError(
             "energy_gap: a guide is of use with a marginal that has values: pass "
@@ -169,7 +172,7 @@ def _sample_rows(row_model, samples):
             )
         (name,) = row_model.visible
         one = jnp.shape(row_model.to_rows({name: row_model.visible[name].value})[name])[1:]
-        samples = jnp.asarray(samples)
+        (samples,) = numbers_of("energy_gap", samples=samples)
         if jnp.shape(samples)[1:] == one:  # without an axis of rows
             return {name: samples}, False
         samples = {name: samples}

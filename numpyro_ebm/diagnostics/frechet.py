@@ -113,7 +113,7 @@ def frechet_distance(
     check_integer("frechet_distance", minimum=2, num_bootstrap=num_bootstrap)
     if features is not None:
         draws, data = features(draws), features(data)
-    x, y = flat_rows("frechet_distance", draws, data)
+    x, y = flat_rows("frechet_distance", draws=draws, data=data)
     if min(len(x), len(y)) <= x.shape[1]:
         raise ModelError(
             f"frechet_distance: {len(x)} and {len(y)} rows do not tell the covariance of "

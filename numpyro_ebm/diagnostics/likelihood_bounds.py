@@ -23,6 +23,7 @@ from jax.scipy.special import logsumexp
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
@@ -108,8 +109,7 @@ def log_likelihood_bounds(
     if tolerance != math.inf:
         check_positive("log_likelihood_bounds", tolerance=tolerance)
     data_model, of_rows = _density(model, data, args, kwargs)
-    like = jax.tree.map(jnp.asarray, data)
-    draws = jax.tree.map(lambda x, d: jnp.reshape(jnp.asarray(d), (-1, *x.shape[1:])), like, draws)
+    draws = _as_rows(draws, data)
     fitted = jax.tree.map(lambda x: x[::2], draws)
     begun = jax.tree.map(lambda x: x[1 : 2 * (len(x) // 2) : 2], draws)
     fitted_model, _ = _density(model, fitted, args, kwargs)
@@ -138,6 +138,24 @@ def log_likelihood_bounds(
     spread = jnp.var(rows, ddof=1) / len(rows)
     total = jnp.sqrt(spread + jnp.max(error) ** 2)
     return LikelihoodBounds(lower, upper, total, log_z, error, rows - jnp.mean(log_z))
+
+
+def _as_rows(draws, data):
+    """Draws as so many rows of the data, without axes of chains."""
+    like, draws = as_arrays((data, draws))[0]
+    like, structure = jax.tree.flatten(like)
+    draws, found = jax.tree.flatten(draws)
+    shapes = [jnp.shape(x)[1:] for x in like]
+    if found != structure or any(
+        jnp.shape(d)[-len(shape) or jnp.ndim(d) :] != shape
+        for d, shape in zip(draws, shapes, strict=True)
+    ):
+        raise ModelError(
+            "log_likelihood_bounds: `draws` are rows as those of the data, which have the shape(s) "
+            f"{shapes}; got arrays of {[jnp.shape(x) for x in draws]}."
+        )
+    rows = [jnp.reshape(d, (-1, *shape)) for d, shape in zip(draws, shapes, strict=True)]
+    return jax.tree.unflatten(structure, rows)
 
 
 def _density(model, data, args, kwargs) -> tuple[RowModel, Callable[[jax.Array], jax.Array]]:

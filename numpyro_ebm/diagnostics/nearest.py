@@ -55,13 +55,13 @@ def nearest_rows(
     ([0, 1, 2], 1.0)
     """
     check_integer("nearest_rows", num_neighbours=num_neighbours)
-    x, rows = flat_rows("nearest_rows", draws, data)
+    x, rows = flat_rows("nearest_rows", draws=draws, data=data)
     if num_neighbours > len(rows):
         raise ModelError(f"nearest_rows: {num_neighbours} neighbours of {len(rows)} rows.")
     negative, index = jax.lax.top_k(-squared_distances(x, rows), num_neighbours)
     distance, fresh, closer = jnp.sqrt(-negative), None, None
     if held_out is not None:
-        unseen, rows = flat_rows("nearest_rows", held_out, data)
+        unseen, rows = flat_rows("nearest_rows", held_out=held_out, data=data)
         fresh = jnp.sqrt(jnp.min(squared_distances(unseen, rows), 1))
         closer = auroc(-distance[:, 0], -fresh)
     return NearestRows(index, distance, fresh, closer)

@@ -22,7 +22,7 @@ from numpyro_ebm.diagnostics.plot_arrays import (
     make_grid,
     paths_of_chains,
 )
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError, check_integer, shown
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
@@ -303,6 +303,8 @@ def training(
 def _axes(ax):
     """``ax``, or those of a new figure."""
     if ax is not None:
+        if not hasattr(ax, "plot"):
+            raise ModelError(f"`ax` must be the `Axes` of a figure of matplotlib, got {shown(ax)}.")
         return ax
     try:
         import matplotlib.pyplot as plt

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpyro.infer import MCMC
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
@@ -18,7 +19,14 @@ from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.types import Model, Params
 
-__all__ = ["map_leading", "pick_marginal", "read_guide", "read_rows", "refuse_weights"]
+__all__ = [
+    "check_has_run",
+    "map_leading",
+    "pick_marginal",
+    "read_guide",
+    "read_rows",
+    "refuse_weights",
+]
 
 AT_ONCE = 100
 """Particles, or draws, whose densities are evaluated together."""
@@ -46,6 +54,12 @@ def read_rows(
         )
     refuse_weights(who, row_model)
     return row_model
+
+
+def check_has_run(who: str, mcmc: MCMC) -> None:
+    """Raise if an ``MCMC`` has no draws yet."""
+    if mcmc.last_state is None:
+        raise ModelError(f"{who}: this MCMC has not been run. Call `mcmc.run` first.")
 
 
 def refuse_weights(who: str, row_model: RowModel) -> None:

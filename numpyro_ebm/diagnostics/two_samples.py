@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
+from numpyro_ebm.inputs import numbers_of
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 
@@ -85,7 +86,7 @@ def two_sample_test(
         )
     if bandwidth != "median":
         check_positive("two_sample_test", bandwidth=bandwidth)
-    x, y = flat_rows("two_sample_test", draws, data)
+    x, y = flat_rows("two_sample_test", draws=draws, data=data)
     num, total = len(x), len(x) + len(y)
 
     def run(pooled, rng_key):
@@ -108,13 +109,14 @@ def two_sample_test(
     return run_compiled(run, jnp.concatenate([x, y]), rng_key)
 
 
-def flat_rows(who: str, *samples: Any) -> list[jax.Array]:
+def flat_rows(who: str, **samples: Any) -> list[jax.Array]:
     """Samples as matrices, (rows, entries).
 
-    :raises ModelError: if a sample has fewer than two rows, or they differ in entries.
+    :raises ModelError: if a sample holds other things than finite numbers, has fewer than two
+        rows, or they differ in entries.
     """
     found = []
-    for x in samples:
+    for x in numbers_of(who, **samples):
         x = jnp.asarray(x, jnp.result_type(float))
         if x.ndim == 0 or len(x) < 2:
             raise ModelError(f"{who}: a sample needs two rows or more, got shape {x.shape}.")

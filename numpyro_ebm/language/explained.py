@@ -14,9 +14,14 @@ import jax.numpy as jnp
 from numpyro.distributions import MaskedDistribution
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import failed_statement, not_jax_tracer, trace_state
+from numpyro_ebm._compat import (
+    failed_statement,
+    not_jax_tracer,
+    trace_state,
+    undrawable_statement,
+)
 from numpyro_ebm.error_pages import note
-from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnknownArgumentError
+from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnknownArgumentError, shown
 from numpyro_ebm.inputs import argument_name, as_arrays, list_of_numbers
 from numpyro_ebm.language.distributions import Unnormalized
 
@@ -143,6 +148,9 @@ class explained(Messenger):
                 f"Two statements of the model are named '{self._twice[0]}'. Sites, parameters and "
                 "energies need names of their own; rename one of them."
             )
+        undrawable = undrawable_statement(error)
+        if undrawable is not None:
+            return _no_distribution(*undrawable)
         site = failed_statement(error)
         if site is not None:
             return _outside_of_plates(*site)
@@ -213,6 +221,13 @@ def _outside_of_plates(name, fn, frames):
         f"not go into its plates ({plates}). Dimensions that are no plate are event dimensions, "
         "`.to_event(1)`."
     )
+
+
+def _no_distribution(name, fn):
+    made = getattr(fn, "__name__", None) if callable(fn) else None
+    given = f"`{made}` itself" if made else shown(fn)
+    remedy = f"Call it, `{made}(...)`." if made else "Values of a site are given by `obs=`."
+    return f"The site '{name}' is drawn from a distribution, and was given {given}. {remedy}"
 
 
 def _check_call(fn, args, kwargs):

@@ -181,6 +181,7 @@ class integrated(Messenger):
     """
 
     @checked
+    @checked
     def __init__(self, fn: Callable[..., Any] | None = None, names: Iterable[str] = ()):
         self.names, self._seen = frozenset(names), set()
         super().__init__(fn)

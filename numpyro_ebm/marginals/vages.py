@@ -70,6 +70,11 @@ class VaGES(Marginal):
                 "VaGES: refined particles have no known density, so `refine` and "
                 "`importance_weighted` exclude each other."
             )
+        if isinstance(refine, type) or hasattr(refine, "sample"):
+            raise ModelError(
+                "VaGES: `refine` moves particles, such as `LangevinRefinement(5)` or "
+                f"`KernelRefinement(BlockGibbs)`, got {refine!r}."
+            )
         self.num_particles = num_particles
         self.importance_weighted = importance_weighted
         self.refine = refine

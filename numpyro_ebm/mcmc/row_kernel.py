@@ -33,6 +33,23 @@ from numpyro_ebm.types import LogDensity, Model, SiteValues
 __all__ = ["RowKernel"]
 
 
+class KernelNeededError(ModelError, AttributeError):
+    """A class of kernels stands where a kernel is needed; to `hasattr` the class has no field."""
+
+
+class OfKernel(property):
+    """A property that `numpyro.infer.MCMC` asks for first, and asks a class for in vain."""
+
+    def __get__(self, kernel: Any, owner: type | None = None) -> Any:
+        if kernel is None:
+            name = getattr(owner, "__name__", "kernel")
+            raise KernelNeededError(
+                f"`{name}` is a class, and a kernel on a model is needed: "
+                f"`MCMC({name}(model), ...)`."
+            )
+        return super().__get__(kernel, owner)
+
+
 class RowKernel(Checked, MCMCKernel):
     """NumPyro's protocol for a kernel on the unobserved sites of the rows of a fixed model.
 
@@ -72,7 +89,7 @@ class RowKernel(Checked, MCMCKernel):
     def model(self) -> Model:
         return self._model
 
-    @property
+    @OfKernel
     def sample_field(self) -> str:
         return "z"
 

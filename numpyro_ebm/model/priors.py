@@ -28,6 +28,7 @@ from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import placeholder
 from numpyro_ebm.model.traced_model import trace_model
+from numpyro_ebm.signatures import checked
 from numpyro_ebm.types import Model, Params, SiteValues
 
 __all__ = [
@@ -108,6 +109,7 @@ class OutsidePlate(Messenger):
         return self._is_inside(msg) and msg["name"] not in self.keep
 
 
+@checked
 def prior(model: Model) -> Model:
     """The prior of an energy-based model, as a separate NumPyro model.
 

@@ -114,7 +114,7 @@ def grbm_log_normalizer(params: Params) -> jax.Array:
     >>> bool(jnp.allclose(grbm_log_normalizer(params), jnp.log(2 * jnp.pi * 2**3)))
     True
     """
-    W, b, c, scale = (params[name] for name in ("W", "b", "c", "scale"))
+    W, b, c, scale = _of_grbm("grbm_log_normalizer", params)
     num_visible, num_hidden = W.shape
     if num_hidden > 20:
         raise ModelError(f"grbm_log_normalizer enumerates h: {num_hidden} hidden units, over 20.")
@@ -148,7 +148,7 @@ def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
     >>> float(grbm_log_likelihood(params, jnp.zeros((1, 1)))[0])  # a standard normal
     -0.9189385...
     """
-    W, b, c, scale = (params[name] for name in ("W", "b", "c", "scale"))
+    W, b, c, scale = _of_grbm("grbm_log_likelihood", params)
     (data,), _ = as_arrays((data,))
     if jnp.shape(data)[-1:] != W.shape[:1]:
         raise ModelError(
@@ -157,3 +157,13 @@ def grbm_log_likelihood(params: Params, data: Any) -> jax.Array:
         )
     free = jnp.sum(softplus(c + data @ W), -1) - 0.5 * jnp.sum(((data - b) / scale) ** 2, -1)
     return free - grbm_log_normalizer(params)
+
+
+def _of_grbm(owner, params):
+    names = ("W", "b", "c", "scale")
+    if not isinstance(params, dict) or not params.keys() >= set(names):
+        found = sorted(params) if isinstance(params, dict) else type(params).__name__
+        raise ModelError(
+            f"{owner}: `params` must be a dict of {list(names)}, such as `fit.params`, got {found}."
+        )
+    return [params[name] for name in names]

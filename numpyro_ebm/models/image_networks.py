@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.signatures import checked
 
-__all__ = ["conv_network", "equinox_extra", "mlp_network", "residual_network"]
+__all__ = ["conv_network", "equinox_extra", "mlp_network", "residual_network", "row_shape"]
 
 
 def equinox_extra(owner: str) -> Any:
@@ -39,6 +40,7 @@ def equinox_extra(owner: str) -> Any:
     return equinox
 
 
+@checked
 def mlp_network(
     rng_key: jax.Array,
     shape: int | Sequence[int],
@@ -68,7 +70,7 @@ def mlp_network(
     ()
     """
     eqx = equinox_extra("mlp_network")
-    shape = _checked_shape("mlp_network", shape, num_outputs, widths)
+    shape = _checked_shape("mlp_network", shape, num_outputs, widths=widths)
     keys = jax.random.split(rng_key, len(widths) + 1)
     sizes = [math.prod(shape), *widths]
     layers: list[Any] = [eqx.nn.Lambda(jax.numpy.ravel)]
@@ -78,6 +80,7 @@ def mlp_network(
     return eqx.nn.Sequential([*layers, readout])
 
 
+@checked
 def conv_network(
     rng_key: jax.Array,
     shape: Sequence[int],
@@ -118,8 +121,8 @@ def conv_network(
     eqx = equinox_extra("conv_network")
     from numpyro_ebm.models.image_layers import ImageNetwork, PatchConvolution
 
-    sizes = (*channels, kernel_size)
-    image = _checked_image("conv_network", shape, num_outputs, sizes, padding)
+    check_integer("conv_network", kernel_size=kernel_size)
+    image = _checked_image("conv_network", shape, num_outputs, channels, padding)
     keys = jax.random.split(rng_key, len(channels) + 1)
     sizes = [image[0], *channels]
     layers = []
@@ -130,6 +133,7 @@ def conv_network(
     return _read_out(eqx, keys[-1], ImageNetwork, layers, image, num_outputs, pooled)
 
 
+@checked
 def residual_network(
     rng_key: jax.Array,
     shape: Sequence[int],
@@ -170,8 +174,8 @@ def residual_network(
     eqx = equinox_extra("residual_network")
     from numpyro_ebm.models.image_layers import ImageNetwork, PatchConvolution, ResidualBlock
 
-    sizes = (*channels, num_blocks)
-    image = _checked_image("residual_network", shape, num_outputs, sizes, padding)
+    check_integer("residual_network", num_blocks=num_blocks)
+    image = _checked_image("residual_network", shape, num_outputs, channels, padding)
     key_readout, *keys = jax.random.split(rng_key, len(channels) + 1)
     sizes, layers = [image[0], *channels], []
     for i, rng_key in enumerate(keys):
@@ -200,18 +204,40 @@ def _read_out(eqx, rng_key, network, layers, image, num_outputs, pooled):
     return network(tuple(layers), readout, image, pooled)
 
 
-def _checked_shape(owner, shape, num_outputs, sizes):
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+def row_shape(owner: str, shape: Any, **sizes: Any) -> tuple[int, ...]:
+    """The event shape of a row, which may be given as its length.
+
+    :param str owner: who takes it, for the message.
+    :param shape: a positive integer, or a sequence of them.
+    :param sizes: further sequences of positive integers, by name.
+    :raises ModelError: if one of them is anything else.
+    """
+    shape = (shape,) if isinstance(shape, int) else shape
+    for name, given in {"shape": shape, **sizes}.items():
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise ModelError(
+                f"{owner}: `{name}` must be a tuple of positive integers, such as (32, 64), got "
+                f"{given!r}."
+            )
+        for size in given:
+            check_integer(f"{owner}, in `{name}`", size=size)
+    return tuple(shape)
+
+
+def _checked_shape(owner, shape, num_outputs, **sizes):
     if num_outputs is not None:
         check_integer(owner, num_outputs=num_outputs)
-    for size in (*shape, *sizes):
-        check_integer(owner, size=size)
-    return shape
+    return row_shape(owner, shape, **sizes)
 
 
-def _checked_image(owner, shape, num_outputs, sizes, padding):
+def _checked_image(owner, shape, num_outputs, channels, padding):
     """The shape of an image, with its channels."""
-    shape = _checked_shape(owner, shape, num_outputs, sizes)
+    shape = _checked_shape(owner, shape, num_outputs, channels=channels)
+    if len(shape) == 3 and shape[0] == shape[1] > 4 >= shape[2]:
+        raise ModelError(
+            f"{owner}: `shape` {shape} has its channels last, and they come first: "
+            f"{(shape[2], *shape[:2])}. Transpose the rows, `jnp.moveaxis(data, -1, 1)`."
+        )
     if len(shape) not in (2, 3):
         raise ModelError(
             f"{owner}: `shape` must be (height, width) or (channels, height, width), got {shape}."

@@ -9,6 +9,7 @@ of the data, where no loss has seen it, it need not rise.
 Reference: Xie, Lu, Zhu, Wu, *A theory of generative ConvNet*, ICML 2016.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,19 +19,19 @@ import numpyro.distributions as dist
 
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.language.primitives import energy
-from numpyro_ebm.models.image_networks import equinox_extra
+from numpyro_ebm.models.image_networks import equinox_extra, row_shape
 from numpyro_ebm.types import Model
 
 __all__ = ["base_distribution", "module_site", "neural_energy"]
 
 
-def module_site(owner: str, name: str, network: Any) -> Any:
-    """An equinox module as a parameter of the model that is being run.
+def module_site(owner: str, name: str, network: Any) -> Callable[[jax.Array], Any]:
+    """An equinox module as a parameter of the model that is being run, a function of a row.
 
     :param str owner: the model, for the message.
     :param str name: of the module; that of its parameters is ``f"{name}$params"``.
     :param network: the module, with its initial weights.
-    :raises ModelError: if ``network`` is no equinox module.
+    :raises ModelError: if ``network`` is no equinox module; when called, if it fails.
     :raises ImportError: without the extra ``networks``.
     """
     eqx = equinox_extra(owner)
@@ -42,22 +43,34 @@ def module_site(owner: str, name: str, network: Any) -> Any:
         )
     from numpyro.contrib.module import eqx_module
 
-    return eqx_module(name, network)
+    function = eqx_module(name, network)
+
+    def of_row(x: jax.Array) -> Any:
+        try:
+            return function(x)
+        except ModelError:  # which says more
+            raise
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"{owner}: the {name} fails on its input, which has shape {jnp.shape(x)} for a "
+                f"row: {error} Make it with this shape."
+            ) from error
+
+    return of_row
 
 
 def base_distribution(owner: str, base: Any, shape: int | tuple[int, ...]) -> Any:
     """The base distribution of a row: ``base``, or independent standard normals.
 
-    :raises ModelError: if ``base`` has another event shape.
+    :raises ModelError: if ``base`` has another event shape, or ``shape`` is none.
     """
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = row_shape(owner, shape)
     if base is None:
         return dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape))
     if not isinstance(base, dist.Distribution) or base.event_shape != shape or base.batch_shape:
         raise ModelError(
             f"{owner}: `base` must be a distribution of event shape {shape} and no batch shape, "
-            f"got {base!r} of {getattr(base, 'event_shape', 'none')}. `.expand(shape)."
-            f"to_event({len(shape)})` makes one."
+            f"got {base!r}. `.expand(shape).to_event({len(shape)})` makes one."
         )
     return base
 

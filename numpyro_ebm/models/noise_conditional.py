@@ -23,6 +23,7 @@ import numpyro
 from numpyro_ebm.errors import ModelError, check_positive
 from numpyro_ebm.language.distributions import Lebesgue
 from numpyro_ebm.language.primitives import energy
+from numpyro_ebm.models.image_networks import row_shape
 from numpyro_ebm.models.neural_energy import module_site
 from numpyro_ebm.types import Model
 
@@ -68,7 +69,7 @@ def noise_conditional_energy(
     ['network$params']
     """
     check_positive("noise_conditional_energy", data_scale=data_scale)
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = row_shape("noise_conditional_energy", shape)
 
     def model(data: Any = None, sigma: Any = 0.1, *, num_rows: int = 1) -> None:
         function = module_site("noise_conditional_energy", "network", network)

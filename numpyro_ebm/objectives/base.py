@@ -20,7 +20,7 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.parts import Term
 from numpyro_ebm.objectives.plan import Problem, make_plan
 from numpyro_ebm.program.derivatives import once_differentiable
-from numpyro_ebm.signatures import Checked
+from numpyro_ebm.signatures import Checked, explaining
 from numpyro_ebm.types import Model, Optimizer, Params, SiteValues
 
 __all__ = ["AuxiliaryNetwork", "Objective", "Problem"]
@@ -217,6 +217,7 @@ class Objective(Checked, Term, ABC):
             order=self.order,
         )
 
+    @explaining
     def loss(
         self,
         rng_key: jax.Array,

@@ -45,9 +45,9 @@ class WeightedSum(Objective):
     A guide is fitted at the visible values of the parts that draw from it.
 
     :param parts: the parts, each a ``Part``.
-    :raises ModelError: if a weight is negative or not finite, two parts are one object with
-        chains or networks of its own, or they learn at different temperatures; when used, if a
-        part does not serve its sites, or two parts draw from the guide and one of them moves the
+    :raises ModelError: if there is no part, a weight is negative or not finite, two parts are one
+        object with chains or networks of its own, or they learn at different temperatures; when
+        used, if a part does not serve its sites, or two parts draw from the guide and one moves the
         visible values.
 
     Reference: Grathwohl, Wang, Jacobsen, Duvenaud, Norouzi, Swersky, *Your classifier is secretly
@@ -74,6 +74,8 @@ class WeightedSum(Objective):
 
     def __init__(self, parts: Sequence[Part]):
         super().__init__()
+        if not parts:
+            raise ModelError("WeightedSum: `parts` is empty. `0.5 * A + B` makes a sum.")
         kept = [x.objective for x in parts if x.objective.has_state or x.objective.networks]
         for i, objective in enumerate(kept):
             if any(objective is other for other in kept[:i]):

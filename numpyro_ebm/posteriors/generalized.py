@@ -128,6 +128,8 @@ class generalized(Calibrated):
     ):
         _check_objective(objective)
         _check_learning_rate(learning_rate)
+        if guide_params is not None and guide is None:
+            raise ModelError("generalized: `guide_params` are those of a guide. Pass `guide=` too.")
         self.model = model
         self.objective = objective
         self.guide = guide

@@ -21,6 +21,7 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.language.fixed import fixed
 from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.marginals.kernel_steps import check_kernel_maker
 from numpyro_ebm.mcmc.convergence import Convergence, assess_draws, warn_of_convergence
 from numpyro_ebm.mcmc.sampling import complete_draws, name_of_kernel, pick_kernel, run_chains
 from numpyro_ebm.model.priors import UnsetParams
@@ -111,6 +112,10 @@ def predictive(
     ((2, 200, 3), Array([0., 1.], dtype=float32))
     """
     check_integer("predictive", num_chains=num_chains, thinning=thinning)
+    if kernel is not None:
+        check_kernel_maker("predictive", kernel)
+    if isinstance(observed, str):
+        raise ModelError(f"predictive: `observed` is a sequence of names, got {observed!r}.")
     unset = UnsetParams(model)
     row_model = read_model(unset, args, kwargs, may_observe_outside=True)
     params, leading = _draws_of(row_model, posterior_samples, unset.names)

@@ -191,6 +191,7 @@ class EnergySVI(SVI):
             return state
         return self._compiled.with_objective_state(state, args, kwargs)
 
+    @explaining
     def get_params(self, svi_state: EnergySVIState) -> dict[str, Any]:
         """Values of all `param` sites of model and guide, and of penalised parameters, by name.
 

@@ -35,7 +35,7 @@ def save(path: str | os.PathLike[str], fit: SVIRunResult) -> None:
     :param path: where to.
     :param fit: what :meth:`EnergySVI.run` returned. Parameters may be nested; networks of other
         libraries are written as their arrays.
-    :raises ModelError: if it is no fit, or some of it are no arrays.
+    :raises ModelError: if it is no fit, some of it are no arrays, or there is no such folder.
 
     **Example**
 
@@ -60,6 +60,8 @@ def save(path: str | os.PathLike[str], fit: SVIRunResult) -> None:
     50
     """
     arrays, contents = packed(fit)
+    if not Path(path).parent.is_dir():
+        raise ModelError(f"save: there is no folder {Path(path).parent}. Make it first.")
     written = {key: _written(key, x) for key, x in arrays.items()}
     contents["kinds"] = {key: kind for key, (_, kind) in written.items()}
     partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")

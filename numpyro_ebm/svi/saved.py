@@ -89,6 +89,12 @@ def unpacked(
             f"load: {os.fspath(path)} has format {contents['format']}, and this version of "
             f"numpyro-ebm reads format {FORMAT}."
         )
+    known = contents["structures"]["params"].get("dict", {})
+    if like is not None and not like.keys() <= known.keys():
+        raise ModelError(
+            f"load: `like` has the parameters {sorted(like)}, and those of {os.fspath(path)} are "
+            f"{sorted(known)}."
+        )
     in_params = ("params", "ema_params", "losses")
     state = {k: x for k, x in arrays.items() if not any(_is_of(name, k) for name in in_params)}
     saved = SavedState(state, contents["objective"])

@@ -11,6 +11,7 @@ from numpyro.infer import MCMC
 
 from numpyro_ebm._compat import run_arguments
 from numpyro_ebm.diagnostics.arviz.groups import Converted
+from numpyro_ebm.diagnostics.reading import check_has_run
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.mcmc.convergence import assess_draws, warn_of_convergence
@@ -119,8 +120,7 @@ def _deterministic_dims(row_model, draws):
 
 
 def _check_run(mcmc, args, kwargs):
-    if mcmc.last_state is None:
-        raise ModelError("to_arviz: this MCMC has not been run.")
+    check_has_run("to_arviz", mcmc)
     if args or kwargs:
         raise ModelError(
             "to_arviz: an MCMC brings the arguments of its run; give none beside it, got "
