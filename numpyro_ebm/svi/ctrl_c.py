@@ -62,7 +62,7 @@ class CtrlC:
 
 
 def wait(x: Any, seconds: float) -> None:
-    """Wait for an array of JAX; in Python, where signals are heard, if it is to take some seconds."""
+    """Wait for an array of JAX; in Python, where signals are heard, if it takes seconds."""
     if seconds > 1.0:
         while not x.is_ready():
             time.sleep(0.01)
