@@ -78,7 +78,7 @@ def test_energy_gap_refuses_what_it_cannot_do():
             {"marginal": ebm.VaGES(), "guide": guide, "guide_params": FIT},
         ),
         ("ImportanceBound", (GRBM_FIXED, data, data), {"guide": guide}),
-        ("not finite", (GRBM_FIXED, data, jnp.full((4, 2), jnp.inf)), {}),
+        ("NaN or infinite", (GRBM_FIXED, data, jnp.full((4, 2), jnp.inf)), {}),
         (
             "`samples` as a dict",
             (ebm.fixed(two_sites, {}), {"a": data[:, 0], "b": data[:, 1]}, data),
