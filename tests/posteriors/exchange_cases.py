@@ -147,7 +147,7 @@ def run(kernel, *args, num_samples=200, num_warmup=100, seed=0, fields=(), **opt
 
 
 class Ran:
-    """What is asked of NumPyro's MCMC after a run: fields and unconstrained draws, chains leading."""
+    """What is asked of NumPyro's MCMC after a run: fields and unconstrained draws by chain."""
 
     def __init__(self, kernel: Any, args: Any, trace: Any, z: Any):
         self.sampler, self._args, self._kwargs = kernel, args, {}
