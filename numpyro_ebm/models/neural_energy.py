@@ -43,7 +43,7 @@ def module_site(owner: str, name: str, network: Any) -> Callable[[jax.Array], An
         )
     from numpyro.contrib.module import eqx_module
 
-    function = eqx_module(name, network)
+    function: Any = eqx_module(name, network)
 
     def of_row(x: jax.Array) -> Any:
         try:
