@@ -219,12 +219,38 @@ def recovery(keys, images, labels, num_rounds=6_000):
     return annealed(keys[2], model, fit.ema_params, noise_scales=levels[1:], **options), None
 
 
-def deep_eblvm(keys, images, labels, num_rounds=9_000, num_hidden=16):
-    mlp = models.mlp_network
+class Beside(eqx.Module):
+    """A row with features of it beside."""
+
+    network: eqx.Module
+
+    def __call__(self, v):
+        return jnp.concatenate([v, self.network(v)])
+
+
+class Misfit(eqx.Module):
+    """½‖v - mean(a)‖²/σ² of a row v and its features a, and a read-out of a and latents."""
+
+    mean: eqx.Module
+    readout: eqx.Module
+    num_features: int = eqx.field(static=True)
+
+    def __call__(self, both):
+        v, rest = both[:64], both[64:]
+        distance = jnp.sum((v - self.mean(rest[: self.num_features])) ** 2)
+        return 0.5 * distance / NOISE**2 + self.readout(rest)
+
+
+def deep_eblvm(keys, images, labels, num_rounds=4_500, num_hidden=16):
+    mlp, key_mean = models.mlp_network, jax.random.fold_in(keys[2], 1)
     model = models.deep_eblvm(
-        mlp(keys[0], 64, num_outputs=128, widths=(256,)),
-        mlp(keys[1], 128, num_outputs=num_hidden, widths=(128,)),
-        mlp(keys[2], 128 + num_hidden, widths=(256,)),
+        Beside(mlp(keys[0], 64, num_outputs=128, widths=(256,))),
+        mlp(keys[1], 64 + 128, num_outputs=num_hidden, widths=(128,)),
+        Misfit(
+            mlp(key_mean, 128, num_outputs=64, widths=(256,)),
+            mlp(keys[2], 128 + num_hidden, widths=(128,)),
+            128,
+        ),
         shape=64,
         latent=num_hidden,
         base=base(images),
@@ -242,7 +268,7 @@ def deep_eblvm(keys, images, labels, num_rounds=9_000, num_hidden=16):
     svi = ebm.EnergySVI(model, guide, optims[0], objective, guide_optim=optims[1])
     fit = svi.run(keys[4], num_rounds, images, batch_size=128, ema=0.999)
     levels = np.geomspace(1.0, NOISE, 14)
-    options = {"noise_scale": NOISE, "num_steps": 40, "step_size": 0.2}
+    options = {"noise_scale": NOISE, "num_steps": 300, "step_size": 0.1}
     return annealed(keys[5], model, fit.ema_params, noise_scales=levels, **options), None
 
 
