@@ -27,10 +27,10 @@ __all__ = [
     "constants_of",
     "inner_jaxprs",
     "interpret",
-    "moved_operands",
     "is_integer",
     "is_jaxpr",
     "keeps_values",
+    "moved_operands",
     "needed",
     "num_operations",
     "renamed",
@@ -56,6 +56,7 @@ ELEMENTWISE = set(
     "rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
     "square stop_gradient sub tan tanh xor zeta".split()
 )
+"""Operations on arrays of one shape, or scalars, element by element."""
 
 MOVES = set(
     "broadcast_in_dim concatenate copy copy_p expand_dims pad reshape rev slice split squeeze "
@@ -67,7 +68,7 @@ MOVES_BY = {
     "dynamic_update_slice": (0, 1),
     "scatter": (0, 2),
 }
-"""Operations on arrays of one shape, or scalars, element by element."""
+"""Operands that are moved; the others say where to."""
 
 VANISH = {
     *("add_any", "broadcast_in_dim", "convert_element_type", "copy", "cumsum", "expand_dims"),
