@@ -89,9 +89,7 @@ class CompiledRounds:
             state, loss = here.take(step_key, state, args, kwargs, forward_mode)
             return (state if ema is None else a_round.averaged(state, ema)), loss
 
-        return take_rounds(
-            one_round, a_round.is_finite, state, length, watched=watched, stable=stable
-        )
+        return take_rounds(one_round, state, length, watched=watched, stable=stable)
 
     def with_objective_state(
         self,

@@ -37,7 +37,7 @@ from numpyro_ebm.svi.running import Run, opened
 from numpyro_ebm.svi.saved import SavedState
 from numpyro_ebm.svi.sources import find_source
 from numpyro_ebm.svi.start import Optimizers, as_optimizer, find_start, same_bounds
-from numpyro_ebm.svi.state import EnergySVIRunResult, EnergySVIState, select, shapes_of
+from numpyro_ebm.svi.state import EnergySVIRunResult, EnergySVIState, is_finite, select, shapes_of
 from numpyro_ebm.types import Model, Optimizer, Params
 
 __all__ = ["EnergySVI"]
@@ -254,7 +254,7 @@ class EnergySVI(SVI):
         new_state, loss = self.update(
             svi_state, *args, forward_mode_differentiation=forward_mode_differentiation, **kwargs
         )
-        finite = self._round().is_finite(new_state, loss, svi_state)
+        finite = is_finite(new_state, loss, svi_state)
         kept = select(finite, new_state, svi_state)._replace(step=new_state.step)
         return kept, jnp.where(finite, loss, jnp.nan)
 

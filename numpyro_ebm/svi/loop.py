@@ -21,7 +21,7 @@ from tqdm import tqdm
 from numpyro_ebm.program.draws import at, split_off_draws
 from numpyro_ebm.svi.endings import Why
 from numpyro_ebm.svi.minibatch import CHUNK
-from numpyro_ebm.svi.state import EnergySVIState, select
+from numpyro_ebm.svi.state import EnergySVIState, is_finite, is_finite_on_host, select
 
 __all__ = [
     "Callback",
@@ -44,7 +44,6 @@ ROUNDS_AHEAD = 64
 
 def take_rounds(
     one_round: Callable[..., tuple[EnergySVIState, jax.Array]],
-    is_finite: Callable[..., jax.Array],
     state: EnergySVIState,
     length: ArrayLike,
     *,
@@ -55,15 +54,16 @@ def take_rounds(
 
     A state or a loss that is not finite is looked for after every round if ``watched``, which then
     ends the loop before it (or, with ``stable``, undoes the round, which counts), and otherwise at
-    the end only: a parameter that is not finite never becomes finite again.
+    the end only: a parameter that is not finite never becomes finite again. That look is part of
+    the loop's program, or on a CPU left to :func:`run_chunks`.
 
     :param one_round: ``(step_key, state, i) -> (state, loss)``, the i-th round of the chunk.
-    :param is_finite: ``(state, loss, state before) -> bool``.
     :param EnergySVIState state: where to start.
     :param length: number of rounds, not over CHUNK; may be traced.
     :param bool watched: whether to look after every round.
     :param bool stable: whether to go on after a round that is not finite.
-    :return: the last state, the losses, the number of rounds, and whether all are finite.
+    :return: the last state, the losses, the number of rounds, and whether all are finite, or
+        ``None`` where nobody looked.
     """
 
     def looked_at(step_key, state, i):
@@ -108,7 +108,7 @@ def take_rounds(
     taken, ok, state, losses = lax.while_loop(
         partial(goes_on, end=length), rounds, (jnp.array(0), ok, state, losses)
     )
-    if not watched:
+    if not watched and jax.default_backend() != "cpu":
         ok = is_finite(state, losses, first)
     return state, losses, taken, ok
 
@@ -198,6 +198,8 @@ def run_chunks(
                         now = min(now, told + look.rounds - done)
                 start = time.perf_counter()
                 new, chunk_losses, taken, ok = take_chunk(state, now, watched, seconds)
+                if ok is None:
+                    ok = is_finite_on_host(new, chunk_losses, state)
                 if not ok:
                     new, chunk_losses, taken, _ = take_chunk(state, now, True, seconds)
                 taken = int(taken)

@@ -180,22 +180,6 @@ class Round(NamedTuple):
         problem = self.plan.problem(key_prepare, params, guide, args, kwargs)
         return params, theta, problem.at_rows(self.rows)
 
-    def is_finite(
-        self, state: EnergySVIState, loss: jax.Array, before: EnergySVIState
-    ) -> jax.Array:
-        """Whether the loss and all numbers of the state are finite, or never were.
-
-        An optimiser whose moments have overflowed never moves its parameters again, at losses that
-        are finite; one that keeps the least loss so far begins with infinity.
-        """
-        both = zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True)
-        looks = [
-            jnp.all(jnp.isfinite(x) | ~jnp.isfinite(old))
-            for x, old in both
-            if jnp.issubdtype(x.dtype, jnp.inexact)
-        ]
-        return jnp.all(jnp.stack([jnp.all(jnp.isfinite(loss)), *looks]))
-
     def _named(self, groups):
         return self.constrain({name: x for group in groups for name, x in group.items()})
 

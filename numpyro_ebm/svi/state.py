@@ -5,13 +5,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.infer.svi import SVIRunResult
 
 from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.svi.summary import as_html, as_text
 from numpyro_ebm.types import Params
 
-__all__ = ["EnergySVIRunResult", "EnergySVIState", "select", "shapes_of"]
+__all__ = [
+    "EnergySVIRunResult",
+    "EnergySVIState",
+    "is_finite",
+    "is_finite_on_host",
+    "select",
+    "shapes_of",
+]
 
 
 class EnergySVIState(NamedTuple):
@@ -61,6 +69,39 @@ class EnergySVIRunResult(SVIRunResult):
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+
+def is_finite(
+    state: EnergySVIState, loss: jax.Array, before: EnergySVIState, numpy: Any = jnp
+) -> jax.Array:
+    """Whether the loss and all numbers of the state are finite, or never were.
+
+    An optimiser whose moments have overflowed never moves its parameters again, at losses that
+    are finite; one that keeps the least loss so far begins with infinity.
+
+    :param EnergySVIState state: a state.
+    :param loss: the loss, or losses, of the rounds that led to it.
+    :param EnergySVIState before: the state before them.
+    :param numpy: ``jax.numpy``, or NumPy itself.
+    """
+    both = zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True)
+    looks = [
+        numpy.all(numpy.isfinite(x) | ~numpy.isfinite(old))
+        for x, old in both
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return numpy.all(numpy.stack([numpy.all(numpy.isfinite(loss)), *looks]))
+
+
+def is_finite_on_host(state: EnergySVIState, loss: jax.Array, before: EnergySVIState) -> bool:
+    """As :func:`is_finite`, with nothing to compile: on a CPU NumPy reads the arrays themselves.
+
+    As a program it is three loops for every array of the state, a second of compilation.
+    """
+    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    if all(np.isfinite(x).all() for x in (loss, *numbers)):  # what came before need not be read
+        return True
+    return bool(is_finite(state, loss, before, np))
 
 
 def select(condition: jax.Array, new: EnergySVIState, old: EnergySVIState) -> EnergySVIState:

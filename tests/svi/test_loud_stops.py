@@ -15,6 +15,7 @@ from svi_cases import DATA, assert_same, gaussian, vages_dsm
 
 import numpyro_ebm as ebm
 from numpyro_ebm.models import grbm, grbm_guide, grbm_log_likelihood
+from numpyro_ebm.svi.state import EnergySVIState, is_finite, is_finite_on_host
 
 
 def explosive(data):
@@ -25,8 +26,12 @@ def explosive(data):
         ebm.energy("E", 0.5 * jnp.where(slope > 3.0, jnp.nan, 1.0) * v**2 - slope * v)
 
 
-@pytest.mark.parametrize("batch_size", [None, 20])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_trained(batch_size):
+@pytest.mark.parametrize("batch_size, backend", [(None, "cpu"), (20, "gpu")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_trained(
+    batch_size, backend, monkeypatch
+):
+    """NumPy looks at the states on a CPU, and elsewhere the rounds' own program."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     svi = ebm.EnergySVI(explosive, None, optax.sgd(0.01), ebm.ScoreMatching())
     data = 10.0 + jnp.zeros(40)
     run = lambda: svi.run(  # noqa: E731
@@ -69,6 +74,27 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
     with pytest.warns(ebm.NonFiniteLossWarning, match="10 of 10 rounds were undone"):
         fit = svi.run(jax.random.key(0), 10, jnp.ones(4), stable_update=True, progress_bar=False)
     assert np.all(np.isnan(fit.losses)) and fit.params["slope"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "value, before, loss, expected",
+    [
+        (1.0, 0.0, 0.0, True),
+        (jnp.nan, 0.0, 0.0, False),
+        (jnp.inf, 0.0, 0.0, False),
+        (1.0, 0.0, jnp.nan, False),
+        (jnp.inf, jnp.inf, 0.0, True),
+        (1.0, jnp.inf, -jnp.inf, False),
+    ],
+)
+def test_a_look_on_the_host_finds_what_a_program_finds(value, before, loss, expected):
+    def state(x):
+        few = jnp.ones(3, jnp.bfloat16).at[1].set(x)
+        return EnergySVIState((jnp.array(0), few), None, jax.random.key(0), jnp.array(1))
+
+    losses = jnp.zeros(2).at[0].set(loss)
+    assert bool(is_finite(state(value), losses, state(before))) is expected
+    assert is_finite_on_host(state(value), losses, state(before)) is expected
 
 
 def test_stable_update_keeps_the_state_and_goes_on():
