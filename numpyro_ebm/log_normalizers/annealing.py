@@ -163,7 +163,7 @@ class _Plan(NamedTuple):
             multi_affine(lambda _, x, i=i: path.log_densities(x)[i], {}, like, values)
             for i in (0, 1)
         )
-        if hot is None or cold is None or not (hot.is_affine and cold.is_affine):
+        if hot is None or cold is None:
             return None
         return Tempered(cold, hot if hot.degree else None)
 

@@ -55,5 +55,5 @@ def discrete_form(
     def log_density(_, rows):
         return one.log_density({}, one.from_rows(rows))
 
-    form = multi_affine(log_density, {}, {name: rows[name] for name in sorted(rows)}, values)
-    return form if form is not None and (form.is_affine or in_pairs) else None
+    rows = {name: rows[name] for name in sorted(rows)}
+    return multi_affine(log_density, {}, rows, values, in_pairs=in_pairs)

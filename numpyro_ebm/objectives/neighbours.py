@@ -7,7 +7,6 @@ log p̃ is affine in the indicators of every coordinate (:mod:`numpyro_ebm.progr
 log-ratios are one gradient; otherwise every neighbour is an evaluation of log p̃.
 """
 
-import logging
 from abc import abstractmethod
 from typing import Any
 
@@ -26,15 +25,13 @@ from numpyro_ebm.model.resize import with_rows
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.model.row_site import RowSite
 from numpyro_ebm.objectives.base import Objective, Problem
-from numpyro_ebm.program.multi_affine import multi_affine
+from numpyro_ebm.program.multi_affine import multi_affine, tell_general
 from numpyro_ebm.types import Params
 
 __all__ = ["NeighbourObjective"]
 
 NEIGHBOURS_AT_ONCE = 64
 """About how many neighbours of every row are evaluated together, which bounds the memory."""
-
-logger = logging.getLogger(__name__)
 
 
 class NeighbourObjective(Objective):
@@ -74,11 +71,6 @@ class NeighbourObjective(Objective):
         log_ratios = self._by_indicators(params, problem)
         if log_ratios is not None:
             return row_model.mean(jnp.sum(self.coordinate_loss(log_ratios), -1))
-        logger.info(
-            "%s: the energy is not seen to be affine in the indicators of finitely many values of "
-            "each site, so that it is evaluated at every neighbour of a row.",
-            type(self).__name__,
-        )
         estimate = self.estimate(rng_key, params, problem)
         here = estimate.log_density(params, problem.unconstrained)
 
@@ -102,6 +94,7 @@ class NeighbourObjective(Objective):
         indicators = form.indicators(problem.row_model.flatten(problem.unconstrained))
         slopes = form.secants(args, indicators)
         if slopes is None:
+            tell_general(form.names, form.why_not_affine, form.program)
             return None
         if form.is_binary:
             return ((1.0 - 2.0 * indicators) * slopes)[None]
@@ -117,7 +110,11 @@ class NeighbourObjective(Objective):
         """log p̃ in the indicators of the visible sites, of one row where all are alike."""
         row_model = with_rows(problem.row_model, 1) or problem.row_model
         sites = row_model.visible
-        if row_model.latent or any(lowest_count(site) is not None for site in sites.values()):
+        if row_model.latent:
+            tell_general(sites, f"{sorted(row_model.latent)} are latent, and summed out of it")
+            return None
+        if counts := [name for name, site in sites.items() if lowest_count(site) is not None]:
+            tell_general(counts, "they have no largest value")
             return None
         own = problem._replace(row_model=row_model, unconstrained=row_model.unconstrain_visible())
         estimate, name = self.estimate(default_key(), params, own), type(self).__name__
@@ -131,6 +128,7 @@ class NeighbourObjective(Objective):
             {name: params[name] for name in row_model.parameters},
             {name: jnp.asarray(rows[name]) for name in sorted(rows)},
             {k: support_values(site, name) for k, site in sites.items()},
+            in_pairs=True,
         )
 
     def _site_loss(self, site, problem, log_ratio):

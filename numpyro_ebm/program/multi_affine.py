@@ -17,9 +17,10 @@ Reference: the identity test, Schwartz, *Fast probabilistic algorithms for verif
 polynomial identities*, Journal of the ACM 1980.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -35,7 +36,9 @@ from numpyro_ebm.program.quadratic import quadratic_form
 from numpyro_ebm.program.state_rules import StateWalker
 from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, constant
 
-__all__ = ["MultiAffine", "multi_affine", "value_table"]
+__all__ = ["MultiAffine", "multi_affine", "tell_general", "value_table"]
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 2_000_000  # indicators of the points at which the identity is tried together
 MOST_OF_ALL_ROWS = 3_000_000  # indicators, where rows are not of one program
@@ -53,8 +56,12 @@ def multi_affine(
     args: Any,
     rows: Mapping[str, Any],
     values: Mapping[str, ArrayLike],
+    *,
+    in_pairs: bool = False,
 ) -> "MultiAffine | None":
     """A function of the states of rows in the form above, where it can be shown to have it.
+
+    Where it cannot, that is told in the log, once for a program.
 
     :param fn: ``(args, rows) -> (rows,)``, row by row; it is traced, not run.
     :param args: pytree of parameters: it is shown for all their values. What ``fn`` closes over
@@ -62,6 +69,8 @@ def multi_affine(
     :param dict rows: arrays (or shapes with dtypes) of shape (rows, ...) by site.
     :param dict values: the possible values of one coordinate, of shape (states,), of each site
         with finitely many. It is shown for all values of the others.
+    :param bool in_pairs: a form of degree two will do that is not affine, where a coordinate meets
+        itself.
     :return: the :class:`MultiAffine`; ``None`` where it cannot be shown.
 
     **Example**
@@ -80,12 +89,36 @@ def multi_affine(
     [-8.0, -4.0, 0.0]
     >>> multi_affine(lambda J, x: jnp.max(x["s"], -1) * 1.0, J, {"s": x}, {"s": [0, 1, 2]})
     """
+    form = MultiAffine(fn, args, rows, values)
     try:
-        form = MultiAffine(fn, args, rows, values)
         form.prove()
-    except NotMultiAffine:
+        if not (form.is_affine or (in_pairs and form.degree == 2)):
+            raise NotMultiAffine(form.why_not_affine)
+    except NotMultiAffine as error:
+        tell_general(form.names, str(error), form.program)
         return None
-    return form if form.is_affine or form.degree == 2 else None
+    return form
+
+
+def tell_general(names: Iterable[str], why: str, program: str = "") -> None:
+    """Say in the log what takes the general path, and what it costs.
+
+    :param names: the discrete sites.
+    :param str why: the reason.
+    :param str program: of the log-density; it is said once for each.
+    """
+    _tell_once(tuple(sorted(names)), why, hash(program))
+
+
+@lru_cache(maxsize=1_024)
+def _tell_once(names, why, program):
+    logger.info(
+        "The energy is not seen to be affine in the indicators of each coordinate of %s: %s. "
+        "So it is evaluated at every value of a coordinate that is compared or drawn, where one "
+        "gradient would tell all of them.",
+        list(names),
+        why,
+    )
 
 
 class MultiAffine:
@@ -97,7 +130,7 @@ class MultiAffine:
     - **is_binary** - whether all coordinates have two states. Then the indicators of a row are
       those of the second state, (coordinates,), and else (coordinates, states).
     - **degree** - a bound of its degree in the indicators.
-    - **is_affine** - whether it is affine in every coordinate; if not it has degree two.
+    - **why_not_affine** - a coordinate that meets itself; empty where it is affine in all.
     - **names** - the sites of the coordinates, one after the other.
     """
 
@@ -113,8 +146,6 @@ class MultiAffine:
         self.names = [name for name in rows if name in values]
         self._others = [name for name in rows if name not in values]
         self.values, self.is_state = value_table(rows, {name: values[name] for name in self.names})
-        if self.num_rows * self.values.size > MOST_OF_ALL_ROWS:
-            raise NotMultiAffine  # its tables would not fit
         self.is_binary = self.values.shape[1] == 2 and bool(np.all(self.is_state))
         self._shape = self.values.shape[:1] if self.is_binary else self.values.shape
         self._args, self._fn = jax.tree.map(jnp.asarray, args), fn
@@ -122,7 +153,7 @@ class MultiAffine:
         self._closed = jax.make_jaxpr(lambda a, *xs: fn(a, dict(zip(names, xs, strict=True))))(
             self._args, *self._shapes.values()
         )
-        self.degree, self.is_affine = 0, False
+        self.degree, self.why_not_affine = 0, "that is not tried"
 
     def __call__(self, args: Any, indicators: jax.Array, others: Any = None) -> jax.Array:
         """The function at relaxed indicators.
@@ -142,6 +173,11 @@ class MultiAffine:
             return self._walk(args, consts, indicators, others)
         walk = jax.vmap(lambda x, others: self._walk(args, consts, x, others))
         return jnp.ravel(walk(grouped(indicators), jax.tree.map(grouped, others)))
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it is affine in every coordinate."""
+        return not self.why_not_affine
 
     @property
     def is_known(self) -> bool:
@@ -265,17 +301,24 @@ class MultiAffine:
     def prove(self) -> None:
         """Find the degree, and whether the function is affine in every coordinate.
 
-        :raises NotMultiAffine: if its operations do not tell.
+        :raises NotMultiAffine: if its operations do not tell, with the reason.
         """
+        if self.num_rows * self.values.size > MOST_OF_ALL_ROWS:
+            raise NotMultiAffine("its rows are not of one program, and too many for its tables")
         signature = self.signature
         if signature not in PROVED:
             while len(PROVED) >= MOST_PROVED:
                 PROVED.pop(next(iter(PROVED)))
             PROVED[signature] = self._find_degree()
         found = PROVED[signature]
-        if found is None:
-            raise NotMultiAffine
-        self.degree, self.is_affine = found
+        if isinstance(found, str):
+            raise NotMultiAffine(found)
+        self.degree, self.why_not_affine = found
+
+    @property
+    def program(self) -> str:
+        """Its operations, without the values of constants."""
+        return str(self._closed.jaxpr)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -284,17 +327,17 @@ class MultiAffine:
             (x.shape, x.dtype, None if isinstance(x, Tracer) else np.asarray(x).tobytes())
             for x in self._closed.consts
         ]
-        program = str(self._closed.jaxpr), tuple(self._others), str(jnp.result_type(float))
+        program = self.program, tuple(self._others), str(jnp.result_type(float))
         return *program, self.values.tobytes(), self.is_state.tobytes(), tuple(consts)
 
     def _find_degree(self):
-        """The degree and whether the function is affine, or ``None``."""
+        """The degree and what meets itself, or why that is not shown."""
         own = jax.ShapeDtypeStruct((self.num_rows, *self._shape), jnp.result_type(float))
         try:
             jax.eval_shape(self, self._args, own, self._shapes)
-            return self.degree, self._has_constant_slopes()
-        except NotMultiAffine:
-            return None
+            return self.degree, self._meets_itself()
+        except NotMultiAffine as error:
+            return str(error)
 
     def _walk(self, args, consts, indicators, others):
         size, width = self.values.shape
@@ -318,8 +361,8 @@ class MultiAffine:
         self.degree = result.degree
         return result.relaxed()
 
-    def _has_constant_slopes(self):
-        """Whether no slope changes along its own coordinate, at random points and parameters."""
+    def _meets_itself(self):
+        """A coordinate along which its own slope changes, at random points and parameters."""
         found = []
         own, structure = jax.tree.flatten((self._args, {k: self._shapes[k] for k in self._others}))
         both = [*own, *self._closed.consts]
@@ -345,10 +388,13 @@ class MultiAffine:
                 if np.all(np.isfinite(before)) and np.all(np.isfinite(after)):
                     size = np.sqrt(np.mean(before**2))
                     allowed = 1e-4 * (abs(before) + abs(after)) + 1e-5 * size
-                    found.append(bool(np.all(abs(after - before) <= allowed)))
+                    found.append(np.all(abs(after - before) <= allowed, 0))
         if not found:
-            raise NotMultiAffine  # infinite values, to which no number is added
-        return all(found)
+            raise NotMultiAffine("it has infinite values")  # to which no number is added
+        is_constant = np.all(found, 0)
+        return (
+            "" if all(is_constant) else f"{self.name_of(int(np.argmin(is_constant)))} meets itself"
+        )
 
     def _slopes(self, fn, point, direction, step, colors):
         """Slopes along directions of every coordinate, at two of its points each.
@@ -392,5 +438,5 @@ def value_table(
 
 def _random_like(rng, x):
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise NotMultiAffine  # an integer parameter is not one of a polynomial
+        raise NotMultiAffine("a parameter of it holds integers")  # not one of a polynomial
     return rng.normal(size=x.shape).astype(x.dtype)

@@ -78,6 +78,13 @@ class StateWalker:
 
     def _apply(self, eqn, operands):
         """Values of all outputs of one operation."""
+        try:
+            return self._results(eqn, operands)
+        except NotMultiAffine as error:
+            why = str(error) or f"`{eqn.primitive.name}` is no sum or product of tables"
+            raise NotMultiAffine(why) from None
+
+    def _results(self, eqn, operands):
         name = eqn.primitive.name
         if not eqn.outvars:  # an effect, such as printing
             return []
@@ -274,7 +281,7 @@ class StateWalker:
         """A loop over a fixed number of steps, written out."""
         length, reverse = eqn.params["length"], eqn.params["reverse"]
         if length > MAX_STEPS:
-            raise NotMultiAffine
+            raise NotMultiAffine(f"a loop of it has more than {MAX_STEPS} steps")
         num_consts, num_carry = scan_parts(eqn)
         consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
         xs, outputs = operands[num_consts + num_carry :], [None] * length

@@ -37,7 +37,11 @@ FREE = -1  # the label of an element that reads no coordinate
 
 
 class NotMultiAffine(Exception):
-    """Raised for an operation after which the indicators may not enter linearly one by one."""
+    """Raised for an operation after which the indicators may not enter linearly one by one.
+
+    Its message, where it has one, says why; else whoever walks through the program adds the
+    operation.
+    """
 
 
 class StateArray:
@@ -68,7 +72,7 @@ class StateArray:
     def table(self) -> Any:
         """Its values at all states of the coordinates that an element reads."""
         if self._table is None:
-            raise NotMultiAffine
+            raise NotMultiAffine("an element reads more than two coordinates")
         return self._once("table", self._table)
 
     def relaxed(self) -> Any:
@@ -178,7 +182,7 @@ class Relaxation:
         if is_known:
             table = np.asarray(table)
             if not np.all(np.isfinite(table)):
-                raise NotMultiAffine
+                raise NotMultiAffine("it has infinite values")
         if not len(labels):
             return as_floats(table)
         if len(labels) == 1:

@@ -20,7 +20,7 @@ def rows_of(energy: Energy, num_rows, seed=1):
 def form_of(energy, num_rows):
     x, params = rows_of(energy, num_rows), jax.tree.map(jnp.asarray, energy.params)
     fn = lambda p, rows: energy.fn(p, rows["x"])  # noqa: E731
-    return multi_affine(fn, params, {"x": x}, {"x": energy.values})
+    return multi_affine(fn, params, {"x": x}, {"x": energy.values}, in_pairs=True)
 
 
 def changes(energy, params, x):
@@ -81,7 +81,7 @@ def test_changes_of_a_site_that_meets_itself():
     """(Σ x)² from 3 to 3, 4 and 5."""
     x = jnp.array([[0, 2, 1]])
     fn = lambda p, rows: p * jnp.sum((rows["x"] @ jnp.ones((3, 3))) * rows["x"], -1)  # noqa: E731
-    form = multi_affine(fn, jnp.array(1.0), {"x": x}, {"x": (0, 1, 2)})
+    form = multi_affine(fn, jnp.array(1.0), {"x": x}, {"x": (0, 1, 2)}, in_pairs=True)
     assert form is not None
     slopes = form.secants(jnp.array(1.0), form.indicators(x))
     assert slopes is not None

@@ -76,7 +76,7 @@ def test_couplings_and_fields_are_the_energy(name):
     fn, units, num_rows = CASES[name]
     like = {k: jnp.zeros((num_rows, size), int) for k, (_, size) in units.items()}
     values = {k: x for k, (x, _) in units.items()}
-    potts = read_potts(multi_affine(lambda _, x: fn(x), {}, like, values))
+    potts = read_potts(multi_affine(lambda _, x: fn(x), {}, like, values, in_pairs=True))
     assert potts.is_checked
     columns = [x for x, size in units.values() for _ in range(size)]
     states = np.array(list(itertools.product(*columns)))
