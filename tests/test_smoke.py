@@ -18,7 +18,10 @@ from numpyro.infer import MCMC, NUTS
 
 import numpyro_ebm as ebm
 
-pytestmark = pytest.mark.smoke
+pytestmark = [
+    pytest.mark.smoke,
+    pytest.mark.slow,
+]  # every part has laws of its own in the default run
 
 TRUTH = {
     "W": np.array([[1.0, -0.5], [0.3, 0.8]]),

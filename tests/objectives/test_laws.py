@@ -113,10 +113,7 @@ def all_params(objective, model, reader, data, params):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("NCE", "PseudoLikelihood") else pytest.param(name, marks=pytest.mark.slow)
-        for name in OBJECTIVES
-    ],
+    [name if name == "NCE" else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES],
 )
 def test_jit_equals_eager(name):
     member = OBJECTIVES[name]
