@@ -158,14 +158,16 @@ def flat(num_rows=20_000):
 
 
 def test_friction_is_the_rate_at_which_momentum_is_forgotten():
-    """Without a force a step of ε keeps exp(-γ ε) of the momentum."""
+    """Without a force a step of ε keeps exp(-γ ε) of the momentum, of any mass."""
     kernel = ebm.UnderdampedLangevin(
         ebm.fixed(flat, {}), step_size=0.4, friction=2.0, adapt_step_size=False
     )
     state = kernel.init(jax.random.key(3), 0, None, (), {})
-    new = jax.jit(lambda s: kernel.sample(s, (), {}))(state)
+    heavy = state.adapt_state._replace(inverse_mass_matrix=jnp.full(1, 0.25))
+    new = jax.jit(lambda s: kernel.sample(s, (), {}))(state._replace(adapt_state=heavy))
     (old,), (momentum,) = (jax.tree.leaves(s.memory[0]) for s in (state, new))
     assert np.corrcoef(old, momentum)[0, 1] == pytest.approx(np.exp(-0.8), abs=0.02)
+    assert np.std(momentum) == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_step_size_after_the_warm_up_is_the_averaged_one():
@@ -237,15 +239,17 @@ def test_annealing_by_noise_has_its_temperature_and_step():
             v = numpyro.sample("v", ebm.Lebesgue())
             ebm.energy("E", 0.5 * v**2)
 
-    def variance(num_steps, step_size):
-        options = {"num_steps": num_steps, "step_size": step_size, "denoise": False}
-        kernel = ebm.AnnealedLangevin(ebm.fixed(model, {}), [2.0], noise_scale=1.0, **options)
+    def variance(num_steps, step_size, scale=1.0, denoise=False):
+        options = {"num_steps": num_steps, "step_size": step_size, "denoise": denoise}
+        kernel = ebm.AnnealedLangevin(ebm.fixed(model, {}), [3.0, 2.0], noise_scale=scale, **options)
         state = kernel.init(jax.random.key(3), 0, None, (), {})
         return np.var(jax.jit(lambda s: kernel.sample(s, (), {}))(state).z["v"])
 
     error = 4 * np.sqrt(2 / 20_000)
     np.testing.assert_allclose(variance(60, 0.5), 4.0 / (1 - 2.0 / 8), rtol=error)
-    np.testing.assert_allclose(variance(1, 1e-9), 2.0**2, rtol=error)  # where it starts
+    np.testing.assert_allclose(variance(1, 1e-9), 3.0**2, rtol=error)  # where it starts
+    denoised = (1 - 0.6**2) * 3.0  # v + σ² ∇ log p of the last level
+    np.testing.assert_allclose(variance(1, 1e-9, 0.6, True), denoised**2, rtol=error)
 
 
 def test_a_row_of_which_one_site_moves_is_not_frozen():

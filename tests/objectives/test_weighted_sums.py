@@ -378,3 +378,19 @@ def test_a_part_is_asked_in_a_sum_as_it_is_alone():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), *pair)
     assert alone.seen["begun"] == 4
     np.testing.assert_array_equal(alone.seen["advanced"]["mean"], alone.seen["before"]["mean"])
+
+
+class Lottery(ebm.ScoreMatching):
+    """A loss that is its random number."""
+
+    def energy_loss(self, rng_key, params, problem):
+        return jax.random.normal(rng_key)
+
+
+def test_parts_draw_with_keys_of_their_own():
+    """Half of one and half of another have half of the variance."""
+    both = 0.5 * Lottery() + 0.5 * Lottery()
+    problem = both.prepare(jax.random.key(3), {}, bowls, None, (jnp.asarray(X),), {})
+    keys = jax.random.split(jax.random.key(4), 4_000)
+    losses = jax.vmap(lambda key: both.energy_loss(key, {}, problem))(keys)
+    assert jnp.var(losses) == pytest.approx(0.5, abs=4 * 0.5 * (2 / len(keys)) ** 0.5)
