@@ -2,6 +2,7 @@
 """log Z by quadrature, which finds the mass itself."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from normalizer_cases import KEY, assert_covers, model_of
 from numpyro.distributions import constraints
 
 import numpyro_ebm as ebm
+from numpyro_ebm.log_normalizers import quadrature
 
 LINE = [
     # energy, base measure, log Z
@@ -47,6 +49,20 @@ def test_tails_beyond_the_nodes_count_in_the_error():
         found = ebm.log_normalizer(KEY, model, method="quadrature")
     log_z = math.lgamma(0.5) + math.lgamma(0.25) - math.lgamma(0.75)
     assert abs(found.value - log_z) < found.mcse < 0.03
+
+
+def test_the_grid_is_refined_until_every_second_node_says_the_same(monkeypatch):
+    """∫∫ exp(-½ v²) dv is 2π, which the first grid and every second of its nodes both find."""
+
+    def evaluate(integrand, cloud, num_nodes, reach):
+        nodes, log_weights = quadrature._grid(integrand, num_nodes, reach)
+        return jnp.asarray(log_weights - 0.5 * (nodes**2).sum(-1))[:, None], None
+
+    monkeypatch.setattr(quadrature, "_evaluate", evaluate)
+    plane = SimpleNamespace(num_real=2), SimpleNamespace(center=jnp.zeros((1, 2)))
+    value, change, num_nodes = quadrature._refine(*plane, 100.0)
+    assert value == pytest.approx(math.log(2 * math.pi), abs=1e-5)
+    assert change < 1e-5 and num_nodes == 129
 
 
 @pytest.mark.slow

@@ -241,7 +241,8 @@ def test_annealing_by_noise_has_its_temperature_and_step():
 
     def variance(num_steps, step_size, scale=1.0, denoise=False):
         options = {"num_steps": num_steps, "step_size": step_size, "denoise": denoise}
-        kernel = ebm.AnnealedLangevin(ebm.fixed(model, {}), [3.0, 2.0], noise_scale=scale, **options)
+        options |= {"noise_scales": [3.0, 2.0], "noise_scale": scale}
+        kernel = ebm.AnnealedLangevin(ebm.fixed(model, {}), **options)
         state = kernel.init(jax.random.key(3), 0, None, (), {})
         return np.var(jax.jit(lambda s: kernel.sample(s, (), {}))(state).z["v"])
 
