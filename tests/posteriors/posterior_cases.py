@@ -75,3 +75,13 @@ def rows_of(model, params, *args):
 
 def slope(f, x, step):
     return (f(x + step) - f(x - step)) / (2 * step)
+
+
+def lattice_model(data):
+    beta = numpyro.sample("beta", dist.Normal(0.0, 1.0))
+    field = numpyro.sample("field", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Counting(2, event_shape=(3, 3)), obs=data)
+        s = 2.0 * v - 1.0
+        bonds = jnp.sum(s[:, 1:] * s[:, :-1], (1, 2)) + jnp.sum(s[..., 1:] * s[..., :-1], (1, 2))
+        ebm.energy("E", -beta * bonds - field * jnp.sum(s, (1, 2)))

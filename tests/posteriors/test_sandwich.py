@@ -2,7 +2,6 @@
 """Draws of generalised posteriors, moved to the width of their estimator."""
 
 import contextlib
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import scipy.linalg
 from numpyro.handlers import mask, scale
 from numpyro.infer import MCMC, SVI, BarkerMH, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal
-from posterior_cases import KEY, ROWS, precision_model
+from posterior_cases import KEY, ROWS, lattice_model, precision_model
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError, WidthWarning
@@ -243,56 +242,6 @@ def test_rows_of_a_group_count_as_one(x64):
     np.testing.assert_allclose(grouped.standard_error, once.standard_error, rtol=0.01)
     apart = model.calibrate(data, prior)
     np.testing.assert_allclose(apart.standard_error, once.standard_error / 3**0.5, rtol=0.1)
-
-
-def lattice_model(data):
-    beta = numpyro.sample("beta", dist.Normal(0.0, 1.0))
-    field = numpyro.sample("field", dist.Normal(0.0, 1.0))
-    with numpyro.plate("data", len(data)):
-        v = numpyro.sample("v", ebm.Counting(2, event_shape=(3, 3)), obs=data)
-        s = 2.0 * v - 1.0
-        bonds = jnp.sum(s[:, 1:] * s[:, :-1], (1, 2)) + jnp.sum(s[..., 1:] * s[..., :-1], (1, 2))
-        ebm.energy("E", -beta * bonds - field * jnp.sum(s, (1, 2)))
-
-
-LATTICE = np.array([[[1, 1, 0], [0, 1, 1], [0, 0, 1]], [[0, 0, 1], [1, 0, 0], [1, 1, 1]]])
-
-
-@pytest.mark.slow
-def test_few_lattices_are_calibrated_by_simulation(x64):
-    """J against the sum over all 512 states, of gradients that JAX takes one by one."""
-    model = ebm.generalized(lattice_model, ebm.PseudoLikelihood(), "calibrate")
-    found = model.calibrate(LATTICE, num_resamples=2_000)
-    assert found.method == "simulation"
-    states = np.array(list(itertools.product([-1.0, 1.0], repeat=9))).reshape(-1, 3, 3)
-
-    def statistics(s):
-        return jnp.stack([jnp.sum(s[1:] * s[:-1]) + jnp.sum(s[:, 1:] * s[:, :-1]), jnp.sum(s)])
-
-    def loss(theta, s):
-        padded = jnp.pad(s, 1)
-        near = padded[2:, 1:-1] + padded[:-2, 1:-1] + padded[1:-1, 2:] + padded[1:-1, :-2]
-        return jnp.sum(jax.nn.softplus(-2 * s * (theta[0] * near + theta[1])))
-
-    theta = jnp.array([found.minimizer["beta"], found.minimizer["field"]])
-
-    def of_data(theta):
-        return jnp.mean(jnp.stack([loss(theta, 2.0 * s - 1) for s in LATTICE]))
-
-    np.testing.assert_allclose(jax.grad(of_data)(theta), 0.0, atol=1e-5)
-    log_p = np.asarray(jax.vmap(statistics)(states) @ theta)
-    p = np.exp(log_p - scipy.special.logsumexp(log_p))
-    scores = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(theta, states))
-    np.testing.assert_allclose(p @ scores, 0.0, atol=1e-9)  # pseudo-likelihood is unbiased
-    J = (scores * p[:, None]).T @ scores
-    error = np.sqrt(np.diag(J)) / np.sqrt(2_000)
-    np.testing.assert_allclose(
-        np.sqrt(np.diag(found.score_covariance)), np.sqrt(np.diag(J)), atol=4 * error.max()
-    )
-    H = jax.hessian(of_data)(theta)
-    np.testing.assert_allclose(found.hessian, H, rtol=1e-5, atol=1e-6)
-    again = model.calibrate(LATTICE, method="simulation", num_resamples=2_000)
-    assert again.learning_rate == found.learning_rate  # one key, one result
 
 
 def test_the_trace_rule_and_its_cap(x64):
