@@ -135,7 +135,6 @@ class MassAtTheEnd(EndOften):
     share = 0.5
 
 
-@pytest.mark.slow
 def test_noise_that_rounds_to_an_end_is_drawn_anew_row_by_row():
     def model(data):
         mean = numpyro.param("mean", 0.5)
