@@ -165,7 +165,7 @@ class ChainKernel(AdaptiveKernel):
             accept_prob=jnp.zeros(row_model.rows_shape),
             mean_accept_prob=jnp.zeros(()),
             diverging=jnp.zeros(row_model.rows_shape, bool),
-            num_steps=jnp.array(0),
+            num_steps=jnp.array(0, int),
             adapt_state=self._adaptation.init(
                 self._initial_step_size(dimension),
                 row_model.num_rows,
