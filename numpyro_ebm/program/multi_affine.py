@@ -377,18 +377,18 @@ class MultiAffine:
 
         colors, rng = self._colors(), np.random.default_rng(72)
         point, direction = rng.normal(size=(2, self.num_rows, *self._shape))
-        with jax.ensure_compile_time_eval():  # inside of `jit` too
-            compiled = jax.jit(slopes)
-            for change in SIGNS:
-                likes = [x for x, r in zip(both, is_random, strict=True) if r]
-                drawn = [change(_random_like(rng, x)) for x in likes]
-                before, after = map(
-                    np.asarray, compiled(drawn, point, direction, 2.0 + rng.normal())
-                )
-                if np.all(np.isfinite(before)) and np.all(np.isfinite(after)):
-                    size = np.sqrt(np.mean(before**2))
-                    allowed = 1e-4 * (abs(before) + abs(after)) + 1e-5 * size
-                    found.append(np.all(abs(after - before) <= allowed, 0))
+        likes = [x for x, r in zip(both, is_random, strict=True) if r]
+        program = None
+        for change in SIGNS:
+            arguments = [change(_random_like(rng, x)) for x in likes], point, direction
+            arguments = *arguments, 2.0 + rng.normal()
+            if program is None:  # not called, so that what is known is no program of its own
+                program = jax.jit(slopes).lower(*arguments).compile()
+            before, after = map(np.asarray, program(*arguments))
+            if np.all(np.isfinite(before)) and np.all(np.isfinite(after)):
+                size = np.sqrt(np.mean(before**2))
+                allowed = 1e-4 * (abs(before) + abs(after)) + 1e-5 * size
+                found.append(np.all(abs(after - before) <= allowed, 0))
         if not found:
             raise NotMultiAffine("it has infinite values")  # to which no number is added
         is_constant = np.all(found, 0)

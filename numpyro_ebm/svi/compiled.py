@@ -113,6 +113,17 @@ class CompiledRounds:
         own, kept = run_compiled(first, state, unless=(args, kwargs), options=compiler_options())
         return state._replace(objective_state=own, marginal_state=kept)
 
+    def with_first_state(
+        self, state: EnergySVIState, batches: Batches | StreamedBatches
+    ) -> EnergySVIState:
+        """As :meth:`with_objective_state`, at the first batch of a run, which is cut inside."""
+        arrays, indices, minibatches = batches.look(batches.minibatches.batch_size)
+
+        def first(state):
+            return self._first_state(state, arrays, indices, minibatches=minibatches)
+
+        return run_compiled(first, state, options=compiler_options())
+
     def with_kept(
         self, state: EnergySVIState, batches: Batches | StreamedBatches
     ) -> EnergySVIState:

@@ -283,14 +283,6 @@ class Batches:
         other = self.minibatches.resized(num_rows)
         return self.arrays, other.indices(self._orders, 0, 1), other
 
-    def batch(self, step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments and keyword arguments of a step."""
-        return self.minibatches.batch(self.arrays, self.indices(step, 1), 0)
-
-    def rows(self, step: int) -> BatchRows | None:
-        """Which rows of the data the batch of a step has."""
-        return self.minibatches.rows(self.indices(step, 1), 0)
-
 
 def _is_array(x):
     return hasattr(x, "shape") and hasattr(x, "dtype")

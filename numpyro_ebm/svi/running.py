@@ -188,10 +188,7 @@ class Run:
         if init_state is not None:
             state = svi._compiled.with_kept(state, self._batches)
         elif svi.loss.keeps:
-            step = int(state.step)
-            args, kwargs = self._batches.batch(step)
-            rows = self._batches.rows(step)
-            state = svi._compiled.with_objective_state(state, args, kwargs, rows)
+            state = svi._compiled.with_first_state(state, self._batches)
         if ema is not None and isinstance(state.ema, list):
             return state
         averages = None if ema is None else svi._round().unconstrained(state)

@@ -111,15 +111,6 @@ class StreamedBatches:
         del num_rows
         return self._first, np.int32(0), self.minibatches
 
-    def batch(self, step: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments and keyword arguments of the first round."""
-        del step
-        return self.minibatches.batch(self._first, 0, 0)
-
-    def rows(self, step: int) -> None:
-        """Which rows of the data a batch has: nobody knows."""
-        del step
-
     @property
     def position(self) -> str | None:
         return self._block.position
