@@ -55,7 +55,7 @@ def take_rounds(
     A state or a loss that is not finite is looked for after every round if ``watched``, which then
     ends the loop before it (or, with ``stable``, undoes the round, which counts), and otherwise at
     the end only: a parameter that is not finite never becomes finite again. That look is part of
-    the loop's program, or on a CPU left to :func:`run_chunks`.
+    the loop's program, or on a CPU, in one process, left to :func:`run_chunks`.
 
     :param one_round: ``(step_key, state, i) -> (state, loss)``, the i-th round of the chunk.
     :param EnergySVIState state: where to start.
@@ -108,7 +108,7 @@ def take_rounds(
     taken, ok, state, losses = lax.while_loop(
         partial(goes_on, end=length), rounds, (jnp.array(0), ok, state, losses)
     )
-    if not watched and jax.default_backend() != "cpu":
+    if not watched and (jax.default_backend() != "cpu" or jax.process_count() > 1):
         ok = is_finite(state, losses, first)
     return state, losses, taken, ok
 
