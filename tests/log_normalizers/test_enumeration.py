@@ -12,7 +12,8 @@ from conftest import GRBMOracle, enable_x64
 from normalizer_cases import CRITICAL, KEY, ising, kaufman, model_of
 
 import numpyro_ebm as ebm
-from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks
+from numpyro_ebm.log_normalizers import nodes
+from numpyro_ebm.log_normalizers.nodes import log_sum_in_chunks, log_sum_over_rows
 
 
 def enumerated_ising(size, beta):
@@ -134,3 +135,12 @@ def test_a_full_covariance_and_a_gaussian_without_discrete_sites():
 def test_chunks_that_do_not_fill_up():
     found = log_sum_in_chunks(lambda x: 0.0 * x[:, None], jnp.arange(5.0), 2)
     np.testing.assert_allclose(found[0], np.log(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [4, 65_536])
+def test_nodes_that_do_not_fill_the_rows(at_once, monkeypatch):
+    """Σ w f over seven nodes, three rows at a time."""
+    monkeypatch.setattr(nodes, "NODES_AT_ONCE", at_once)
+    x, weights = np.linspace(-1.0, 2.0, 7), np.arange(1.0, 8.0)
+    found = log_sum_over_rows(lambda v: -v[:, 0], jnp.asarray(x[:, None]), jnp.log(weights), 3)
+    np.testing.assert_allclose(found, np.log(weights @ np.exp(-x)), rtol=1e-5)

@@ -94,6 +94,26 @@ def test_the_surrogate_has_a_log_z_for_every_row():
     np.testing.assert_allclose(found[1] - found[0], expected[1] - expected[0], rtol=1e-4)
 
 
+def test_priors_of_rows_have_their_densities_in_unconstrained_coordinates():
+    """log p(θ) + log |dθ / dz| of every row, summed over its sites and their elements."""
+
+    def model(data):
+        with numpyro.plate("groups", len(data)):
+            rate = numpyro.sample("rate", dist.Gamma(3.0, 2.0).expand([2]).to_event(1))
+            mean = numpyro.sample("mean", dist.Normal(0.5, 2.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+            ebm.energy("E", 0.5 * jnp.sum(rate * (v - mean[:, None]) ** 2, -1))
+
+    rng = np.random.default_rng(3)
+    rate, mean = rng.gamma(3.0, size=(4, 2)), rng.normal(size=4)
+    target = ExchangeTarget(model, (jnp.zeros((4, 2)),), {}, by_row=True)
+    found = target.log_prior({"rate": jnp.log(rate), "mean": jnp.asarray(mean)})
+    of_rate = stats.gamma(3.0, scale=0.5).logpdf(rate) + np.log(rate)
+    expected = of_rate.sum(-1) + stats.norm(0.5, 2.0).logpdf(mean)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_references_are_draws_at_the_center_and_frozen_after_the_warmup():
     data = jnp.asarray(GAUSSIAN)
