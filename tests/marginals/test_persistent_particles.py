@@ -251,23 +251,29 @@ def test_scores_take_one_half_of_the_particles():
 
 
 def test_a_batch_moves_the_particles_of_its_rows():
+    """A little, from where they are; and the chains of the rows begin at the first ones."""
     data, batch = draw_data(6), jnp.array([4, 1])
-    objective = ebm.ContrastiveDivergence(mala, 1, ebm.PersistentParticles(mala, 3))
+    little = partial(ebm.MALA, step_size=1e-8)
+    objective = ebm.ContrastiveDivergence(little, 1, ebm.PersistentParticles(little, 3))
 
     @jax.jit
     def both(key):
         problem = objective.prepare(key, truth(), latent_prior, None, (data[batch],), {})
         rows, row_model = BatchRows(batch, 6), problem.row_model
         state = problem.marginal.init_state(key, row_model, truth(), rows)
+        state = {"z": state["z"] + jnp.arange(6.0)[:, None]}
         held, after = problem.marginal.advance(key, row_model, truth(), state, rows)
-        return state["z"], after["z"], held._held["z"]
+        problem, _ = objective.advance(key, truth(), problem._replace(marginal=held), None)
+        return state["z"], after["z"], held._held["z"], problem.noise.position["z"]
 
-    before, after, held = both(KEY)
+    before, after, held, chains = both(KEY)
     assert before.shape == (6, 3)
     np.testing.assert_array_equal(
         np.any(before != after, -1), [False, True, False, False, True, False]
     )
     np.testing.assert_array_equal(after[batch].T, held)
+    np.testing.assert_allclose(after, before, atol=2e-3)
+    np.testing.assert_allclose(chains, held[0], atol=2e-3)
 
 
 @pytest.mark.slow

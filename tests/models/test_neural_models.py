@@ -112,9 +112,15 @@ def test_a_label_of_a_jem_has_the_softmax_of_the_logits(num_classes):
     joint = np.array([log_joint(model, v[:1], np.full(1, k)) for k in range(num_classes)])
     np.testing.assert_allclose(log_softmax(joint), log_softmax(logits[0]), atol=1e-5)
     conditional = ebm.PseudoLikelihood().on("y", given="v")
-    found = conditional.loss(KEY, params, free, None, v, y)
-    expected = -log_softmax(logits, -1)[np.arange(6), y].mean()
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    loss = jax.jit(lambda y, known: conditional.loss(KEY, params, free, None, v, y, known))
+    of_rows = -log_softmax(logits, -1)
+    expected = of_rows[np.arange(6), y].mean()
+    np.testing.assert_allclose(loss(y, np.ones(6, bool)), expected, rtol=1e-5)
+    known, other = np.arange(6) < 4, (y + 1) % num_classes  # rows whose label is not looked at
+    gain = loss(other, known) - loss(np.where(known, y, other), known)
+    expected = (of_rows[np.arange(4), other[:4]] - of_rows[np.arange(4), y[:4]]).sum() / 6
+    np.testing.assert_allclose(gain, expected, rtol=1e-4)
+    np.testing.assert_array_equal(loss(other, known), loss(np.where(known, other, y), known))
 
 
 def test_the_density_of_a_jem_sums_its_classes():

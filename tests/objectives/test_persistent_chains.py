@@ -98,9 +98,11 @@ def two_wells(data):
 def test_chains_in_two_modes_have_a_large_r_hat():
     """The energies of the modes agree; the visible values do not, of chains in no order."""
     objective = ebm.ContrastiveDivergence(partial(ebm.MALA, step_size=2e-3), 20, persistent=True)
-    chains = advanced(objective, two_wells, {"depth": 50.0}, np.tile([-1.0, 1.0], 10), 40)
+    chains = advanced(objective, two_wells, {"depth": 50.0}, np.tile([-1.0, 1.0], 10), 256)
     r_hat = objective.chain_diagnostics(as_state(chains))
     assert r_hat["visible"][0] > 3 and r_hat["energy"] < 1.3
+    with pytest.warns(ebm.ConvergenceWarning, match="1 of 1 visible coordinates"):
+        objective.review_state(chains)
 
 
 @pytest.mark.parametrize(
