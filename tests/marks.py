@@ -146,7 +146,6 @@ MEMBERS = {
     "test_svi.py::test_the_guide_follows_the_posterior": (),
     "test_coordinates_that_are_missing_are_integrated_out": (),
     "test_resampling_keeps_every_expectation_and_every_population_to_itself": (),
-    "test_a_sweep_there_and_back_over_several_blocks_is_reversible": (),
     "test_gap_of_continuous_latents": (),
     "test_pareto_shapes_are_those_of_the_tails": (),
     "test_any_number_of_chains_has_the_gradient_of_the_likelihood": ("[7",),
@@ -390,7 +389,7 @@ MEMBERS = {
     "test_quadrature_finds_the_mass_itself": ("base0",),
     "test_gaussian_blocks_of_any_precision": ("[blocks1",),
     "test_refinement_takes_its_steps_each_with_noise_of_its_own": ("[Langevin",),
-    "test_other_units_are_enumerated": ("options1", "options2", "options5"),
+    "test_other_units_are_enumerated": ("options1", "options4", "options5"),
     "test_units_are_summed_over_their_values_and_jacobians_are_kept": (
         "[from 3",
         "[3 and",

@@ -115,7 +115,7 @@ def test_a_block_of_two_and_three_values_is_none_of_bits():
 
 
 def test_a_sweep_there_and_back_over_several_blocks_is_reversible():
-    num, rng = 400_000, np.random.default_rng(1)
+    num, rng = 100_000, np.random.default_rng(1)
     x = STATES[rng.choice(18, num, p=probabilities())]
     kernel = ebm.BlockGibbs(ebm.fixed(two_sites, {}), [["b"], ["a"]], reversible=True)
     start, kwargs = {"a": jnp.asarray(x[:, 0]), "b": jnp.asarray(x[:, 1:])}, {"num_rows": num}
