@@ -105,16 +105,18 @@ class TracedModel:
         for site in visible.values():
             check_shape(site)
         self._thaw_visible, visible = frozen(visible)
+        plates = {name: values[name] for name in self._with_role("plate", "mutable")}
+        self._thaw_plates, plates = frozen(plates)
         self._thaw, found = frozen(
             rows,
-            {name: values[name] for name in self._with_role("plate", "mutable")},
             {name: values[name] for name in self._with_role("param", "prior")},
             {name: constraint for name, (_, constraint) in param_sites(sites).items()},
             {name: sites[name]["fn"] for name in self._with_role("prior")},
         )
         self._weights = find_weights(self.data_plate, sites)
         self.row_observed = row_observed(self.data_plate, sites)
-        return {"visible": visible, "found": found, **self._weights, **self._results(sites)}
+        parts = {"visible": visible, "plates": plates, "found": found}
+        return {**parts, **self._weights, **self._results(sites)}
 
     def _find_roles(self, sites):
         self._roles = {name: _role(site, self.data_plate) for name, site in sites.items()}
@@ -177,8 +179,9 @@ class TracedModel:
             return self.at(self.arguments.args, self.arguments.kwargs, params).bind(rng_key)
         weights = self.row_weights(rng_key, params)
         self.check_data(rng_key, params)
-        sites, plates, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
-        with jax.ensure_compile_time_eval():  # numbers that a program holds are NumPy's
+        sites, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
+        with jax.ensure_compile_time_eval():  # indices of rows are known under `jit`, too
+            (plates,) = self._thaw_plates(self._find("plates", rng_key, params))
             plates |= {name: jax.tree.map(jnp.asarray, plates[name]) for name in self.states}
         sites |= {name: self._counting(sites[name], weights) for name in self.observed}
         row_model = RowModel(self, sites, plates, {**own, **params}, constraints, priors)

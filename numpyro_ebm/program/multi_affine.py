@@ -34,7 +34,7 @@ from numpyro_ebm.program.interactions import interactions
 from numpyro_ebm.program.monomials import Monomials, monomials
 from numpyro_ebm.program.quadratic import quadratic_form
 from numpyro_ebm.program.state_rules import StateWalker
-from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, constant
+from numpyro_ebm.program.state_tables import NotMultiAffine, Relaxation, Unknown, constant
 
 __all__ = ["MultiAffine", "multi_affine", "tell_general", "value_table"]
 
@@ -47,8 +47,8 @@ MOST_PROVED = 64
 PROVED: dict[Any, Any] = {}
 """What was found of the last programs: a kernel or a loss reads the same one several times."""
 
-SIGNS: tuple[Callable[..., Any], ...] = (lambda x: x, np.abs, lambda x: -np.abs(x))
-"""What is tried for random parameters: some have to be positive, others are used by their sign."""
+SIGNS = ((1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
+"""Of random parameters and of their sizes: some are positive, others are used by their sign."""
 
 
 def multi_affine(
@@ -339,10 +339,10 @@ class MultiAffine:
         except NotMultiAffine as error:
             return str(error)
 
-    def _walk(self, args, consts, indicators, others):
+    def _walk(self, args, consts, indicators, others, draw=None):
         size, width = self.values.shape
         indicators = jnp.reshape(indicators, (-1, *self._shape[1:]))
-        walker = StateWalker(Relaxation(indicators, width))
+        walker = StateWalker(Relaxation(indicators, width), draw)
         inputs, start = [], 0
         for name, like in self._shapes.items():
             if name in self._others:
@@ -366,22 +366,32 @@ class MultiAffine:
         found = []
         own, structure = jax.tree.flatten((self._args, {k: self._shapes[k] for k in self._others}))
         both = [*own, *self._closed.consts]
-        is_random = [i < len(own) or isinstance(x, Tracer) for i, x in enumerate(both)]
+        is_free = [i < len(own) or isinstance(x, Tracer) for i, x in enumerate(both)]
+        is_random = [f and _is_real(x) for f, x in zip(is_free, both, strict=True)]
+        known = [
+            Unknown(x.shape) if f and not r else x
+            for f, r, x in zip(is_free, is_random, both, strict=True)
+        ]
 
-        def slopes(drawn, point, direction, step):
+        def slopes(drawn, sign, point, direction, step):
             drawn = iter(drawn)
-            values = [next(drawn) if r else x for r, x in zip(is_random, both, strict=True)]
+            values = [next(drawn) if r else x for r, x in zip(is_random, known, strict=True)]
             args, others = jax.tree.unflatten(structure, values[: len(own)])
-            fn = lambda x: self._walk(args, values[len(own) :], x, others)  # noqa: E731
+
+            def fn(x):  # the same numbers whenever it is called
+                rng = np.random.default_rng(73)
+                draw = lambda shape: _signed(sign, rng.normal(size=shape))  # noqa: E731
+                return self._walk(args, values[len(own) :], x, others, draw)
+
             return self._slopes(fn, point, direction, step, colors)
 
         colors, rng = self._colors(), np.random.default_rng(72)
         point, direction = rng.normal(size=(2, self.num_rows, *self._shape))
         likes = [x for x, r in zip(both, is_random, strict=True) if r]
         program = None
-        for change in SIGNS:
-            arguments = [change(_random_like(rng, x)) for x in likes], point, direction
-            arguments = *arguments, 2.0 + rng.normal()
+        for sign in SIGNS:
+            drawn = [_signed(sign, rng.normal(size=x.shape)).astype(x.dtype) for x in likes]
+            arguments = drawn, sign, point, direction, 2.0 + rng.normal()
             if program is None:  # not called, so that what is known is no program of its own
                 program = jax.jit(slopes).lower(*arguments).compile()
             before, after = map(np.asarray, program(*arguments))
@@ -436,7 +446,9 @@ def value_table(
     return np.concatenate(table), np.concatenate(is_value)
 
 
-def _random_like(rng, x):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise NotMultiAffine("a parameter of it holds integers")  # not one of a polynomial
-    return rng.normal(size=x.shape).astype(x.dtype)
+def _is_real(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _signed(sign, x):
+    return sign[0] * x + sign[1] * abs(x)

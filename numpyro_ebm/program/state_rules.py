@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ebm._compat import not_jax_tracer
+from numpyro_ebm._compat import Tracer, not_jax_tracer
 from numpyro_ebm.program.constants import keep_known
 from numpyro_ebm.program.jaxprs import (
     CUSTOM_RULES,
@@ -33,9 +33,11 @@ from numpyro_ebm.program.state_moves import (
 )
 from numpyro_ebm.program.state_tables import (
     FREE,
+    NOT_KNOWN,
     NotMultiAffine,
     Relaxation,
     StateArray,
+    Unknown,
     constant,
     evaluate_floats,
     evaluate_states,
@@ -54,10 +56,19 @@ POWERS = {"integer_pow", "pow", "square"}
 
 
 class StateWalker:
-    """Walks through a program; its values are of :class:`StateArray`."""
+    """Walks through a program; its values are of :class:`StateArray`.
 
-    def __init__(self, relaxation: Relaxation):
-        self.relaxation = relaxation
+    :param relaxation: the indicators.
+    :param draw: returns numbers of a shape, the same in every walk, where the program is tried at
+        parameters that are traced. They stand for what is made of integers and of comparisons of
+        parameters, which are :class:`~numpyro_ebm.program.state_tables.Unknown` then.
+    """
+
+    def __init__(
+        self, relaxation: Relaxation, draw: Callable[[tuple[int, ...]], Any] | None = None
+    ):
+        self.relaxation, self._is_trial = relaxation, draw is not None
+        self._draw: Callable[..., Any] = draw or Unknown
 
     def walk(self, closed: Any, arguments: list[StateArray]) -> list[StateArray]:
         """The results of a closed jaxpr."""
@@ -88,6 +99,8 @@ class StateWalker:
         name = eqn.primitive.name
         if not eqn.outvars:  # an effect, such as printing
             return []
+        if any(x.is_unknown for x in operands):
+            return self._of_unknown(eqn, operands)
         if all(x.is_constant for x in operands):
             return self._of_constants(eqn, operands)
         inner = called(eqn)
@@ -115,8 +128,38 @@ class StateWalker:
 
     def _of_constants(self, eqn, operands):
         values = [x.table() for x in operands]
+        is_tried = self._is_trial and any(isinstance(x, Tracer) for x in values)
+        inner = called(eqn)
+        if is_tried and inner is not None:
+            return self.walk(inner, operands)
         with keep_known(values):
-            return [constant(x) for x in evaluate_states(eqn, values)]
+            results = evaluate_states(eqn, values)
+        is_unknown = [is_tried and not _holds_reals(v) for v in eqn.outvars]
+        both = zip(is_unknown, results, strict=True)
+        return [constant(Unknown(x.shape) if u else x) for u, x in both]
+
+    def _of_unknown(self, eqn, operands):
+        """Results of what is not known: any numbers, where they are real."""
+        name, inner = eqn.primitive.name, called(eqn)
+        if all(x.is_constant for x in operands):
+            found = [(self._draw if _holds_reals(v) else Unknown)(v.aval.shape) for v in eqn.outvars]
+            return [*map(constant, found)]
+        if inner is not None and name not in CUSTOM_RULES:
+            return self.walk(inner, operands)
+        if name != "select_n" or len(operands) != 3 or is_integer(eqn.outvars[0]):
+            raise NotMultiAffine(f"`{name}` reads states beside what is {NOT_KNOWN}")
+        (which, *cases), shape = operands, eqn.outvars[0].aval.shape
+        weight = self._draw(which.table().shape)
+        mixed = lambda a, b: a + weight * (b - a)  # noqa: E731
+        relaxed = lambda: mixed(*(x.relaxed() for x in cases))  # noqa: E731
+        degree = max(x.degree for x in cases)
+        if any(x.labels is None for x in cases):
+            return [StateArray(None, None, relaxed, degree)]
+        labels, places = merged_slots([x.labels for x in cases], shape)
+        if not self.has_table(labels):
+            return [StateArray(None, None, relaxed, degree)]
+        table = lambda: tabulated(mixed, [x.table() for x in cases], places)  # noqa: E731
+        return [self.of_table(labels, table, relaxed, degree)]
 
     def _by_custom_rule(self, eqn, operands, results):
         """A function with a derivative of its own, of elements that read one coordinate each."""
@@ -295,6 +338,10 @@ class StateWalker:
         """Whether a table of elements that read so many coordinates is written down."""
         pairs = self.relaxation.num_states**2
         return len(labels) < 2 or (len(labels) == 2 and labels[0].size * pairs <= MAX_ENTRIES)
+
+
+def _holds_reals(v):
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
 
 
 def _may_wrap_around(eqn):

@@ -10,7 +10,7 @@ in the places of the indicators.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ from numpyro_ebm.program.jaxprs import applied
 
 __all__ = [
     "FREE",
+    "NOT_KNOWN",
     "NotMultiAffine",
     "Relaxation",
     "StateArray",
+    "Unknown",
     "as_floats",
     "constant",
     "evaluate_states",
@@ -33,6 +35,7 @@ __all__ = [
     "tabulated",
 ]
 
+NOT_KNOWN = "made of integers or comparisons that have no values yet"
 FREE = -1  # the label of an element that reads no coordinate
 
 
@@ -42,6 +45,12 @@ class NotMultiAffine(Exception):
     Its message, where it has one, says why; else whoever walks through the program adds the
     operation.
     """
+
+
+class Unknown(NamedTuple):
+    """Integers or booleans that may have any values, as a group of a row has, or a mask."""
+
+    shape: tuple[int, ...]
 
 
 class StateArray:
@@ -69,6 +78,11 @@ class StateArray:
         """Whether it reads no coordinate."""
         return self.labels is not None and len(self.labels) == 0
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing is known of its values."""
+        return self.is_constant and isinstance(self.table(), Unknown)
+
     def table(self) -> Any:
         """Its values at all states of the coordinates that an element reads."""
         if self._table is None:
@@ -87,12 +101,15 @@ class StateArray:
 
 def constant(value: Any) -> StateArray:
     """An array that reads no coordinate."""
-    labels = np.zeros((0, *np.shape(value)), np.int32)
+    shape = value.shape if isinstance(value, Unknown) else np.shape(value)
+    labels = np.zeros((0, *shape), np.int32)
     return StateArray(labels, lambda: value, lambda: as_floats(value), 0)
 
 
 def as_floats(x: Any) -> jax.Array:
     """An array with integers and booleans as floating point numbers."""
+    if isinstance(x, Unknown):
+        raise NotMultiAffine(f"it is {NOT_KNOWN}")
     return jnp.asarray(x, jnp.result_type(x, float))
 
 

@@ -6,11 +6,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 
 import numpyro_ebm as ebm
+from numpyro_ebm.mcmc.discrete_form import discrete_form
+from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.program import multi_affine
 
 KEY, ROWS = jax.random.key(72), jnp.array([[0, 1, 1], [1, 1, 0]])
@@ -124,3 +127,22 @@ def test_what_has_no_such_form_is_told(caplog):
     assert len(said) == 2
     assert "['n']: they have no largest value" in said[0]
     assert "['s']: ['h'] are latent" in said[1]
+
+
+def test_rows_by_their_index_have_known_values():
+    """Inside of a program, too: the form knows what a plate yields, and clusters the couplings."""
+    fields = jnp.array([[0.3, -0.2, 0.5], [1.0, 0.4, -0.7]])
+
+    def model():
+        with numpyro.plate("data", 2) as i:
+            s = numpyro.sample("s", ebm.Counting(2, (3,)))
+            ebm.energy("E", -jnp.sum(fields[i] * s, -1) - 0.3 * jnp.sum(s[:, 1:] * s[:, :-1], -1))
+
+    @jax.jit
+    def read(rng_key):
+        row_model = read_fixed_model(ebm.fixed(model, {}), rng_key=rng_key)
+        form = discrete_form(row_model, {"s": np.arange(2)})
+        assert form is not None and form.is_known
+        return rng_key
+
+    read(KEY)

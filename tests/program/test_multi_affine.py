@@ -132,3 +132,60 @@ def test_two_slots_of_an_operand_stay_two():
             assert len(set(place)) == len(slots)
             for slot, i in zip(slots, place, strict=True):
                 np.testing.assert_array_equal(np.where(slot < 0, merged[i], slot), merged[i])
+
+
+GROUPS, MASK = np.array([2, 0, 1]), np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]], bool)
+
+
+def by_groups(p, x, g, mask):
+    """Fields looked up, pairs that count, and a code of the groups, in a program of all rows."""
+    pairs = jnp.where(mask, (x[:, 1:] == x[:, :-1]) * 1.0, 0.3 * x[:, 1:])
+    own = jnp.sum(jax.nn.one_hot(x, 3) * p["T"][g], (-1, -2))
+    return (
+        own + jax.nn.one_hot(g, 3) @ p["c"] * jnp.sum(pairs, -1) + jnp.sum(1.0 * mask, -1) * x[:, 0]
+    )
+
+
+BY_GROUPS = {
+    "a cube of some": lambda p, x, g, mask: (g == 2) * jnp.sum(1.0 * x, -1) ** 3,
+    "a cube where a mask says so": lambda p, x, g, mask: jnp.where(
+        mask[:, 0], jnp.sum(1.0 * x, -1) ** 3, 0.0
+    ),
+    "a code compared": lambda p, x, g, mask: jnp.where(
+        p["c"] == 2.0, jnp.sum(1.0 * x, -1) ** 3, 0.0
+    ),
+    "a unit by its number": lambda p, x, g, mask: jnp.take_along_axis(x, g[:, None], 1)[:, 0] * 1.0,
+}
+
+
+def in_jit(fn, x):
+    """The value and the changes by the form where groups and masks are arguments of a program."""
+    p = {"T": RNG.normal(size=(3, 4, 3)), "c": RNG.normal(size=3)}
+    p = jax.tree.map(jnp.asarray, p)
+
+    def own(g, mask):
+        rows_fn = lambda p, rows: fn(p, rows["x"], g, mask)  # noqa: E731
+        form = multi_affine(rows_fn, p, {"x": x}, {"x": (0, 1, 2)})
+        if form is None:
+            return None
+        X = form.indicators(x)
+        return form(p, X), form.logits(jax.grad(lambda X: jnp.sum(form(p, X)))(X))
+
+    return p, jax.jit(own)(GROUPS, MASK)
+
+
+RNG = np.random.default_rng(7)
+X_OF_GROUPS = jnp.asarray(RNG.integers(0, 3, (3, 4)))
+
+
+def test_integers_without_values_are_any(x64):
+    p, (value, logits) = in_jit(by_groups, X_OF_GROUPS)
+    energy = Energy(lambda p, x: by_groups(p, x, GROUPS, MASK), p)
+    np.testing.assert_allclose(value, energy.fn(p, X_OF_GROUPS), atol=1e-10)
+    found = logits - np.take_along_axis(np.asarray(logits), np.asarray(X_OF_GROUPS)[..., None], -1)
+    np.testing.assert_allclose(found, changes(energy, p, X_OF_GROUPS), atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BY_GROUPS)
+def test_integers_without_values_hide_nothing(name):
+    assert in_jit(BY_GROUPS[name], X_OF_GROUPS)[1] is None
