@@ -160,11 +160,15 @@ class Count(Stay):
         return state._replace(z={"v": state.z["v"] + 1.0})
 
 
+class CountApart(Count):
+    leaves_invariant = False  # whose last step is taken outside of the loop
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_as_many_steps_are_taken_as_are_asked_for(num_steps):
     data = jnp.arange(3.0)
-    for persistent in (False, True):
-        objective = ebm.ContrastiveDivergence(Count, num_steps, persistent=persistent)
+    for kernel, persistent in ((CountApart, False), (Count, True)):
+        objective = ebm.ContrastiveDivergence(kernel, num_steps, persistent=persistent)
         problem = objective.prepare(KEY, {"depth": 1.0}, two_wells, None, (data,), {})
         chains = objective.init_state(KEY, {"depth": 1.0}, problem) if persistent else None
         moved = objective.advance(KEY, {"depth": 1.0}, problem, chains)[0].noise.position["v"]
