@@ -4,6 +4,7 @@
 The ``check_...`` functions hold options to their range, with one message for each kind.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ __all__ = [
     "check_integer",
     "check_not_negative",
     "check_positive",
+    "check_takes",
     "field_or_item",
     "shown",
 ]
@@ -161,6 +163,27 @@ def check_fraction(owner: str, **options: Any) -> None:
     The ends are out of range.
     """
     _check_numbers(owner, options, lambda x: (0 < x) & (x < 1), "between 0 and 1")
+
+
+def check_takes(
+    owner: str, words: str, function: Any, args: tuple[Any, ...], kwargs: Any = None
+) -> None:
+    """Raise :class:`ModelError` unless a function can be called with arguments as it will be.
+
+    :param str owner: what the function belongs to, for the message.
+    :param str words: the function and its arguments.
+    :param function: the function.
+    :param tuple args: as many arguments.
+    :param dict kwargs: arguments by name.
+    """
+    if not callable(function):  # which the annotation says
+        return
+    try:
+        inspect.signature(function).bind(*args, **(kwargs or {}))
+    except TypeError as error:
+        raise ModelError(f"{owner}: {words}, and fails: {error}.") from None
+    except ValueError:  # of a builtin
+        pass
 
 
 def field_or_item(state: Any, index: Any) -> Any:

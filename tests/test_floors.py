@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "numpyro_ebm"
 FLOORS = [
     {"error_pages"},
     {"_compat", "errors", "keys", "types"},
-    {"signatures", "inputs"},
+    {"signatures", "inputs", "printed"},
     {"datasets"},
     {"language", "program"},
     {"samplers"},

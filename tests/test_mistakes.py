@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mistakes import calls, data, kinds, models
+from mistakes import calls, data, kinds, models, others
 from mistakes.setting import BITS, FIXED, KEY, X, fit, model_of, plane
 
 import numpyro_ebm as ebm
@@ -114,6 +114,23 @@ def test_an_option_that_may_be_meant_points_to_the_manual():
     with pytest.raises(TypeError, match="Did you mean `noise_scale`") as caught:
         ebm.DenoisingScoreMatching(noise_scal=0.1)
     assert notes_of(caught.value) == {error_pages.note("arguments-of-a-call")}
+
+
+@pytest.mark.parametrize("words", others.OTHERS)
+def test_a_mistake_that_others_meet_has_the_words_of_the_page(words):
+    for mistake in others.OTHERS[words]:
+        with pytest.raises(mistake.error) as caught:
+            mistake.call()
+        assert words in str(caught.value) or words.endswith("without words")
+        assert re.search(mistake.says, str(caught.value))
+
+
+def test_all_words_of_others_are_provoked():
+    entries = re.findall(
+        r"^- (?:An )?(.+?)(?:: |, from)", ANCHORS["errors-of-numpyro-and-jax"], re.MULTILINE
+    )
+    quoted = {re.sub(r'^"(.+)"$', r"\1", x) for x in entries}
+    assert quoted == set(others.OTHERS)
 
 
 @pytest.mark.parametrize(("anchor", "words"), MESSAGES)

@@ -18,6 +18,7 @@ import numpy as np
 from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.inputs import numbers_of
+from numpyro_ebm.printed import brief
 from numpyro_ebm.signatures import explaining
 
 __all__ = ["Auroc", "Classification", "auroc", "classification"]
@@ -48,12 +49,16 @@ class Classification(NamedTuple):
     calibration_p_value: jax.Array
     confidence: jax.Array
 
+    __repr__ = brief
+
 
 class Auroc(NamedTuple):
     """An area under a receiver operating characteristic, with its standard error."""
 
     value: jax.Array
     standard_error: jax.Array
+
+    __repr__ = brief
 
 
 @explaining

@@ -19,6 +19,7 @@ from numpyro_ebm.diagnostics.reading import pick_marginal, read_rows
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.language.handlers import restricted
 from numpyro_ebm.marginals.base import Marginal
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
@@ -38,6 +39,8 @@ class DenoisingLoss(NamedTuple):
     value: jax.Array
     standard_error: jax.Array
     by_row: jax.Array
+
+    __repr__ = brief
 
 
 @explaining

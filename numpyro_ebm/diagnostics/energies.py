@@ -20,6 +20,7 @@ from numpyro_ebm.errors import ModelError
 from numpyro_ebm.inputs import numbers_of
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
@@ -46,6 +47,8 @@ class EnergyGap(NamedTuple):
     standard_error: float
     statistic: float
     p_value: float
+
+    __repr__ = brief
 
 
 @explaining

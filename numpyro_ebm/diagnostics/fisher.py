@@ -22,6 +22,7 @@ from numpyro_ebm.marginals import choose
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.objectives.fisher_divergence import FisherDivergence
+from numpyro_ebm.printed import brief
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.svi.energy_svi import EnergySVI
 from numpyro_ebm.types import Model, Optimizer, Params
@@ -50,6 +51,8 @@ class FisherDivergenceResult(NamedTuple):
     scale: float
     validation: np.ndarray
     params: dict
+
+    __repr__ = brief
 
 
 @explaining

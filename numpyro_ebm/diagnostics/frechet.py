@@ -18,6 +18,7 @@ import numpy as np
 from numpyro_ebm.diagnostics.plot_arrays import as_images
 from numpyro_ebm.diagnostics.two_samples import flat_rows
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 
@@ -36,6 +37,8 @@ class FrechetDistance(NamedTuple):
     value: jax.Array
     standard_error: jax.Array
     baseline: jax.Array
+
+    __repr__ = brief
 
 
 def cosine_features(

@@ -27,6 +27,7 @@ from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model
@@ -50,6 +51,8 @@ class LikelihoodBounds(NamedTuple):
     log_normalizer: jax.Array
     log_normalizer_error: jax.Array
     by_row: jax.Array
+
+    __repr__ = brief
 
 
 @explaining

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from numpyro_ebm.diagnostics.classifier import Auroc, auroc
 from numpyro_ebm.diagnostics.two_samples import flat_rows, squared_distances
 from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.printed import brief
 
 __all__ = ["NearestRows", "nearest_rows"]
 
@@ -28,6 +29,8 @@ class NearestRows(NamedTuple):
     distance: jax.Array
     held_out_distance: jax.Array | None
     closer: Auroc | None
+
+    __repr__ = brief
 
 
 def nearest_rows(

@@ -21,6 +21,7 @@ from numpyro_ebm.model.finite_supports import lowest_count, support_values
 from numpyro_ebm.model.reading import read_fixed_model, read_model
 from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.objectives.base import Objective
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.types import Model
 
@@ -50,6 +51,8 @@ class RowScores(NamedTuple):
     data: dict[str, np.ndarray] | None
     is_discrete: bool | None
     coordinates: dict[str, np.ndarray]
+
+    __repr__ = brief
 
 
 def log_scores(

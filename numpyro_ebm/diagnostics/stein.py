@@ -30,6 +30,7 @@ from numpyro_ebm.marginals import VaGES
 from numpyro_ebm.marginals.base import Marginal
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.objectives.stein import KERNELS
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.program.progress import Progress
 from numpyro_ebm.signatures import explaining
@@ -55,6 +56,8 @@ class SteinTest(NamedTuple):
     null: jax.Array
     by_row: jax.Array
     bandwidth: jax.Array
+
+    __repr__ = brief
 
 
 @explaining

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from numpyro_ebm.diagnostics.reading import map_leading
 from numpyro_ebm.errors import ModelError, check_integer, check_positive
 from numpyro_ebm.inputs import numbers_of
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 
@@ -39,6 +40,8 @@ class TwoSampleTest(NamedTuple):
     p_value: jax.Array
     null: jax.Array
     bandwidth: jax.Array
+
+    __repr__ = brief
 
 
 @explaining

@@ -25,7 +25,7 @@ from numpyro_ebm.errors import ImproperSamplingError, ModelError, UnknownArgumen
 from numpyro_ebm.inputs import argument_name, as_arrays, list_of_numbers
 from numpyro_ebm.language.distributions import Unnormalized
 
-__all__ = ["WHAT_A_ROW_NEEDS", "explained", "wrong_shape"]
+__all__ = ["WHAT_A_ROW_NEEDS", "explained", "wrong_shape", "wrong_value"]
 
 WHAT_A_ROW_NEEDS = (
     'Write `with numpyro.plate("data", len(data)):` around the visible sites, the latent sites '
@@ -54,6 +54,7 @@ class explained(Messenger):
 
     def __enter__(self) -> Any:
         self._observed, self._changed, self._names, self._twice = {}, {}, set(), []
+        self._drawn = {}
         self._trace_state = trace_state()
         return super().__enter__()
 
@@ -64,7 +65,7 @@ class explained(Messenger):
             exc_value.add_note(NOTE_OF_TRACED)
             exc_value.add_note(note("models"))
         if isinstance(exc_value, EXPLAINED) and not isinstance(exc_value, NOT_EXPLAINED):
-            why = self._wrong_data()
+            why = self._wrong_data() or self._wrong_start()
             if why is None and not isinstance(exc_value, ModelError):  # which says more
                 _check_call(self.fn, *self._arguments)
                 why = self._wrong_shapes() or self._wrong_statement(exc_value)
@@ -99,19 +100,22 @@ class explained(Messenger):
         if msg["type"] == "param":
             own = msg["args"][0] if msg["args"] else None
             self.compare(msg["name"], own, msg["value"])
+        is_value = msg["type"] == "sample" and not isinstance(msg["fn"], Unnormalized)
+        is_enumerated = msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel"
+        if is_value and not (msg["is_observed"] or is_enumerated):
+            self._drawn[msg["name"]] = msg["value"], msg["fn"].shape()
 
     def compare(self, name: str, own: Any, value: Any) -> None:
         """Remember the value of a parameter if it has another shape than the model gives it."""
-        is_number = isinstance(value, bool | int | float | complex)
-        found = getattr(value, "shape", () if is_number else None)
-        if hasattr(own, "shape") and found != own.shape:
-            given = f"type `{type(value).__name__}`" if found is None else f"shape {found}"
-            self._changed[name] = given, own.shape
+        if (hasattr(own, "shape") or _is_number(own)) and _shape_or_type(own) != (
+            given := _shape_or_type(value)
+        ):
+            self._changed[name] = given, jnp.shape(own)
 
     def _wrong_data(self):
         """What is wrong with the data of a site whatever the model makes of them, or ``None``."""
         for name, (value, shape) in self._observed.items():
-            if not hasattr(value, "shape") and not isinstance(value, bool | int | float | complex):
+            if not hasattr(value, "shape") and not _is_number(value):
                 return (
                     f"The data of the visible site '{name}' are a `{type(value).__name__}`, and "
                     f"an array of shape {shape} is needed. {_instead_of(value)}"
@@ -137,9 +141,15 @@ class explained(Messenger):
             return (
                 f"The parameter '{name}' was given a value of {given}, and the model "
                 f"declares it with the shape {shape}. Give it that shape, or call the model with "
-                "the arguments from which it takes its sizes."
+                "the arguments from which it takes its sizes: after a fit, "
+                "`fixed(model, fit.params, **svi.static_kwargs)`."
             )
         return None
+
+    def _wrong_start(self):
+        """Which site that is not observed was given a value of another shape, or ``None``."""
+        found = (wrong_value(name, *drawn) for name, drawn in self._drawn.items())
+        return next((why for why in found if why is not None), None)
 
     def _wrong_statement(self, error):
         """Which statement or argument a model failed on, or ``None``."""
@@ -167,6 +177,17 @@ class explained(Messenger):
                     f"model failed on it ({type(error).__name__}: {error}). {_instead_of(x)}"
                 )
         return None
+
+
+def _is_number(x):
+    return isinstance(x, bool | int | float | complex)
+
+
+def _shape_or_type(x):
+    """What a value has instead of the shape that was meant, in words."""
+    if not hasattr(x, "shape") and not _is_number(x):
+        return f"type `{type(x).__name__}`"
+    return f"shape {jnp.shape(x)}"
 
 
 def _notes(error):
@@ -197,6 +218,23 @@ def wrong_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> st
         f"The data of the visible site '{name}' have shape {found}, but its plates and event "
         f"shape ask for {shape}. Rows lead, and what follows them is the event shape: transpose "
         f"the data, reshape them, or declare their site with `event_shape={found[1:]}`."
+    )
+
+
+def wrong_value(name: str, value: Any, shape: tuple[int, ...]) -> str | None:
+    """The message about a site that is not observed and has a value of another shape, if it is so.
+
+    :param str name: the site.
+    :param value: its value, of which nobody knows who gave it.
+    :param tuple shape: the shape of the site.
+    """
+    given = _shape_or_type(value)
+    if given == f"shape {shape}":
+        return None
+    return (
+        f"The site '{name}' was given a value of {given}, and its plates and event shape ask for "
+        f"{shape}. That is the shape of a start, by `init_to_value` or `init_params`, and of what "
+        "`substitute` or `condition` sets."
     )
 
 

@@ -24,6 +24,7 @@ from numpyro_ebm.log_normalizers.result import LogNormalizer
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_fixed_model, read_model
 from numpyro_ebm.model.row_analysis import check_rows_alike
+from numpyro_ebm.printed import brief
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model
 
@@ -42,6 +43,8 @@ class LogLikelihood(NamedTuple):
     value: jax.Array
     mcse: jax.Array
     log_normalizer: LogNormalizer
+
+    __repr__ = brief
 
 
 @overload

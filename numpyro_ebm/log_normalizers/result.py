@@ -5,6 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from numpyro_ebm.printed import brief
+
 __all__ = ["LogNormalizer"]
 
 
@@ -33,3 +35,5 @@ class LogNormalizer(NamedTuple):
     method: str
     bias: Literal["none", "below", "unknown"] = "unknown"
     diagnostics: dict[str, Any] | None = None
+
+    __repr__ = brief

@@ -22,7 +22,7 @@ from numpyro_ebm._compat import is_prng_key, not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.inputs import as_arrays
 from numpyro_ebm.marginals import exact_marginal
-from numpyro_ebm.mcmc.start import MAX_DRAWS, redrawn, unconstrained_values
+from numpyro_ebm.mcmc.start import MAX_DRAWS, given_values, redrawn, unconstrained_values
 from numpyro_ebm.mcmc.watch import Watch
 from numpyro_ebm.model.plain_model import PlainModel, read_plain_model
 from numpyro_ebm.model.reading import bind_fixed, read_fixed_model
@@ -207,7 +207,9 @@ class RowKernel(Checked, MCMCKernel):
         Whether rows have to be drawn anew is seen from a first try; where that is traced, the loop
         that does it is compiled in any case.
         """
-        if not is_prng_key(rng_key):
+        num_chains = None if is_prng_key(rng_key) else len(rng_key)
+        init_params = given_values(init_params, num_chains)
+        if num_chains is not None:
             init_one = jax.vmap(init_one, (0, None if init_params is None else 0))
         self._redraws = init_params is None and not not_jax_tracer(jax.tree.leaves(rng_key)[0])
         # Compiled as a whole: operation by operation it takes seconds.

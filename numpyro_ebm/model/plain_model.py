@@ -18,7 +18,7 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from numpyro.primitives import Messenger
 
-from numpyro_ebm._compat import GIBBS_SITES_KWARG, eval_provenance, unconstrain_fn
+from numpyro_ebm._compat import eval_provenance, unconstrain_fn
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.sites import is_energy, log_prob_of, obs_masked
@@ -141,31 +141,20 @@ class PlainModel:
             )
         return block(model, hide=self.observed)
 
-    def start(
-        self, rng_key: jax.Array, init_strategy: Callable[..., Any], init_params: Params | None
-    ) -> SiteValues:
-        """Initial unconstrained values: NumPyro's, drawn until the density is finite, or given.
-
-        :raises ModelError: if values are given of what is no latent site, or of another shape.
-        """
-        z = initialize_model(
+    def start(self, rng_key: jax.Array, init_strategy: Callable[..., Any]) -> SiteValues:
+        """Initial unconstrained values: NumPyro's, drawn until the density is finite."""
+        found = initialize_model(
             rng_key,
             self._model,
             init_strategy=init_strategy,
             model_args=self.args,
             model_kwargs=self.kwargs,
-        ).param_info.z
-        given = init_params or {}
-        if given and GIBBS_SITES_KWARG in self.kwargs:  # Gibbs hands over constrained values
-            given = unconstrain_fn(self._seeded, self.args, self.kwargs, given)
-        for name, x in given.items():
-            if name not in z or jnp.shape(x) != jnp.shape(z[name]):
-                shapes = {k: jnp.shape(v) for k, v in z.items()}
-                raise ModelError(
-                    f"`init_params` has '{name}' of shape {jnp.shape(x)}; the latent sites and the "
-                    f"shapes of their unconstrained values are {shapes}."
-                )
-        return {k: jnp.asarray(given.get(k, x), jnp.result_type(x)) for k, x in z.items()}
+        )
+        return found.param_info.z
+
+    def unconstrain(self, values: SiteValues) -> SiteValues:
+        """Unconstrained values of values on the supports."""
+        return unconstrain_fn(self._seeded, self.args, self.kwargs, values)
 
     def constrain(self, z: SiteValues) -> tuple[SiteValues, None]:
         """Values on the supports; the log-Jacobian is part of :meth:`log_density`."""

@@ -20,6 +20,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import mask_of
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.language.explained import wrong_value
 from numpyro_ebm.language.handlers import refuse_energies_in_loops
 from numpyro_ebm.language.questions import NORMALIZER
 from numpyro_ebm.language.sites import layers, plates_of
@@ -101,6 +102,16 @@ class OutsidePlate(Messenger):
         elif kind in ("param", "sample"):  # observed ones too: a handler may condition them
             kept = self.values if is_inside else self.params
             kept[name] = msg["value"]
+            self._check_value(msg, is_inside)
+
+    def _check_value(self, msg, is_inside):
+        """Raise if a parameter has another shape than its prior, with which it may broadcast."""
+        if msg["type"] != "sample" or msg["is_observed"] or is_inside:
+            return
+        if not msg["fn"].support.is_discrete:  # which may be enumerated
+            why = wrong_value(msg["name"], msg["value"], msg["fn"].shape())
+            if why is not None:
+                raise ModelError(why)
 
     def _is_inside(self, msg):
         return self.plate in plates_of(msg)

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro.handlers import seed, substitute, trace
+from numpyro.primitives import Messenger
 
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, ClosedJaxpr
+from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.language.explained import explained
 from numpyro_ebm.language.handlers import resolve_normalizer
@@ -52,6 +54,15 @@ def trace_model(
 
     :return: a :class:`TracedModel`.
     """
+    inner: Any = model
+    while isinstance(inner, Messenger):
+        inner = inner.fn
+    if getattr(inner, "posterior_kind", None):
+        raise ModelError(
+            f"`{type(inner).__name__}(model)` is a posterior of parameters, whose energies have "
+            "become a density. Pass the model that it was made of; NumPyro's inference takes the "
+            "posterior."
+        )
     arguments = Arguments(args, kwargs)
     outside = None if may_observe_outside else arguments.kwargs.get(GIBBS_SITES_KWARG, {})
     return TracedModel(model, arguments, {} if params is None else params, outside)

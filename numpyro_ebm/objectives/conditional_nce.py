@@ -34,19 +34,20 @@ class ConditionalNCE(Objective):
 
     :param noise_scale: σ, in the units of v (of its unconstrained coordinates on other
         supports than the reals). If ``None``, the standard deviation of each coordinate in the
-        other rows of the batch over √D, with D the number of real coordinates of a row. Not used on
-        discrete sites.
+        other rows of the batch over √D, with D the number of real coordinates of a row. For
+        continuous sites.
     :param int noise_ratio: moved copies of each row.
     :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param flip_probability: the probability that a coordinate of a discrete site moves; ``None``
-        for exactly one of each row.
+        for exactly one of each row. For discrete sites, as ``perturbation`` is.
     :param str perturbation: where it then goes: ``"uniform"``, to any other value; ``"cyclical"``,
         one place up or down, round and round; ``"ordinal"``, one place up or down, but never
         beyond the ends, where it stays; counts without an end are moved so.
     :raises ModelError: if ``noise_scale`` or ``noise_ratio`` is not positive, ``flip_probability``
-        is not inside (0, 1) or ``perturbation`` is unknown; when used, if a visible site is
-        continuous, ``noise_scale`` is not given and there are less than three rows, a discrete one
-        has values that are not moved so, or the marginal has no exact values.
+        is not inside (0, 1) or ``perturbation`` is unknown; when used, if an option is for a
+        kind of sites that the model has none of, a visible site is continuous, ``noise_scale`` is
+        not given and there are less than three rows, a discrete one has values that are not moved
+        so, or the marginal has no exact values.
 
     Warns :class:`~numpyro_ebm.errors.FarNoiseWarning` at the end of a run if rows and their copies
     are told apart without doubt, so that the loss is flat.

@@ -25,6 +25,8 @@ from numpyro_ebm.types import Params
 
 __all__ = ["EnergyDiscrepancy"]
 
+DEFAULT_PROBABILITY = 0.1
+
 
 class EnergyDiscrepancy(Objective):
     r"""Energy discrepancy (ED), with M perturbations of every row.
@@ -55,21 +57,21 @@ class EnergyDiscrepancy(Objective):
         unconstrained coordinates. If ``None``, that of each coordinate in the other rows of the
         batch over √D, with D the number of real coordinates of a row: wide enough to see what lies
         between rows, and not so wide that in many dimensions every row is told from its
-        perturbations. Not used on discrete sites.
+        perturbations. For continuous sites.
     :param int num_samples: M, perturbations of each row.
     :param marginal: how latent sites are integrated out, by a marginal with exact values.
     :param float w: weight of the row itself, which stabilises the logarithm; 1 unless there is a
         reason.
     :param float flip_probability: ε, the probability that a coordinate of a discrete site is
-        perturbed. Not used on continuous sites.
+        perturbed. For discrete sites, as ``perturbation`` is.
     :param str perturbation: where it then goes: ``"uniform"``, to any other value; ``"cyclical"``,
         one place up or down, round and round; ``"ordinal"``, one place up or down, but never
         beyond the ends (so that a bit flips with probability ε/2), which counts can as well.
     :raises ModelError: if ``noise_scale`` is not positive, ``num_samples`` is not a positive
         integer, ``w`` is negative, ``flip_probability`` is not inside (0, 1) or ``perturbation`` is
-        unknown; when used, if a discrete visible site has infinitely many values that are not moved
-        so, the marginal has no exact value, or ``noise_scale`` is not given and there are less than
-        three rows.
+        unknown; when used, if an option is for a kind of sites that the model has none of, a
+        discrete visible site has infinitely many values that are not moved so, the marginal has no
+        exact value, or ``noise_scale`` is not given and there are less than three rows.
 
     Warns :class:`~numpyro_ebm.errors.FarNoiseWarning` at the end of a run if rows are told from
     their perturbations without doubt: the loss then stands at its bound, log(w/M), and is flat.
@@ -104,7 +106,7 @@ class EnergyDiscrepancy(Objective):
         marginal: Marginal | None = None,
         *,
         w: float = 1.0,
-        flip_probability: float = 0.1,
+        flip_probability: float = DEFAULT_PROBABILITY,
         perturbation: Perturbation = "uniform",
     ):
         if noise_scale is not None:
@@ -113,7 +115,7 @@ class EnergyDiscrepancy(Objective):
         if not 0 <= w < math.inf:
             raise ModelError(f"EnergyDiscrepancy: `w` must be zero or positive, got {w!r}.")
         self._kernel = SymmetricKernel(
-            "EnergyDiscrepancy", noise_scale, flip_probability, perturbation
+            "EnergyDiscrepancy", noise_scale, flip_probability, perturbation, DEFAULT_PROBABILITY
         )
         self.noise_scale = noise_scale
         self.num_samples = num_samples

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError, check_fraction
 from numpyro_ebm.model.finite_supports import (
     check_values,
@@ -36,6 +37,7 @@ class SymmetricKernel:
         ``None`` for exactly one of each row, chosen at random.
     :param str perturbation: to any other value (``"uniform"``), or one place up or down: round and
         round (``"cyclical"``) or never beyond the ends (``"ordinal"``, counts too).
+    :param default_probability: the ``flip_probability`` that nobody has asked for.
     :raises ModelError: if an option is out of its range.
     """
 
@@ -45,6 +47,7 @@ class SymmetricKernel:
         noise_scale: float | None,
         flip_probability: float | None,
         perturbation: Perturbation,
+        default_probability: float | None = None,
     ):
         if flip_probability is not None:
             check_fraction(owner, flip_probability=flip_probability)
@@ -56,9 +59,15 @@ class SymmetricKernel:
         self.owner, self.perturbation = owner, perturbation
         self.noise_scale: Any = noise_scale
         self.flip_probability: Any = flip_probability
+        given = not not_jax_tracer(flip_probability) or flip_probability != default_probability
+        self._of_discrete = [
+            *(["flip_probability"] if given else []),
+            *(["perturbation"] if perturbation != "uniform" else []),
+        ]
 
     def check_sites(self, row_model: RowModel) -> None:
-        """Raise unless all visible sites can be moved."""
+        """Raise unless all visible sites can be moved, and every option that is given moves one."""
+        self._check_options([site.is_discrete for site in row_model.visible.values()])
         for name, site in row_model.visible.items():
             if not site.is_discrete:
                 if self.noise_scale is None and row_model.num_rows < 3:
@@ -74,6 +83,20 @@ class SymmetricKernel:
                     f"{self.owner}: the site '{name}' has infinitely many values. Counts are moved "
                     "one up or down, by `perturbation='ordinal'`."
                 )
+
+    def _check_options(self, is_discrete):
+        if not any(is_discrete) and self._of_discrete:
+            raise ModelError(
+                f"{self.owner}: `{self._of_discrete[0]}` is for discrete visible sites, and there "
+                "are none, so that it would do nothing. How far rows of real numbers move is "
+                "`noise_scale`."
+            )
+        if all(is_discrete) and self.noise_scale is not None:
+            raise ModelError(
+                f"{self.owner}: `noise_scale` is for continuous visible sites, and all are "
+                "discrete, so that it would do nothing. How many values of a row change is "
+                "`flip_probability`, and where they go `perturbation`."
+            )
 
     def draw(self, rng_key: jax.Array, row_model: RowModel, point: SiteValues) -> SiteValues:
         """One draw from q(· | point), the sites independently where coordinates are.

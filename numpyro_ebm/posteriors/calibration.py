@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.posteriors.minimum import compile_once, find_minimum, polish
 from numpyro_ebm.posteriors.potential import Potential, hessian_by_differences
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import (
     run_compiled,
 )
@@ -74,6 +75,8 @@ class Calibration(NamedTuple):
     hessian: np.ndarray
     score_covariance: np.ndarray
     informed: np.ndarray
+
+    __repr__ = brief
 
 
 def calibrate(

@@ -27,6 +27,7 @@ from numpyro_ebm.log_normalizers.methods import MethodName
 from numpyro_ebm.model.priors import prior_part, read_with_priors
 from numpyro_ebm.model.row_analysis import check_rows_alike
 from numpyro_ebm.posteriors.emulator import Emulator, fit_emulator
+from numpyro_ebm.printed import brief
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
@@ -47,6 +48,8 @@ class EmulatedLogNormalizer(NamedTuple):
     transforms: dict[str, Any]
     emulator: Emulator
     design: dict[str, Any]
+
+    __repr__ = brief
 
     def __call__(self, params: Params) -> jax.Array:
         """log Z at a dict of parameters, a scalar."""

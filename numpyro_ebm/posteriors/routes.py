@@ -10,7 +10,7 @@ from jax import lax
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm._compat import find_stack_level
-from numpyro_ebm.errors import ConvergenceWarning, ModelError
+from numpyro_ebm.errors import ConvergenceWarning, ModelError, check_takes
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.posteriors.predictive import side_by_side
 from numpyro_ebm.program.progress import Progress
@@ -48,6 +48,14 @@ def run_route(
     :param dict params: the parameters that made the data, by name, simulations leading.
     :raises ModelError: if the draws are too few, of other parameters or shapes, or not finite.
     """
+    if isinstance(route, type) and issubclass(route, MCMCKernel):
+        raise ModelError(
+            f"{WHO}: `route` is the class `{route.__name__}`, and a kernel on parameters is "
+            "needed, such as `Exchange(model, ...)` or `NUTS(normalized(model))`."
+        )
+    if not isinstance(route, MCMCKernel):
+        words = "`route` is called with (rng_key, *args, **kwargs) of the model"
+        check_takes(WHO, words, route, (keys, *arguments.args), arguments.kwargs)
     with Progress("data sets", len(keys), shown=progress_bar) as progress:
         if isinstance(route, MCMCKernel):
             lengths = num_draws, num_warmup, thinning

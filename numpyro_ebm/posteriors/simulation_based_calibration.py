@@ -18,7 +18,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_ebm.diagnostics.reading import refuse_weights
-from numpyro_ebm.errors import ModelError, check_integer
+from numpyro_ebm.errors import ModelError, check_integer, check_takes, shown
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.model.arguments import Arguments
 from numpyro_ebm.model.priors import UnsetParams, isolated, prior_part, read_with_priors
@@ -26,6 +26,7 @@ from numpyro_ebm.model.row_model import RowModel
 from numpyro_ebm.posteriors.predictive import predictive
 from numpyro_ebm.posteriors.routes import WHO, run_route
 from numpyro_ebm.posteriors.uniform_ranks import RankBands, rank_bands
+from numpyro_ebm.printed import brief
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
 
@@ -50,6 +51,8 @@ class SimulationBasedCalibration(NamedTuple):
     p_value: float
     params: dict[str, np.ndarray]
     bands: RankBands
+
+    __repr__ = brief
 
     def plot(self, ax: Any = None) -> Any:
         """Empirical distribution functions of the ranks less the uniform one, in their 95% band.
@@ -239,9 +242,16 @@ def _simulated(rng_key, row_model, model, params, simulate, args, kwargs, option
     """Data sets by visible site, simulations leading."""
     if simulate is None:
         return predictive(rng_key, model, params, *args, **options, **kwargs)
+    sites = row_model.visible
     keys = jax.random.split(rng_key, len(jax.tree.leaves(params)[0]))
+    check_takes(WHO, "`simulate` is called with (rng_key, params)", simulate, (rng_key, params))
     data = jax.jit(jax.vmap(simulate))(keys, params)
-    for name, site in row_model.visible.items():
+    if not isinstance(data, dict):
+        raise ModelError(
+            f"{WHO}: `simulate` must return data by visible site, a dict of {list(sites)}, got "
+            f"{shown(data)}."
+        )
+    for name, site in sites.items():
         shape = np.shape(site.value)
         if name not in data or np.shape(data[name])[1:] != shape:
             found = np.shape(data[name])[1:] if name in data else "nothing"
@@ -249,10 +259,7 @@ def _simulated(rng_key, row_model, model, params, simulate, args, kwargs, option
                 f"{WHO}: `simulate(rng_key, params)` must return '{name}' of shape {shape}, got "
                 f"{found}."
             )
-    return {
-        name: data[name].astype(jnp.result_type(site.value))
-        for name, site in row_model.visible.items()
-    }
+    return {name: data[name].astype(jnp.result_type(site.value)) for name, site in sites.items()}
 
 
 def _ranks(rng_key, params, draws):

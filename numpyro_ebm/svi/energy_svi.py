@@ -414,9 +414,24 @@ class EnergySVI(SVI):
         transforms = {name: biject_to(c) for name, c in start.constraints.items()}
         self.constrain_fn = partial(transform_fn, transforms)
         of_energy, of_guide, of_networks = start.optim_states
+        if of_guide is None:
+            self._check_guide_options()
         state = EnergySVIState(of_energy, of_guide, start.rng_key, jnp.array(0), of_networks)
         self._shapes = shapes_of(state)
         return state
+
+    def _check_guide_options(self):
+        given = {
+            "guide_loss": self.guide_loss is not None,
+            "guide_optim": self.guide_optim is not self.optim,
+            "num_guide_steps": self.num_guide_steps > 1,
+        }
+        for name in filter(given.get, given):
+            raise ModelError(
+                f"EnergySVI: `{name}` is for a guide q(h | v) of the latent sites, and there is no "
+                "such guide, or it has no parameters. Drop it, or give the guide; one of the "
+                "parameters' priors is trained by `optim`."
+            )
 
     def _round(self, num_rows=None):
         """A round as things stand; ``num_rows`` is N where the user gives none."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of EnergySVI: its batches, the state it starts from, its chunks, and how it ends."""
 
-import inspect
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from numpyro_ebm.errors import ModelError
+from numpyro_ebm.errors import ModelError, check_takes
 from numpyro_ebm.program.devices import (
     everywhere,
     leading_sharding,
@@ -244,14 +243,8 @@ def _about(source):
 def _with_losses_since(callback, every, done):
     """A callback that is told the losses since it was called before."""
     told = done - done % every
-    try:
-        inspect.signature(callback).bind(0, None, None)
-    except TypeError as error:
-        raise ModelError(
-            f"EnergySVI.run: `callback` is called with (step, state, losses), and fails: {error}."
-        ) from None
-    except ValueError:  # of a builtin
-        pass
+    words = "`callback` is called with (step, state, losses)"
+    check_takes("EnergySVI.run", words, callback, (0, None, None))
 
     def call(state, losses):
         nonlocal told

@@ -19,6 +19,7 @@ from numpyro_ebm._compat import not_jax_tracer
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.guides.guide import Guide
 from numpyro_ebm.guides.losses import default_guide_loss
+from numpyro_ebm.inputs import numbers_of
 from numpyro_ebm.language.fixed import FIT_TEMPERATURE
 from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.objectives.base import Objective
@@ -113,6 +114,9 @@ def find_start(
     :raises ModelError: if model, guide, objective and ``guide_loss`` do not go together.
     """
     init_params = {k: x for k, x in (init_params or {}).items() if k != FIT_TEMPERATURE}
+    for name, value in init_params.items():
+        for leaf in jax.tree.leaves(value):
+            numbers_of("EnergySVI: `init_params`", finite=False, **{name: leaf})
     traced: Any = None
 
     def first_states(rng_key):

@@ -207,7 +207,7 @@ def run(kernel, **options):
         ),
         (
             lambda: run(BlockGibbs(continuous(bowl)), init_params={"v": jnp.ones(3)}),
-            r"init_params.*'v' of shape \(3,\)",
+            r"init_params.*'v' the shape \(3,\)",
         ),
         (
             lambda: run(

@@ -27,7 +27,7 @@ from mistakes.setting import (
     rbm,
     svi,
 )
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_value
 
 import numpyro_ebm as ebm
 
@@ -107,6 +107,31 @@ TRAINING = {
     "a kernel that is made": Mistake(
         lambda: ebm.ContrastiveDivergence(ebm.MALA(FIXED)), "function from a model to a kernel"
     ),
+    **{
+        f"an option of bits, real numbers: {cls.__name__}, {name}": Mistake(
+            lambda cls=cls, name=name, value=value: fit(loss=cls(**{name: value})),
+            f"{cls.__name__}: `{name}` is for discrete visible sites.*`noise_scale`",
+        )
+        for cls in (ebm.ConditionalNCE, ebm.KernelRatioMatching, ebm.EnergyDiscrepancy)
+        for name, value in (("flip_probability", 0.3), ("perturbation", "cyclical"))
+    },
+    **{
+        f"an option of real numbers, bits: {cls.__name__}": Mistake(
+            lambda cls=cls: fit(ising, data=BITS, loss=cls(noise_scale=0.3)),
+            f"{cls.__name__}: `noise_scale` is for continuous visible sites.*`flip_probability`",
+        )
+        for cls in (ebm.ConditionalNCE, ebm.KernelRatioMatching, ebm.EnergyDiscrepancy)
+    },
+    "a guide's loss without a guide": Mistake(
+        lambda: svi(guide_loss=Trace_ELBO()).run(KEY, 1, X, progress_bar=False),
+        r"`guide_loss` is for a guide q\(h",
+    ),
+    "a guide's optimiser without a guide": Mistake(
+        lambda: svi(guide_optim=optax.adam(0.1)).init(KEY, X), r"`guide_optim` is for a guide q\(h"
+    ),
+    "a guide's steps without a guide": Mistake(
+        lambda: svi(num_guide_steps=2).init(KEY, X), r"`num_guide_steps` is for a guide q\(h"
+    ),
     "a negative scale of noise": Mistake(
         lambda: ebm.DenoisingScoreMatching(-0.1), "`noise_scale` must be positive"
     ),
@@ -115,6 +140,13 @@ TRAINING = {
     ),
     "initial parameters of another shape": Mistake(
         lambda: fit(init_params={"W": jnp.ones(5)}), r"'W' was given a value of shape \(5,\)"
+    ),
+    "initial parameters of another shape than a number": Mistake(
+        lambda: fit(line, data=LINE, init_params={"m": jnp.ones(3)}),
+        r"'m' was given a value of shape \(3,\), and the model declares it with the shape \(\)",
+    ),
+    "initial parameters as text": Mistake(
+        lambda: fit(init_params={"W": "eye"}), "`init_params`: `W` must be an array of numbers"
     ),
     "initial parameters that are no dict": Mistake(
         lambda: fit(init_params=jnp.eye(2)), "`init_params` must be a `dict`"
@@ -261,6 +293,42 @@ SAMPLING = {
         lambda: chain(ebm.MALA(FIXED), init_params={"v": jnp.zeros((3, 5))}),
         r"`init_params`.*'v'.*\(3, 5\)",
     ),
+    "values of another shape, BlockGibbs": Mistake(
+        lambda: chain(ebm.BlockGibbs(FIXED_BITS), init_params={"v": jnp.zeros((3, 5))}),
+        r"'v' the shape \(3, 5\), and .*\(1, 2\)",
+    ),
+    "values that are no dict": Mistake(
+        lambda: chain(ebm.MALA(FIXED), init_params=X[:1]),
+        r"must be a dict of values by site name, got an array of shape \(1, 2\)",
+    ),
+    "values of one chain for two": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, num_chains=2, init_params={"v": X[:1]}),
+        r"'v' the shape \(1, 2\), and 2 chains start there",
+    ),
+    "values as text": Mistake(
+        lambda: ebm.sample(KEY, FIXED, 1, init_params={"v": "zeros"}), "`v` must be an array of num"
+    ),
+    "a start of another shape": Mistake(
+        lambda: chain(started(ebm.MALA, FIXED, v=jnp.zeros((3, 5)))),
+        r"'v' was given a value of shape \(3, 5\), .* ask for \(1, 2\)",
+    ),
+    "a start that broadcasts": Mistake(
+        lambda: chain(started(ebm.DiscreteLangevin, FIXED_BITS, v=1)),
+        r"'v' .*shape \(\), .*\(1, 2\)",
+    ),
+    "a start as text": Mistake(
+        lambda: chain(started(ebm.BlockGibbs, FIXED_BITS, v="on")), "'v' .* of type `str`"
+    ),
+    "a start of another name": Mistake(
+        lambda: chain(started(ebm.MALA, FIXED, x=X)), r"`init_to_value` names \['x'\].*\['v'\]"
+    ),
+    "a start that is no dict": Mistake(
+        lambda: chain(ebm.MALA(FIXED, init_strategy=init_to_value(values=X))),
+        "must be a dict by site name, got an array",
+    ),
+    "a start of another shape, NUTS": Mistake(
+        lambda: chain(started(NUTS, FIXED, v=jnp.zeros((3, 5)))), r"'v' .*\(3, 5\), .*\(1, 2\)"
+    ),
     "a misspelt field": Mistake(
         lambda: chain(ebm.MALA(FIXED), extra_fields=("acept_prob",)),
         "no field 'acept_prob'.*accept",
@@ -272,8 +340,21 @@ SAMPLING = {
 }
 
 
+def started(kernel, model, **values):
+    """A kernel that starts at values."""
+    return kernel(model, init_strategy=init_to_value(values=values))
+
+
 def posterior(model, data=LINE):
     return chain(NUTS(model), data)
+
+
+def calibrated(route=None, model=bayesian, simulate=None):
+    route = (lambda key, data: {"theta": jnp.ones(5)}) if route is None else route
+    simulate = (lambda key, params: {"v": LINE}) if simulate is None else simulate
+    return ebm.simulation_based_calibration(
+        KEY, model, route, 3, LINE, num_draws=3, simulate=simulate, progress_bar=False
+    )
 
 
 POSTERIORS = {
@@ -325,6 +406,51 @@ POSTERIORS = {
     "fictitious data of another name": Mistake(
         lambda: chain(ebm.Exchange(bayesian, lambda key, p: {"x": LINE}), LINE),
         r"got \{'x': \(6,\)\}",
+    ),
+    "a start that broadcasts, normalized": Mistake(
+        lambda: chain(started(NUTS, ebm.normalized(bayesian), theta=jnp.ones(6)), LINE),
+        r"'theta' was given a value of shape \(6,\), .* ask for \(\)",
+    ),
+    "a start that broadcasts, generalized": Mistake(
+        lambda: chain(NUTS(ebm.generalized(bayesian, SM())), LINE, init_params={"theta": LINE}),
+        r"'theta' was given a value of shape \(6,\), .* ask for \(\)",
+    ),
+    "a start of another shape, Exchange": Mistake(
+        lambda: chain(ebm.Exchange(bayesian, ebm.MALA), LINE, init_params={"theta": LINE}),
+        r"'theta' the shape \(6,\), and .*\(\)",
+    ),
+    "a start of another name, Exchange": Mistake(
+        lambda: chain(
+            ebm.Exchange(bayesian, ebm.MALA, init_strategy=init_to_value(values={"beta": 1.0})),
+            LINE,
+        ),
+        r"`init_to_value` names \['beta'\].*\['theta'\]",
+    ),
+    "a posterior for a model": Mistake(
+        lambda: ebm.log_likelihood(KEY, ebm.normalized(bayesian), LINE),
+        r"`normalized\(model\)` is a posterior of parameters",
+    ),
+    "a posterior for a model, EnergySVI": Mistake(
+        lambda: fit(ebm.generalized(bayesian, SM()), data=LINE), r"`generalized\(model\)` is a post"
+    ),
+    "a posterior for a model, calibration": Mistake(
+        lambda: calibrated(model=ebm.normalized(bayesian)), r"`normalized\(model\)` is a posterior"
+    ),
+    "a class of kernels, calibration": Mistake(
+        lambda: calibrated(NUTS), r"the class `NUTS`.*`NUTS\(normalized\(model\)\)`"
+    ),
+    "a model for a route": Mistake(
+        lambda: calibrated(bayesian), r"`route` is called with \(rng_key, \*args"
+    ),
+    "a run for a route": Mistake(
+        lambda: calibrated(MCMC(NUTS(bayesian), num_warmup=1, num_samples=1)),
+        "`route` must be a function or a `MCMCKernel`",
+    ),
+    "simulated data of a key alone": Mistake(
+        lambda: calibrated(simulate=lambda key: {"v": LINE}), r"called with \(rng_key, params\)"
+    ),
+    "simulated data without a name": Mistake(
+        lambda: calibrated(simulate=lambda key, params: LINE), r"a dict of \['v'\], got an array"
     ),
     "no names": Mistake(lambda: ebm.given(bayesian, "theta"), "sequence of names"),
     "predictive, exchanged": Mistake(

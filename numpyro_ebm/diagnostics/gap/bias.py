@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_ebm.model.row_model import RowModel
+from numpyro_ebm.printed import brief
 from numpyro_ebm.types import Params
 
 __all__ = ["BiasBound", "bias_bounds"]
@@ -45,6 +46,8 @@ class BiasBound(NamedTuple):
     bias: jax.Array
     range_bound: jax.Array
     norm_bound: jax.Array
+
+    __repr__ = brief
 
 
 class _Terms(NamedTuple):

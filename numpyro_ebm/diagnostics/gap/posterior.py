@@ -34,6 +34,7 @@ from numpyro_ebm.errors import ModelError, check_integer
 from numpyro_ebm.keys import default_key
 from numpyro_ebm.marginals import exact_marginal
 from numpyro_ebm.model.reading import read_model
+from numpyro_ebm.printed import brief
 from numpyro_ebm.program.compilation import run_compiled
 from numpyro_ebm.signatures import explaining
 from numpyro_ebm.types import Model, Params
@@ -82,6 +83,8 @@ class PosteriorGap(NamedTuple):
     pareto_k: jax.Array | None
     vaes: BiasBound | None
     vages: BiasBound | None
+
+    __repr__ = brief
 
 
 @explaining

@@ -12,6 +12,7 @@ from numpyro.infer.util import initialize_model, potential_energy
 from numpyro_ebm._compat import GIBBS_SITES_KWARG, is_prng_key
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.keys import default_key
+from numpyro_ebm.mcmc.start import check_strategy, started
 from numpyro_ebm.posteriors.exchange.target import ExchangeTarget
 from numpyro_ebm.types import Params, SiteValues
 
@@ -26,8 +27,9 @@ def initial_parameters(
 ) -> SiteValues:
     """Initial unconstrained values of the parameters, given ones or those of the strategy.
 
-    :raises ModelError: if values are given of what is no parameter.
+    :raises ModelError: if values are given of what is no parameter, or of another shape.
     """
+    check_strategy(init_strategy, target.row_model.priors)
     info = initialize_model(
         rng_key,
         target.prior,
@@ -36,18 +38,10 @@ def initial_parameters(
         model_kwargs=target.kwargs,
         validate_grad=False,
     )
-    z = dict(info.param_info.z)
-    if init_params is None:
-        return z
-    unknown = sorted(set(init_params) - set(z))
-    if unknown:
-        raise ModelError(
-            f"Exchange: `init_params` names {unknown}; the parameters are {sorted(z)}."
-        )
-    given = dict(init_params)
+    z, given = dict(info.param_info.z), dict(init_params or {})
     if GIBBS_SITES_KWARG in target.kwargs:  # Gibbs hands over constrained values
         given = target.unconstrain({**target.constrain(z), **given})
-    return {k: jnp.asarray(given.get(k, x)).astype(x.dtype) for k, x in z.items()}
+    return started(z, given)
 
 
 def check_start(state: Any, target: ExchangeTarget) -> None:
