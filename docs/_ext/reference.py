@@ -5,11 +5,14 @@ Signatures are shown as they are written in the source, so that an annotation is
 (`Model`, `ArrayLike`) and not all that it stands for.
 """
 
+import abc
 import ast
+import functools
 import inspect
 import textwrap
 from importlib import import_module
 from pathlib import Path
+from typing import Generic
 
 import numpyro_ebm as ebm
 
@@ -207,9 +210,23 @@ def written_signature(app, what, name, found, options, signature, returns):
     return f"({ast.unparse(arguments)})", node.returns and ast.unparse(node.returns)
 
 
+@functools.cache
+def with_pages():
+    return {found for found in map(find, objects()) if isinstance(found, type)}
+
+
 def public_bases(app, name, found, options, bases):
-    """Of an error: what a user may catch."""
-    bases[:] = [base for base in bases if base.__module__ != "numpyro_ebm.error_pages"]
+    """Bases that have a page, or are not ours; in the place of others, theirs."""
+
+    def public(cls):
+        if not cls.__module__.startswith("numpyro_ebm") or cls in with_pages():
+            return [cls]
+        return [base for inner in cls.__bases__ for base in public(inner)]
+
+    hidden = (abc.ABC, object, Generic)
+    bases[:] = dict.fromkeys(x for base in bases for x in public(base) if x not in hidden)
+    if not bases:
+        bases.append(object)
 
 
 def setup(app):

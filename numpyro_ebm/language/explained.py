@@ -54,7 +54,7 @@ class explained(Messenger):
 
     def __enter__(self) -> Any:
         self._observed, self._changed, self._names, self._twice = {}, {}, set(), []
-        self._drawn = {}
+        self._starts = []
         self._trace_state = trace_state()
         return super().__enter__()
 
@@ -65,7 +65,7 @@ class explained(Messenger):
             exc_value.add_note(NOTE_OF_TRACED)
             exc_value.add_note(note("models"))
         if isinstance(exc_value, EXPLAINED) and not isinstance(exc_value, NOT_EXPLAINED):
-            why = self._wrong_data() or self._wrong_start()
+            why = self._wrong_data() or next(iter(self._starts), None)
             if why is None and not isinstance(exc_value, ModelError):  # which says more
                 _check_call(self.fn, *self._arguments)
                 why = self._wrong_shapes() or self._wrong_statement(exc_value)
@@ -103,7 +103,8 @@ class explained(Messenger):
         is_value = msg["type"] == "sample" and not isinstance(msg["fn"], Unnormalized)
         is_enumerated = msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel"
         if is_value and not (msg["is_observed"] or is_enumerated):
-            self._drawn[msg["name"]] = msg["value"], msg["fn"].shape()
+            why = wrong_value(msg["name"], msg["value"], msg["fn"].shape())
+            self._starts += [] if why is None else [why]  # words, which can be pickled
 
     def compare(self, name: str, own: Any, value: Any) -> None:
         """Remember the value of a parameter if it has another shape than the model gives it."""
@@ -145,11 +146,6 @@ class explained(Messenger):
                 "`fixed(model, fit.params, **svi.static_kwargs)`."
             )
         return None
-
-    def _wrong_start(self):
-        """Which site that is not observed was given a value of another shape, or ``None``."""
-        found = (wrong_value(name, *drawn) for name, drawn in self._drawn.items())
-        return next((why for why in found if why is not None), None)
 
     def _wrong_statement(self, error):
         """Which statement or argument a model failed on, or ``None``."""
