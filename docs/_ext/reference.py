@@ -223,7 +223,7 @@ def public_bases(app, name, found, options, bases):
             return [cls]
         return [base for inner in cls.__bases__ for base in public(inner)]
 
-    hidden = (abc.ABC, object, Generic)
+    hidden = (abc.ABC, object, Exception, Generic)
     bases[:] = dict.fromkeys(x for base in bases for x in public(base) if x not in hidden)
     if not bases:
         bases.append(object)
