@@ -206,7 +206,7 @@ MEMBERS = {
     "test_chains_that_move_are_adequate": (),
     "test_the_divergence_of_a_gaussian": (),
     "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
-    "test_discrete.py::test_equals_enumeration": ("PL-l", "PL-p"),
+    "test_discrete.py::test_equals_enumeration": ("PL-l", "-plates"),
     "test_quadratic_energies_take_less_than_all_neighbours": (
         "[PL-a matrix, few",
         "[PL-rows that differ by their",
