@@ -117,7 +117,7 @@ def simulation_based_calibration(
         some ten per cent.
     :param args: arguments of the model, its data among them: any of the right shape and type, they
         are replaced.
-    :param int num_draws: L.
+    :param int num_draws: L, the draws of each posterior that the truth is ranked among.
     :param int num_warmup: warm-up steps of a kernel.
     :param int thinning: steps between draws of a kernel. They have to be nearly independent.
     :param simulate: a function ``(rng_key, params)`` that returns exact data, a dict by visible

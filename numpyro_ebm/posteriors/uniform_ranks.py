@@ -59,7 +59,7 @@ def rank_bands(num_ranks: int, num_draws: int) -> RankBands:
     """The law of the statistic for uniform ranks.
 
     :param int num_ranks: S.
-    :param int num_draws: L.
+    :param int num_draws: L, draws of each posterior.
     :return: :class:`RankBands`.
     """
     from scipy.stats import binom
