@@ -142,7 +142,9 @@ class StateWalker:
         """Results of what is not known: any numbers, where they are real."""
         name, inner = eqn.primitive.name, called(eqn)
         if all(x.is_constant for x in operands):
-            found = [(self._draw if _holds_reals(v) else Unknown)(v.aval.shape) for v in eqn.outvars]
+            found = [
+                (self._draw if _holds_reals(v) else Unknown)(v.aval.shape) for v in eqn.outvars
+            ]
             return [*map(constant, found)]
         if inner is not None and name not in CUSTOM_RULES:
             return self.walk(inner, operands)
