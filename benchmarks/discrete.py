@@ -3,14 +3,19 @@
 
 Pairs of sites interact, as in direct coupling analysis of proteins: D sites of q states, one-hot
 codes, D (D - 1) / 2 blocks of q x q couplings. Each pair of lines takes turns in one run, on one
-core if it is pinned to one; compilation and the check of the energy's form are timed apart.
+core if it is pinned to one; compilation and the check of the energy's form are timed apart. Memory
+is what the compiled program needs: its arguments, its results and what lies between.
 
     taskset -c 0 python benchmarks/discrete.py --num-sites 50 --num-states 21 --num-rows 200
+
+``--log-z`` times whole calls of `log_normalizer` by annealed importance sampling instead, of a
+Potts model of 30 sites of 4 states and of the edges and triangles of 10 nodes, with the sweeps of
+particles by products of indicators and by a gradient at each coordinate, in turns.
 """
 
 import argparse
-import resource
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,7 @@ import numpy as np
 import numpyro
 
 import numpyro_ebm as ebm
+from numpyro_ebm.program.multi_affine import MultiAffine
 
 SWEEPS = 5  # in one timing
 
@@ -120,12 +126,12 @@ def chain_of(kernel, kwargs):
 
 
 def compare(name, fn, args, by_hand, hand_args, rounds, per):
-    """Print seconds a step of both, the least of some rounds in turns, and their ratio."""
+    """Print seconds a step of both, the least of some rounds in turns, their ratio and memory."""
     start = time.process_time()
-    fn = jax.jit(fn)
+    fn = jax.jit(fn).lower(*args).compile()
     jax.block_until_ready(fn(*args))
     first = time.process_time() - start
-    by_hand = jax.jit(by_hand)
+    by_hand = jax.jit(by_hand).lower(*hand_args).compile()
     jax.block_until_ready(by_hand(*hand_args))
     times = {"ours": [], "by hand": []}
     for _ in range(rounds):
@@ -136,9 +142,62 @@ def compare(name, fn, args, by_hand, hand_args, rounds, per):
     ours, hand = min(times["ours"]), min(times["by hand"])
     print(
         f"{name:34s} {ours * 1e3:9.3f} ms {hand * 1e3:9.3f} ms   ratio {hand / ours:.2f}"
-        f"   first call {first:.1f} s",
+        f"   first call {first:.1f} s   memory {mebibytes(fn):.0f} MiB, {mebibytes(by_hand):.0f}",
         flush=True,
     )
+
+
+def mebibytes(compiled):
+    """What a compiled program needs: its arguments, results, and what lies between."""
+    found = compiled.memory_analysis()
+    needed = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return (needed - found.alias_size_in_bytes) / 2**20
+
+
+def dense(num_sites=30, num_states=4):
+    """A Potts model in which all pairs of sites interact."""
+    rng, size = np.random.default_rng(0), num_sites * num_states
+    J = np.kron(1 - np.eye(num_sites), np.ones((num_states, num_states)))
+    J = jnp.asarray(0.1 * J * rng.normal(size=(size, size)), jnp.float32)
+    with numpyro.plate("data", 1):
+        x = numpyro.sample("x", ebm.Counting(num_states, (num_sites,)))
+        o = jax.nn.one_hot(x, num_states).reshape(1, -1)
+        ebm.energy("E", -jnp.sum((o @ J) * o, -1))
+
+
+def network(num_nodes=10):
+    """Edges and triangles."""
+    pairs = np.triu_indices(num_nodes, 1)
+    with numpyro.plate("data", 1):
+        y = numpyro.sample("y", ebm.Counting(2, (len(pairs[0]),))).astype(float)
+        A = jnp.zeros((1, num_nodes, num_nodes)).at[..., *pairs].set(y)
+        A = A + jnp.swapaxes(A, -1, -2)
+        triangles = jnp.einsum("...ij,...jk,...ki->...", A, A, A) / 6
+        ebm.energy("E", 1.5 * jnp.sum(y, -1) - 0.2 * triangles)
+
+
+def log_z(rounds):
+    """Print seconds of whole calls, by products of indicators and by gradients."""
+    options = {"num_temperatures": 50, "num_particles": 256, "num_replicates": 2}
+    by_gradients = mock.patch.multiple(
+        MultiAffine, coefficients=lambda self, args: None, monomials=lambda self: None
+    )
+
+    def call(model):
+        start = time.process_time()
+        key = jax.random.key(0)
+        ebm.log_normalizer(key, model, method="ais", progress_bar=False, **options)
+        return time.process_time() - start
+
+    for model in (dense, network):
+        fixed, times = ebm.fixed(model, {}), []
+        for _ in range(rounds):
+            with by_gradients:
+                slow = call(fixed)
+            times.append((call(fixed), slow))
+        ours, slow = np.min(times, 0)
+        text = f"ours {ours:.1f} s   by gradients {slow:.1f} s   ratio {slow / ours:.2f}"
+        print(f"log Z of {model.__name__:25s} {text}", flush=True)
 
 
 def main():
@@ -147,7 +206,10 @@ def main():
     parser.add_argument("--num-states", type=int, default=21)
     parser.add_argument("--num-rows", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--log-z", action="store_true")
     args = parser.parse_args()
+    if args.log_z:
+        return log_z(args.rounds)
     rng = np.random.default_rng(0)
     params = parameters(rng, args.num_sites, args.num_states)
     sizes = {"num_sites": args.num_sites, "num_states": args.num_states}
@@ -181,8 +243,6 @@ def main():
         fn, state = chain_of(kernel, kwargs)
         hand = by_hand(params, args.num_rows)
         compare(name, fn, (state,), hand, (jax.random.key(1),), args.rounds, SWEEPS)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.2f} GiB")
 
 
 if __name__ == "__main__":
