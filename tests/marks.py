@@ -208,7 +208,7 @@ MEMBERS = {
     "test_bits_equal_enumeration": ("1-1.0", "2-0.3"),
     "test_discrete.py::test_equals_enumeration": ("PL-l", "-plates"),
     "test_quadratic_energies_take_less_than_all_neighbours": (
-        "[PL-a matrix, few",
+        "-a matrix, few",
         "[PL-rows that differ by their",
         "[PL-rows of",
     ),
