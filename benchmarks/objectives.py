@@ -136,7 +136,7 @@ def trainer(method, learning_rate=LEARNING_RATE, betas=BETAS):
         method.guide,
         adam,
         method.objective(),
-        guide_optim=adam,
+        guide_optim=None if method.guide is None else adam,
         num_guide_steps=num_guide_steps,
     )
 

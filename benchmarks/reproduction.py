@@ -124,7 +124,12 @@ def learn(name, seed, num_steps, learning_rate):
     adam = optax.adam(learning_rate, b1=0.9, b2=0.95)
     num_guide_steps = 5 if guide is grbm_guide else 1
     svi = ebm.EnergySVI(
-        grbm, guide, adam, make(), guide_optim=adam, num_guide_steps=num_guide_steps
+        grbm,
+        guide,
+        adam,
+        make(),
+        guide_optim=None if guide is None else adam,
+        num_guide_steps=num_guide_steps,
     )
     evaluate = jax.jit(lambda params: jnp.mean(grbm_log_likelihood(params, test)))
     steps, values, state = [], [], None
