@@ -142,8 +142,8 @@ def fisher_divergence(
         optim,
         objective,
         guide_loss=guide_loss,
-        guide_optim=guide_optim,
-        num_guide_steps=num_guide_steps,
+        guide_optim=None if guide is None else guide_optim,
+        num_guide_steps=1 if guide is None else num_guide_steps,
         **kwargs,
     )
     terms = jax.jit(partial(_critic_terms, objective, model, svi.guide, kwargs))

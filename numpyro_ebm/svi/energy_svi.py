@@ -414,7 +414,7 @@ class EnergySVI(SVI):
         transforms = {name: biject_to(c) for name, c in start.constraints.items()}
         self.constrain_fn = partial(transform_fn, transforms)
         of_energy, of_guide, of_networks = start.optim_states
-        if of_guide is None:
+        if self.guide is None:
             self._check_guide_options()
         state = EnergySVIState(of_energy, of_guide, start.rng_key, jnp.array(0), of_networks)
         self._shapes = shapes_of(state)
@@ -429,8 +429,7 @@ class EnergySVI(SVI):
         for name in filter(given.get, given):
             raise ModelError(
                 f"EnergySVI: `{name}` is for a guide q(h | v) of the latent sites, and there is no "
-                "such guide, or it has no parameters. Drop it, or give the guide; one of the "
-                "parameters' priors is trained by `optim`."
+                "guide. Drop it, or give the guide."
             )
 
     def _round(self, num_rows=None):
