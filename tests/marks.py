@@ -382,7 +382,6 @@ MEMBERS = {
         "[ranking",
         "[conditional",
     ),
-    "test_products_of_indicators_add_up_to_the_energy": ("[three", "[a loop of"),
     "test_importance_bound_is_exact_at_the_posterior": ("-3]",),
     "test_energies_without_clusters_are_refused": ("[one negative", "[ordinal", "[a maximum"),
     "test_log_density_of_any_batch": ("[rings", "[cosine"),

@@ -10,7 +10,7 @@ from test_multi_affine import form_of, rows_of
 
 from numpyro_ebm.program.monomials import monomials
 
-DEFAULT = ("edges and triangles", "three sites", "potts as a matrix", "a chain by scan")
+DEFAULT = ("three sites", "a chain by scan", "a loop of sums")
 NOT_WRITTEN_OUT = ("all sites", "a convolution")
 ALL = {**TAKEN, **MEETS_ITSELF}  # squares of indicators are they themselves
 
