@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mistakes import calls, data, kinds, models, others
+from mistakes import calls, data, diagnostics, guides, kinds, models, others, posteriors
 from mistakes.setting import BITS, FIXED, KEY, X, fit, model_of, plane
 
 import numpyro_ebm as ebm
@@ -39,11 +39,11 @@ SOURCE = {
 TABLES = {
     "data": data.DATA,
     "models": models.MODELS,
-    "guides": models.GUIDES,
+    "guides": guides.GUIDES,
     "training": calls.TRAINING,
     "sampling": calls.SAMPLING,
-    "posteriors": calls.POSTERIORS,
-    "diagnostics": calls.DIAGNOSTICS,
+    "posteriors": posteriors.POSTERIORS,
+    "diagnostics": diagnostics.DIAGNOSTICS,
     "classes": kinds.CLASSES,
     "networks": kinds.NETWORKS,
     "files": kinds.FILES,

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes with the options of calls: training, sampling, posteriors and diagnostics."""
+"""Mistakes with the options of calls that train and sample."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro
 import numpyro.distributions as dist
 import optax
 from mistakes.setting import (
+    ARGUMENTS,
     BITS,
     FIXED,
     FIXED_BITS,
     KEY,
     LINE,
+    PARAMS,
     Mistake,
     X,
-    bayesian,
     chain,
     fit,
     guide,
@@ -23,21 +22,17 @@ from mistakes.setting import (
     line,
     model_of,
     plane,
-    plate,
     rbm,
+    run,
+    started,
     svi,
 )
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, init_to_value
+from numpyro.infer import NUTS, SVI, Trace_ELBO, init_to_value
 
 import numpyro_ebm as ebm
 
 SM = ebm.ScoreMatching
-PARAMS = {"W": jnp.eye(2)}
-
-
-def run(*args, **options):
-    return svi().run(*args, progress_bar=False, **options)
-
+QUARTIC = ebm.fixed(model_of(ebm.Lebesgue, lambda v, W: v**4), {"W": jnp.eye(2)})
 
 TRAINING = {
     "an ELBO for an objective": Mistake(
@@ -201,17 +196,6 @@ TRAINING = {
     ),
 }
 
-
-def quartic(data=None):
-    theta = numpyro.sample("theta", dist.Gamma(2.0, 1.0))
-    with plate(data):
-        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-        ebm.energy("E", theta * v**4)
-
-
-QUARTIC = ebm.fixed(model_of(ebm.Lebesgue, lambda v, W: v**4), {"W": jnp.eye(2)})
-ARGUMENTS = r"`rng_key` must be a random key.*Its arguments are \['rng_key', 'model'"
-
 SAMPLING = {
     "fixed without a parameter": Mistake(
         lambda: ebm.sample(KEY, ebm.fixed(plane, {"w": jnp.eye(2)}), 1),
@@ -337,209 +321,4 @@ SAMPLING = {
         lambda: chain(ebm.BlockGibbs(FIXED), extra_fields=("energies",)), "no field 'energies'"
     ),
     "a model for a kernel's": Mistake(lambda: ebm.MALA(PARAMS), "`model` must be a function"),
-}
-
-
-def started(kernel, model, **values):
-    """A kernel that starts at values."""
-    return kernel(model, init_strategy=init_to_value(values=values))
-
-
-def posterior(model, data=LINE):
-    return chain(NUTS(model), data)
-
-
-def calibrated(route=None, model=bayesian, simulate=None):
-    route = (lambda key, data: {"theta": jnp.ones(5)}) if route is None else route
-    simulate = (lambda key, params: {"v": LINE}) if simulate is None else simulate
-    return ebm.simulation_based_calibration(
-        KEY, model, route, 3, LINE, num_draws=3, simulate=simulate, progress_bar=False
-    )
-
-
-POSTERIORS = {
-    "a sum over real numbers": Mistake(
-        lambda: posterior(ebm.normalized(quartic)), "'enumerate' does not apply"
-    ),
-    "a misspelt method": Mistake(
-        lambda: ebm.normalized(bayesian, "enumrate"), "'enumerate' or 'quadrature', got 'enumrate'"
-    ),
-    "no priors": Mistake(lambda: posterior(ebm.normalized(plane), X), "no parameter.*has a prior"),
-    "no priors, generalized": Mistake(
-        lambda: posterior(ebm.generalized(plane, SM()), X), "no parameter.*has a prior"
-    ),
-    "log Z for a function of it": Mistake(
-        lambda: posterior(ebm.normalized(bayesian, 0.9), LINE), "function of the parameters"
-    ),
-    "data for log Z": Mistake(lambda: ebm.normalized(bayesian, LINE), "`log_normalizer` must be"),
-    "a class of objectives": Mistake(
-        lambda: ebm.generalized(bayesian, SM), "must be an objective such as"
-    ),
-    "no auxiliary steps": Mistake(
-        lambda: ebm.Exchange(bayesian, ebm.MALA, 0), "`num_auxiliary_steps` must be a positive"
-    ),
-    "log Z of another shape": Mistake(
-        lambda: posterior(ebm.normalized(bayesian, lambda p: jnp.ones(7))), r"shape \(7,\)"
-    ),
-    "log Z of another parameter": Mistake(
-        lambda: posterior(ebm.normalized(bayesian, lambda p: p["beta"])),
-        r"no parameter 'beta'.*\['theta'\]",
-    ),
-    "an objective's name": Mistake(
-        lambda: ebm.generalized(bayesian, "sm"), "`objective` must be an objective"
-    ),
-    "a negative rate": Mistake(
-        lambda: ebm.generalized(bayesian, SM(), learning_rate=-1), "`learning_rate` must be"
-    ),
-    "Exchange with a kernel that wants more": Mistake(
-        lambda: chain(ebm.Exchange(bayesian, ebm.ULA), LINE),
-        "missing.*'step_size'",
-        TypeError,
-    ),
-    "Exchange without data": Mistake(
-        lambda: chain(ebm.Exchange(bayesian, ebm.MALA)), "observes nothing"
-    ),
-    "fictitious data of another shape": Mistake(
-        lambda: chain(ebm.Exchange(bayesian, lambda key, p: {"v": jnp.ones(3)}), LINE),
-        r"shapes \{'v': \(6,\)\}, got \{'v': \(3,\)\}",
-    ),
-    "fictitious data of another name": Mistake(
-        lambda: chain(ebm.Exchange(bayesian, lambda key, p: {"x": LINE}), LINE),
-        r"got \{'x': \(6,\)\}",
-    ),
-    "a start that broadcasts, normalized": Mistake(
-        lambda: chain(started(NUTS, ebm.normalized(bayesian), theta=jnp.ones(6)), LINE),
-        r"'theta' was given a value of shape \(6,\), .* ask for \(\)",
-    ),
-    "a start that broadcasts, generalized": Mistake(
-        lambda: chain(NUTS(ebm.generalized(bayesian, SM())), LINE, init_params={"theta": LINE}),
-        r"'theta' was given a value of shape \(6,\), .* ask for \(\)",
-    ),
-    "a start of another shape, Exchange": Mistake(
-        lambda: chain(ebm.Exchange(bayesian, ebm.MALA), LINE, init_params={"theta": LINE}),
-        r"'theta' the shape \(6,\), and .*\(\)",
-    ),
-    "a start of another name, Exchange": Mistake(
-        lambda: chain(
-            ebm.Exchange(bayesian, ebm.MALA, init_strategy=init_to_value(values={"beta": 1.0})),
-            LINE,
-        ),
-        r"`init_to_value` names \['beta'\].*\['theta'\]",
-    ),
-    "a posterior for a model": Mistake(
-        lambda: ebm.log_likelihood(KEY, ebm.normalized(bayesian), LINE),
-        r"`normalized\(model\)` is a posterior of parameters",
-    ),
-    "a posterior for a model, EnergySVI": Mistake(
-        lambda: fit(ebm.generalized(bayesian, SM()), data=LINE), r"`generalized\(model\)` is a post"
-    ),
-    "a posterior for a model, calibration": Mistake(
-        lambda: calibrated(model=ebm.normalized(bayesian)), r"`normalized\(model\)` is a posterior"
-    ),
-    "a class of kernels, calibration": Mistake(
-        lambda: calibrated(NUTS), r"the class `NUTS`.*`NUTS\(normalized\(model\)\)`"
-    ),
-    "a model for a route": Mistake(
-        lambda: calibrated(bayesian), r"`route` is called with \(rng_key, \*args"
-    ),
-    "a run for a route": Mistake(
-        lambda: calibrated(MCMC(NUTS(bayesian), num_warmup=1, num_samples=1)),
-        "`route` must be a function or a `MCMCKernel`",
-    ),
-    "simulated data of a key alone": Mistake(
-        lambda: calibrated(simulate=lambda key: {"v": LINE}), r"called with \(rng_key, params\)"
-    ),
-    "simulated data without a name": Mistake(
-        lambda: calibrated(simulate=lambda key, params: LINE), r"a dict of \['v'\], got an array"
-    ),
-    "no names": Mistake(lambda: ebm.given(bayesian, "theta"), "sequence of names"),
-    "predictive, exchanged": Mistake(
-        lambda: ebm.predictive(bayesian, KEY, {"theta": jnp.ones(2)}), ARGUMENTS
-    ),
-    "predictive of other parameters": Mistake(
-        lambda: ebm.predictive(KEY, bayesian, {"beta": jnp.ones(2)}), "theta"
-    ),
-}
-
-DRAWS = {"v": X[:, None]}
-DIAGNOSTICS = {
-    "log_likelihood of what is not fixed": Mistake(
-        lambda: ebm.log_likelihood(KEY, plane, X), r"fixed\(model, params\)"
-    ),
-    "log_likelihood without data": Mistake(
-        lambda: ebm.log_likelihood(KEY, FIXED), "no observed site"
-    ),
-    "log Z of another shape, log_likelihood": Mistake(
-        lambda: ebm.log_likelihood(KEY, FIXED, X, log_normalizer=jnp.ones(3)), r"shape \(3,\)"
-    ),
-    "a run that has not been run": Mistake(
-        lambda: ebm.to_arviz(MCMC(ebm.MALA(FIXED), num_warmup=1, num_samples=1)), "has not been run"
-    ),
-    "draws without their model": Mistake(lambda: ebm.to_arviz({"v": X}), "model"),
-    "too few dimensions for to_arviz": Mistake(
-        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"v": ["x"]}),
-        r"`dims` of 'v' must be a list of names for \['data', 'v_dim_0'\], .*got \['x'\]",
-    ),
-    "a word for a dimension": Mistake(
-        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"v": "xy"}), "must be a list of names"
-    ),
-    "dimensions of no array": Mistake(
-        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"w": ["x"]}), "names 'w', and there are .*v"
-    ),
-    "a dimension with the name of another": Mistake(
-        lambda: ebm.to_arviz(DRAWS, FIXED, dims={"v": ["draw", "x"]}), "each another, got"
-    ),
-    "coordinates of no dimension": Mistake(
-        lambda: ebm.to_arviz(DRAWS, FIXED, coords={"x": [1, 2]}), "'x', which is none of"
-    ),
-    "too many coordinates": Mistake(
-        lambda: ebm.to_arviz(DRAWS, FIXED, coords={"v_dim_0": [1, 2, 3]}),
-        "3 labels for the dimension 'v_dim_0', which is of .2.",
-    ),
-    "log Z and its error": Mistake(
-        lambda: ebm.log_likelihood(KEY, FIXED, X, log_normalizer=(1.0, 0.1)),
-        r"has shape \(2,\); it is a number",
-    ),
-    "log Z by name": Mistake(
-        lambda: ebm.log_likelihood(KEY, FIXED, X, log_normalizer="quadrature"),
-        "`log_normalizer` must be a number, an array",
-    ),
-    "a test of one row": Mistake(lambda: ebm.stein_test(KEY, FIXED, X[:1]), "there is only one"),
-    "a test of parameters": Mistake(
-        lambda: ebm.stein_test(KEY, PARAMS, X), "`model` must be a function"
-    ),
-    "a test of what is not fixed": Mistake(
-        lambda: ebm.stein_test(KEY, plane, X), r"free parameter\(s\) \['W'\]"
-    ),
-    "stein_test, exchanged": Mistake(lambda: ebm.stein_test(FIXED, KEY, X), ARGUMENTS),
-    "log_normalizer, exchanged": Mistake(lambda: ebm.log_normalizer(FIXED, KEY), ARGUMENTS),
-    "log_likelihood, exchanged": Mistake(lambda: ebm.log_likelihood(FIXED, KEY, X), ARGUMENTS),
-    "a misspelt method": Mistake(
-        lambda: ebm.log_normalizer(KEY, FIXED, method="enum"), "`method` must be one of enumerate"
-    ),
-    "a misspelt option": Mistake(
-        lambda: ebm.log_normalizer(KEY, FIXED, num_particle=3), "Did you mean `num_particles`"
-    ),
-    "no particles": Mistake(
-        lambda: ebm.log_normalizer(KEY, FIXED, num_particles=0), "`num_particles` must be"
-    ),
-    "an integral that diverges": Mistake(
-        lambda: ebm.log_normalizer(
-            KEY, ebm.fixed(model_of(ebm.Lebesgue, lambda v, W: -(v**2)), PARAMS), method="enumerate"
-        ),
-        "'v'",
-    ),
-    "a toy's arguments exchanged": Mistake(
-        lambda: ebm.datasets.checkerboard(100, KEY),
-        "num_samples must be a positive.*random key",
-    ),
-    "a toy without a key": Mistake(lambda: ebm.datasets.moons(0, 10), "`rng_key` must be"),
-    "a picture of one coordinate": Mistake(
-        lambda: ebm.plots.density(ebm.fixed(line, {"m": 0.0})), "event_shape"
-    ),
-    "a temperature below zero": Mistake(lambda: ebm.temper(FIXED, -1.0), "inverse_temperature"),
-    "temperatures": Mistake(lambda: ebm.temper(FIXED, np.ones(3)), "must be a scalar"),
-    "integrated over no site": Mistake(
-        lambda: chain(ebm.MALA(ebm.integrated(FIXED, ["x"]))), r"no site\(s\) \['x'\]"
-    ),
 }

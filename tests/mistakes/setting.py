@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.infer import MCMC
+from numpyro.infer import MCMC, init_to_value
 
 import numpyro_ebm as ebm
 
@@ -120,3 +120,23 @@ def model_of(base, energy, *, obs=True):
             ebm.energy("E", energy(v, W))
 
     return model
+
+
+def run(*args, **options):
+    return svi().run(*args, progress_bar=False, **options)
+
+
+def quartic(data=None):
+    theta = numpyro.sample("theta", dist.Gamma(2.0, 1.0))
+    with plate(data):
+        v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+        ebm.energy("E", theta * v**4)
+
+
+def started(kernel, model, **values):
+    """A kernel that starts at values."""
+    return kernel(model, init_strategy=init_to_value(values=values))
+
+
+PARAMS = {"W": jnp.eye(2)}
+ARGUMENTS = r"`rng_key` must be a random key.*Its arguments are \['rng_key', 'model'"
