@@ -186,7 +186,8 @@ class Loop:
 class Library:
     def __init__(self, make, data, objective):
         self.data, self.state = data, None
-        self.svi = ebm.EnergySVI(*make, OPTIM, objective, num_guide_steps=GUIDE_STEPS)
+        of_guide = {} if make[1] is None else {"num_guide_steps": GUIDE_STEPS}
+        self.svi = ebm.EnergySVI(*make, OPTIM, objective, **of_guide)
 
     def take(self):
         fit = self.svi.run(
