@@ -135,17 +135,14 @@ def fisher_divergence(
     objective.order = 2  # there is no parameter to take a third derivative in
     key_split, key_run, key_look = jax.random.split(rng_key, 3)
     rows = _split_rows(key_split, data, row_model.num_rows, validation_fraction, test_fraction)
-    uses_guide = (choose(row_model) if marginal is None else marginal).needs_guide
-    svi = EnergySVI(
-        model,
-        guide if uses_guide else None,
-        optim,
-        objective,
-        guide_loss=guide_loss,
-        guide_optim=None if guide is None else guide_optim,
-        num_guide_steps=1 if guide is None else num_guide_steps,
-        **kwargs,
-    )
+    of_guide = {
+        "guide_loss": guide_loss,
+        "guide_optim": guide_optim,
+        "num_guide_steps": num_guide_steps,
+    }
+    if not (choose(row_model) if marginal is None else marginal).needs_guide:
+        guide, of_guide = None, {}
+    svi = EnergySVI(model, guide, optim, objective, **of_guide, **kwargs)
     terms = jax.jit(partial(_critic_terms, objective, model, svi.guide, kwargs))
     run = partial(
         svi.run,
