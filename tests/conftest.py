@@ -21,7 +21,8 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from marks import LONGEST, MEMBERS, ONE_IN, WHOLE
+from marks import LONGEST, ONE_IN, WHOLE
+from members import MEMBERS
 from numpyro.diagnostics import effective_sample_size
 
 import numpyro_ebm as ebm
