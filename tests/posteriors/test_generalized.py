@@ -54,7 +54,7 @@ LOSSES = {
         linear_model,
     ),
     "ConditionalNCE of bits": (ebm.ConditionalNCE(noise_ratio=2), ring_model),
-    "EnergyDiscrepancy of bits": (ebm.EnergyDiscrepancy(0.2), ring_model),
+    "EnergyDiscrepancy of bits": (ebm.EnergyDiscrepancy(flip_probability=0.2), ring_model),
     "ScoreMatching, hidden units": (ebm.ScoreMatching(), hidden_model),
     "VaGES": (
         ebm.DenoisingScoreMatching(0.3, marginal=ebm.VaGES(4, importance_weighted=True)),
