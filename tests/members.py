@@ -226,7 +226,7 @@ MEMBERS = {
         "[grbm_guide-guide_loss1",
         "[guide1-guide_loss1",
     ),
-    "test_values_are_summed_as_numpyro_sums_them": ("[masked",),
+    "test_values_are_summed_as_numpyro_sums_them": ("[masked", "[two"),
     "test_a_density_is_not_drawn": ("[fixed", "[generalized"),
     "test_a_loss_that_overflows_is_infinite": (
         "[{'p': 1e+25, 'm': 0.0}-KernelSteinDiscrepancy",

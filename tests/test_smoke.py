@@ -64,16 +64,11 @@ def test_log_normalizer_and_log_likelihood(data):
 
 @pytest.mark.parametrize("marginal", [ebm.Enumerated(), ebm.VaGES(num_particles=2)])
 def test_learning_comes_near_the_truth(data, marginal):
-    guide = (
-        partial(ebm.models.grbm_guide, num_hidden=2) if isinstance(marginal, ebm.VaGES) else None
-    )
-    svi = ebm.EnergySVI(
-        grbm,
-        guide,
-        optax.adam(0.02),
-        ebm.DenoisingScoreMatching(0.1, marginal=marginal),
-        num_guide_steps=2,
-    )
+    guide, of_guide = None, {}
+    if marginal.needs_guide:
+        guide, of_guide = partial(ebm.models.grbm_guide, num_hidden=2), {"num_guide_steps": 2}
+    objective = ebm.DenoisingScoreMatching(0.1, marginal=marginal)
+    svi = ebm.EnergySVI(grbm, guide, optax.adam(0.02), objective, **of_guide)
     fit = svi.run(jax.random.key(0), 1_500, jnp.asarray(data), batch_size=200, progress_bar=False)
     learned = np.mean(ebm.models.grbm_log_likelihood(fit.params, jnp.asarray(data)))
     assert np.mean(log_density(data)) - learned < 0.05

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from numpyro.distributions import ImproperUniform, MaskedDistribution
 from numpyro.primitives import Messenger
@@ -81,6 +82,7 @@ class OutsidePlate(Messenger):
     def __init__(self, fn: Model | None = None, plate: str = "data", keep: Iterable[str] = ()):
         self.plate, self.keep = plate, frozenset(keep)
         self.params, self.values, self.indices = {}, {}, None
+        self._is_enumerated = False
         self._asked: dict[int, tuple[str, str, bool]] = {}  # before handlers around change it
         super().__init__(fn)
 
@@ -108,10 +110,15 @@ class OutsidePlate(Messenger):
         """Raise if a parameter has another shape than its prior, with which it may broadcast."""
         if msg["type"] != "sample" or msg["is_observed"] or is_inside:
             return
-        if not msg["fn"].support.is_discrete:  # which may be enumerated
-            why = wrong_value(msg["name"], msg["value"], msg["fn"].shape())
-            if why is not None:
-                raise ModelError(why)
+        shape, num_dims = msg["fn"].shape(), np.ndim(msg["value"])
+        if msg["fn"].support.is_discrete:
+            self._is_enumerated |= num_dims > len(shape)
+            return
+        if self._is_enumerated:  # the values of sites that this one depends on lead its shape
+            shape = shape[max(len(shape) - num_dims, 0) :]
+        why = wrong_value(msg["name"], msg["value"], shape)
+        if why is not None:
+            raise ModelError(why)
 
     def _is_inside(self, msg):
         return self.plate in plates_of(msg)
