@@ -217,14 +217,12 @@ class ChainSimulator:
             state = _resumed(state, i, warmup.adapt_state)
 
         def steps(state, num):
-            state = lax.fori_loop(0, num, lambda _, s: kernel.sample(s, args, kwargs), state)
-            return state, getattr(state, kernel.sample_field)
+            return lax.fori_loop(0, num, lambda _, s: kernel.sample(s, args, kwargs), state)
 
-        # Both halves are one loop of the program, which is compiled once.
-        halves = jnp.array([num_steps // 2, num_steps - num_steps // 2])
-        end, found = lax.scan(steps, state, halves)
         constrain = kernel.get_constrain_fn(args, kwargs)
-        drawn = [dict(constrain({k: x[i] for k, x in found.items()})) for i in (0, 1)]
+        halfway = steps(state, num_steps // 2)
+        end = steps(halfway, num_steps - num_steps // 2)
+        drawn = [dict(constrain(getattr(s, kernel.sample_field))) for s in (halfway, end)]
         adapted = _adapted(end)
         report = AuxiliaryReport(
             jnp.mean(getattr(end, "mean_accept_prob", jnp.nan)), _step_size(adapted), adapted
