@@ -43,6 +43,8 @@ MEMBERS = {
         "edges and",
         "codes of pairs-1",
         "a switch",
+        "both of a pair-1",
+        "a loop from the end-1",
         "a network of each site-1",
         "products of",
         "equal pairs of a matrix-6",
