@@ -3,8 +3,10 @@
 
 python tests/mutants/plant.py                     all of them, by default marks
 python tests/mutants/plant.py samplers mcmc/      those whose file or line holds one of these words
+python tests/mutants/plant.py --trees 1           one at a time
 """
 
+import argparse
 import multiprocessing
 import os
 import shutil
@@ -27,9 +29,6 @@ ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("mutants.toml")
 SECONDS = 1_800
 """A run that takes longer has seen the fault: it does not end."""
-
-NUM_TREES = 2
-"""How many faults are planted at a time, each in a copy of the tree."""
 
 FORKS = multiprocessing.get_context("forkserver")
 """Each fault has a process of its own, with all but the package loaded already."""
@@ -130,7 +129,7 @@ def judge(trees: Queue, mutant: Mutant) -> tuple[bool, float]:
         return is_seen(mutant, tree), time.perf_counter() - start
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str], num_trees: int) -> int:
     """Plant, report, and return 1 if fewer than 95% of the faults are seen."""
     everything = read_mutants()
     for mutant in everything:  # a stale list is found before anything runs
@@ -138,9 +137,9 @@ def main(words: list[str]) -> int:
     mutants = [m for m in everything if not words or any(w in f"{m.file} {m.old}" for w in words)]
     planted, killed = Counter(), Counter()
     FORKS.set_forkserver_preload(["scipy.stats", "numpyro.contrib.funsor", "arviz", "pytest"])
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(NUM_TREES) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(num_trees) as pool:
         trees = Queue()
-        for i in range(NUM_TREES):
+        for i in range(num_trees):
             ignored = shutil.ignore_patterns(".*", "__pycache__", "venv")
             trees.put(Path(shutil.copytree(ROOT, Path(folder, str(i)), ignore=ignored)))
         tests = sorted({test for mutant in mutants for test in mutant.tests})
@@ -163,4 +162,10 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="parts of the files or lines; all by default")
+    parser.add_argument("--trees", type=int, default=2, help="faults at a time, each in a copy")
+    options = parser.parse_args()
+    sys.exit(main(options.words, options.trees))
