@@ -167,8 +167,8 @@ TAKEN = {
     "near neighbours": Energy(
         lambda p, x: -p["J"][0, 0, 0] * jnp.sum(abs(x[:, 1:] - x[:, :-1]) ** 1.5, -1), POTTS
     ),
-    "largest of pairs": Energy(
-        lambda p, x: p["J"][0, 0, 1] * jnp.sum(jnp.maximum(x[:, 1:], x[:, :-1]), -1), POTTS
+    "larger of pairs": Energy(
+        lambda p, x: p["J"][0, 0, 1] * jnp.sum(jnp.maximum(2 * x[:, 1:] - 1, x[:, :-1]), -1), POTTS
     ),
     "embeddings": Energy(
         lambda p, x: jnp.sum(

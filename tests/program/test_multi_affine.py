@@ -35,23 +35,8 @@ def changes(energy, params, x):
     return np.moveaxis(np.asarray(columns), -1, 0)
 
 
-DEFAULT = (  # one of each kind; the others are slow
-    *("fields by lookup", "a Categorical", "relu of each site", "potts as a matrix"),
-    *("potts by codes of pairs", "equal pairs of a matrix", "a chain by scan", "a switch"),
-    *("three sites", "a padded window", "products of all pairs", "a convolution"),
-    *("both of a pair", "edges and triangles", "a table of constants"),
-    *("a loop from the end", "a loop of sums", "a network of each site"),
-)
-OF_ALL_ROWS = ("potts as a matrix", "equal pairs of a matrix")  # a program of all rows at once
-
-
-def kinds():
-    for name in TAKEN:
-        yield pytest.param(name, 1, marks=[] if name in DEFAULT else [pytest.mark.slow])
-        yield pytest.param(name, 6, marks=[] if name in OF_ALL_ROWS else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize("name, num_rows", list(kinds()))
+@pytest.mark.parametrize("num_rows", [1, 6])
+@pytest.mark.parametrize("name", TAKEN)
 def test_one_gradient_is_every_change(x64, name, num_rows):
     energy, x = TAKEN[name], rows_of(TAKEN[name], 6)
     params = jax.tree.map(jnp.asarray, energy.params)
