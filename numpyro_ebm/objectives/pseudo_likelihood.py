@@ -23,7 +23,8 @@ class PseudoLikelihood(NeighbourObjective):
 
     .. math:: \mathcal L(θ) = -E \sum_d \log p(x_d \mid x_{-d}; θ)
 
-    over all coordinates of all visible sites. For a binary coordinate the term is
+    over all coordinates of all visible sites; one of K values that is missing (``obs_mask=``) adds
+    log K. For a binary coordinate the term is
     :math:`\operatorname{softplus}\big(\log\tilde p(\bar x^d) - \log\tilde p(x)\big)` with
     :math:`\bar x^d` the row with bit d flipped. Consistent, and exact where coordinates are
     independent; less efficient than maximum likelihood where they are strongly coupled.

@@ -38,7 +38,7 @@ class WeightedSum(Objective):
     is an exact softmax, by :class:`~numpyro_ebm.PseudoLikelihood` or
     :class:`~numpyro_ebm.MaximumLikelihood`; with contrastive divergence on x beside it the sum is
     the joint energy model (JEM) of a classifier. Labels that are missing (``obs_mask=``) add
-    nothing to p(y | x).
+    nothing to the gradient of p(y | x); to its value by pseudo-likelihood, log K each.
 
     Parts with a temperature have one in common, and the others learn the model at it, too.
 
