@@ -30,6 +30,7 @@ MEMBERS = {
     "test_a_row_of_weight_two_is_the_row_twice": ("[ScoreM",),
     "test_derivatives_are_those_of_the_exact_marginal": ("[Exact", "[Enum", "[VaGES]"),
     "test_equals_gradient_and_hessian": (
+        "taken from",
         "[factors",
         "what is left",
         "the other side",

@@ -166,7 +166,7 @@ class NeighbourObjective(Objective):
         if lowest is not None:
 
             def count(flat, shift):
-                moved = flat + shift  # of the wide type of `shift`
+                moved = flat + shift
                 return jnp.maximum(moved, lowest), moved >= lowest
 
             return jnp.array([1, -1]), count

@@ -144,7 +144,7 @@ def main(words: list[str], num_trees: int) -> int:
             trees.put(Path(shutil.copytree(ROOT, Path(folder, str(i)), ignore=ignored)))
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         with borrowed(trees) as tree:
-            if status(tree, tests) != 0:  # who fails anyway sees nothing
+            if status(tree, ["-n", str(num_trees), *tests]) != 0:  # who fails anyway sees nothing
                 raise RuntimeError((tree / "report.txt").read_text(encoding="utf-8")[-5000:])
         for mutant, (seen, seconds) in zip(
             mutants, pool.map(partial(judge, trees), mutants), strict=True
