@@ -99,7 +99,7 @@ def test_adjusted_resets_bring_chains_to_the_model():
     """A kernel that does not move, and all chains in the lower well: shares and places, exact."""
     objective = ebm.ContrastiveDivergence(
         *(Stay, 1),
-        **{"persistent": True, "initial": dist.Normal(0.0, 3.0)},
+        **{"persistent": True, "initial": dist.Normal(-1.5, 3.0)},
         **{"reset_probability": 0.9, "adjusted_resets": True},
     )
     y = positions(0.0)
