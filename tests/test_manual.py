@@ -3,6 +3,8 @@
 
 import importlib.util
 import inspect
+import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -14,12 +16,16 @@ import numpyro_ebm as ebm
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def reference():
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs/_ext/reference.py")
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load(ROOT / "docs/_ext/reference.py")
 
 
 def test_every_public_name_has_one_page(reference):
@@ -71,3 +77,25 @@ def test_every_picture_is_drawn_by_a_script_that_a_page_names():
         # A script has the name of its picture, or draws several: `digits_pcd.png`.
         drawing = [x for x in stems if x.startswith(picture.stem) or f"{x}_" in picture.stem]
         assert drawing, f"say on a page which script draws docs/{picture.name}"
+
+
+def test_every_command_is_that_of_a_script_in_the_tree():
+    """Figures are traced to commands: the script is there, and knows the options."""
+    command = r"python ((?:benchmarks|docs|examples|tests)/\S+?\.py)([^`\n]*(?:\n[^`\n]+(?=`))?)"
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages += (ROOT / "docs/gallery").glob("*.md")
+    found = [x for page in pages for x in re.findall(command, page.read_text(encoding="utf-8"))]
+    assert len(found) > 30
+    for script, options in found:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"(?<!\S)--[a-z-]+", options):
+            assert f'"{option}"' in source, f"{script} {option}"
+
+
+def test_the_table_of_the_checkerboard_is_that_of_its_file(capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the script sets a default
+    module = load(ROOT / "benchmarks/reproduction.py")
+    module.table(json.loads(module.RESULTS.read_text(encoding="utf-8")))
+    rows = capsys.readouterr().out.replace("-0.000", "0.000").splitlines()
+    page = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8").replace("−", "-")
+    assert len(rows) > 30 and not [row for row in rows if row not in page]
