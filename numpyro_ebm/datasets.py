@@ -73,7 +73,7 @@ class Toy:
 
 _toys: dict[str, Toy] = {}
 TOYS: Mapping[str, Toy] = MappingProxyType(_toys)
-"""Read-only registry of all toys: name -> :class:`Toy`."""
+"""Read-only registry of all toys, a :class:`Toy` by its name."""
 
 _SHARED_SECTIONS = """
 

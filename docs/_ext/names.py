@@ -103,14 +103,26 @@ class ReadableTables(SphinxPostTransform):
             table["classes"].append("stacked")
             for row in rows:
                 for head, entry in zip(heads, row, strict=False):
-                    entry.insert(0, nodes.inline("", head, classes=["column"]))
+                    text = entry.astext()
+                    is_number = text.replace(",", "").isdigit()  # it is no title of a card
+                    entry["classes"] += [] if text else ["empty"]
+                    classes = ["column", "number"] if is_number else ["column"]
+                    entry.insert(0, nodes.inline("", head, classes=classes))
         for literal in self.document.findall(nodes.literal):
             if any(isinstance(parent, nodes.table) for parent in ancestors(literal)):
-                parts = re.split(r"(?<=[a-z_.])(?=[A-Z_])", literal.astext())
-                literal.children = []
-                for i, part in enumerate(parts):
-                    literal += [nodes.raw("", "<wbr>", format="html")] * (i > 0)
-                    literal += nodes.Text(part)
+                break_names(literal)
+        for title in self.document.findall(nodes.title):
+            if " " not in title.astext():
+                break_names(title)
+
+
+def break_names(node):
+    """Where a long name may go on in the next line."""
+    parts = re.split(r"(?<=[a-z_.])(?=[A-Z_])", node.astext())
+    node.children = []
+    for i, part in enumerate(parts):
+        node += [nodes.raw("", "<wbr>", format="html")] * (i > 0)
+        node += nodes.Text(part)
 
 
 def ancestors(node):

@@ -109,7 +109,7 @@ GROUPS = {
 # Members that a page shows; a class that is not named shows none.
 MEMBERS = {
     "EnergySVI": "init, update, stable_update, run, evaluate, get_params",
-    "svi.EnergySVIState": "",
+    "svi.EnergySVIState": "step_key",
     "generalized": "learning_rate, loss, calibrate, adjust, closed_form, is_random",
     "posteriors.EmulatedLogNormalizer": "mcse",
     "posteriors.SimulationBasedCalibration": "plot",
@@ -119,7 +119,6 @@ MEMBERS = {
     "marginals.ExactMarginal": "why_not, log_density, conditional, num_states, draw",
     "log_normalizers.integrand.Integrand": "log_density, log_densities, placeholder, values, "
     "sum_out, over_rows",
-    "mcmc.swendsen_wang.SwendsenWangState": "",
 }
 SAMPLER = ["init", "build_kernel", "as_top_level_api", "move", "swap", "equal_rejection_ladder"]
 MODULES = {"plots", "models", "datasets"}  # groups of functions: each of them has a page
@@ -157,7 +156,7 @@ def page_of_object(name):
     if inspect.ismodule(found):
         kind, options = "automodule", [":members: " + ", ".join(filter(vars(found).get, SAMPLER))]
     elif not isinstance(found, type):
-        kind, options = "autofunction" if callable(found) else "autodata", []
+        kind, options = ("autofunction", []) if callable(found) else ("autodata", [":no-value:"])
     else:
         kind = "autoexception" if issubclass(found, BaseException) else "autoclass"
         inherited = [":inherited-members:"] if name == "generalized" else []
@@ -202,6 +201,10 @@ def written_signature(app, what, name, found, options, signature, returns):
         node = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
+    if isinstance(node, ast.ClassDef):  # a NamedTuple: its fields, if none is inherited
+        fields = [x for x in node.body if isinstance(x, ast.AnnAssign)]
+        own = [x.target.id for x in fields] == list(found._fields)
+        return (f"({', '.join(map(ast.unparse, fields))})", None) if own else None
     if not isinstance(node, ast.FunctionDef):
         return None
     arguments = node.args

@@ -133,7 +133,8 @@ def auxiliary_adequacy(mcmc: MCMC) -> AuxiliaryAdequacy:
         such a block *i* and ``extra_fields=["block_states.i.auxiliary"]``.
     :return: :class:`AuxiliaryAdequacy`.
     :raises ModelError: if the run has not collected the field, or what it collected is not finite.
-    :warns ShortAuxiliaryWarning: if the steps are too few.
+
+    Warns :class:`~numpyro_ebm.ShortAuxiliaryWarning` if the steps are too few.
 
     **Example**
 

@@ -34,25 +34,25 @@ MAX_SEQUENTIAL = 200  # units that are drawn one after the other
 def choose_kernel(model: Model, *args: Any, **kwargs: Any) -> MCMCKernel | None:
     """The kernel of :func:`~numpyro_ebm.sample` for a fixed model, by its supports and energy.
 
-    ============================  =============================================================
-    sites                         kernel
-    ============================  =============================================================
-    discrete, few joint states    none (``None``): drawn from their probabilities
-    conditionals all Gaussian,    :class:`~numpyro_ebm.BlockGibbs`
-    Bernoulli or finite
-    discrete, more than 200       :class:`~numpyro_ebm.DiscreteLangevin` if the energy has a
-    units that all interact       gradient in them, else ``BlockGibbs``
-    continuous                    :class:`~numpyro_ebm.MALA`
-    continuous, and others that   ``MALA`` on the exact marginal; the others are then drawn from
-    are quickly summed or         their exact conditional
-    integrated out
-    continuous, and others        ``Gibbs([(MALA(model), ...), (BlockGibbs(model), ...)])``, with
-                                  ``DiscreteLangevin`` as above
-    ============================  =============================================================
+    ==============================================  ==============================================
+    sites                                           kernel
+    ==============================================  ==============================================
+    discrete, few joint states                      none (``None``): drawn from their probabilities
+    conditionals all Gaussian, Bernoulli or finite  :class:`~numpyro_ebm.BlockGibbs`
+    more than 200 discrete units that all interact  :class:`~numpyro_ebm.DiscreteLangevin` if the
+                                                    energy has a gradient in them, else
+                                                    ``BlockGibbs``
+    continuous                                      :class:`~numpyro_ebm.MALA`
+    continuous, others quickly integrated out       ``MALA`` on the exact marginal; the others are
+                                                    then drawn from their exact conditional
+    continuous, and others                          ``Gibbs([(MALA(model), ...),
+                                                    (BlockGibbs(model), ...)])``, with
+                                                    ``DiscreteLangevin`` as above
+    ==============================================  ==============================================
 
-    Few joint states are 65,536; quickly summed out are units in a plate, binary units that do not
-    interact, and up to 4,096 joint states; quickly integrated out are real sites of up to 20
-    coordinates that are jointly Gaussian given the rest.
+    Few joint states are 65,536; quickly integrated out are units in a plate, binary units that do
+    not interact, up to 4,096 joint states, and real sites of up to 20 coordinates that are jointly
+    Gaussian given the rest.
 
     :param model: a model with fixed parameters, ``fixed(model, params)``.
     :param args: arguments of the model.

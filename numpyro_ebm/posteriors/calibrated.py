@@ -40,7 +40,7 @@ class Calibrated(ABC):
 
     @property
     def is_adjusted(self) -> bool:
-        """Whether ``to_arviz`` adjusts draws: the learning rate is one of a calibration."""
+        """Whether ``to_arviz`` adjusts draws, as the learning rate is one of a calibration."""
         return self._learning_rate is None
 
     @property
