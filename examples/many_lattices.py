@@ -61,6 +61,8 @@ def main(num_samples=2_000, num_lattices=12, seed=0, out="many_lattices.png"):
 
     order = np.argsort(np.asarray(truth))
     low, mid, high = np.quantile(draws["beta"], [0.05, 0.5, 0.95], axis=0)[:, order]
+    inside = (low < np.asarray(truth)[order]) & (np.asarray(truth)[order] < high)
+    print(f"90% intervals that hold the truth: {inside.sum()} of {num_lattices}")
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     at = np.arange(num_lattices)
     ax.errorbar(at, mid, yerr=[mid - low, high - mid], fmt="o", label="90% of the posterior")
