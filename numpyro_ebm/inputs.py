@@ -51,10 +51,10 @@ def numbers_of(owner: str, *, finite: bool = True, **named: Any) -> list[jax.Arr
     :return: the arrays, in their order.
     :raises ModelError: if one is anything else.
     """
-    found = []
-    for name, x in as_arrays((), named)[1].items():
+    found, arrays = [], as_arrays((), named)[1]  # a dict that has been a pytree is sorted by name
+    for name in named:
         try:
-            x = jnp.asarray(x)
+            x = jnp.asarray(arrays[name])
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"{owner}: `{name}` must be an array of numbers, got {shown(x)}."

@@ -14,6 +14,7 @@ from mistakes.setting import BITS, FIXED, KEY, X, fit, model_of, plane
 
 import numpyro_ebm as ebm
 from numpyro_ebm import error_pages
+from numpyro_ebm.inputs import numbers_of
 
 INDEX_OF_ERRORS = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
 ANCHORS = {
@@ -93,6 +94,15 @@ def test_numbers_of_other_libraries_are_taken_as_they_are(name):
     np.testing.assert_allclose(found, -0.5 * np.sum(np.asarray(X) ** 2, -1), rtol=1e-5)
     found = ebm.models.grbm_log_likelihood(data.GRBM, data.CONVERTED[name]())
     np.testing.assert_allclose(found, ebm.models.grbm_log_likelihood(data.GRBM, X), rtol=1e-5)
+
+
+def test_arrays_of_other_libraries_keep_their_order():
+    """Names of arguments are in no alphabetical order: `positive` before `negative`."""
+    pandas = pytest.importorskip("pandas")
+    low, high = pandas.Series([0.0, 1.0, 2.0]), pandas.Series([3.0, 4.0])
+    assert ebm.diagnostics.auroc(high, low).value == 1.0
+    found = numbers_of("start", z=high, b=low, c=jnp.zeros(1))
+    assert [len(x) for x in found] == [2, 3, 1]
 
 
 def test_a_fixed_model_keeps_keyword_arguments():
