@@ -65,17 +65,15 @@ def log_scores(
     """Log-likelihoods of rows under a fixed model, by :func:`~numpyro_ebm.log_likelihood`."""
     row_model = _read_fixed(model, args, kwargs)
     found = log_likelihood(rng_key, model, *args, with_error=True, **options, **kwargs)
-    scores = scores_of_rows(found)
     weights = _weights(row_model)
     counts = weights > 0
 
-    def of_one(x):  # without its weight
-        return np.where(counts, x / np.where(counts, weights, 1.0), 0.0)
+    def of_one(x):  # without its weight, which the error of log Z has not
+        return np.where(counts, np.asarray(x, float) / np.where(counts, weights, 1.0), 0.0)
 
+    found = found._replace(value=of_one(found.value), mcse=of_one(found.mcse))
     sites = row_model.visible.values()
-    return scores._replace(
-        values=of_one(scores.values),
-        errors=of_one(scores.errors),
+    return scores_of_rows(found)._replace(
         weights=weights,
         data=_data(row_model),
         is_discrete=all(site.is_discrete for site in sites),

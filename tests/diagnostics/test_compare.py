@@ -12,6 +12,7 @@ from scipy import stats
 
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics.arviz.groups import Likelihood, to_data
+from numpyro_ebm.diagnostics.row_scores import log_scores
 from numpyro_ebm.log_normalizers import LogLikelihood, LogNormalizer
 
 KEY = jax.random.key(0)
@@ -157,6 +158,19 @@ def test_rows_count_by_their_weights(score):
 def normal(data, loc=0.0):
     with numpyro.plate("data", len(data)):
         numpyro.sample("v", dist.Normal(loc, 1.0), obs=data)
+
+
+@pytest.mark.parametrize("of_log_z", [0.3, np.array([0.1, 0.2, 0.3])], ids=["shared", "a row"])
+def test_errors_are_those_of_a_row_of_weight_one(of_log_z):
+    """A weight counts once, and an error that all rows share is no row's own."""
+    weighted = handlers.scale(bits, scale=np.array([2.0, 0.5, 3.0]))
+    log_z = LogNormalizer(jnp.zeros(np.shape(of_log_z)), of_log_z, np.inf, "given")
+    model, options = ebm.fixed(weighted, {"logit": np.ones(3)}), {"log_normalizer": log_z}
+    found = log_scores(KEY, model, (BITS[:3],), {}, options)
+    own, shared = (of_log_z, 0.0) if np.ndim(of_log_z) else (np.zeros(3), of_log_z)
+    np.testing.assert_allclose(found.errors, own, atol=1e-3)
+    assert found.shared_error == pytest.approx(shared)
+    np.testing.assert_allclose(found.values, BITS[:3].sum(1), rtol=1e-5)
 
 
 def test_baselines_and_normalized_models_have_their_likelihood():
