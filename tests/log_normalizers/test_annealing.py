@@ -14,6 +14,7 @@ from jax.scipy.special import logsumexp
 from normalizer_cases import CRITICAL, KEY, assert_covers, ising, kaufman, model_of
 from numpyro.distributions import constraints
 from oracles import jit
+from scipy.stats import kstest
 
 import numpyro_ebm as ebm
 from numpyro_ebm.log_normalizers import annealing
@@ -21,7 +22,7 @@ from numpyro_ebm.log_normalizers.ais import annealed_importance_sampling
 from numpyro_ebm.log_normalizers.base_measure import reference
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
 from numpyro_ebm.log_normalizers.integrand import read_integrand
-from numpyro_ebm.log_normalizers.mixture import fit_mixture
+from numpyro_ebm.log_normalizers.mixture import DEGREES, Mixture, fit_mixture
 from numpyro_ebm.log_normalizers.particles import log_mean_weight, student_factor
 from numpyro_ebm.log_normalizers.path import Path
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule
@@ -201,6 +202,18 @@ def mixed(data=None, *, num_rows=1):
         ebm.energy("E", jnp.sum(jnp.abs(v - shift), -1) - h[:, 0] * h[:, 1])
 
 
+def test_flat_sites_begin_beside_the_base_measure():
+    """The density of the first particles is that of the proper sites times the fitted one."""
+    integrand = read_integrand(KEY, ebm.fixed(mixed, {}), (), {})
+    fitted = Gaussian(jnp.array([[1.0, -2.0, 0.5]]), 2.0 * jnp.eye(3)[None])
+    log_densities, _ = reference(integrand, fitted)
+    h, v = jnp.array([[0, 0], [0, 1], [1, 1]]), jnp.arange(9.0).reshape(3, 3) / 3 - 1
+    base, _ = jit(log_densities)({"h": h, "v": v})
+    by_hand = dist.Bernoulli(0.3).log_prob(h).sum(-1)
+    by_hand += dist.Normal(fitted.center, 2.0).log_prob(v).sum(-1)
+    np.testing.assert_allclose(base, by_hand, rtol=1e-5)
+
+
 MIXED = 3 * math.log(2) + math.log(0.49 + 0.42 + 0.09 * math.e)
 
 
@@ -270,6 +283,14 @@ def test_a_fitted_mixture_is_normalised():
     entropy = -np.sum(np.exp(log_prob + log_weights) * log_prob)
     error = float(jnp.std(draws)) / math.sqrt(20_000)
     assert float(jnp.mean(draws)) == pytest.approx(-entropy, abs=4 * error)
+
+
+def test_coordinates_of_a_draw_share_their_scale():
+    """|x|² / D of a multivariate t with ν degrees of freedom follows F(D, ν)."""
+    eye = jnp.eye(5)
+    one = Mixture(jnp.zeros((1, 1)), jnp.zeros((1, 1, 5)), eye[None, None], eye[None], jnp.zeros(5))
+    draws = np.asarray(one.sample(KEY, 20_000))
+    assert kstest(np.mean(draws**2, -1), "f", args=(5, DEGREES)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("num", [2, 4, 8, 16])

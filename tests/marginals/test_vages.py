@@ -15,6 +15,7 @@ import pytest
 from marginal_cases import bound, bowl, estimates, grbm_log_joint
 from oracles import assert_unbiased, draws, flat, jit, z_scores
 from registry.marginals import MARGINALS
+from scipy.stats import kstat
 
 import numpyro_ebm as ebm
 from numpyro_ebm import marginals
@@ -229,6 +230,14 @@ def test_weighted_particles_have_the_cumulants_of_their_law():
     np.testing.assert_allclose(jax.grad(surrogate)(0.7), mean, rtol=1e-10)
     second = jax.grad(jax.grad(surrogate))(0.7)
     np.testing.assert_allclose(second, p @ (slopes - mean) ** 2, rtol=3 / copies)
+
+
+def test_particles_of_equal_weights_have_the_k_statistics():
+    particles = jnp.array([0.0, 1.0, 3.0, 4.5, 4.0])
+    derivative = lambda t: cumulant_surrogate(t * particles[:, None], 3, jnp.zeros((5, 1)))[0]  # noqa: E731
+    for order in (1, 2, 3):
+        derivative = jax.grad(derivative)
+        np.testing.assert_allclose(derivative(0.7), kstat(particles, order), rtol=1e-10)
 
 
 @pytest.mark.parametrize("importance_weighted", [False, True])

@@ -92,13 +92,18 @@ def test_the_langevin_sampler_is_blackjax_shaped(options):
     position = {"s": jnp.zeros((4, 6), int), "a": jnp.ones(4, int)}
     values = {"a": [1, 2, 5], "s": [0, 1]}
     algorithm = discrete_langevin.as_top_level_api(log_density, 0.5, values, **options)
-    state, step = jax.jit(algorithm.init)(position), jax.jit(algorithm.step)
+    init, step = jax.jit(algorithm.init), jax.jit(algorithm.step)
+    state, taken = init(position), []
     for key in jax.random.split(jax.random.key(0), 20):
         state, info = step(key, state)
+        taken.extend(np.asarray(info.is_accepted))
+        # What a row keeps is that of its position, whether it moved or stayed.
+        np.testing.assert_allclose(state.differences, init(state.position).differences, atol=1e-5)
         assert set(np.unique(state.position["a"])) <= {1, 2, 5}
         assert set(np.unique(state.position["s"])) <= {0, 1}
     assert state.position["s"].dtype == "int32" and not info.is_divergent.any()
     np.testing.assert_allclose(state.logdensity, log_density(state.position), rtol=1e-5)
+    assert any(taken) and (all(taken) == (not options.get("adjusted", True)))
 
 
 CONTINUOUS = {"MALA": ebm.MALA, "NUTS": NUTS, "BlockGibbs": ebm.BlockGibbs}

@@ -91,6 +91,10 @@ def test_the_gradient_of_the_energy_does_not_touch_the_flow():
     (network,) = objective.networks
     of_energy = jit(jax.grad(lambda p: network.loss(KEY, p, flow, problem)))(params)
     assert_same(of_energy, jax.tree.map(jnp.zeros_like, of_energy))
+    # What its likelihood weighs is taken off, with the same draws.
+    likely = ebm.FlowContrastive(function, 2, likelihood_weight=0.7).networks[0]
+    gain = network.loss(KEY, params, flow, problem) - likely.loss(KEY, params, flow, problem)
+    assert_same(gain, 0.7 * jnp.mean(dist.Normal(-0.3, 1.6).log_prob(data)))
 
 
 def assert_same(x, y):

@@ -101,8 +101,9 @@ def test_log_ratios_of_a_polynomial_are_its_differences():
         np.testing.assert_allclose(found, values - values[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_denoised_position_has_the_density_of_the_last_level():
-    """Levels that are precisions: the step without noise is by that of the last one."""
+@pytest.mark.parametrize("tethers", [None, jnp.array([2.0, 5.0])])
+def test_a_denoised_position_has_the_density_of_the_last_level(tethers):
+    """Levels that are precisions: the step without noise is by that of the last one, untethered."""
     levels, sizes = jnp.array([1.0, 3.0]), jnp.array([0.1, 0.05])
     kernel = annealed.build_kernel(2)
 
@@ -111,7 +112,8 @@ def test_a_denoised_position_has_the_density_of_the_last_level():
 
     first = annealed.init(jnp.zeros(2), log_density, levels)
     args = (jax.random.key(0), first, log_density, levels, sizes, 1.0)
-    (noisy, _), (new, _) = kernel(*args), kernel(*args, 0.2)
+    noisy, new = (kernel(*args, variance, tethers)[0] for variance in (None, 0.2))
+    np.testing.assert_allclose(noisy.logdensity, log_density(noisy.position, 3.0), rtol=1e-5)
     np.testing.assert_allclose(new.position, noisy.position - 0.6 * (noisy.position - 1), rtol=1e-5)
     np.testing.assert_allclose(new.logdensity, log_density(new.position, 3.0), rtol=1e-5)
     np.testing.assert_allclose(new.logdensity_grad, -3.0 * (new.position - 1), rtol=1e-5)

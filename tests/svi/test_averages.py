@@ -42,6 +42,27 @@ def run(one, num_steps, **options):
     return one.run(jax.random.key(1), num_steps, DATA, progress_bar=False, **options)
 
 
+def test_an_average_is_mostly_the_old_one():
+    """In log(precision), from where the parameters start, round after round."""
+
+    def gaussian(data):
+        mean = numpyro.param("mean", 0.5)
+        precision = numpyro.param("precision", 1.0, constraint=dist.constraints.positive)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * (v - mean) ** 2)
+
+    one = ebm.EnergySVI(gaussian, None, optax.adam(0.1), ebm.DenoisingScoreMatching(0.3))
+    state, mean, log_precision = None, 0.5, 0.0
+    for _ in range(2):
+        fit = run(one, 1, ema=0.8, init_state=state)
+        state = fit.state
+        mean = 0.8 * mean + 0.2 * fit.params["mean"]
+        log_precision = 0.8 * log_precision + 0.2 * np.log(fit.params["precision"])
+        np.testing.assert_allclose(fit.ema_params["mean"], mean, rtol=1e-5)
+        np.testing.assert_allclose(fit.ema_params["precision"], np.exp(log_precision), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_averages_are_those_of_a_loop():
     """In log(precision), of the guide's parameters too, and nothing else changes."""
