@@ -13,6 +13,7 @@ from normalizer_cases import KEY, assert_covers
 
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
+from numpyro_ebm.log_normalizers import LogNormalizer, likelihood
 
 X = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
 
@@ -69,6 +70,26 @@ def test_every_method_knows_rows(method):
     found = ebm.log_normalizer(KEY, ebm.fixed(line, {}), X, method=method)
     assert found.value.shape == (4,)
     assert_covers(found, np.log(2) - X)
+
+
+def test_errors_of_latents_and_of_log_z_add_in_squares(monkeypatch):
+    """Where latents have no exact sum, the error of its estimate is that of a row."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * v**2 + h**4 + v * h)
+
+    estimate = LogNormalizer(jnp.array([1.0, 2.0]), jnp.array([0.3, 1.2]), math.inf, "annealed")
+    monkeypatch.setattr(likelihood, "run_method", lambda *_: estimate)
+    log_z = LogNormalizer(0.5, 0.4, math.inf, "given")
+    data = np.array([0.1, -0.2], np.float32)
+    found = ebm.log_likelihood(
+        KEY, ebm.fixed(model, {}), data, log_normalizer=log_z, with_error=True
+    )
+    np.testing.assert_allclose(found.value, [0.5, 1.5], rtol=1e-6)
+    np.testing.assert_allclose(found.mcse, [0.5, 1.6**0.5], rtol=1e-6)
 
 
 def test_many_rows_of_data_do_not_change_it(grbm):

@@ -103,6 +103,19 @@ def test_the_unadjusted_proposals_miss_a_coupled_law():
     assert law.z_score(last(kernel, 20_000, 0, 60).z["s"]) > 50
 
 
+@pytest.mark.parametrize("differences, longest", [("gradient", 4.0), ("exact", 1.0)])
+def test_steps_grow_no_longer_than_their_support(differences, longest):
+    """Where nearly every proposal is taken: to the square of its width, or to one."""
+
+    def model(num_rows):
+        with numpyro.plate("data", num_rows):
+            s = numpyro.sample("s", ebm.Counting(3, (2,)))
+            ebm.energy("E", 1e-3 * jnp.sum(s, -1))
+
+    kernel = ebm.DiscreteLangevin(ebm.fixed(model, {}), 0.5, differences=differences)
+    np.testing.assert_allclose(last(kernel, 2, 30, 0).adapt_state.step_size, longest)
+
+
 @pytest.mark.slow
 def test_step_size_is_adapted_to_the_acceptance():
     kernel = ebm.DiscreteLangevin(LAWS["ordinal"].model, target_accept_prob=0.8)

@@ -46,19 +46,23 @@ def pairs_of(energy, num_values=3, size=4):
     return ebm.fixed(model, {})
 
 
-@pytest.mark.parametrize("num_values, coupling", [(2, -0.7), (3, 0.7)])
-def test_one_step_keeps_the_law_of_a_pair(num_values, coupling):
-    """exp(c [x = y] + f(x) + g(y)): pairs that are drawn from it have it after a step."""
+@pytest.mark.parametrize(
+    "num_values, coupling, rest", [(2, -0.7, 0.0), (3, 0.7, 0.0), (3, 0.7, 1.0)]
+)
+def test_one_step_keeps_the_law_of_a_pair(num_values, coupling, rest):
+    """exp(c [x = y] + f(x) + g(y) + r(x, y)): pairs that are drawn from it have it after a step."""
     num_rows, rng = 20_000, np.random.default_rng(5)
     fields = rng.normal(size=(2, num_values))
     log_p = coupling * np.eye(num_values) + fields[0][:, None] + fields[1]
+    log_p += rest * rng.normal(size=log_p.shape)  # what the clusters do not see
     p = np.exp(log_p - np.logaddexp.reduce(log_p, None)).ravel()
     states = np.indices((num_values, num_values)).reshape(2, -1).T
     start = states[rng.choice(len(p), num_rows, p=p)]
     values, pairs = np.tile(np.arange(num_values), (2, 1)), np.array([[0, 1]])
     arrays = np.full((num_rows, 1), coupling), np.tile(fields, (num_rows, 1, 1))
-    form = Potts(("s",), values, pairs, *arrays, num_values == 2, True)
-    step = swendsen_wang.as_top_level_api(lambda x: jnp.zeros(num_rows), form)
+    form = Potts(("s",), values, pairs, *arrays, num_values == 2, not rest)
+    log_density = lambda x: jnp.asarray(log_p)[tuple(x["s"].T)]  # noqa: E731
+    step = swendsen_wang.as_top_level_api(log_density, form)
     state, _ = jax.jit(step.step)(jax.random.key(3), step.init({"s": jnp.asarray(start)}))
     s = np.asarray(state.position["s"])
     found = np.bincount(s @ [num_values, 1], minlength=len(p)) / num_rows

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Auxiliary chains that are too short, and those that are not: how often the verdict is right."""
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ from scipy.special import logsumexp
 
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import adequacy
-from numpyro_ebm.diagnostics.prior_widths import _width
+from numpyro_ebm.diagnostics.prior_widths import _width, prior_widths
 from numpyro_ebm.posteriors.exchange.chain import AuxiliaryTrace
 
 NUM_STEPS = 40
@@ -320,6 +321,9 @@ def test_a_trace_does_not_tell_where_the_coordinates_lie():
 
     here, there = trace(jnp.zeros(3)), trace(jnp.array([8.0, 0.0, -30.0]))
     assert np.all(np.abs(here.recoil) > 0.01)
+    # Before the first step the fictitious data are the data, and the end is not half way.
+    np.testing.assert_allclose(here.spread, here.distance, rtol=1e-6)
+    assert abs(here.movement - here.distance) > 0.01
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), here, there)
 
 
@@ -382,3 +386,11 @@ def test_widths_are_those_of_every_element():
     normal = np.random.default_rng(0).normal(size=(20_000, 2))
     ratio = _width(normal * [1.0, 3.0]) / _width(normal * [1.0, 2.0])
     np.testing.assert_allclose(ratio, [1.0, 1.5], rtol=1e-6)
+
+
+def test_draws_are_compared_with_those_of_the_prior():
+    """N(0, 0.5²) where the prior is N(0, 2²)."""
+    mcmc: Any = Ran(None, (np.zeros(3), np.ones(3)), None, None)
+    mcmc.get_samples = lambda: {"slope": 0.5 * stats.norm.ppf((np.arange(1_000) + 0.5) / 1_000)}
+    found = prior_widths(mcmc, SimpleNamespace(model=regression))
+    assert found == {"slope": pytest.approx(0.25, rel=0.15)}
