@@ -117,17 +117,25 @@ def take_steps(
     args, kwargs = row_model.args, row_model.kwargs
     state = kernel.init(rng_key, 0, stop_gradient(start), args, kwargs)
 
-    @jax.jit  # traced once, in a loop and beside it
-    def step(state):
+    # Without a test a step needs a gradient where it begins, and nobody asks for that where the
+    # last one ends: evaluated where it begins it stands in the program once, the others are dead
+    # code. A kernel with a memory, such as momenta, has it there already.
+    is_refreshed = getattr(type(kernel), "refresh", None) != getattr(MCMCKernel, "refresh", None)
+    is_evaluated = (
+        is_refreshed
+        and not getattr(kernel, "leaves_invariant", True)
+        and getattr(state, "memory", None) is None
+    )
+
+    def step(_, state):
+        if is_evaluated:
+            state = kernel.refresh(state, args, kwargs)
         return kernel.sample(state, args, kwargs)
 
-    # Without a test nobody asks for the gradient where the last step ends: it is not computed if
-    # that step is no part of the loop. A step without a loop has its random numbers drawn ahead.
-    apart = 1 if num_steps == 1 or not getattr(kernel, "leaves_invariant", True) else 0
-    if num_steps > apart:
-        state = lax.fori_loop(0, num_steps - apart, lambda _, state: step(state), state)
-    if apart:
-        state = step(state)
+    if num_steps == 1:  # its random numbers are drawn ahead
+        state = kernel.sample(state, args, kwargs)
+    else:
+        state = lax.fori_loop(0, num_steps, step, state)
     return stop_gradient(dict(getattr(state, kernel.sample_field)))
 
 

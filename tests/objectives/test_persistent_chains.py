@@ -3,6 +3,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ class Count(Stay):
 
 
 class CountApart(Count):
-    leaves_invariant = False  # whose last step is taken outside of the loop
+    leaves_invariant = False  # without a `refresh` that would evaluate it where a step begins
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
@@ -173,6 +174,30 @@ def test_as_many_steps_are_taken_as_are_asked_for(num_steps):
         chains = objective.init_state(KEY, {"depth": 1.0}, problem) if persistent else None
         moved = objective.advance(KEY, {"depth": 1.0}, problem, chains)[0].noise.position["v"]
         np.testing.assert_array_equal(moved, data + num_steps)
+
+
+def test_a_kernel_without_a_test_takes_the_steps_of_a_plain_loop():
+    """Its gradient is that of where a step begins, and the energy is computed in the loop alone."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", jnp.sinh(v) * v)
+
+    def noiseless(key, shape=(), *args, **kwargs):
+        return jnp.zeros(shape)
+
+    def move(data):
+        problem = objective.prepare(KEY, {}, model, None, (data,), {})
+        return objective.advance(KEY, {}, problem, None)[0].noise.position["v"]
+
+    data, expected = jnp.array([-2.0, 0.5, 1.0]), jnp.array([-2.0, 0.5, 1.0])
+    objective = ebm.ContrastiveDivergence(partial(ebm.ULA, step_size=0.01), 3)
+    with mock.patch("blackjax.util.normal", noiseless):
+        program = jax.jit(move).lower(data).compile()
+    for _ in range(3):
+        expected -= 0.01 * (jnp.cosh(expected) * expected + jnp.sinh(expected))
+    np.testing.assert_allclose(program(data), expected, rtol=1e-5)
 
 
 def test_chains_start_at_the_data_and_at_latents_of_the_guide():
