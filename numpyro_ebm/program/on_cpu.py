@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs as they are fast on a CPU, rewritten where JAX's way to write them is slow there.
 
-Random numbers are hashed without a loop (:mod:`~numpyro_ebm.program.random_numbers`), and the
+Keys are split in one loop (:mod:`~numpyro_ebm.program.key_trees`), random numbers hashed without
+one (:mod:`~numpyro_ebm.program.random_numbers`), and the
 convolutions in loops have their axes put in order (:mod:`~numpyro_ebm.program.convolutions`). A
 program is rewritten after it was differentiated, with all loops, branches and functions inside.
 """
@@ -13,6 +14,7 @@ import jax
 from numpyro_ebm._compat import ClosedJaxpr, eval_jaxpr
 from numpyro_ebm.program.convolutions import is_slow, put_in_order
 from numpyro_ebm.program.jaxprs import CALLS, LOOPS, applied, inner_jaxprs, interpret, is_jaxpr
+from numpyro_ebm.program.key_trees import with_keys_first
 from numpyro_ebm.program.random_numbers import is_rolled, unrolled
 
 __all__ = ["eval_on_cpu"]
@@ -31,7 +33,7 @@ def eval_on_cpu(jaxpr: Any, consts: Any, *args: Any, in_loop: bool) -> list[Any]
     """
     if jax.default_backend() != "cpu" or not _changes(jaxpr, in_loop):
         return eval_jaxpr(jaxpr, consts, *args)
-    return _rewritten(ClosedJaxpr(jaxpr, consts), args, in_loop)
+    return _rewritten(*with_keys_first(ClosedJaxpr(jaxpr, consts), args), in_loop)
 
 
 def _changes(jaxpr, in_loop):

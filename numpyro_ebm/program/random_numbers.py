@@ -17,7 +17,7 @@ import numpy as np
 from numpyro_ebm._compat import define_prng_impl, set_xla_metadata, threefry_prng_impl
 from numpyro_ebm.program.jaxprs import JITS, applied, interpret
 
-__all__ = ["is_rolled", "unrolled"]
+__all__ = ["is_rolled", "threefry", "unrolled"]
 
 HASHES = ("random_bits", "random_fold_in", "random_split")
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
@@ -70,14 +70,14 @@ def _in_full(closed, arguments):
             return _in_full(eqn.params["jaxpr"], operands)
         if eqn.primitive.name == "threefry2x32":
             with set_xla_metadata(inlineable="true"):
-                return _threefry(*operands)
+                return threefry(*operands)
         return applied(eqn, operands)
 
     return interpret(closed, apply, arguments)
 
 
 @jax.jit
-def _threefry(key1, key2, left, right):
+def threefry(key1, key2, left, right):
     """Threefry-2x32-20 of the counters ``left`` and ``right``, element by element."""
     keys = key1, key2, key1 ^ key2 ^ PARITY
     left, right = left + key1, right + key2
