@@ -257,7 +257,7 @@ def _undefined_rows(row_model):
 def _check_defined(undefined):
     """Raise where a density is NaN, which an objective that reads derivatives alone never sees."""
     for name, count in undefined.items():
-        if not_jax_tracer(count) and count > 0:
+        if not_jax_tracer(count) and int(count) > 0:  # compared on the host
             raise ModelError(
                 f"EnergySVI: the density of '{name}' is NaN in {int(count)} rows of the data, at "
                 "the parameters' initial values. It has to be defined on the whole support of its "
