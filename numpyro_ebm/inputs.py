@@ -53,8 +53,9 @@ def numbers_of(owner: str, *, finite: bool = True, **named: Any) -> list[jax.Arr
     """
     found, arrays = [], as_arrays((), named)[1]  # a dict that has been a pytree is sorted by name
     for name in named:
+        x = arrays[name]
         try:
-            x = jnp.asarray(arrays[name])
+            x = jnp.asarray(x)
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"{owner}: `{name}` must be an array of numbers, got {shown(x)}."
