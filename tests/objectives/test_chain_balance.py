@@ -74,6 +74,7 @@ def test_chains_that_do_not_come_from_well_to_well_are_found():
 def test_nothing_is_said_without_evidence(shift, begun):
     drop = 0.2 + shift + np.random.default_rng(0).normal(size=400)
     warn_if_not_there(drop, np.full(400, begun))
+    warn_if_not_there(0.2 + shift + 0.01 * drop, np.full(400, begun))  # certain, and little
     warn_if_not_there(100 + drop[:15], np.ones(15, bool))
 
 

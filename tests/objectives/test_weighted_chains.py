@@ -172,6 +172,10 @@ def test_chains_are_resampled_among_those_of_their_population():
     np.testing.assert_allclose(gradient_weights(log_weights), jax.nn.softmax(log_weights[:64]))
     total = np.exp(log_weights[:64]).mean()
     np.testing.assert_allclose(weights[:64], np.log(total), rtol=1e-4, atol=1e-5)
+    even = log_weights / 50  # left alone
+    found, weights = jit(resampled)(KEY, {"origin": origin, "i": jnp.arange(128)}, even)
+    np.testing.assert_array_equal(found["i"], jnp.arange(128))
+    np.testing.assert_array_equal(weights, even)
 
 
 @pytest.mark.usefixtures("x64")
