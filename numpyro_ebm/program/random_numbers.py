@@ -77,7 +77,9 @@ def _in_full(closed, arguments):
 
 
 @jax.jit
-def threefry(key1, key2, left, right):
+def threefry(
+    key1: jax.Array, key2: jax.Array, left: jax.Array, right: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32-20 of the counters ``left`` and ``right``, element by element."""
     keys = key1, key2, key1 ^ key2 ^ PARITY
     left, right = left + key1, right + key2
