@@ -61,6 +61,8 @@ if os.environ.get("ONLINE"):
 
 # HTML
 html_theme = "furo"
+# Summaries of hits are fetched, which browsers refuse pages that they read from disk.
+html_show_search_summary = bool(os.environ.get("ONLINE"))
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
