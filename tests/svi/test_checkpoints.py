@@ -122,6 +122,7 @@ def test_a_place_is_what_it_was():
     source = Source()
     assert set_place(source, json.loads(json.dumps(told_place(None, source))))
     np.testing.assert_equal(source.found, state)
+    assert isinstance(source.found["a"][1]["b"], tuple) and isinstance(source.found["a"], list)
     source.set_epoch = None  # its place is that of one epoch
     assert told_place(source) is None and not set_place(source, None)
     for wrong in (object(), np.array(["a"]), {1: 2}):
