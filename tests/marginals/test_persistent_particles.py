@@ -110,13 +110,16 @@ def test_particles_of_a_positive_latent_follow_their_rows():
 
 
 def test_the_score_is_of_other_particles_than_the_surrogate():
-    """Of four, two each, where second derivatives are taken; of all where they are not."""
+    """Of four, two each, where second derivatives are taken; of all where they are not.
+
+    They are kept in the coordinates of a positive site.
+    """
 
     def model(data):
         scale = numpyro.param("scale", 1.0)
         with numpyro.plate("data", len(data)):
             v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
-            h = numpyro.sample("h", ebm.Lebesgue())
+            h = jnp.log(numpyro.sample("h", ebm.Lebesgue(support=constraints.positive)))
             ebm.energy("E", 0.5 * scale * (v - h) ** 2 + 0.5 * h**2)
 
     v, h = jnp.array([0.3, -0.5, 1.0]), jax.random.normal(jax.random.key(2), (4, 3))
@@ -273,6 +276,8 @@ def test_a_batch_moves_the_particles_of_its_rows():
     )
     np.testing.assert_array_equal(after[batch].T, held)
     np.testing.assert_allclose(after, before, atol=2e-3)
+    assert len(np.unique(before - jnp.arange(6.0)[:, None])) == 6  # of two rows, at the start
+    assert len(np.unique(np.round((after - before)[batch], 9))) == 6  # each with its own noise
     np.testing.assert_allclose(chains, held[0], atol=2e-3)
 
 

@@ -14,7 +14,13 @@ from divergence_cases import KEY, Stay
 from oracles import assert_unbiased, jit
 
 import numpyro_ebm as ebm
-from numpyro_ebm.objectives.chain_balance import warn_if_not_there
+from numpyro_ebm.objectives.chain_balance import (
+    LONG_STEPS,
+    LONGEST,
+    SHORTEST,
+    energy_drop,
+    warn_if_not_there,
+)
 from numpyro_ebm.objectives.persistent_chains import Chains
 from numpyro_ebm.objectives.plan import BatchRows
 
@@ -76,6 +82,58 @@ def test_nothing_is_said_without_evidence(shift, begun):
     warn_if_not_there(drop, np.full(400, begun))
     warn_if_not_there(0.2 + shift + 0.01 * drop, np.full(400, begun))  # certain, and little
     warn_if_not_there(100 + drop[:15], np.ones(15, bool))
+
+
+class Up(Stay):
+    """One up in every step."""
+
+    def sample(self, state, model_args, model_kwargs):
+        return state._replace(z={name: x + 1 for name, x in state.z.items()})
+
+
+def test_energies_are_compared_after_a_round_and_after_another():
+    """Of the rows of the batch; sites of discrete values take no long steps."""
+
+    def model(x, data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Counting(99), obs=data)
+            ebm.energy("E", x * v**2)
+
+    x, v, rows = jnp.array([0.1, 0.5, 0.2]), jnp.array([4, 0, 7, 1, 9]), jnp.array([3, 0, 4])
+    objective = ebm.ContrastiveDivergence(Up, 2, persistent=True)
+    problem = objective.prepare(KEY, {}, model, None, (x, v[rows]), {})
+    problem = problem._replace(rows=BatchRows(rows, 5))
+    state = Chains({"v": v}, jnp.array(9), begun=jnp.arange(5) > 0)
+    drop, begun = objective.statistics(KEY, {}, problem, state)
+    np.testing.assert_allclose(drop, x * ((v[rows] + 2.0) ** 2 - (v[rows] + 4.0) ** 2), rtol=1e-5)
+    np.testing.assert_array_equal(begun, [True, False, True])
+
+
+@pytest.mark.parametrize("mean, spread, word", [(0.3, 2.0, None), (-0.3, 0.2, "rise")])
+def test_a_change_counts_by_its_own_error(mean, spread, word):
+    drop = mean + spread * np.tile([-1.0, 1.0], 200)
+    if word is None:  # 0.3 ± 0.1 is none
+        return warn_if_not_there(drop, np.ones(400, bool))
+    with pytest.warns(ebm.ConvergenceWarning, match=rf"400 of them {word} by 0.3 ± 0.01 nats"):
+        warn_if_not_there(drop, np.ones(400, bool))
+
+
+def test_long_steps_are_of_every_length_and_of_each_site_by_itself():
+    """Where the density is flat all are taken: Σ l z s, with log l uniform."""
+    num, ends = 4_000, {}
+    start = {"x": jnp.full((num, 2), 5.0), "y": jnp.full((num, 2), -3.0), "h": jnp.ones(num)}
+    spread = {"x": jnp.full((num, 2), 0.5), "y": jnp.full((num, 2), 3.0)}
+
+    def move(key, position):
+        ends.update(position)
+        return position
+
+    energy_drop(jax.random.key(7), lambda x: jnp.zeros(num), move, start, spread)
+    moved = np.concatenate([(ends["x"] - 5) / 0.5, (ends["y"] + 3) / 3], -1).astype(float)
+    square = LONG_STEPS * (LONGEST**2 - SHORTEST**2) / (2 * np.log(LONGEST / SHORTEST))
+    products = moved[:, :, None] * moved[:, None]
+    assert_unbiased(products.reshape(num, 16), square * np.eye(4).ravel(), "long steps")
+    assert np.all(ends["h"] == 1)  # a site without a spread stays
 
 
 def test_a_run_says_that_the_energy_outran_its_chains():

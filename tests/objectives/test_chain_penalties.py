@@ -126,18 +126,23 @@ def test_the_divergence_of_chains_has_the_gradient_of_closed_form(weight):
 
 
 def test_a_step_of_the_chains_has_the_noise_of_langevin_dynamics():
-    """KL(N(0, V) ‖ p) + log Z of chains at the origin, whose step is noise of the variance 2ε."""
+    """KL(N(0, V) ‖ p) + log Z of chains at the origin, whose step is noise of the variance 2ε.
+
+    There are two sites, with noise of their own each.
+    """
     num, step, precision = 1_000, 0.3, 0.5
 
     def model(data):
         with numpyro.plate("data", len(data)):
-            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
-            ebm.energy("E", 0.5 * precision * jnp.sum(v**2, -1))
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            w = numpyro.sample("w", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * precision * (v**2 + w**2))
 
-    objective, data = ebm.ContrastiveDivergence(Stay), jnp.zeros((num, 2))
+    objective, data = ebm.ContrastiveDivergence(Stay), jnp.zeros(num)
     problem = objective.prepare(KEY, {}, model, None, (data,), {})
-    log_p = lambda p, x: -0.5 * precision * jnp.sum(x["v"] ** 2, -1)  # noqa: E731
-    found = jit(lambda v: chain_divergence(KEY, log_p, {}, problem, {"v": v}, step))(data)
+    log_p = lambda p, x: -0.5 * precision * (x["v"] ** 2 + x["w"] ** 2)  # noqa: E731
+    chains = {"v": data, "w": data}
+    found = jit(lambda x: chain_divergence(KEY, log_p, {}, problem, x, step))(chains)
     expected = precision * 2 * step - np.log(2 * np.pi * np.e * 2 * step)
     assert abs(found - expected) < 4.5 * np.sqrt((1 + np.pi**2 / 6) / num)
 

@@ -14,9 +14,11 @@ import pytest
 from divergence_cases import BITS, KEY, RBM, Draw, Stay, arrays, draw_grbm, rbm, rbm_plated
 from numpyro.distributions import constraints
 from oracles import assert_unbiased, draws, flat, jit
+from scipy import stats
 
 import numpyro_ebm as ebm
 from numpyro_ebm.models import grbm_log_normalizer
+from numpyro_ebm.objectives.chain_starts import spread_of_rows, visible_log_density
 from numpyro_ebm.objectives.plan import BatchRows
 
 
@@ -90,6 +92,14 @@ def test_a_round_moves_so_many_chains_of_the_buffer():
     assert int(states[-1].history.spacing) == round(4 * 12 / 5)
 
 
+def test_chains_beyond_the_rows_have_noise_of_their_own():
+    """They go through the model as many at a time as the batch has rows."""
+    kernel = partial(ebm.MALA, step_size=0.5)
+    objective = ebm.ContrastiveDivergence(kernel, persistent=True, num_chains=5)
+    _, (moved,) = rounds(objective, still, {}, jnp.zeros(2), [KEY])
+    assert len(np.unique(moved.position["v"])) == 5
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("num_chains", [2, 7])
 def test_any_number_of_chains_has_the_gradient_of_the_likelihood(num_chains):
@@ -155,13 +165,54 @@ def test_chains_begin_at_noise_at_a_gaussian_or_at_the_data():
     np.testing.assert_array_equal(rows, [0, 1, 2, 0, 1, 2, 0])
 
 
-def test_resets_go_to_where_chains_begin():
+def weighed(data, weights):
+    with numpyro.handlers.scale(scale=weights), numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", ebm.Lebesgue((3,), constraints.positive), obs=data)
+        ebm.energy("E", jnp.sum(v, -1))
+
+
+def test_a_fitted_gaussian_has_the_moments_of_the_weighted_rows():
+    """In unconstrained coordinates; of one that is constant the deviation is one."""
+    data = np.array([[1.0, 0.2, 3.0], [2.0, 1.5, 3.0], [0.5, 4.0, 3.0], [9.0, 9.0, 9.0]])
+    weights = np.array([1.0, 3.0, 0.5, 0.0])  # the last row does not count
+    args = jnp.asarray(data), jnp.asarray(weights)
+    problem = ebm.ContrastiveDivergence(Stay).prepare(KEY, {}, weighed, None, args, {})
+    u = np.log(data)
+    mean = np.average(u, 0, weights)
+    std = np.sqrt(np.average((u - mean) ** 2, 0, weights))
+    std[2] = 1.0
+    np.testing.assert_allclose(spread_of_rows(problem)["v"], np.tile(std, (4, 1)), rtol=1e-5)
+    points = np.random.default_rng(3).normal(size=(6, 3)).astype(np.float32)
+    found = visible_log_density("gaussian", {}, problem, {"v": jnp.asarray(points)})
+    np.testing.assert_allclose(found, stats.norm.logpdf(points, mean, std).sum(-1), rtol=1e-5)
+
+
+def three_to_six(data):
+    with numpyro.plate("data", len(data)):
+        v = numpyro.sample("v", dist.DiscreteUniform(3, 6), obs=data)
+        ebm.energy("E", 0.1 * v)
+
+
+def test_uniform_starts_are_at_all_values_alike():
+    problem = ebm.ContrastiveDivergence(Stay).prepare(
+        *(KEY, {}, three_to_six, None, (jnp.array([4, 5]),), {})
+    )
+    points = {"v": jnp.array([3, 4, 5, 6, 6])}
+    found = visible_log_density("uniform", {}, problem, points)
+    np.testing.assert_allclose(found, -np.log(4.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loc, adjusted", [(50.0, False), (0.0, True)])
+def test_resets_go_to_where_chains_begin(loc, adjusted):
+    """A share of them, and where that is the law of the model a test accepts all of it."""
     objective = ebm.ContrastiveDivergence(
-        Stay, persistent=True, reset_probability=0.3, initial=dist.Normal(50.0, 1.0)
+        *(Stay,),
+        **{"persistent": True, "reset_probability": 0.3, "adjusted_resets": adjusted},
+        initial=dist.Normal(loc, 1.0),
     )
     states, _ = rounds(objective, still, {}, jnp.zeros(1_000), [jax.random.key(3)])
     before, after = (np.asarray(x.position["v"]) for x in states)
-    assert np.all(before > 40)
+    assert np.all(np.abs(before - loc) < 10)
     share = np.mean(before != after)
     assert abs(share - 0.3) < 4.5 * (0.21 / 1_000) ** 0.5
 

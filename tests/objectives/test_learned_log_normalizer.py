@@ -139,6 +139,37 @@ def test_the_error_of_log_z_is_that_of_the_optimal_bridge():
     np.testing.assert_allclose(found.mcse, np.sqrt(2 * (1 / overlap - 1) / num), rtol=0.1)
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_error_of_log_z_is_the_sandwich_of_all_parameters():
+    """√(gᵀ J⁻¹ S J⁻ᵀ g / n) written out, with weights of rows, and the way left to the optimum."""
+    num, key, rng = 40, jax.random.key(7), np.random.default_rng(2)
+    data, weights = rng.normal(0.3, 0.8, num), rng.uniform(0.5, 2.0, num)
+    model, args = scale(one_dimensional, scale=jnp.asarray(weights)), (jnp.asarray(data),)
+    objective = ebm.NCE(dist.Normal(0.0, 1.5), 2)
+    params = {"t": jnp.array(1.5), "m": jnp.array(0.5), "log_normalizer": jnp.array(2.1)}
+    found = objective.log_normalizer(key, params, model, None, *args)
+
+    key_prepare, key_draw = jax.random.split(key)
+    problem = objective.prepare(key_prepare, params, model, None, args, {})
+
+    def contrast(t, m):  # linear in both
+        at_data, at_noise = objective.contrast(key_draw, {"t": t, "m": m}, problem)
+        return np.concatenate([at_data[None], at_noise])
+
+    none, t, m = contrast(0.0, 0.0), contrast(1.0, 0.0), contrast(0.0, 1.0)
+    features = np.stack([t - none, m - none, -np.ones((3, num))], -1)
+    G = none + features @ [1.5, 0.5, 2.1] - np.log(2)
+    sign = np.array([-1.0, 1.0, 1.0])[:, None]
+    slopes, curves = sign / (1 + np.exp(-sign * G)), 1 / (2 + np.exp(G) + np.exp(-G))
+    gradients = np.einsum("r,jr,jri->ri", weights, slopes, features)
+    hessian = np.einsum("r,jr,jri,jrk->ik", weights, curves, features, features) / num
+    towards = np.append(-np.average(features[0, :, :2], 0, weights), 1.0)
+    influence = gradients @ np.linalg.solve(hessian, towards)
+    variance, step = np.var(influence, ddof=1) / num, np.mean(influence)
+    assert step**2 > 9 * variance
+    np.testing.assert_allclose(found.mcse, np.sqrt(variance + step**2), rtol=1e-6)
+
+
 def wide(data):
     w = numpyro.param("w", jnp.zeros(2_001))
     with numpyro.plate("data", len(data)):

@@ -230,6 +230,48 @@ def positive_guide(data):
         numpyro.sample("h", dist.LogNormal(0.5 * ebm.visible("v", data) + shift, 1.0))
 
 
+def exact_guide(data):
+    with numpyro.plate("data", len(data)):
+        numpyro.sample("h", dist.Normal(0.5 * ebm.visible("v", data), 0.5**0.5))
+
+
+def test_the_value_is_a_difference_of_free_energies_where_the_guide_is_exact():
+    """-v²/4 of h given v, N(v/2, 1/2): at any particle, of the chains and of the rows."""
+    data, weights = jnp.array([0.3, -1.0, 2.0]), jnp.array([1.0, 3.0, 0.5])
+    initial = dist.Normal(4.0, 1.0)
+    objective = ebm.ContrastiveDivergence(Stay, 1, ebm.VaGES(2), initial=initial)
+    key, model = jax.random.key(2), numpyro.handlers.scale(pair, scale=weights)
+    problem = objective.prepare(key, {}, model, exact_guide, (data,), {})
+    problem, _ = objective.advance(key, {}, problem, None)
+    v = problem.noise.position["v"]
+    assert np.all(v > 1)
+    expected = jnp.mean(weights * (data**2 - v**2) / 4)
+    np.testing.assert_allclose(objective.energy_loss(key, {}, problem), expected, rtol=1e-5)
+
+
+def test_latents_of_chains_are_in_their_coordinates():
+    """Weights follow log p̃(v, h) at the h > 0 of its logarithm; its Jacobian stays as it is."""
+
+    def model(data):
+        a = numpyro.param("a", 0.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue(support=constraints.positive))
+            ebm.energy("E", 0.5 * v**2 + h + a * v * h)
+
+    objective = ebm.ContrastiveDivergence(
+        *(Stay, 1, ebm.VaGES(2)), persistent=True, weighted=True, initial="gaussian"
+    )
+    params = [{"a": jnp.array(a), "shift": jnp.array(2.0)} for a in (0.3, 0.7)]
+    problem = objective.prepare(
+        *(jax.random.key(2), params[0], model, positive_guide, (jnp.array([1.0, 2.0]),), {})
+    )
+    v, u = jnp.array([0.5, -1.0, 2.0]), jnp.array([0.1, 1.0, -2.0])
+    state = Chains({"v": v, "h": u}, jnp.array(0), log_weights=jnp.arange(3.0))
+    found = objective.settle(jax.random.key(3), *params, problem, state).log_weights
+    np.testing.assert_allclose(found, np.arange(3.0) - 0.4 * v * np.exp(u), rtol=1e-5)
+
+
 STARTS = {
     "refined": ebm.VaGES(2, refine=ebm.LangevinRefinement(60, 0.3, adjusted=True)),
     "weighted": ebm.VaGES(400, importance_weighted=True),

@@ -249,3 +249,25 @@ def test_a_full_history_is_in_its_order(share):
     expected = spacing * np.arange(4, RECORDS + 4)
     for x in history.remembered(jnp.array(last)).values():
         np.testing.assert_array_equal(x.reshape(RECORDS, -1)[:, 1], expected)
+
+
+@pytest.mark.parametrize(
+    "kind, num_coordinates, chains, name, size",
+    [
+        ("full", 20, 300, "visible", 20),
+        ("light", 20, 256, "projections", 16),
+    ],
+)
+def test_a_history_remembers_what_is_said(kind, num_coordinates, chains, name, size):
+    """All coordinates of all chains, or 16 projections of 256, with weights of variance 1/d."""
+    history = History.start(kind, 300, num_coordinates)
+    rings = {"energy": (RECORDS, chains), name: (RECORDS, chains, size)}
+    assert {k: x.shape for k, x in history.rings.items()} == rings
+    units = jnp.eye(chains, num_coordinates)  # each chain is one unit away in one direction
+    history = history.record(jnp.array(SPACING), lambda: (units, jnp.arange(float(chains))))
+    (found,) = history.remembered(jnp.array(SPACING))[name]
+    if name == "visible":
+        return np.testing.assert_array_equal(found, units)
+    weights = found[:num_coordinates] * np.sqrt(num_coordinates)
+    assert abs(np.mean(weights**2) - 1) < 4.5 * np.sqrt(2 / weights.size)
+    assert np.all(found[num_coordinates:] == 0)

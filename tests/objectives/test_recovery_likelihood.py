@@ -117,6 +117,31 @@ def test_every_level_has_its_share_of_the_rows():
     assert abs(np.mean(first * second / told / added)) < 4 / np.sqrt(200)
 
 
+@pytest.mark.parametrize("initial", ["data", "noised"])
+def test_a_step_is_as_long_as_the_conditional_of_its_level_is_narrow(initial):
+    """A tiny one from where the chain begins: noise of the variance 2 r / (1/τ² + 1/σ²) a row."""
+    levels, num, r = np.array([2.0, 1.0, 0.3, 0.0]), 3_000, 1e-4
+
+    def model(data, sigma=0.0):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", 0.5 * v**2 / (1 + sigma**2))
+
+    options = {"num_steps": 1, "step_size": r, "initial": initial, "noise_argument": "sigma"}
+    objective = ebm.RecoveryLikelihood(levels, **options)
+    problem = objective.prepare(KEY, {}, model, None, (jnp.zeros(num),), {})
+    (moved,), accepted = objective._recover(KEY, {}, problem, objective.estimate(KEY, {}, problem))
+    noised, told, added = problem.noise
+    begin = problem.unconstrained if initial == "data" else noised
+    narrow = 1 / added**2 + np.where(told > 0, 1 / np.maximum(told, 1e-9) ** 2, 0.0)
+    z = np.asarray(moved["v"] - begin["v"]) / np.sqrt(2 * r / narrow)
+    assert np.mean(accepted) > 0.99
+    for level in levels[1:]:
+        own = z[np.isclose(told, level)]
+        assert abs(np.mean(own**2) - 1) < 4.5 * np.sqrt(2 / len(own))
+    assert abs(np.mean(z[1:] * z[:-1])) < 4.5 / np.sqrt(num)  # each row with its own noise
+
+
 def test_a_walk_down_the_levels_is_that_of_its_steps():
     """Of Gaussian levels, 200 rows, against the means and variances of so many linear steps."""
     levels, widths, num_steps, r = np.geomspace(4.0, 0.5, 5), np.array([1.0, 0.3]), 4, 0.4

@@ -20,6 +20,7 @@ from registry.objectives import OBJECTIVES
 from weight_cases import ROWS, WEIGHTS, all_parameters, guide, latent, plain
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -164,6 +165,29 @@ def test_a_run_in_batches_arrives_at_the_weighted_fit():
     w = np.where(mask, weights, 0.0)
     expected = w.sum() / np.sum(w * np.where(mask, data, 0.0) ** 2)
     np.testing.assert_allclose(fit.params["precision"], expected, rtol=0.02)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_without_observation_have_no_weight(beside):
+    """Whatever stands in their place; where a site beside it is observed they have one."""
+    mask = np.arange(5) % 3 != 1
+    data = jnp.where(mask, jnp.arange(5.0), jnp.nan)
+
+    def model(data, mask):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data, obs_mask=mask)
+            w = numpyro.sample("w", ebm.Lebesgue(), obs=jnp.ones(5)) if beside else 0.0
+            ebm.energy("E", 0.5 * (v - w) ** 2)
+
+    row_model = read_model(model, (data, jnp.asarray(mask)))
+    if beside:
+        assert row_model.row_weights is None and "v_unobserved" in row_model.latent
+    else:
+        np.testing.assert_array_equal(row_model.row_weights, mask)
+        assert not row_model.latent
+    v = row_model.visible["v_observed"].value
+    np.testing.assert_array_equal(np.asarray(v)[mask], data[mask])
+    assert np.all(np.isfinite(v))
 
 
 def test_rows_without_observation_count_as_masked():

@@ -139,7 +139,10 @@ def test_weights_find_the_shares_of_modes_that_chains_do_not_leave():
 
 
 def test_weights_are_those_of_the_density_over_where_the_chains_began():
-    """Before the parameters move and after, of chains that stay where they are."""
+    """Before the parameters move and after, of chains that stay where they are.
+
+    The first half is then compared with the data, by its weights.
+    """
     model, data = CASES["Gaussian, MALA"][:2]
     objective, data = weighted(partial(ebm.MALA, step_size=1e-12)), jnp.asarray(data, jnp.float32)
     start = arrays({"precision": 2.0 * np.eye(2), "mean": np.ones(2)})
@@ -149,15 +152,25 @@ def test_weights_are_those_of_the_density_over_where_the_chains_began():
     def both(data):
         problem = objective.prepare(KEY, start, model, None, (data,), {})
         state = objective.init_state(KEY, start, problem)
-        return state, objective.settle(KEY, start, after, problem, state)
+        moved = objective.settle(KEY, start, after, problem, state)
+        problem, last = objective.advance(KEY, after, problem, moved)
+        loss = objective.energy_loss(KEY, after, problem)
+        return state, moved, last, problem.noise, loss
 
-    state, moved = both(data)
+    state, moved, last, noise, loss = both(data)
     v = np.asarray(state.position["v"])
     log_q = stats.norm.logpdf(v, data.mean(0), data.std(0)).sum(-1)
     for params, found in ((start, state), (after, moved)):
         x = (v - params["mean"]) @ params["precision"].T
         log_p = -0.5 * np.sum(x**2, -1) - np.sum(params["mean"])
         np.testing.assert_allclose(found.log_weights, log_p - log_q, rtol=1e-3, atol=1e-3)
+    half = len(v) // 2
+    first, log_weights = np.asarray(last.position["v"])[:half], np.asarray(last.log_weights)
+    np.testing.assert_array_equal(noise.position["v"], first)
+    weights = np.exp(log_weights[:half] - log_weights[:half].max())
+    squares = [np.sum(((x - after["mean"]) @ after["precision"].T) ** 2, -1) for x in (first, data)]
+    expected = 0.5 * (np.mean(squares[1]) - np.average(squares[0], weights=weights))
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
 
 
 def test_chains_are_resampled_among_those_of_their_population():
@@ -258,19 +271,22 @@ def test_the_end_of_a_run_says_that_log_z_is_not_known():
 
 
 def test_units_that_are_drawn_at_random_have_the_density_of_a_row():
-    """One over the number of their states, however many rows there are."""
+    """One over the number of their states, however many rows there are; each site by itself."""
 
     def model(data):
         with numpyro.plate("data", len(data)):
             v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
             h = numpyro.sample("h", ebm.Counting(3, (2,)))
-            ebm.energy("E", 0.5 * v**2 + 0.1 * jnp.sum(h, -1))
+            k = numpyro.sample("k", dist.DiscreteUniform(2, 4).expand([2]).to_event(1))
+            ebm.energy("E", 0.5 * v**2 + 0.1 * jnp.sum(h + k, -1))
 
-    row_model = read_model(model, (jnp.arange(5.0),))
+    row_model = read_model(model, (jnp.arange(50.0),))
     problem = SimpleNamespace(row_model=row_model, guide=None)
     drawn, density = draw_latent(KEY, {}, problem, row_model.to_rows(row_model.visible_values))
-    assert drawn["h"].shape == (5, 2)
-    np.testing.assert_allclose(density, np.full(5, -2 * np.log(3)), rtol=1e-6)
+    h, k = np.asarray(drawn["h"]), np.asarray(drawn["k"])
+    assert h.shape == k.shape == (50, 2) and np.any(h + 2 != k)
+    assert set(h.flat) == {0, 1, 2} and set(k.flat) == {2, 3, 4}
+    np.testing.assert_allclose(density, np.full(50, -4 * np.log(3)), rtol=1e-6)
 
 
 def test_effective_numbers_are_of_the_chains_they_are_said_of():

@@ -234,7 +234,7 @@ def with_latent(x):
     with numpyro.plate("data", len(x)):
         x = numpyro.sample("x", ebm.Lebesgue(), obs=x)
         h = numpyro.sample("h", ebm.Lebesgue())
-        ebm.energy("E", 0.5 * x**2 + 0.25 * h**4 - slope * x * h)
+        ebm.energy("E", 0.5 * x**2 + 0.25 * h**2 - slope * x * h)
 
 
 def normal_guide(x):
@@ -244,16 +244,25 @@ def normal_guide(x):
 
 
 def test_the_guide_is_fitted_where_its_parts_are():
-    """At the noised values of the one part that draws from it; two such points are refused."""
-    noised = ebm.DenoisingScoreMatching(5.0, ebm.VaGES(2))
-    params = {"slope": 1.0, "loc": 0.3}
-    total = 0.5 * noised
+    """At the noised values of the one part that draws from it; two such points are refused.
+
+    Rows count for it as they do there. Two parts with noise draw it each for itself.
+    """
+    noised = ebm.MultiscaleDenoisingScoreMatching(None, ebm.VaGES(2))
+    params, exact = {"slope": 1.0, "loc": 0.3}, ebm.GaussianLatents()
+    total = SM(exact) + 0.5 * noised + ebm.DenoisingScoreMatching(5.0, exact)
     problem = total.prepare(jax.random.key(0), params, with_latent, normal_guide, (X,), {})
-    np.testing.assert_array_equal(problem.unconstrained["x"], problem.parts[0].unconstrained["x"])
-    assert np.all(problem.unconstrained["x"] != X)
+    _, own, other = problem.parts
+    np.testing.assert_array_equal(problem.unconstrained["x"], own.unconstrained["x"])
+    np.testing.assert_array_equal(problem.row_weights, 1 / own.noise[0])
+    assert np.all(problem.unconstrained["x"] != X) and np.all(own.noise[1]["x"] != other.noise["x"])
     both = SM(ebm.VaGES(3)) + noised
     with pytest.raises(ebm.ModelError, match="2 parts draw from one guide.*adds noise"):
         both.prepare(jax.random.key(0), params, with_latent, normal_guide, (X,), {})
+
+
+def test_a_sum_is_a_loss_where_all_its_parts_are():
+    assert (SM() + PL()).is_loss and not (SM() + jem()[0]).is_loss
 
 
 def test_a_posterior_of_a_sum():

@@ -79,24 +79,44 @@ def test_the_energy_sees_the_guide_after_its_step():
 
 
 def test_steps_of_a_round_have_keys_of_their_own():
-    """A sum of three standard normal numbers, and not three times the same; of players as well."""
+    """A sum of three standard normal numbers, and not three times the same; of players as well.
+
+    Each by its own optimiser; a player that brings none has the energy's.
+    """
     players = [
         AuxiliaryNetwork(
             name,
             lambda rng_key, problem, name=name: {name: (jnp.zeros(()), dist.constraints.real)},
             lambda rng_key, params, own, problem, name=name: noise(rng_key, own[name]),
-            optax.sgd(1.0),
+            optim,
             3,
         )
-        for name in ("first", "second")
+        for name, optim in (("first", None), ("second", optax.sgd(2.0)))
     ]
     objective = OfParams(lambda params: params["b"], players)
     found = rounds(
-        objective, 1_000, guide_loss=OfGuide(noise), guide_optim=optax.sgd(1.0), num_guide_steps=3
+        objective, 1_000, guide_loss=OfGuide(noise), guide_optim=optax.sgd(0.5), num_guide_steps=3
     )
-    sums = np.stack([found[name] for name in ("loc", "first", "second")])
+    sums = np.stack([2 * found["loc"], found["first"], found["second"] / 2])
     error = 3 * np.sqrt(2 / 1_000)
     np.testing.assert_allclose(np.cov(sums), 3 * np.eye(3), atol=4.5 * error)
+
+
+OPTIM = optax.sgd(0.2)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ebm.NCE(lambda: None, noise_optim=OPTIM, num_noise_steps=3),
+        ebm.SelfNormalized(lambda: None, noise_optim=OPTIM, num_noise_steps=3),
+        ebm.FlowContrastive(lambda: None, flow_optim=OPTIM, num_flow_steps=3),
+        ebm.FisherDivergence(critic_optim=OPTIM, num_critic_steps=3),
+    ],
+)
+def test_players_have_the_optimiser_and_the_steps_that_are_asked_for(objective):
+    (player,) = objective.networks
+    assert (player.optim, player.num_steps) == (OPTIM, 3)
 
 
 def test_a_loss_of_inf_with_a_finite_gradient_stops_the_run():
