@@ -45,7 +45,7 @@ def test_energies_on_bounded_supports_are_those_of_the_site():
 
 
 @pytest.mark.slow
-def test_energies_under_a_bound_and_with_covariates():
+def test_energies_under_a_bound():
     system = oracles.linear_system(num_rows=5)
     model, data = ebm.fixed(oracles.linear_gaussian, LINEAR), jnp.asarray(system.data)
     gap = ebm.energy_gap(
@@ -54,6 +54,9 @@ def test_energies_under_a_bound_and_with_covariates():
     energy = -np.array([oracles.linear_log_density(LINEAR, v) for v in system.data])
     np.testing.assert_allclose(np.diff(gap.data), np.diff(energy), atol=1e-3)
     np.testing.assert_allclose(gap.samples, gap.data, atol=1e-3)
+
+
+def test_energies_of_draws_are_at_the_covariates_of_their_rows():
     regression, x = ebm.fixed(conditional, {}), jnp.arange(3.0)
     gap = ebm.energy_gap(KEY, regression, x, {"v": jnp.tile(x + 1, (4, 1))}, x)
     np.testing.assert_allclose(gap.samples, 0.5)

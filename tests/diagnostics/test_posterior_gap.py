@@ -265,3 +265,5 @@ def test_the_bound_of_a_gradient_is_that_of_its_ranges(x64):
     np.testing.assert_allclose(gap.tv, np.abs(p - q), rtol=1e-8)
     expected = (1 + 1.5 * np.abs(theta * v)) * gap.tv
     np.testing.assert_allclose(gap.vages.range_bound, expected, rtol=1e-8)
+    mean_q, mean_p = (x + theta * v * x * (1 - x) for x in (q, p))  # E h + Cov(θ h - v, h v)
+    np.testing.assert_allclose(gap.vages.bias, np.abs(mean_q - mean_p), rtol=1e-8)

@@ -14,7 +14,8 @@ from numpyro.infer import MCMC
 
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import fisher
-from numpyro_ebm.diagnostics.arviz.draws import _kernel_stats
+from numpyro_ebm.diagnostics.arviz.draws import _final_fields, _kernel_stats
+from numpyro_ebm.diagnostics.arviz.fits import _sites_of_chains
 from numpyro_ebm.diagnostics.gap.posterior import _fisher, _pareto_shapes
 from numpyro_ebm.diagnostics.gap.weights import weigh_particles
 from numpyro_ebm.diagnostics.stein import _signs
@@ -191,3 +192,42 @@ def test_the_norm_bound_of_vages_by_hand():
 
     gap = ebm.posterior_gap(KEY, model, guide, {"w": 2.0}, jnp.ones(1), gradient=True)
     np.testing.assert_allclose(gap.vages.norm_bound, 8.0 * gap.tv, rtol=1e-5)
+
+
+def test_what_a_kernel_ended_with_holds_for_all_draws_of_its_chain():
+    """Of one kernel, and of the blocks of `Gibbs`, whose fields have their number."""
+    adapted = SimpleNamespace(step_size=np.array([[0.1, 0.2], [0.3, 0.4]]))
+    state = SimpleNamespace(adapt_state=adapted, mean_swap_prob=np.array([0.5, 0.7]))
+    found = _final_fields(state, 2, (2, 3))
+    np.testing.assert_array_equal(found["step_size"], adapted.step_size[:, None].repeat(3, 1))
+    np.testing.assert_array_equal(found["mean_swap_prob"], [[0.5] * 3, [0.7] * 3])
+    blocks = SimpleNamespace(block_states=(SimpleNamespace(step_size=0.1), state))
+    found = _final_fields(blocks, 1, (1, 3))
+    np.testing.assert_array_equal(found["block_states_0_step_size"], [[0.1] * 3])
+    assert found["block_states_1_step_size"].shape == (1, 3, 2, 2)
+
+
+def test_coordinates_of_persistent_chains_are_sites_on_their_supports():
+    """Sites by name, their coordinates side by side; a row of the data is one of the chain."""
+
+    def model(data):
+        with numpyro.plate("data", 4):
+            r = numpyro.sample("r", ebm.Lebesgue((), dist.constraints.positive), obs=data["r"])
+            a = numpyro.sample("a", ebm.Lebesgue((2,)), obs=data["a"])
+            ebm.energy("E", r + 0.5 * jnp.sum(a**2, -1))
+
+    row_model = read_model(model, ({"r": jnp.ones(4), "a": jnp.zeros((4, 2))},))
+    flat = np.random.default_rng(2).normal(size=(3, 5, 3))
+    found = _sites_of_chains(row_model, flat)
+    np.testing.assert_allclose(found["a"], flat[:, :, None, :2], rtol=1e-5)
+    np.testing.assert_allclose(found["r"], np.exp(flat[..., 2:]), rtol=1e-5)
+    for wrong in (flat[..., :2], np.zeros((3, 5, 4))):
+        with pytest.raises(ebm.ModelError, match=r"coordinates, and a row of this model has 3"):
+            _sites_of_chains(row_model, wrong)
+
+
+def test_rows_are_trained_on_chosen_on_or_tested_on():
+    data = {"v": jnp.arange(100.0)}
+    found = fisher._split_rows(KEY, data, 100, 0.3, 0.2)
+    assert [len(x["v"]) for x in found[:3]] == [20, 30, 50] and found.num_train == 50
+    np.testing.assert_array_equal(np.sort(np.concatenate([x["v"] for x in found[:3]])), data["v"])
