@@ -19,7 +19,9 @@ from oracles import jit
 from registry.objectives import OBJECTIVES
 
 import numpyro_ebm as ebm
+from numpyro_ebm.marginals import integrable
 from numpyro_ebm.mcmc import choose_kernel
+from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -242,3 +244,23 @@ def test_normalized_keeps_the_latents_where_nothing_is_said():
     np.testing.assert_allclose(found, exact, rtol=1e-8)
     with pytest.raises(ebm.ModelError, match="an exact one"):
         ebm.normalized(bayesian, marginal=ebm.VaGES())
+
+
+@pytest.mark.parametrize(
+    "most, beside, expected", [(3, False, ["h", "c", "b"]), (2, True, ["h", "b", "a"])]
+)
+def test_what_is_integrated_out_beside_the_latents(most, beside, expected):
+    """The largest that are Gaussian given the rest come first, and one site remains."""
+
+    def model():
+        with numpyro.plate("data", 2):
+            a, b, c, h = (
+                numpyro.sample(k, ebm.Lebesgue((n,)), obs=None if k == "h" else jnp.ones((2, n)))
+                for k, n in (("a", 1), ("b", 2), ("c", 3), ("h", 1))
+            )
+            d = numpyro.sample("d", ebm.Lebesgue(), obs=jnp.ones(2)) if beside else 0.0
+            total = jnp.sum(a, -1) + jnp.sum(b, -1) + jnp.sum(c, -1) + h[:, 0]
+            squares = sum(jnp.sum(x**2, -1) for x in (a, b, c, h))
+            ebm.energy("E", squares + 0.1 * total**2 + d**4)
+
+    assert integrable(read_model(model), most) == expected

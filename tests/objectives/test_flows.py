@@ -58,6 +58,24 @@ def test_every_form_of_flow_trains(form):
     np.testing.assert_allclose(trained.log_prob(data), by_hand, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", FLOWS)
+def test_every_form_of_flow_is_the_normal_of_its_parameters(form):
+    """Densities, and draws, which are affine in location and scale."""
+    written, names = FLOWS[form]
+    rows = jnp.asarray(DATA[:5])
+    flow = Noise(written, read_model(gaussian, (rows,)), "flow", trainable=True)
+    found = flow.parameters(KEY)
+    assert list(found) == list(names) and [float(x) for x, _ in found.values()] == [1.0, 2.0]
+    z = []
+    for loc, scale in ((1.0, 2.0), (-3.0, 0.7)):
+        params = dict(zip(names, (jnp.array(loc), jnp.array(scale)), strict=True))
+        expected = dist.Normal(loc, scale).log_prob(rows)
+        np.testing.assert_allclose(flow.log_density(params, {"v": rows}), expected, rtol=1e-5)
+        z.append((flow.draw(KEY, params, 2)["v"] - loc) / scale)
+    assert z[0].shape == (2, 5) and len(np.unique(z[0])) == 10
+    np.testing.assert_allclose(z[0], z[1], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_constraints_of_a_distribution_are_kept():
     """Steps that would carry an unconstrained scale far below zero."""

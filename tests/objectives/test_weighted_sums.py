@@ -250,12 +250,14 @@ def test_the_guide_is_fitted_where_its_parts_are():
     """
     noised = ebm.MultiscaleDenoisingScoreMatching(None, ebm.VaGES(2))
     params, exact = {"slope": 1.0, "loc": 0.3}, ebm.GaussianLatents()
-    total = SM(exact) + 0.5 * noised + ebm.DenoisingScoreMatching(5.0, exact)
+    other = ebm.DenoisingScoreMatching(5.0, exact)
+    total = SM(exact) + 0.5 * noised + other + 2.0 * other
     problem = total.prepare(jax.random.key(0), params, with_latent, normal_guide, (X,), {})
-    _, own, other = problem.parts
+    _, own, *others = problem.parts
     np.testing.assert_array_equal(problem.unconstrained["x"], own.unconstrained["x"])
     np.testing.assert_array_equal(problem.row_weights, 1 / own.noise[0])
-    assert np.all(problem.unconstrained["x"] != X) and np.all(own.noise[1]["x"] != other.noise["x"])
+    assert np.all(problem.unconstrained["x"] != X)
+    assert np.all(others[0].noise["x"] != others[1].noise["x"])
     both = SM(ebm.VaGES(3)) + noised
     with pytest.raises(ebm.ModelError, match="2 parts draw from one guide.*adds noise"):
         both.prepare(jax.random.key(0), params, with_latent, normal_guide, (X,), {})

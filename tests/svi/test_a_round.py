@@ -102,6 +102,47 @@ def test_steps_of_a_round_have_keys_of_their_own():
     np.testing.assert_allclose(np.cov(sums), 3 * np.eye(3), atol=4.5 * error)
 
 
+class Keeps(OfParams):
+    """Keeps what it saw: parameters where its chains moved, before its step and after."""
+
+    has_state = True
+
+    def init_state(self, rng_key, params, problem):
+        return jnp.zeros((3, 2))
+
+    def advance(self, rng_key, params, problem, state):
+        return problem, state.at[0].set(jnp.stack([params["b"], params["loc"]]))
+
+    def settle(self, rng_key, before, after, problem, state):
+        both = [jnp.stack([x["b"], x["loc"]]) for x in (before, after)]
+        return jnp.stack([state[0], *both])
+
+
+def test_what_is_kept_sees_the_parameters_before_the_step_and_after():
+    """The guide has taken its own step before."""
+    objective = Keeps(lambda params: 5.0 * params["b"])
+    options = {"guide_loss": OfGuide(lambda _, loc: 2.0 * loc), "guide_optim": optax.sgd(1.0)}
+    svi = ebm.EnergySVI(model, guide, optax.sgd(1.0), objective, **options)
+    state, _ = svi.update(svi.init(jax.random.key(3), DATA), DATA)
+    np.testing.assert_allclose(state.objective_state, [[0.0, -2.0], [0.0, -2.0], [-5.0, -2.0]])
+
+
+def test_a_run_starts_where_it_is_told():
+    """Parameters of the model, of the guide and of players; the others where they start anyway."""
+    players = [
+        AuxiliaryNetwork(
+            name,
+            lambda rng_key, problem, name=name: {name: (jnp.ones(()), dist.constraints.positive)},
+            lambda rng_key, params, own, problem: 0.0,
+        )
+        for name in ("first", "second")
+    ]
+    svi = ebm.EnergySVI(model, guide, optax.sgd(1.0), OfParams(None, players))
+    told = {"b": 2.0, "loc": 3.0, "first": 4.0}
+    found = svi.get_params(svi.init(jax.random.key(3), DATA, init_params=told))
+    assert {k: round(float(x), 5) for k, x in found.items()} == {**told, "second": 1.0}
+
+
 OPTIM = optax.sgd(0.2)
 
 
