@@ -9,17 +9,10 @@ parameters with :func:`fixed`, and sample it with NumPyro's ``MCMC``.
 (4,)
 """
 
-from numpyro_ebm import datasets, diagnostics, marginals, mcmc, models, objectives
-from numpyro_ebm.diagnostics import (
-    auxiliary_adequacy,
-    compare,
-    energy_gap,
-    fisher_divergence,
-    plots,
-    posterior_gap,
-    stein_test,
-    to_arviz,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from numpyro_ebm import datasets, marginals, mcmc, models, objectives
 from numpyro_ebm.errors import (
     ConvergenceWarning,
     EmulationWarning,
@@ -46,15 +39,28 @@ from numpyro_ebm.mcmc import *  # noqa: F403
 from numpyro_ebm.model.given import given
 from numpyro_ebm.model.priors import prior
 from numpyro_ebm.objectives import *  # noqa: F403
-from numpyro_ebm.posteriors import (
-    Exchange,
-    emulate_log_normalizer,
-    generalized,
-    normalized,
-    predictive,
-    simulation_based_calibration,
-)
 from numpyro_ebm.svi import Checkpoint, EnergySVI, load, save
+
+if TYPE_CHECKING:
+    from numpyro_ebm import diagnostics
+    from numpyro_ebm.diagnostics import (
+        auxiliary_adequacy,
+        compare,
+        energy_gap,
+        fisher_divergence,
+        plots,
+        posterior_gap,
+        stein_test,
+        to_arviz,
+    )
+    from numpyro_ebm.posteriors import (
+        Exchange,
+        emulate_log_normalizer,
+        generalized,
+        normalized,
+        predictive,
+        simulation_based_calibration,
+    )
 
 __version__ = "0.2.0"
 
@@ -109,3 +115,21 @@ __all__ = [
 __all__ += marginals.__all__
 __all__ += mcmc.__all__
 __all__ += objectives.__all__
+
+_LATER = ("diagnostics", "posteriors")
+"""Folders that declaring, learning and sampling do without: imported when first asked for."""
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package
+
+    def __getattr__(name):
+        if name in _LATER:
+            return import_module(f"numpyro_ebm.{name}")
+        for folder in _LATER if name in __all__ else ():
+            module = import_module(f"numpyro_ebm.{folder}")
+            if name in module.__all__:
+                return getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LATER})
