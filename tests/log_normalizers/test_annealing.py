@@ -206,7 +206,12 @@ def test_flat_sites_begin_beside_the_base_measure():
     """The density of the first particles is that of the proper sites times the fitted one."""
     integrand = read_integrand(KEY, ebm.fixed(mixed, {}), (), {})
     fitted = Gaussian(jnp.array([[1.0, -2.0, 0.5]]), 2.0 * jnp.eye(3)[None])
-    log_densities, _ = reference(integrand, fitted)
+    log_densities, draw = reference(integrand, fitted)
+    drawn = jit(lambda key: draw(key, 4_000))(KEY)
+    away = np.asarray(drawn["v"] - fitted.center) / 2.0
+    assert np.all(abs(away.mean(0)) < 4.5 / 4_000**0.5)
+    assert np.all(abs((away**2).mean(0) - 1) < 4.5 * (2 / 4_000) ** 0.5)
+    assert np.all(abs(drawn["h"].mean(0) - 0.3) < 4.5 * (0.21 / 4_000) ** 0.5)
     h, v = jnp.array([[0, 0], [0, 1], [1, 1]]), jnp.arange(9.0).reshape(3, 3) / 3 - 1
     base, _ = jit(log_densities)({"h": h, "v": v})
     by_hand = dist.Bernoulli(0.3).log_prob(h).sum(-1)

@@ -7,11 +7,24 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from scipy.stats import multivariate_normal, multivariate_t
 
-from numpyro_ebm.log_normalizers import ais, exploration, mixture, quadrature, smc
+import numpyro_ebm as ebm
+from numpyro_ebm.errors import ModelError
+from numpyro_ebm.log_normalizers import (
+    ais,
+    annealing,
+    exploration,
+    mixture,
+    quadrature,
+    quadrature_nodes,
+    smc,
+)
 from numpyro_ebm.log_normalizers.gaussian import Gaussian
+from numpyro_ebm.log_normalizers.integrand import read_integrand
 from numpyro_ebm.log_normalizers.particles import resample
 from numpyro_ebm.log_normalizers.path import (
     ADAPTATION_RATE,
@@ -21,6 +34,7 @@ from numpyro_ebm.log_normalizers.path import (
     sweep_particles,
 )
 from numpyro_ebm.log_normalizers.schedule import AnnealingSchedule, adaptive_schedule
+from numpyro_ebm.samplers.gibbs_blocks import Block
 
 KEY = jax.random.key(6)
 CENTERS = np.array([[1.0, -2.0, 0.5], [0.0, 4.0, -1.0]])
@@ -245,6 +259,38 @@ def test_the_steps_of_a_problem_follow_its_own_acceptance():
     np.testing.assert_allclose(found, [1 - TARGET_ACCEPTANCE, -TARGET_ACCEPTANCE], rtol=1e-2)
 
 
+def test_moves_and_draws_of_blocks_leave_a_joint_law_as_it_is():
+    """A real coordinate around one of two centres, and the bit that says which."""
+    num, beta = 20_000, 0.5
+
+    def log_densities(position):
+        x, h = position["x"][:, 0], position["h"]
+        return -0.5 * x**2, -1.5 * x**2 + 9.0 * x * h - 12.0 * h
+
+    block = Block(("h",), "bernoulli", {"h": np.array([0, 1])})
+    cloud = Gaussian(jnp.ones((1, 1)), jnp.ones((1, 1)))
+    path = Path(log_densities, lambda key, n: {}, ("x",), (block,), cloud)
+    h = np.arange(2)  # of precision ½ + 3/2, around 2.25 h
+    p = np.exp(-12.0 * beta * h + 0.5 * 2.0 * (2.25 * h) ** 2)
+    p, rng = p[1] / p.sum(), np.random.default_rng(5)
+    start = (rng.uniform(size=num) < p).astype(int)
+    x = 2.25 * start + rng.normal(size=num) / 2**0.5
+    tuning = Tuning(jnp.log(jnp.array([0.4])), jnp.ones((1, 1)))
+
+    @jax.jit
+    def moved(key):
+        position = {"x": jnp.asarray(x, jnp.float32)[:, None], "h": jnp.asarray(start)}
+        return sweep_particles(key, path, position, jnp.full(num, beta), tuning, 3)[0]
+
+    found = moved(KEY)
+    y, h = np.asarray(found["x"])[:, 0], np.asarray(found["h"])
+    assert np.mean(h != start) > 0.01 and np.mean(y == x.astype("float32")) < 0.2
+    assert abs(h.mean() - p) < 4.5 * (p * (1 - p) / num) ** 0.5
+    z = (y - 2.25 * h) * 2**0.5
+    assert abs(z.mean()) < 4.5 / num**0.5 and abs(np.mean(z**2) - 1) < 4.5 * (2 / num) ** 0.5
+    assert abs(np.mean(z * (h - p))) < 4.5 * (p * (1 - p) / num) ** 0.5
+
+
 @pytest.mark.parametrize("is_diagonal", [True, False])
 def test_a_cloud_of_chains_has_their_mean_and_covariance(is_diagonal):
     """Those with a finite density alone; how far they reach is the width and the middle."""
@@ -292,3 +338,149 @@ def test_derivatives_of_a_quadrature_where_far_nodes_overflow():
     ratios = [0.60190723 / 0.42102444, 0.13986588 / 0.11389387]
     np.testing.assert_allclose(slope, np.negative(ratios), rtol=1e-4)
     assert math.isfinite(float(slope.sum()))
+
+
+def test_far_nodes_that_overflow_are_no_mass_and_near_ones_are_an_error():
+    """Nodes without a number: far out and beside nothing; beside the mass; in the middle."""
+    distance = np.abs(np.linspace(-40.0, 40.0, 9))
+    values = np.tile(-(distance[:, None] ** 2) * 0.1, (1, 2))
+    line = on_a_line(None)
+
+    def cleaned(at, value):
+        bad = values.copy()
+        bad[at, 1] = value
+        return np.asarray(quadrature._without_overflow(line, jnp.asarray(bad), distance, 9))
+
+    for value in (np.nan, np.inf):
+        found = cleaned(8, value)
+        assert found[8, 1] == -np.inf
+        np.testing.assert_allclose(np.delete(found, 8, 0), np.delete(values, 8, 0), rtol=1e-6)
+        for at in (4, 5, 3):  # of no distance, and beside the node that holds all mass
+            with pytest.raises(ModelError, match="mass up to where the energy is no finite"):
+                cleaned(at, value)
+    np.testing.assert_array_equal(cleaned(8, -np.inf)[8], [values[8, 0], -np.inf])
+
+
+def rows_of_data(x, data):
+    with numpyro.plate("data", len(x)):
+        v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+        h = numpyro.sample("h", ebm.Counting(3))
+        ebm.energy("E", jnp.sum(v**4, -1) + x * v[:, 0] * h)
+
+
+DATA = np.arange(6.0).reshape(3, 2)
+
+
+def test_chains_of_a_row_start_at_its_data():
+    """Where rows have a log Z each, chain after chain; else at any of them."""
+    for x, spread in ((np.array([0.5, 1.0, 2.0]), False), (np.zeros(3), True)):
+        model = ebm.fixed(rows_of_data, {})
+        integrand = read_integrand(KEY, model, (x, DATA), {}, is_shared=spread)
+        run = jax.jit(lambda key: exploration._starting_points(key, integrand, 60)["v"])  # noqa: B023
+        found = np.asarray(run(KEY))
+        first = found[:, 0].astype(int) // 2
+        np.testing.assert_array_equal(found, DATA[first])
+        if spread:
+            assert np.all(np.bincount(first) > 8) and np.any(first != np.arange(60) % 3)
+        else:
+            np.testing.assert_array_equal(first, np.arange(60) % 3)
+
+
+def test_a_density_whose_discrete_sites_are_summed_out():
+    x = np.array([0.5, 1.0, 2.0])
+    integrand = read_integrand(KEY, ebm.fixed(rows_of_data, {}), (x, DATA), {}, is_shared=False)
+    rest = integrand.sum_out()
+    assert rest.real == ("v",) and rest.discrete == () and rest.num_problems == 3
+    v = np.random.default_rng(7).normal(size=(3, 2))
+    base, found = rest.log_densities({"v": jnp.asarray(v)})
+    terms = -(v**4).sum(1)[:, None] - x[:, None] * v[:, :1] * np.arange(3)
+    np.testing.assert_allclose(found, np.logaddexp.reduce(terms, 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(base, 0.0)
+
+
+def test_a_reference_is_fitted_to_chains_and_again_to_particles(monkeypatch):
+    """The second is fitted to where the first one's particles end; proper sites are in neither."""
+
+    def model():
+        with numpyro.plate("data", 1):
+            p = numpyro.sample("p", dist.Normal(0.0, 2.0))
+            v = numpyro.sample("v", ebm.Lebesgue((2,)))
+            ebm.energy("E", jnp.sum(v**4, -1) + p**2 * v[:, 0] ** 2)
+
+    integrand = read_integrand(KEY, ebm.fixed(model, {}), (), {})
+    cloud = Gaussian(jnp.array([[9.0, 1.0, -1.0]]), jnp.diag(jnp.array([7.0, 2.0, 3.0]))[None])
+    points = jnp.arange(12.0).reshape(4, 1, 3)
+    monkeypatch.setattr(
+        annealing,
+        "explore",
+        lambda *a, **k: SimpleNamespace(cloud=cloud, points=points, is_there=1),
+    )
+    fits = []
+
+    def fit(rng_key, cloud, points, is_there, wide_weight):
+        fits.append((cloud, points.shape[-1], wide_weight))
+        return Gaussian(cloud.center + wide_weight, cloud.factor * (1 + jnp.max(points)))
+
+    monkeypatch.setattr(annealing, "fit_mixture", fit)
+    end = {"v": jnp.full((6, 2), 5.0), "p": jnp.zeros(6)}
+
+    def scout(rng_key, path, num, num_sweeps, target_ess):
+        assert num_sweeps == 5 and path.real == ("p", "v") and path.precondition is cloud
+        there = {k: x * jnp.max(jnp.abs(path.log_densities(end)[0])) for k, x in end.items()}
+        return AnnealingSchedule(jnp.ones((2, 1)), None, jnp.array(1)), there
+
+    monkeypatch.setattr(annealing, "adaptive_schedule", scout)
+
+    def weigh(rng_key, path, schedule):
+        log_q, log_p = path.log_densities(end)
+        return jnp.stack([log_q[:1], log_p[:1]]), end, jnp.zeros((6, 1))
+
+    _, (value, *_) = annealing.anneal(KEY, integrand, weigh, 1)
+    prior = multivariate_normal(0.0, 4.0).logpdf(0.0)
+    own = Gaussian(cloud.center[:, 1:], cloud.factor[:, 1:, 1:])
+
+    def log_q(weight, largest):
+        reference = Gaussian(own.center + weight, own.factor * (1 + largest))
+        return float(reference.log_prob(end["v"])[0]) + prior
+
+    first, second = annealing.WIDE_WEIGHTS
+    started = log_q(first, 11.0)  # of the points of the chains
+    expected = log_q(second, 5.0 * abs(started))
+    log_p = prior - 2 * 5.0**4
+    np.testing.assert_allclose(value, np.logaddexp(expected, log_p) - np.log(2), rtol=1e-4)
+    assert [(n, w) for _, n, w in fits] == [(2, first), (2, second)]
+
+
+def test_a_reference_of_a_quadratic_energy_is_its_cloud_made_wider(monkeypatch):
+    def model():
+        with numpyro.plate("data", 1):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)))
+            h = numpyro.sample("h", ebm.Counting(2))
+            ebm.energy("E", jnp.sum(v**2, -1) - v[:, 0] * h)
+
+    cloud = Gaussian(jnp.zeros((1, 2)), jnp.array([[2.0, 3.0]]))
+    made = SimpleNamespace(cloud=cloud, points=None, is_there=None)
+    monkeypatch.setattr(annealing, "explore", lambda *a, **k: made)
+    plan = annealing._plan(KEY, read_integrand(KEY, ebm.fixed(model, {}), (), {}))
+    assert plan.moved == () and plan.groups == (("v",), ("h",)) and plan.refit is None
+    np.testing.assert_allclose(plan.fitted.factor, annealing.WIDER * cloud.factor)
+    assert [block.kind for block in plan.path(plan.fitted).blocks] == ["gaussian", "bernoulli"]
+
+
+def test_units_whose_sum_factorises_are_not_counted():
+    couplings = np.random.default_rng(8).normal(size=(2, 3))
+
+    def model():
+        with numpyro.plate("data", 1):
+            v = numpyro.sample("v", ebm.Counting(2, (2,)))
+            h = numpyro.sample("h", ebm.Counting(2, (3,)))
+            ebm.energy("E", -jnp.sum((v @ couplings) * h, -1) - 0.5 * v[:, 0] * v[:, 1])
+
+    found = ebm.log_normalizer(KEY, ebm.fixed(model, {}), method="enumerate")
+    v = np.indices((2, 2)).reshape(2, -1).T
+    terms = np.logaddexp(0, v @ couplings).sum(1) + 0.5 * v.prod(1)
+    np.testing.assert_allclose(found.value, np.logaddexp.reduce(terms), rtol=1e-6)
+    assert found.diagnostics["num_states"] == 4
+    x, log_weights = quadrature_nodes(3.0, 0.2, 128)
+    total = np.logaddexp.reduce(np.asarray(log_weights - 0.5 * (x - 3.1) ** 2 / 0.09))
+    assert total == pytest.approx(0.5 * np.log(2 * np.pi * 0.09), abs=1e-4)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import pytest
 
 import numpyro_ebm as ebm
@@ -212,6 +213,20 @@ def test_replicas_of_a_kernel_keep_the_law_of_each_temperature():
     mean = (first.swap_prob + new.swap_prob) / 2
     np.testing.assert_allclose(new.mean_swap_prob, mean, rtol=1e-4)
     assert np.all(new.round_trips == 0) and np.all(new.memory[1][2]) and new.i == 2
+
+
+def test_base_measures_of_replicas_are_not_tempered():
+    def model(num_rows=1):
+        with numpyro.plate("data", num_rows):
+            s = numpyro.sample("s", dist.Bernoulli(0.3).expand([3]).to_event(1))
+            ebm.energy("E", jnp.sum(s, -1) ** 2)
+
+    kernel = ebm.ReplicaExchange(ebm.fixed(model, {}), kernel=ebm.BlockGibbs, num_replicas=2)
+    s = STATES.reshape(2, 4, 3)
+    found, _ = kernel._replicas({"s": jnp.asarray(s)}, (), {"num_rows": 4})
+    base = np.log(np.where(s, 0.3, 0.7)).sum(-1)
+    np.testing.assert_allclose(found.logprior, base, rtol=1e-5)
+    np.testing.assert_allclose(found.loglikelihood, -(s.sum(-1) ** 2))
 
 
 def test_a_warm_up_begins_its_steps_anew_where_a_window_ends():
