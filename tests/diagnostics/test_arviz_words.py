@@ -172,7 +172,6 @@ def test_a_fit_with_a_guide_over_priors(guide):
         ebm.to_arviz(fit, bayesian, data, log_normalizer=1.0)
 
 
-@pytest.mark.slow
 def test_runs_of_ordinary_models():
     def normal(y):
         m = numpyro.sample("m", dist.Normal(0.0, 1.0))

@@ -51,6 +51,19 @@ def test_plot_of_a_density(ax):
     assert difference == pytest.approx(exact, rel=1e-3)
 
 
+def test_paths_of_chains_are_drawn_from_where_they_start(ax):
+    x = np.random.default_rng(3).normal(size=(3, 5, 2))
+    assert ebm.plots.chains(x, ax=ax, max_chains=2) is ax
+    assert len(ax.lines) == 4  # a path and its start, of two of three chains
+    for i in range(2):
+        np.testing.assert_allclose(ax.lines[2 * i].get_xydata(), x[i])
+        np.testing.assert_allclose(ax.lines[2 * i + 1].get_xydata(), x[i, :1])
+        assert ax.lines[2 * i + 1].get_color() == ax.lines[2 * i].get_color()
+    low, high = x.min((0, 1)), x.max((0, 1))
+    np.testing.assert_allclose(ax.get_xlim(), np.array([-0.1, 1.1]) * np.ptp(x[..., 0]) + low[0])
+    np.testing.assert_allclose(ax.get_ylim()[1], high[1] + 0.1 * (high - low)[1])
+
+
 @pytest.mark.slow
 def test_plot_of_chains(ax, run):
     assert ebm.plots.chains(run, GRBM_FIXED, ax=ax, num=30) is ax

@@ -15,9 +15,12 @@ from numpyro.infer import MCMC
 import numpyro_ebm as ebm
 from numpyro_ebm.diagnostics import fisher
 from numpyro_ebm.diagnostics.arviz.draws import _final_fields, _kernel_stats
-from numpyro_ebm.diagnostics.arviz.fits import _sites_of_chains
+from numpyro_ebm.diagnostics.arviz.fits import _sites_of_chains, convert_fit
+from numpyro_ebm.diagnostics.arviz.groups import dataset_of, to_data
+from numpyro_ebm.diagnostics.arviz.posteriors import _adjust
 from numpyro_ebm.diagnostics.gap.posterior import _fisher, _pareto_shapes
 from numpyro_ebm.diagnostics.gap.weights import weigh_particles
+from numpyro_ebm.diagnostics.plot_arrays import paths_of_chains
 from numpyro_ebm.diagnostics.stein import _signs
 from numpyro_ebm.log_normalizers import smc
 from numpyro_ebm.log_normalizers.options import Options
@@ -231,3 +234,66 @@ def test_rows_are_trained_on_chosen_on_or_tested_on():
     found = fisher._split_rows(KEY, data, 100, 0.3, 0.2)
     assert [len(x["v"]) for x in found[:3]] == [20, 30, 50] and found.num_train == 50
     np.testing.assert_array_equal(np.sort(np.concatenate([x["v"] for x in found[:3]])), data["v"])
+
+
+def test_terms_of_a_critic_are_means_over_draws_of_directions():
+    """Of problems and directions with keys of their own."""
+
+    def prepare(key, params, model, guide, args, kwargs):
+        return jax.random.normal(key, (4,)) + args[0]
+
+    def terms(key, params, problem):
+        return problem, params * jax.random.normal(key, (4,)) ** 2
+
+    objective = SimpleNamespace(prepare=prepare, terms=terms)
+    found = fisher._critic_terms(objective, None, None, {}, KEY, 3.0, jnp.arange(4.0))
+    keys = [jax.random.split(key) for key in jax.random.split(KEY, fisher.PROBES)]
+    first = [np.asarray(jax.random.normal(a, (4,))) for a, _ in keys]
+    second = [np.asarray(jax.random.normal(b, (4,))) ** 2 for _, b in keys]
+    np.testing.assert_allclose(found[0], np.mean(first, 0) + np.arange(4), rtol=1e-5)
+    np.testing.assert_allclose(found[1], 3.0 * np.mean(second, 0), rtol=1e-5)
+
+
+def test_a_fit_without_chains_is_its_parameters_and_losses():
+    params = {"w": np.array([1.0, 2.0]), "b": np.array(3.0)}
+    fit = SimpleNamespace(state=None, params=params, losses=np.arange(4.0))
+    found = convert_fit(fit, None, (), {})
+    data = to_data(found.groups, found.dims)
+    np.testing.assert_array_equal(dataset_of(data["posterior"])["w"], [[params["w"]]])
+    assert float(dataset_of(data["posterior"])["b"].values[0, 0]) == 3.0
+    np.testing.assert_array_equal(dataset_of(data["training"])["loss"], fit.losses)
+    with pytest.raises(ebm.ModelError, match="arguments of the model need the model"):
+        convert_fit(fit, None, (1,), {})
+
+
+def test_adjusted_draws_stand_beside_those_of_the_run():
+    """What `adjust` gives at the run's own arguments is the posterior; sites it leaves out go."""
+    draws = {"a": np.arange(6.0).reshape(2, 3), "other": np.zeros((2, 3))}
+    data = to_data({"posterior": draws}, {})
+
+    def adjust(samples, *args, **kwargs):
+        assert args == ("data",) and kwargs == {"x": 1}
+        return {"a": 10.0 * np.asarray(samples["a"])}
+
+    model = SimpleNamespace(adjust=adjust, learning_rate=0.25)
+    mcmc = SimpleNamespace(
+        _args=("data",), _kwargs={"x": 1}, get_samples=lambda group_by_chain: draws
+    )
+    _adjust(data, model, mcmc)
+    posterior, raw = (dataset_of(data[name]) for name in ("posterior", "posterior_raw"))
+    np.testing.assert_array_equal(posterior["a"], 10.0 * draws["a"])
+    assert list(posterior.data_vars) == ["a"] and set(raw.data_vars) == {"a", "other"}
+    np.testing.assert_array_equal(raw["a"], draws["a"])
+    assert "learning rate 0.25" in posterior.attrs["adjusted"]
+
+
+def test_rows_of_chains_are_paths():
+    x = np.arange(48.0).reshape(2, 4, 3, 2)  # chains, draws, rows
+    found = paths_of_chains({"v": x, "w": np.zeros((2, 4))}, None)
+    assert found.shape == (6, 4, 2)
+    for chain in range(2):
+        for row in range(3):
+            np.testing.assert_array_equal(found[3 * chain + row], x[chain, :, row])
+    np.testing.assert_array_equal(paths_of_chains(x[:, :, 0], None), x[:, :, 0])
+    with pytest.raises(ebm.ModelError, match="name one"):
+        paths_of_chains({"a": x, "b": x}, None)
