@@ -15,6 +15,7 @@ from scipy.stats import norm
 
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.guide import Guide
+from numpyro_ebm.guides.losses import row_guide_loss
 from numpyro_ebm.model.reading import read_model
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -158,3 +159,31 @@ def test_trace_graph_elbo_on_categorical_latents(weights):
     )
     # The value of TraceGraph_ELBO carries its score-function terms; its gradient is what is meant.
     assert_unbiased(samples[:, 1:], np.ravel(gradient), "TraceGraph_ELBO")
+
+
+@pytest.mark.parametrize("loss, slope", [(Trace_ELBO(), -1.0), (ebm.PosteriorScore(), -2.0)])
+def test_a_guide_is_fitted_at_the_values_of_the_problem(loss, slope):
+    """And not at the data: of h given v, N(v/2, 1/2), and q = N(loc, 1) at the same noise."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            h = numpyro.sample("h", ebm.Lebesgue())
+            ebm.energy("E", 0.5 * (v - h) ** 2 + 0.5 * h**2)
+
+    def guide(data):
+        loc = numpyro.param("loc", 0.0)
+        ebm.visible("v", data)
+        with numpyro.plate("data", len(data)):
+            numpyro.sample("h", dist.Normal(loc, 1.0))
+
+    data, params = jnp.arange(4.0), {"loc": jnp.array(0.3)}
+    objective = ebm.ScoreMatching(ebm.VaGES(3, importance_weighted=True))
+    problem = objective.prepare(jax.random.key(2), params, model, guide, (data,), {})
+
+    def gradient(v):
+        moved = problem._replace(unconstrained={"v": v})
+        fit = lambda own: row_guide_loss(loss, jax.random.key(3), {}, own, moved, guide)  # noqa: E731
+        return jax.grad(fit)(params)["loc"]
+
+    np.testing.assert_allclose(gradient(data + 2.0) - gradient(data), 2 * slope, rtol=1e-6)

@@ -17,6 +17,8 @@ from numpyro.infer import log_likelihood as numpyro_log_likelihood
 
 import numpyro_ebm as ebm
 from numpyro_ebm.guides.losses import row_guide_loss
+from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.model.reading import read_model
 from numpyro_ebm.model.reference import draw_reference, reference_log_prob
 
 D = 3
@@ -46,6 +48,18 @@ def expected_of_bits(strength, bits=BITS, mask=MASK):
     log_p = log_p - jax.nn.logsumexp(log_p)
     agree = jnp.all((STATES[:, None] == np.asarray(bits)[..., None]) | ~mask[..., None], 0)
     return jax.nn.logsumexp(jnp.where(agree, log_p, -jnp.inf), axis=1)
+
+
+def test_a_row_sums_over_its_missing_bits():
+    """What stands in their place has a law of its own, one half each."""
+    strength, seen = jnp.array(0.7), MASK[:, :4]
+    row_model = read_model(network, (BITS[:, :4], seen), {}, {"strength": strength})
+    marginal, values = exact_marginal(row_model), row_model.visible_values
+    found = jax.jit(lambda x: marginal.log_density(row_model, {"strength": x}, values))(strength)
+    log_p = 0.35 * np.einsum("is,ij,js->s", STATES, COUPLINGS, STATES) + 0.3 * STATES[0]
+    log_z = jax.nn.logsumexp(log_p)
+    expected = expected_of_bits(0.7, BITS[:, :4], seen) + log_z - np.log(2) * np.sum(~seen, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.slow

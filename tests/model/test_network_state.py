@@ -30,6 +30,16 @@ def counting(data=None, rows=1, noisy=False):
     state["shift"] = state["shift"] + 1.0
 
 
+def test_a_state_is_read_as_it_starts():
+    """Whatever the model does to it, in every evaluation."""
+    slope, v = jnp.arange(1.0, 4.0), DATA + 1.0
+    row_model = read_model(counting, (DATA,))
+    for _ in range(2):
+        found = row_model.log_density({"slope": slope}, {"v": v})
+        expected = (v - 0.5) @ slope - 0.5 * jnp.sum(v**2, -1)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_state_is_held_at_its_start():
     """Whatever the model does to it: in a run, and in draws of the fixed model."""

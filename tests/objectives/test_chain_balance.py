@@ -145,8 +145,7 @@ def test_a_run_says_that_the_energy_outran_its_chains():
 
     x = jnp.linspace(-1.0, 1.0, 60)
     y = x + jax.random.normal(jax.random.key(3), (60,))
-    kernel = partial(ebm.MALA, step_size=1e-3)
-    objective = ebm.ContrastiveDivergence(kernel, 2, persistent=True)
+    objective = ebm.ContrastiveDivergence(Stay, persistent=True)
     svi = ebm.EnergySVI(model, None, optax.sgd(1e-6), objective)
     run = partial(svi.run, KEY, 4, x, y, batch_size=30, progress_bar=False)
     run()  # a warning would be an error

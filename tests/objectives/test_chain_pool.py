@@ -2,6 +2,7 @@
 """Chains that are not one a row of the batch: their number, buffers, starts, chains of rows."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +341,27 @@ def test_conditional_chains_learn_a_regression():
 def test_options_that_contradict_each_other(options, message):
     with pytest.raises(ebm.ModelError, match=message):
         ebm.ContrastiveDivergence(ebm.BlockGibbs, **options)
+
+
+@pytest.mark.parametrize(
+    "options, num_rows",
+    [
+        ({"num_chains": 3, "buffer": 3}, 9),
+        ({"buffer": 3}, 3),
+        ({"reset_probability": 1.0}, 1),
+        ({"reset_probability": 1e-9, "adjusted_resets": True, "initial": "gaussian"}, 1),
+        ({"kl_weight": 1e-9, "kl_step_size": 1e-9, "num_chains": 2}, 1),
+        ({"kl_weight": 1.0, "kl_step_size": 1.0, "persistent": False}, 1),
+        ({"weighted": True, "initial": "gaussian", "num_chains": 1}, 1),
+    ],
+)
+def test_options_go_together_up_to_their_ends(options, num_rows):
+    nothing = {name: {} for name in ("covariates", "priors", "latent", "visible")}
+    objective = ebm.ContrastiveDivergence(Stay, **{"persistent": True, **options})
+    objective._options.check_model(SimpleNamespace(num_rows=num_rows, **nothing))
+    assert objective._options.num_moving(SimpleNamespace(num_rows=5)) == options.get(
+        "num_chains", 5
+    )
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,8 @@ def test_gaussian_tends_to_its_closed_form(x64):
         return jnp.mean(0.5 * precision * data**2 - energy_of_y)
 
     params = {"precision": jnp.array(1.7)}
-    objective = EnergyDiscrepancy(t, num_samples=2_000, w=0.0)
-    samples = draws(value_and_gradient(objective, gaussian, params, data), KEY, 100)
+    objective = EnergyDiscrepancy(t, num_samples=1_000, w=0.0)
+    samples = draws(value_and_gradient(objective, gaussian, params, data), KEY, 60)
     assert_unbiased(samples, flat(jit(jax.value_and_grad(expected))(params)))
 
 

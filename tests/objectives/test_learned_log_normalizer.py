@@ -152,9 +152,10 @@ def test_the_error_of_log_z_is_the_sandwich_of_all_parameters():
     key_prepare, key_draw = jax.random.split(key)
     problem = objective.prepare(key_prepare, params, model, None, args, {})
 
+    @jit
     def contrast(t, m):  # linear in both
         at_data, at_noise = objective.contrast(key_draw, {"t": t, "m": m}, problem)
-        return np.concatenate([at_data[None], at_noise])
+        return jnp.concatenate([at_data[None], at_noise])
 
     none, t, m = contrast(0.0, 0.0), contrast(1.0, 0.0), contrast(0.0, 1.0)
     features = np.stack([t - none, m - none, -np.ones((3, num))], -1)

@@ -240,13 +240,17 @@ def test_the_value_is_a_difference_of_free_energies_where_the_guide_is_exact():
     data, weights = jnp.array([0.3, -1.0, 2.0]), jnp.array([1.0, 3.0, 0.5])
     initial = dist.Normal(4.0, 1.0)
     objective = ebm.ContrastiveDivergence(Stay, 1, ebm.VaGES(2), initial=initial)
-    key, model = jax.random.key(2), numpyro.handlers.scale(pair, scale=weights)
-    problem = objective.prepare(key, {}, model, exact_guide, (data,), {})
-    problem, _ = objective.advance(key, {}, problem, None)
-    v = problem.noise.position["v"]
+    model = numpyro.handlers.scale(pair, scale=weights)
+
+    @jax.jit
+    def one(key):
+        problem = objective.prepare(key, {}, model, exact_guide, (data,), {})
+        problem, _ = objective.advance(key, {}, problem, None)
+        return problem.noise.position["v"], objective.energy_loss(key, {}, problem)
+
+    v, loss = one(jax.random.key(2))
     assert np.all(v > 1)
-    expected = jnp.mean(weights * (data**2 - v**2) / 4)
-    np.testing.assert_allclose(objective.energy_loss(key, {}, problem), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(weights * (data**2 - v**2) / 4), rtol=1e-5)
 
 
 def test_latents_of_chains_are_in_their_coordinates():
@@ -263,12 +267,16 @@ def test_latents_of_chains_are_in_their_coordinates():
         *(Stay, 1, ebm.VaGES(2)), persistent=True, weighted=True, initial="gaussian"
     )
     params = [{"a": jnp.array(a), "shift": jnp.array(2.0)} for a in (0.3, 0.7)]
-    problem = objective.prepare(
-        *(jax.random.key(2), params[0], model, positive_guide, (jnp.array([1.0, 2.0]),), {})
-    )
     v, u = jnp.array([0.5, -1.0, 2.0]), jnp.array([0.1, 1.0, -2.0])
     state = Chains({"v": v, "h": u}, jnp.array(0), log_weights=jnp.arange(3.0))
-    found = objective.settle(jax.random.key(3), *params, problem, state).log_weights
+
+    @jax.jit
+    def settled(key):
+        args = model, positive_guide, (jnp.array([1.0, 2.0]),), {}
+        problem = objective.prepare(key, params[0], *args)
+        return objective.settle(key, *params, problem, state).log_weights
+
+    found = settled(jax.random.key(2))
     np.testing.assert_allclose(found, np.arange(3.0) - 0.4 * v * np.exp(u), rtol=1e-5)
 
 

@@ -101,6 +101,16 @@ def posterior(data, sigma=LOW):
         numpyro.sample("h", dist.Bernoulli(logits=logits + shift))
 
 
+def test_a_guide_is_told_the_levels_of_its_rows():
+    params = {**PARAMS, "shift": jnp.array(0.4)}
+    args = mixture, posterior, (jnp.asarray(V),), {}
+    problem = conditional(ebm.VaGES(2)).prepare(jax.random.key(2), params, *args)
+    levels, point = problem.noise[0], problem.unconstrained
+    site = problem.guide.trace(jax.random.key(3), params, point)["h"]
+    expected = 2 * point["v"] * PARAMS["slope"] * X / (PARAMS["variance"] + levels**2) + 0.4
+    np.testing.assert_allclose(site["fn"].logits, expected)
+
+
 @pytest.mark.slow
 def test_latents_are_summed_at_the_level_of_their_row():
     exact = draws_of(conditional(), PARAMS, summed, None, 50)

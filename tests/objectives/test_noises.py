@@ -116,6 +116,17 @@ def test_every_form_of_noise_over_two_sites(form):
     assert_unbiased(draws(loss, KEY, 3_000), expected, form)
 
 
+def test_sites_have_noise_of_their_own():
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            sites = [numpyro.sample(name, ebm.Lebesgue(), obs=data) for name in "uvw"]
+            ebm.energy("E", sum(x**2 for x in sites))
+
+    noise = Noise(dict.fromkeys("uvw", dist.Normal(0.0, 1.0)), read_model(model, (jnp.zeros(4),)))
+    drawn = noise.draw(KEY, {}, 2)
+    assert len(np.unique(np.stack([drawn[name] for name in "uvw"]))) == 24
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_noise_function_is_called_with_the_models_arguments():
     args, kwargs = (jnp.asarray(X), jnp.asarray(Y)), {"shift": 0.5}

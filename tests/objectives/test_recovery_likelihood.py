@@ -129,10 +129,15 @@ def test_a_step_is_as_long_as_the_conditional_of_its_level_is_narrow(initial):
 
     options = {"num_steps": 1, "step_size": r, "initial": initial, "noise_argument": "sigma"}
     objective = ebm.RecoveryLikelihood(levels, **options)
-    problem = objective.prepare(KEY, {}, model, None, (jnp.zeros(num),), {})
-    (moved,), accepted = objective._recover(KEY, {}, problem, objective.estimate(KEY, {}, problem))
-    noised, told, added = problem.noise
-    begin = problem.unconstrained if initial == "data" else noised
+
+    @jax.jit
+    def one(key):
+        problem = objective.prepare(key, {}, model, None, (jnp.zeros(num),), {})
+        found = objective._recover(key, {}, problem, objective.estimate(key, {}, problem))
+        return found, problem.noise, problem.unconstrained
+
+    ((moved,), accepted), (noised, told, added), data = one(KEY)
+    begin = data if initial == "data" else noised
     narrow = 1 / added**2 + np.where(told > 0, 1 / np.maximum(told, 1e-9) ** 2, 0.0)
     z = np.asarray(moved["v"] - begin["v"]) / np.sqrt(2 * r / narrow)
     assert np.mean(accepted) > 0.99

@@ -229,6 +229,21 @@ def test_networks_of_parts_are_trained_as_alone():
     assert alone["flow_scale"] != 1.0 and alone["log_normalizer"] != beside["log_normalizer"]
 
 
+def test_the_network_of_a_part_has_the_problem_of_its_part():
+    """Noise that is fitted to the rows of one part, which the other moves."""
+
+    def noise():
+        return dist.Normal(numpyro.param("loc", 0.5), 1.0)
+
+    part = ebm.NCE(noise)
+    total = ebm.DenoisingScoreMatching(5.0) + part
+    problem = total.prepare(jax.random.key(0), {}, bowls, None, (X,), {})
+    (network,), key, own = total.networks, jax.random.key(1), {"loc": 2.0}
+    assert network.parameters(key, problem)["loc"][0] == 0.5
+    found = network.loss(key, {}, own, problem)
+    np.testing.assert_allclose(found, -np.mean(dist.Normal(2.0, 1.0).log_prob(X)), rtol=1e-6)
+
+
 def with_latent(x):
     slope = numpyro.param("slope", 1.0)
     with numpyro.plate("data", len(x)):

@@ -127,6 +127,49 @@ def test_what_is_kept_sees_the_parameters_before_the_step_and_after():
     np.testing.assert_allclose(state.objective_state, [[0.0, -2.0], [0.0, -2.0], [-5.0, -2.0]])
 
 
+class Random(OfParams):
+    """A loss of the parameters, and of random numbers of its own, of its chains and its batch."""
+
+    has_state = True
+
+    def perturb(self, rng_key, row_model):
+        return row_model.unconstrain_visible(), jax.random.normal(rng_key), None
+
+    def init_state(self, rng_key, params, problem):
+        return jnp.zeros(())
+
+    def advance(self, rng_key, params, problem, state):
+        number = state + jax.random.normal(rng_key)
+        return problem._replace(noise=problem.noise + number), number
+
+    def energy_loss(self, rng_key, params, problem):
+        assert "scale" not in params and "shift" not in params
+        return params["b"] + problem.noise + jax.random.normal(rng_key)
+
+
+def test_an_evaluation_is_the_loss_of_the_next_round():
+    """Whose state it leaves where it is; a draw of parameters is all that a loss knows of q(θ)."""
+
+    def with_prior(data):
+        b = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", b * v**2)
+
+    def posterior(data):
+        shift, scale = numpyro.param("shift", 0.3), numpyro.param("scale", 2.0)
+        numpyro.sample("b", dist.Normal(shift, scale))
+
+    objective = Random(None)
+    objective.marginal = None
+    svi = ebm.EnergySVI(with_prior, posterior, optax.sgd(0.1), objective)
+    state = svi.init(jax.random.key(3), DATA)
+    state = svi.update(state, DATA)[0]
+    found, (_, expected) = svi.evaluate(state, DATA), svi.update(state, DATA)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found != svi.evaluate(state._replace(step=state.step + 1), DATA)
+
+
 def test_a_run_starts_where_it_is_told():
     """Parameters of the model, of the guide and of players; the others where they start anyway."""
     players = [

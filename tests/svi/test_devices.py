@@ -15,7 +15,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import numpyro_ebm as ebm
-from numpyro_ebm.program.devices import check_divides
+from numpyro_ebm.program.devices import (
+    check_divides,
+    everywhere,
+    leading_sharding,
+    on_axis,
+    placed,
+)
 
 PROGRAM = str(Path(__file__).with_name("devices_program.py"))
 
@@ -37,6 +43,23 @@ def assert_close(found, expected, names):
             np.testing.assert_allclose(
                 found[name][what], expected[name][what], rtol=2e-5, atol=2e-6
             )
+
+
+def test_rows_lead_where_they_are_spread():
+    """By a mesh, a sharding, or the first of the data that has one."""
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("a", "b"))
+    both, one = PartitionSpec(("a", "b")), NamedSharding(mesh, PartitionSpec("b", None))
+    assert leading_sharding("sample", mesh).spec == both
+    assert leading_sharding("sample", one).spec == PartitionSpec("b")
+    data = {"x": np.ones((2, 2)), "y": jax.device_put(np.ones((2, 2)), one)}
+    assert leading_sharding("sample", None, data).spec == PartitionSpec("b")
+    assert leading_sharding("sample", None, {"x": data["x"], "z": jax.numpy.ones(2)}) is None
+    assert on_axis(one, 2).spec == PartitionSpec(None, None, "b")
+    assert everywhere(one).spec == PartitionSpec()
+    across = NamedSharding(mesh, PartitionSpec(None, "a"))
+    with pytest.raises(ebm.ModelError, match="sample"):
+        leading_sharding("sample", across)
+    assert placed({"k": jax.random.key(1)}, one.update(spec=PartitionSpec()))["k"].shape == ()
 
 
 @pytest.mark.slow
