@@ -17,7 +17,7 @@ from numpyro_ebm.diagnostics import fisher
 from numpyro_ebm.diagnostics.arviz.draws import _final_fields, _kernel_stats
 from numpyro_ebm.diagnostics.arviz.fits import _sites_of_chains, convert_fit
 from numpyro_ebm.diagnostics.arviz.groups import dataset_of, to_data
-from numpyro_ebm.diagnostics.arviz.posteriors import _adjust
+from numpyro_ebm.diagnostics.arviz.posteriors import _add_densities, _adjust
 from numpyro_ebm.diagnostics.gap.posterior import _fisher, _pareto_shapes
 from numpyro_ebm.diagnostics.gap.weights import weigh_particles
 from numpyro_ebm.diagnostics.plot_arrays import paths_of_chains
@@ -285,6 +285,29 @@ def test_adjusted_draws_stand_beside_those_of_the_run():
     assert list(posterior.data_vars) == ["a"] and set(raw.data_vars) == {"a", "other"}
     np.testing.assert_array_equal(raw["a"], draws["a"])
     assert "learning rate 0.25" in posterior.attrs["adjusted"]
+
+
+def test_draws_without_statistics_get_their_densities():
+    """Of a chain after the other, in the coordinates of the model; and what is there is kept."""
+
+    def model(y):
+        scale = numpyro.sample("scale", dist.Exponential(2.0))
+        numpyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    scale, y = np.array([[0.5, 1.0, 2.0], [3.0, 4.0, 5.0]]), np.array([0.3, -0.7])
+    data = to_data({"posterior": {"scale": scale}}, {})
+    run = {"_args": (jnp.asarray(y),), "_kwargs": {}, "num_chains": 2}
+    mcmc = SimpleNamespace(
+        sampler=SimpleNamespace(model=model),
+        get_samples=lambda: {"scale": jnp.asarray(scale.ravel())},
+        **run,
+    )
+    _add_densities(data, mcmc)
+    lp = np.log(2.0) - 2.0 * scale + np.log(scale)
+    lp = lp - 0.5 * np.sum(y**2) / scale**2 - 2 * np.log(scale * np.sqrt(2 * np.pi))
+    found = dataset_of(data["sample_stats"])
+    np.testing.assert_allclose(found["lp"], lp, rtol=1e-5)
+    np.testing.assert_allclose(found["energy"], -lp, rtol=1e-5)
 
 
 def test_rows_of_chains_are_paths():

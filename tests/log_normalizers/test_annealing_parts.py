@@ -346,7 +346,7 @@ def test_far_nodes_that_overflow_are_no_mass_and_near_ones_are_an_error():
     values = np.tile(-(distance[:, None] ** 2) * 0.1, (1, 2))
     line = on_a_line(None)
 
-    def cleaned(at, value):
+    def cleaned(at, value, values=values):
         bad = values.copy()
         bad[at, 1] = value
         return np.asarray(quadrature._without_overflow(line, jnp.asarray(bad), distance, 9))
@@ -359,6 +359,8 @@ def test_far_nodes_that_overflow_are_no_mass_and_near_ones_are_an_error():
             with pytest.raises(ModelError, match="mass up to where the energy is no finite"):
                 cleaned(at, value)
     np.testing.assert_array_equal(cleaned(8, -np.inf)[8], [values[8, 0], -np.inf])
+    with pytest.raises(ModelError, match="mass up to where"):  # the middle, and all mass is far
+        cleaned(4, np.nan, values[:, ::-1] - 10.0 * (distance[:, None] < 35))
 
 
 def rows_of_data(x, data):

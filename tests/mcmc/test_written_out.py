@@ -18,7 +18,9 @@ from numpyro_ebm.mcmc.adaptation import (
     warmup_windows,
 )
 from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation
+from numpyro_ebm.mcmc.sampling import complete_draws
 from numpyro_ebm.mcmc.watch import Watch
+from numpyro_ebm.model.reading import read_fixed_model
 
 NUM = 500
 MASS = np.array([0.3, 2.0])  # the inverse, of v[0] and v[1]
@@ -292,3 +294,56 @@ def test_a_look_tells_each_of_what_may_be_wrong():
     chains = Watch("Kernel", 0, True, "chains")
     assert not told(chains, 0, np.zeros(4)) and "nan" not in told(chains, 25, np.ones(4))
     assert "not finite in 1 of 4 chains" in told(chains, 100, [0.0, np.nan, 0.0, 0.0])
+
+
+def test_what_an_ordinary_model_observes_is_tempered_and_its_prior_is_not():
+    def model(y):
+        scale = numpyro.sample("scale", dist.Exponential(2.0))
+        numpyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        numpyro.factor("half", -0.5 * scale)
+
+    kernel, y = ebm.ReplicaExchange(model), jnp.array([0.5, -1.5])
+    _, base, likelihood = kernel._target((y,), {})
+    z = {"scale": jnp.log(jnp.array([2.0]))}
+    np.testing.assert_allclose(jax.vmap(base)(z), np.log(2.0) - 4.0 + np.log(2.0), rtol=1e-5)
+    of_data = -0.5 * np.sum(y**2) / 4 - 2 * np.log(2.0 * np.sqrt(2 * np.pi)) - 1.0
+    np.testing.assert_allclose(jax.vmap(likelihood)(z), of_data, rtol=1e-5)
+
+
+def test_sums_over_latent_sites_are_tempered_and_their_base_is_not():
+    """log Σ over h without energies, and what the energies add to it."""
+
+    def model():
+        with numpyro.plate("data", 2):
+            v = numpyro.sample("v", dist.Normal(0.0, 2.0))
+            h = numpyro.sample("h", dist.Bernoulli(0.3))
+            ebm.energy("E", 0.7 * v * h + v**2)
+
+    _, base, likelihood = ebm.ReplicaExchange(ebm.fixed(model, {}))._target((), {})
+    v = np.array([0.5, -1.0])
+    prior = -0.125 * v**2 - np.log(2.0 * np.sqrt(2 * np.pi))
+    rows = {"v": jnp.asarray(v)}
+    np.testing.assert_allclose(jax.vmap(base)(rows), prior, rtol=1e-5)
+    added = np.log(0.7 + 0.3 * np.exp(-0.7 * v)) - v**2
+    np.testing.assert_allclose(jax.vmap(likelihood)(rows), added, rtol=1e-4)
+
+
+def test_sites_that_no_chain_moves_are_drawn_given_the_others():
+    """Each draw and row at its own v; deterministic sites are replayed."""
+
+    def model():
+        with numpyro.plate("data", 2):
+            v = numpyro.sample("v", ebm.Lebesgue())
+            h = numpyro.sample("h", ebm.Counting(2))
+            numpyro.deterministic("both", v * h)
+            ebm.energy("E", 0.5 * v**2 - v * h)
+
+    row_model = read_fixed_model(ebm.fixed(model, {}), (), {})
+    v = np.tile([[-1.0, 0.5], [2.0, 0.0]], (3_000, 1))
+    found = complete_draws(jax.random.key(4), row_model, {"v": jnp.asarray(v)}, 6_000)
+    np.testing.assert_array_equal(found["v"], v.astype("float32"))
+    np.testing.assert_allclose(found["both"], v * found["h"], rtol=1e-6)
+    p = 1 / (1 + np.exp(-np.array([[-1.0, 0.5], [2.0, 0.0]])))
+    means = np.asarray(found["h"]).reshape(3_000, 2, 2).mean(0)
+    assert np.all(abs(means - p) < 4.5 * np.sqrt(p * (1 - p) / 3_000))
+    assert complete_draws(None, row_model, found, 6_000) is found

@@ -102,7 +102,7 @@ class Doubled(NamedTuple):
 
 
 class Doubling(MCMCKernel):
-    """Multiplies a site by 1.5; counts steps, and adapts a number to the step that it is at."""
+    """Multiplies a site by 1.5 in its warm-up, by 2 after it; adapts a number, by one a step."""
 
     sample_field = "z"
 
@@ -111,11 +111,13 @@ class Doubling(MCMCKernel):
 
     def init(self, rng_key, num_warmup, init_params, model_args=(), model_kwargs=None):
         self.num_warmup = num_warmup
-        return Doubled(jnp.array(0), init_params, jnp.array(7.0), jnp.array(0.25))
+        start = jnp.array(1.0 * num_warmup)
+        return Doubled(jnp.array(0), init_params, start, jnp.array(0.25))
 
     def sample(self, state, model_args, model_kwargs):
-        z = {name: 1.5 * x for name, x in state.z.items()}
-        adapted = jnp.where(state.i < self.num_warmup, state.adapt_state + 1, state.adapt_state)
+        warms_up = state.i < self.num_warmup
+        z = {name: jnp.where(warms_up, 1.5, 2.0) * x for name, x in state.z.items()}
+        adapted = jnp.where(warms_up, state.adapt_state + 1, state.adapt_state)
         return state._replace(i=state.i + 1, z=z, adapt_state=adapted)
 
     def get_constrain_fn(self, model_args, model_kwargs):
@@ -128,21 +130,22 @@ def test_an_auxiliary_chain_takes_its_steps_and_hands_on_what_it_adapts():
     target, simulator = ExchangeTarget(gaussian, (data,), {}), ChainSimulator(Doubling, 5)
     params = {"theta": jnp.array(1.3)}
     at = target, params, {"v": data}
-    assert simulator.start(KEY, target, {"theta": jnp.array(0.1)}, 4) == 7.0
+    assert simulator.start(KEY, target, {"theta": jnp.array(0.1)}, 4) == 20.0
     # Steps left in a warm-up of 4 times 5, from where it is.
     for i, adapted, expected in ((0, 7.0, 12.0), (3, 22.0, 27.0), (4, 27.0, 27.0), (9, 27.0, 27.0)):
         warmup = AuxiliaryWarmup(4, jnp.array(i), jnp.array(adapted))
         halfway, end, report = simulator.simulate(KEY, *at, warmup)
-        np.testing.assert_allclose(halfway["v"], data * 1.5**2)
-        np.testing.assert_allclose(end["v"], data * 1.5**5)
+        factor = 1.5 if i < 4 else 2.0
+        np.testing.assert_allclose(halfway["v"], data * factor**2)
+        np.testing.assert_allclose(end["v"], data * factor**5)
         assert report.adapt_state == expected and report.accept_prob == 0.25
     moved = simulator.transition(KEY, *at, AuxiliaryWarmup(4, jnp.array(0), jnp.array(7.0)))
-    np.testing.assert_allclose(moved["v"], data * 1.5)
+    np.testing.assert_allclose(moved["v"], data * 2.0)  # it adapts nothing
 
 
 @pytest.mark.parametrize("by_row", [False, True])
 def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
-    """Of data of two coordinates that grow by halves: all its figures follow."""
+    """Of data of two coordinates that double: all its figures follow."""
 
     def model(data):
         with numpyro.plate("groups", len(data)) if by_row else numpyro.handlers.mask(mask=True):
@@ -151,11 +154,11 @@ def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
             v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
             ebm.energy("E", 0.5 * theta * jnp.sum(v**2, -1))
 
-    x = np.array([[1.0, -2.0], [0.5, 0.3], [3.0, 0.1]])
+    x = np.array([[0.3, -0.6], [0.15, 0.1], [0.9, 0.03]])
     data = jnp.asarray(x)
     target = ExchangeTarget(model, (data,), {}, by_row)
     adaptation = ExchangeAdaptation(0, 0, 0.4, False, False, 0.3)
-    simulator = ChainSimulator(Doubling, 3)
+    simulator = ChainSimulator(Doubling, 2)
     z = {"theta": jnp.full(3 if by_row else (), 0.2)}
 
     @jax.jit
@@ -165,7 +168,7 @@ def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
         return step_chain(state, target, adaptation, simulator, 0)
 
     state = two_steps(KEY)
-    told, halfway, end = state.auxiliary, 1.5 * x, 1.5**3 * x
+    told, halfway, end = state.auxiliary, 2.0 * x, 4.0 * x
     apart = x - x.mean(0)
     mean = (lambda a: a.mean(1)) if by_row else np.mean
     close = np.testing.assert_allclose
