@@ -99,6 +99,10 @@ def test_mixtures_of_two_problems_are_those_of_their_components(monkeypatch):
         np.testing.assert_allclose(log_prob[i::2], np.logaddexp.reduce(terms), rtol=1e-4)
         off = np.asarray(draws[i::2]) - weights @ means
         assert np.all(np.abs(off.mean(0)) < 4.5 * off.std(0) / 100)
+        around = means - weights @ means
+        second = np.einsum("k,kij,klj->il", weights * 5 / 3, scales, scales)
+        second = second + np.einsum("k,ki,kj->ij", weights, around, around)
+        np.testing.assert_allclose(np.cov(off.T), second, atol=0.1 * np.diag(second).max())
 
 
 def test_resampling_of_runs_of_their_own():
@@ -360,7 +364,7 @@ def test_far_nodes_that_overflow_are_no_mass_and_near_ones_are_an_error():
                 cleaned(at, value)
     np.testing.assert_array_equal(cleaned(8, -np.inf)[8], [values[8, 0], -np.inf])
     with pytest.raises(ModelError, match="mass up to where"):  # the middle, and all mass is far
-        cleaned(4, np.nan, values[:, ::-1] - 10.0 * (distance[:, None] < 35))
+        cleaned(4, np.nan, np.where(distance[:, None] > 35, values, -500.0))
 
 
 def rows_of_data(x, data):

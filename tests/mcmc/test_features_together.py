@@ -231,25 +231,25 @@ def test_jacobians_of_replicas_are_no_energies():
     np.testing.assert_allclose(jax.vmap(likelihood)(u), -4.0, rtol=1e-6)
 
 
-def test_annealing_by_noise_has_its_temperature_and_step():
-    """exp(-β E) at β = (σ₀ / σ)², by steps ε ∝ σ²: of v²/2 the variance is 1 / β(1 - ε β / 2)."""
+def test_annealing_by_noise_has_its_temperature_step_and_end():
+    """exp(-β E) at β = (σ₀ / σ)², by steps ε ∝ σ²: of v²/2 the variance is 1 / β(1 - ε β / 2).
+
+    At the end v + σ² ∇ log p of the last level, which is 1 - σ² β times v.
+    """
 
     def model(num_rows=20_000):
         with numpyro.plate("data", num_rows):
             v = numpyro.sample("v", ebm.Lebesgue())
             ebm.energy("E", 0.5 * v**2)
 
-    def variance(num_steps, step_size, scale=1.0, denoise=False):
-        options = {"num_steps": num_steps, "step_size": step_size, "denoise": denoise}
-        options |= {"noise_scales": [3.0, 2.0], "noise_scale": scale}
-        kernel = ebm.AnnealedLangevin(ebm.fixed(model, {}), **options)
-        state = kernel.init(jax.random.key(3), 0, None, (), {})
-        return np.var(jax.jit(lambda s: kernel.sample(s, (), {}))(state).z["v"])
-
-    error = 4 * np.sqrt(2 / 20_000)
-    np.testing.assert_allclose(variance(60, 0.5), 4.0 / (1 - 2.0 / 8), rtol=error)
-    denoised = (1 - 0.6**2) * 3.0  # v + σ² ∇ log p of the last level, from where it starts
-    np.testing.assert_allclose(variance(1, 1e-9, 0.6, True), denoised**2, rtol=error)
+    kernel = ebm.AnnealedLangevin(
+        ebm.fixed(model, {}), [3.0, 2.0], noise_scale=0.6, num_steps=60, step_size=0.5
+    )
+    state = kernel.init(jax.random.key(3), 0, None, (), {})
+    found = np.var(jax.jit(lambda s: kernel.sample(s, (), {}))(state).z["v"])
+    beta, eps = (0.6 / 2) ** 2, 0.5 * 2**2
+    expected = (1 - 4 * beta) ** 2 / (beta * (1 - eps * beta / 2))
+    np.testing.assert_allclose(found, expected, rtol=4 * np.sqrt(2 / 20_000))
 
 
 def test_a_row_of_which_one_site_moves_is_not_frozen():
