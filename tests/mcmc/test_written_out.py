@@ -17,6 +17,7 @@ from numpyro_ebm.mcmc.adaptation import (
     adapted_steps,
     warmup_windows,
 )
+from numpyro_ebm.mcmc.convergence import Convergence, assess_draws, warn_of_convergence
 from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation
 from numpyro_ebm.mcmc.sampling import complete_draws
 from numpyro_ebm.mcmc.watch import Watch
@@ -347,3 +348,72 @@ def test_sites_that_no_chain_moves_are_drawn_given_the_others():
     means = np.asarray(found["h"]).reshape(3_000, 2, 2).mean(0)
     assert np.all(abs(means - p) < 4.5 * np.sqrt(p * (1 - p) / 3_000))
     assert complete_draws(None, row_model, found, 6_000) is found
+
+
+def test_what_a_run_says_of_its_rows_is_counted_by_row():
+    rng = np.random.default_rng(6)
+    row_model = read_fixed_model(MODEL, (), {"num_rows": 4})
+    v = rng.normal(size=(2, 60, 4, 2))
+    v[0, :, 1] = 0.5  # one chain of the second row stays
+    v[1, :2, 2, 0] = np.nan
+    energy = rng.normal(size=(2, 60, 4)).astype("float32")
+    energy[0, 7, 3], energy[1, 5, 2] = 1e12, np.inf
+    accept = (
+        np.broadcast_to([0.5, 0.01, 0.3, 0.9], energy.shape) + np.linspace(-0.01, 0.01, 60)[:, None]
+    )
+    fields = {"accept_prob": accept, "diverging": energy > 1.0, "potential_energy": energy}
+    found = assess_draws(row_model, {"v": v}, fields)
+    assert (found.num_chains, found.num_draws) == (2, 60)
+    np.testing.assert_allclose(found.acceptance, [0.5, 0.01, 0.3, 0.9], rtol=1e-6)
+    assert found.not_finite.tolist() == [0, 0, 3, 0]  # two values and one energy
+    assert found.unresolved.tolist() == [0, 0, 1, 1] and found.frozen.tolist() == [0, 1, 0, 0]
+    assert found.diverging == pytest.approx(np.mean(energy > 1.0), rel=1e-6)
+    assert np.isnan(found.largest) or found.largest == np.nanmax(np.abs(v))
+    few = assess_draws(row_model, {"v": v[:1, :4]}, {"accept_prob": accept[:1, :4]})
+    assert few.acceptance is None and few.r_hat is None and not few.frozen.any()
+    still = assess_draws(row_model, {"v": 0 * v[:1, :5, :1].repeat(4, 2)}, {})
+    assert still.frozen.tolist() == [1] * 4
+    assert assess_draws(row_model, {"v": v}, fields, adjusted=False).acceptance is None
+
+
+def warning(chains=2, rows=40, **changed):
+    """What is said of rows that are right but for what is changed."""
+    nothing = np.zeros(rows, int)
+    right = Convergence(
+        num_chains=chains,
+        num_draws=100,
+        not_finite=nothing,
+        unresolved=nothing,
+        frozen=nothing,
+        acceptance=np.full(rows, 0.6),
+        diverging=0.0,
+        r_hat=np.ones(rows),
+        largest=3.0,
+    )
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_of_convergence("It", right._replace(**changed))
+    return " ".join(str(x.message) for x in found)
+
+
+def test_what_is_wrong_with_a_run_is_told_from_its_threshold_on():
+    def of_first(num, value, other=0, rows=40):
+        return np.where(np.arange(rows) < num, value, other)
+
+    assert not warning() and not warning(diverging=0.3)
+    assert "7 draws, of 2 of 40 rows, are not finite" in warning(
+        not_finite=np.array([3, 4] + [0] * 38)
+    )
+    assert "5 draws, of 1 of 40 rows, have energies" in warning(unresolved=of_first(1, 5))
+    # A twentieth of the chains of a row may stay.
+    assert not warning(chains=40, frozen=of_first(1, 2))
+    assert "1 of 40 rows did not move in 3 of 40 chains" in warning(40, frozen=of_first(1, 3))
+    assert "2 of 40 rows did not move. " in warning(1, frozen=of_first(2, 1))
+    assert not warning(acceptance=of_first(2, 0.02, 0.6))
+    low = warning(acceptance=of_first(2, 0.019, 0.6), diverging=0.25)
+    assert "2 of 40 rows accept less than 2% of their proposals (the median row 0.60)" in low
+    assert "25.0% of the proposals diverged" in low
+    # Two halves of one chain say little of one row, and enough of a share of them.
+    assert not warning(r_hat=of_first(2, 2.5, 1.0)) and not warning(4, r_hat=np.full(40, 1.99))
+    assert "R-hat is above 2 in 3 of 40 rows (largest 2.5)" in warning(r_hat=of_first(3, 2.5, 1.0))
+    assert "R-hat is above 2 in 1 of 40 rows" in warning(4, r_hat=of_first(1, 2.5, 1.0))
