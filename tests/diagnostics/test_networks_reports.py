@@ -213,6 +213,9 @@ def test_bounds_of_a_log_likelihood_of_rates_are_its_value():
     spread = np.var(found.by_row, ddof=1) / 10 + np.max(error) ** 2
     np.testing.assert_allclose(found.standard_error, np.sqrt(spread), rtol=1e-5)
     assert np.max(error) ** 2 > 1e-4 * spread
+    # The estimate from the Gaussian is too small in expectation, that from the draws too large.
+    bounds = np.mean(found.by_row) + np.mean(found.log_normalizer) - found.log_normalizer
+    np.testing.assert_allclose([found.upper, found.lower], bounds, rtol=1e-5)
 
 
 def test_moves_of_the_bounds_leave_a_skewed_law_as_it_is():
