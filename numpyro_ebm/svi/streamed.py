@@ -92,8 +92,10 @@ class StreamedBatches:
     def ready(self, step: int) -> int:
         """How many rounds from this one on can be taken in one chunk; 0 where the batches end."""
         if step >= self._block.end:
-            self._block = self._read(None) if self._following is None else self._following
+            block = self._read(None) if self._following is None else self._following
             self._following = None
+            if block.start < block.end:  # else the place that is told stays that of the last round
+                self._block = block
         return self._block.end - step
 
     def chunk(self, step: int, length: int) -> tuple[list[jax.Array], Any]:
