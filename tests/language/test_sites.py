@@ -3,13 +3,22 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.handlers import mask, scale, seed, trace
 
 import numpyro_ebm as ebm
-from numpyro_ebm.language.sites import is_energy, layers, plates_of, unwrap
+from numpyro_ebm.language.sites import (
+    is_energy,
+    layers,
+    log_prob_of,
+    masks_of,
+    plates_of,
+    unwrap,
+    without_masks,
+)
 from numpyro_ebm.model.reading import read_model
 
 
@@ -84,3 +93,31 @@ def test_a_row_counts_where_all_masks_around_it_say_so():
             ebm.energy("E", 0.5 * v**2)
 
     assert read_model(model, (jnp.ones(3),), {}).row_weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_masks_of_rows_are_taken_off_layer_by_layer():
+    """Constant ones stay, as they take a site out of the model, unless they are asked for too."""
+    rows, other = jnp.array([True, False, True]), jnp.array([[True], [False]])
+    plain = dist.Normal(jnp.arange(3.0), 2.0)
+    fn = plain.mask(rows).expand([2, 3]).mask(other)
+    assert [x.shape for x in masks_of(fn)] == [(2, 3), (3,)]
+    value = jnp.ones((2, 3))
+    expected = jnp.broadcast_to(plain.log_prob(1.0), (2, 3))
+    np.testing.assert_allclose(without_masks(fn).log_prob(value), expected)
+    assert np.sum(fn.log_prob(value) != 0) == 2
+    assert without_masks(fn).batch_shape == without_masks(fn, constant=True).batch_shape == (2, 3)
+    off = plain.mask(False).expand([2, 3]).mask(other)
+    assert np.all(without_masks(off).log_prob(value) == 0) and masks_of(off)[-1] is False
+    np.testing.assert_allclose(without_masks(off, constant=True).log_prob(value), expected)
+    assert unwrap(fn) is plain and without_masks(plain) is plain
+
+
+def test_a_site_counts_by_its_scale_and_its_own_intermediates():
+    fn = dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.ExpTransform())
+    value, intermediates = fn.sample_with_intermediates(jax.random.key(3), (4,))
+    site = {"fn": fn, "value": value, "intermediates": [], "scale": None}
+    total = jnp.sum(fn.log_prob(value))
+    np.testing.assert_allclose(log_prob_of(site), total, rtol=1e-6)
+    scale = jnp.arange(4.0)
+    weighed = {**site, "scale": scale, "intermediates": intermediates}
+    np.testing.assert_allclose(log_prob_of(weighed), scale @ fn.log_prob(value), rtol=1e-6)
