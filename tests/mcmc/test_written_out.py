@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 import numpyro_ebm as ebm
+from numpyro_ebm.language.handlers import uncondition
 from numpyro_ebm.mcmc.adaptation import (
     Adaptation,
     acceptance_tuner,
@@ -417,3 +418,23 @@ def test_what_is_wrong_with_a_run_is_told_from_its_threshold_on():
     assert not warning(r_hat=of_first(2, 2.5, 1.0)) and not warning(4, r_hat=np.full(40, 1.99))
     assert "R-hat is above 2 in 3 of 40 rows (largest 2.5)" in warning(r_hat=of_first(3, 2.5, 1.0))
     assert "R-hat is above 2 in 1 of 40 rows" in warning(4, r_hat=of_first(1, 2.5, 1.0))
+
+
+def test_sites_that_start_at_their_data_are_drawn_last():
+    """Whichever come first in the model, and whatever their names; else it would be lost."""
+
+    def model(data):
+        with numpyro.plate("data", 3):
+            v = numpyro.sample("v", ebm.Counting(2), obs=data)
+            z = numpyro.sample("z", ebm.Counting(2))
+            a = numpyro.sample("a", ebm.Counting(2))
+            ebm.energy("E", v * z + 0.3 * a * v)
+
+    free, data = uncondition(ebm.fixed(model, {}), ["v"]), jnp.array([0, 1, 1])
+    assert [x.names for x in ebm.BlockGibbs(free).plan(data)] == [("z",), ("a",), ("v",)]
+    with pytest.raises(ebm.ModelError, match="draws 'v' anew before"):
+        early = ebm.BlockGibbs(free, [["a"], ["v"], ["z"]])
+        early.init(jax.random.key(0), 0, {"v": data}, (data,), {})
+    late = ebm.BlockGibbs(free, [["a", "z"], ["v"]])
+    state = late.init(jax.random.key(0), 0, {"v": data}, (data,), {})
+    np.testing.assert_array_equal(state.z["v"], data)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`predictive`: the law of the model at each draw of its parameters."""
 
+import sys
 import warnings
 
 import jax
@@ -142,3 +143,19 @@ def test_one_look_of_many_is_not_lost_among_the_others():
             *(("acceptance", [0.5] * 3), ("diverging", 0.25), ("r_hat", [1, 5, 1])),
         ):
             np.testing.assert_allclose(getattr(found, name), expected)
+
+
+def test_the_last_draw_of_the_first_chain_is_handed_on(monkeypatch):
+    """Of the chains that were asked for."""
+    told = np.random.default_rng(1).normal(size=(3, 10, 200))
+
+    def run_chains(rng_key, kernel, args, kwargs, *, num_chains, num_warmup, num_draws, every):
+        assert (num_chains, num_warmup, num_draws, every) == (3, 7, 10, 5)
+        return {"v": jnp.asarray(told)}, {}
+
+    module = sys.modules["numpyro_ebm.posteriors.predictive"]  # beside the function of its name
+    monkeypatch.setattr(module, "run_chains", run_chains)
+    draws = {"slope": jnp.array([1.0, 2.0]), "precision": jnp.ones((2, 2))}
+    options = {"num_chains": 3, "num_warmup": 7, "thinning": 5, "kernel": ebm.MALA}
+    found = ebm.predictive(KEY, regression, draws, jnp.zeros(200), **options)
+    np.testing.assert_allclose(found["v"], np.stack([told[0, -1]] * 2), rtol=1e-5)

@@ -2,6 +2,8 @@
 """Simulation-based calibration: right routes pass it, wrong ones do not."""
 
 from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,12 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.infer import NUTS
+from numpyro.infer.mcmc import MCMCKernel
 from scipy import stats
 
 import numpyro_ebm as ebm
+from numpyro_ebm.model.arguments import Arguments
+from numpyro_ebm.posteriors import routes
 from numpyro_ebm.posteriors.routes import _warn_of_correlation
 from numpyro_ebm.posteriors.uniform_ranks import rank_bands
 
@@ -201,3 +206,38 @@ def test_the_correlation_of_few_draws_is_not_taken_for_less():
     with pytest.warns(ebm.ConvergenceWarning, match=r"'mean' have a correlation of 0\.(49|50|51)"):
         _warn_of_correlation({"mean": np.repeat(draws, 2, 1)}, 10)
     _warn_of_correlation({"mean": draws}, 5)
+
+
+class Count(NamedTuple):
+    z: Any
+
+
+class Counter(MCMCKernel):
+    """Adds one in every step to what it starts at, the first number of its data."""
+
+    sample_field = "z"
+    model = None
+
+    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+        return Count(model_args[0][0])
+
+    def sample(self, state, model_args, model_kwargs):
+        return state._replace(z=state.z + 1)
+
+    def postprocess_fn(self, model_args, model_kwargs):
+        return lambda z: {"theta": 10.0 * z}
+
+
+def test_draws_of_a_kernel_follow_its_warm_up_and_are_thinned(monkeypatch):
+    """On every data set, those of a group that is not full among them."""
+    monkeypatch.setattr(routes, "AT_ONCE", 2)
+    arguments = Arguments((jnp.zeros(2),), {})
+    (label,) = arguments.arrays
+    data, steps = jnp.array([[0.0, 9.0], [100.0, 9.0], [200.0, 9.0]]), []
+    found = routes._by_kernel(
+        *(Counter(), jax.random.split(jax.random.key(0), 3), {label: data}, arguments),
+        *(4, 7, 3, SimpleNamespace(step=steps.append)),
+    )
+    expected = np.array([[0.0], [100.0], [200.0]]) + 7 + 3 * np.arange(1, 5)
+    np.testing.assert_allclose(found["theta"], 10.0 * expected)
+    assert steps == [2, 1]
