@@ -30,6 +30,8 @@ from registry.objectives import OBJECTIVES
 import numpyro_ebm as ebm
 from numpyro_ebm.errors import ModelError
 from numpyro_ebm.model.arguments import Arguments
+from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.posteriors import simulated_rows
 from numpyro_ebm.posteriors.calibrated import _at_same_data
 from numpyro_ebm.posteriors.calibration import _over_data_sets
 
@@ -304,3 +306,27 @@ def test_data_with_elements_missing_are_those_of_the_calibration():
     data = np.array([1.0, np.nan, 3.0])
     here, there = Arguments((data,), {}), Arguments((data.copy(),), {})
     assert _at_same_data(here, there) and not _at_same_data(here, Arguments((2 * data,), {}))
+
+
+def test_data_sets_of_a_model_have_its_rows_and_types(monkeypatch):
+    """Of its visible sites, which are free to be drawn, at the parameters that are given."""
+
+    def model(data, scale):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(data)):
+            s = numpyro.sample("s", ebm.Counting(2, (2,)), obs=data)
+            h = numpyro.sample("h", ebm.Counting(2))
+            ebm.energy("E", -w * scale * s[:, 0] * h)
+
+    def sample(rng_key, free, num, *args, **kwargs):
+        row_model = read_fixed_model(free, args, kwargs)
+        assert sorted(row_model.sites) == ["h", "s"] and not row_model.observed
+        values = {"s": jnp.ones((3, 2), int), "h": jnp.ones(3, int)}
+        told = row_model.log_density({}, values)
+        return {"s": jnp.tile(told[:, None], (num, 1, 2)), "h": jnp.zeros((num, 3))}
+
+    monkeypatch.setattr(simulated_rows, "sample", sample)
+    data = jnp.array([[0, 1], [1, 1], [0, 0]])
+    found = simulated_rows.simulate_rows(KEY, model, {"w": 3.0}, 4, (data,), {"scale": 2.0})
+    assert found.keys() == {"s"} and found["s"].dtype == data.dtype
+    np.testing.assert_array_equal(found["s"], np.full((4, 3, 2), 6))
