@@ -292,3 +292,18 @@ def test_posteriors_are_handed_to_arviz():
     without = to_data({"posterior": {"t": np.zeros((1, 5))}}, {})
     with pytest.raises(ebm.ModelError, match="'b' has no log-likelihood"):
         ebm.compare({"a": posterior(good, data), "b": without})
+
+
+def test_random_scores_compare_models_at_the_same_slices():
+    """A model beside itself scores the same, row by row."""
+
+    def model(data):
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue((2,)), obs=data)
+            ebm.energy("E", 0.5 * jnp.sum(v**2, -1) + v[:, 0] * v[:, 1] ** 2)
+
+    models = dict.fromkeys(("a", "b"), ebm.fixed(model, {}))
+    rule = ebm.SlicedScoreMatching(num_slices=1)
+    data = np.random.default_rng(3).normal(size=(6, 2))
+    table = ebm.compare(models, data, score=rule, check_integrable=False)
+    assert np.all(table.score_diff == 0)
