@@ -59,7 +59,7 @@ def test_rows_lead_where_they_are_spread():
     across = NamedSharding(mesh, PartitionSpec(None, "a"))
     with pytest.raises(ebm.ModelError, match="sample"):
         leading_sharding("sample", across)
-    assert placed({"k": jax.random.key(1)}, one.update(spec=PartitionSpec()))["k"].shape == ()
+    assert placed({"k": jax.random.key(1)}, everywhere(one))["k"].shape == ()
 
 
 @pytest.mark.slow
