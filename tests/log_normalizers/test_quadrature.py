@@ -6,13 +6,19 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
 from normalizer_cases import KEY, assert_covers, model_of
 from numpyro.distributions import constraints
+from scipy.stats import norm
 
 import numpyro_ebm as ebm
 from numpyro_ebm.log_normalizers import quadrature
+from numpyro_ebm.log_normalizers.visible_grid import sum_over_visible
+from numpyro_ebm.marginals import exact_marginal
+from numpyro_ebm.model.reading import read_model
 
 LINE = [
     # energy, base measure, log Z
@@ -81,3 +87,40 @@ def test_quadrature_in_double_precision_and_under_jit(x64):
     assert found.value == pytest.approx(LINE[0][2], abs=1e-9)
     under = jax.jit(lambda key: ebm.log_normalizer(key, model_of(*LINE[1][:2]))[:2])(KEY)
     assert_covers(under, LINE[1][2])
+
+
+def test_a_sum_over_nodes_around_the_data_may_skip_nodes_and_end_early():
+    """Every other node counts twice; nodes beyond a reach, in deviations of the data, not at all.
+
+    An energy that is no number far out has no mass there; among the data it is an error.
+    """
+
+    def model(data, low=jnp.inf, high=-jnp.inf):
+        t = numpyro.param("t", 1.0)
+        with numpyro.plate("data", len(data)):
+            v = numpyro.sample("v", ebm.Lebesgue(), obs=data)
+            ebm.energy("E", jnp.where((v > low) & (v < high), jnp.nan, 0.5 * t * v**2))
+
+    data = np.array([-1.0, 0.2, 1.4])
+
+    def log_z(*at, **options):
+        row_model = read_model(model, (jnp.asarray(data), *at))
+        return sum_over_visible(
+            {"t": jnp.array(0.7)}, row_model, exact_marginal(row_model), 2_049, **options
+        )
+
+    found = jax.jit(
+        lambda: (
+            log_z(),
+            log_z(every=2),
+            log_z(reach=1.5),
+            log_z(30.0, jnp.inf),
+            log_z(0.0, 0.1),
+        )
+    )()
+    full = 0.5 * math.log(2 * math.pi / 0.7)
+    ends = (data.mean() + np.array([-1.5, 1.5]) * data.std()) * 0.7**0.5
+    part = full + math.log(np.diff(norm.cdf(ends))[0])
+    np.testing.assert_allclose(found[:2], full, rtol=1e-5)
+    assert found[2] == pytest.approx(part, abs=0.01) and abs(part - full) > 0.05
+    assert found[3] == pytest.approx(full, rel=1e-5) and np.isnan(found[4])
