@@ -2,6 +2,7 @@
 """A law over every method of the registry: log Z of a system, or the reason why not."""
 
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -62,3 +63,18 @@ def test_log_z_is_right_within_its_error_or_refused(method, system):
         return
     assert abs(found.value - truth) < 4.0 * found.mcse + 1e-4
     assert found.mcse < 0.3
+
+
+def test_methods_are_taken_in_their_order():
+    """Exact ones first; SMC where rows share their log Z, AIS where each has its own."""
+
+    def order(**integrand):
+        ranks = {k: x.rank(SimpleNamespace(**integrand)) for k, x in METHODS.items()}
+        return sorted(ranks, key=ranks.__getitem__)
+
+    few, many = {"discrete": (), "num_real": 2}, {"discrete": (), "num_real": 3}
+    assert order(is_shared=True, **few) == ["quadrature", "enumerate", "smc", "ais"]
+    assert order(is_shared=False, **few) == ["quadrature", "enumerate", "ais", "smc"]
+    assert order(is_shared=True, **many) == ["enumerate", "quadrature", "smc", "ais"]
+    with_discrete = {"discrete": ("h",), "num_real": 1}
+    assert order(is_shared=True, **with_discrete) == ["enumerate", "quadrature", "smc", "ais"]

@@ -2,6 +2,7 @@
 """Single steps and levels of the kernels, written out in NumPy."""
 
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from numpyro_ebm.mcmc.replica_ladder import LadderAdaptation
 from numpyro_ebm.mcmc.sampling import complete_draws
 from numpyro_ebm.mcmc.watch import Watch
 from numpyro_ebm.model.reading import read_fixed_model
+from numpyro_ebm.samplers import swendsen_wang
 
 NUM = 500
 MASS = np.array([0.3, 2.0])  # the inverse, of v[0] and v[1]
@@ -438,3 +440,26 @@ def test_sites_that_start_at_their_data_are_drawn_last():
     late = ebm.BlockGibbs(free, [["a", "z"], ["v"]])
     state = late.init(jax.random.key(0), 0, {"v": data}, (data,), {})
     np.testing.assert_array_equal(state.z["v"], data)
+
+
+def test_clusters_are_counted_by_row(monkeypatch):
+    """Of clusters that are given: a vertex of each for all of its units, counted through."""
+    clusters = jnp.array([[0, 0, 2, 0], [4, 4, 4, 4], [8, 9, 10, 10]])
+    monkeypatch.setattr(swendsen_wang, "_clusters", lambda *_: clusters)
+    monkeypatch.setattr(swendsen_wang, "_values_of_clusters", lambda key, x, *_: 1 - x)
+
+    def model():
+        with numpyro.plate("data", 3):
+            s = numpyro.sample("s", ebm.Counting(2, (4,)))
+            ebm.energy("E", -0.5 * jnp.sum(s, -1))
+
+    kernel = ebm.SwendsenWang(ebm.fixed(model, {}))
+    potts = SimpleNamespace(names=("s",), values=np.tile([0, 1], (4, 1)), is_checked=True)
+    kernel._potts = lambda row_model: potts
+    s = jnp.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]])
+    state = kernel.init(jax.random.key(1), 0, {"s": s}, (), {})
+    new = kernel._step(state, (), {})
+    assert new.num_clusters.tolist() == [2, 1, 3] and new.i == 1
+    np.testing.assert_array_equal(new.z["s"], 1 - s)
+    np.testing.assert_array_equal(new.accept_prob, 1.0)
+    np.testing.assert_allclose(new.potential_energy, -0.5 * np.sum(1 - s, 1))
