@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_ebm._compat import Tracer
-from numpyro_ebm.program.on_cpu import eval_on_cpu
+from numpyro_ebm.program.on_cpu import as_parts, eval_on_cpu
 
 __all__ = ["compiled", "compiler_options", "constants_as_arguments", "is_traced", "run_compiled"]
 
@@ -105,7 +105,8 @@ def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable
     :param args: its arguments, or their shapes and types.
     :return: the function, and the arrays.
     """
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    with as_parts():
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
 
     def program(constants, *args):
         leaves = jax.tree.leaves(args)

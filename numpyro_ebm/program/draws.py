@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from numpyro_ebm.program.jaxprs import needed, variables, without_repeats, written_out
-from numpyro_ebm.program.on_cpu import eval_on_cpu
+from numpyro_ebm.program.on_cpu import as_parts, eval_on_cpu
 
 __all__ = ["at", "scan_keys", "split_off_draws"]
 
@@ -49,7 +49,8 @@ def split_off_draws(
     >>> size
     12
     """
-    closed, shape = written_out(fn, key, *args)
+    with as_parts():
+        closed, shape = written_out(fn, key, *args)
     jaxpr = without_repeats(closed.jaxpr)
     of_key, of_rest = {jaxpr.invars[0]}, set(jaxpr.invars[1:])
     early, late, kept = [], [], []

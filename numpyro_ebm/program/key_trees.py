@@ -6,8 +6,11 @@ one after the other, of a few words each, and for each of them some two hundred 
 lower and compile. With JAX's Threefry they are all alike: the i-th part of a key, and the key with
 i folded in, are the hash of the counter (0, i) by that key. So a table of parents and numbers says
 what a loop over the levels of their tree does, and one hash is compiled. The keys are the same.
+
+Arrays of a few keys, one for each particle or step, are read as so many keys.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +28,9 @@ __all__ = ["with_keys_first"]
 WORTH = 3
 """Hashes that have to be saved: a loop is a few programs itself."""
 
+MOST = 32
+"""Keys of an array at most: all levels are as wide as the widest."""
+
 
 def with_keys_first(closed: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
     """A closed jaxpr whose keys are among its arguments, and these; or what was given.
@@ -33,71 +39,90 @@ def with_keys_first(closed: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any
     :param args: the values of its arguments.
     """
     jaxpr = closed.jaxpr
-    parents = _parents(jaxpr) if jax.config.jax_threefry_partitionable else {}  # pyright: ignore
-    rest = jaxpr.replace(eqns=[x for x in needed(jaxpr) if not parents.keys() & set(x.outvars)])
+    keys = _key_arrays(jaxpr) if jax.config.jax_threefry_partitionable else {}  # pyright: ignore
+    rest = jaxpr.replace(eqns=[x for x in needed(jaxpr) if not keys.keys() & set(x.outvars)])
     rest = rest.replace(eqns=needed(rest))
     if _num_hashes(jaxpr) - _num_hashes(rest) < WORTH:
         return closed, args
     read = {*variables(rest.outvars), *(v for x in rest.eqns for v in variables(x.invars))}
-    keys = [v for v in parents if v in read]
-    values = _hashed(keys, parents, dict(zip(jaxpr.invars, args, strict=True)))
+    keys = {v: nodes for v, nodes in keys.items() if v in read}
+    values = _hashed(keys.values(), dict(zip(jaxpr.invars, args, strict=True)))
     rest = rest.replace(invars=[*jaxpr.invars, *keys])
     return ClosedJaxpr(rest, closed.consts), [*args, *values]
 
 
-def _parents(jaxpr):
-    """The key and the number that every key is the hash of, from the jaxpr's arguments on."""
-    known = {v for v in jaxpr.invars if v.aval.shape == () and str(v.aval.dtype) == "key<fry>"}
-    parents, parts, part = {}, {}, {}
+def _key_arrays(jaxpr):
+    """Arrays of keys, each key the hash ``(parent, number)``, from the jaxpr's arguments on."""
+    known = {
+        v: _nodes([v], ())
+        for v in jaxpr.invars
+        if v.aval.shape == () and str(v.aval.dtype) == "key<fry>"
+    }
+    roots = set(known)
     for eqn in needed(jaxpr):
-        name = eqn.primitive.name
-        if name not in ("random_split", "random_fold_in", "slice", "squeeze", "unstack"):
-            continue
-        key, out = eqn.invars[0], eqn.outvars[0]
-        if isinstance(key, Literal):
-            continue
-        if name == "random_split" and key in known and len(eqn.params["shape"]) == 1:
-            parts[out] = key
-        elif name == "slice" and key in parts and out.aval.shape == (1,):
-            part[out] = parts[key], eqn.params["start_indices"][0]
-        elif name == "squeeze" and key in part:
-            parents[out] = part[key]
-        elif name == "unstack" and key in parts:  # of newer versions of JAX
-            parents.update((v, (parts[key], i)) for i, v in enumerate(eqn.outvars))
-        elif name == "random_fold_in" and key in known and isinstance(eqn.invars[1], Literal):
-            parents[out] = key, int(eqn.invars[1].val)
-        known.update(v for v in eqn.outvars if v in parents)
-    return parents
+        is_small = all(math.prod(v.aval.shape) <= MOST for v in eqn.outvars)
+        if is_small and variables(eqn.invars[:1]) and eqn.invars[0] in known:
+            found = _keys_made(eqn, known[eqn.invars[0]])
+            known.update(zip(eqn.outvars, found, strict=False))
+    return {v: nodes for v, nodes in known.items() if v not in roots}
+
+
+def _keys_made(eqn, nodes):
+    """The results of an operation on an array of keys; none if they are not known."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "random_split":
+        numbers = range(math.prod(params["shape"]))
+        found = [(key, i) for key in nodes.flat for i in numbers]
+        return [_nodes(found, eqn.outvars[0].aval.shape)]
+    if name == "random_fold_in" and isinstance(eqn.invars[1], Literal):
+        number = int(eqn.invars[1].val)
+        return [_nodes([(key, number) for key in nodes.flat], nodes.shape)]
+    if name == "slice":
+        bounds = params["start_indices"], params["limit_indices"]
+        return [nodes[tuple(map(slice, *bounds, params["strides"] or [1] * nodes.ndim))]]
+    if name == "squeeze":
+        return [nodes.squeeze(tuple(params["dimensions"]))]
+    if name == "unstack":  # of newer versions of JAX
+        axis = params["axis"]
+        return [x.squeeze(axis) for x in np.split(nodes, nodes.shape[axis], axis)]
+    return []
+
+
+def _nodes(found, shape):
+    array = np.empty(len(found), object)
+    array[:] = found
+    return array.reshape(shape)
 
 
 def _num_hashes(jaxpr):
     return sum(map(is_rolled, needed(jaxpr)))
 
 
-def _hashed(keys, parents, arguments):
-    """The values of some keys."""
+def _hashed(arrays, arguments):
+    """The values of arrays of keys."""
     levels: list[list[Any]] = []
     level_of: dict[Any, int] = {}
 
     def enter(key):
         if key not in level_of:
-            parent = parents[key][0]
-            level_of[key] = 1 + enter(parent) if parent in parents else 0
+            parent = key[0]
+            level_of[key] = 1 + enter(parent) if isinstance(parent, tuple) else 0
             levels.extend([] for _ in range(level_of[key] + 1 - len(levels)))
             levels[level_of[key]].append(key)
         return level_of[key]
 
-    for key in keys:
-        enter(key)
-    roots = list(dict.fromkeys(parents[key][0] for key in levels[0]))
+    for nodes in arrays:
+        for key in nodes.flat:
+            enter(key)
+    roots = list(dict.fromkeys(parent for parent, _ in levels[0]))
     width = max(map(len, levels))
     place = {key: i for i, key in enumerate(roots)}
     for i, level in enumerate(levels):
         place |= {key: len(roots) + i * width + j for j, key in enumerate(level)}
     table = np.zeros((2, len(levels), width), np.uint32)
     for i, level in enumerate(levels):
-        for j, key in enumerate(level):
-            table[:, i, j] = place[parents[key][0]], parents[key][1]
+        for j, (parent, number) in enumerate(level):
+            table[:, i, j] = place[parent], number
 
     @jax.jit
     def hashed_level(words, numbers):
@@ -114,4 +139,12 @@ def _hashed(keys, parents, arguments):
     words = jnp.pad(words, ((0, 0), (0, len(levels) * width)))
     starts = (len(roots) + width * np.arange(len(levels))).astype(np.int32)
     words, _ = lax.scan(one, words, (starts, table[0].astype(np.int32), table[1]))
-    return [jax.random.wrap_key_data(words[:, place[k]], impl="threefry2x32") for k in keys]
+
+    def array(nodes):
+        places = [place[key] for key in nodes.flat]
+        first, last = places[0], places[-1] + 1
+        in_order = places == list(range(first, last))
+        found = words[:, first:last] if in_order else words[:, np.array(places)]
+        return jax.random.wrap_key_data(found.T.reshape(*nodes.shape, 2), impl="threefry2x32")
+
+    return [array(nodes) for nodes in arrays]

@@ -7,6 +7,9 @@ convolutions in loops have their axes put in order (:mod:`~numpyro_ebm.program.c
 program is rewritten after it was differentiated, with all loops, branches and functions inside.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -17,10 +20,22 @@ from numpyro_ebm.program.jaxprs import CALLS, LOOPS, applied, inner_jaxprs, inte
 from numpyro_ebm.program.key_trees import with_keys_first
 from numpyro_ebm.program.random_numbers import is_rolled, unrolled
 
-__all__ = ["eval_on_cpu"]
+__all__ = ["as_parts", "eval_on_cpu"]
 
 INSIDE = {"cond", *LOOPS, *CALLS}
 """Operations whose jaxprs are rewritten; those of others may not be programs of their own."""
+
+ARE_PARTS = ContextVar("ARE_PARTS", default=False)
+
+
+@contextmanager
+def as_parts() -> Iterator[None]:
+    """Programs traced inside are parts of one that is rewritten as a whole, later."""
+    before = ARE_PARTS.set(True)
+    try:
+        yield
+    finally:
+        ARE_PARTS.reset(before)
 
 
 def eval_on_cpu(jaxpr: Any, consts: Any, *args: Any, in_loop: bool) -> list[Any]:
@@ -31,7 +46,7 @@ def eval_on_cpu(jaxpr: Any, consts: Any, *args: Any, in_loop: bool) -> list[Any]
     :param args: the values of its arguments.
     :param bool in_loop: whether it is the body of a loop itself.
     """
-    if jax.default_backend() != "cpu" or not _changes(jaxpr, in_loop):
+    if jax.default_backend() != "cpu" or ARE_PARTS.get() or not _changes(jaxpr, in_loop):
         return eval_jaxpr(jaxpr, consts, *args)
     return _rewritten(*with_keys_first(ClosedJaxpr(jaxpr, consts), args), in_loop)
 
