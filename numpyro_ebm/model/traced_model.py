@@ -191,8 +191,8 @@ class TracedModel:
         weights = self.row_weights(rng_key, params)
         self.check_data(rng_key, params)
         sites, own, constraints, priors = self._thaw(self._find("found", rng_key, params))
-        with jax.ensure_compile_time_eval():  # indices of rows are known under `jit`, too
-            (plates,) = self._thaw_plates(self._find("plates", rng_key, params))
+        (plates,) = self._thaw_plates(self._find("plates", rng_key, params, known=True))
+        with jax.ensure_compile_time_eval():
             plates |= {name: jax.tree.map(jnp.asarray, plates[name]) for name in self.states}
         sites |= {name: self._counting(sites[name], weights) for name in self.observed}
         row_model = RowModel(self, sites, plates, {**own, **params}, constraints, priors)
@@ -236,8 +236,8 @@ class TracedModel:
         *_, priors = self._thaw(self._find("found", default_key(), params))
         return priors
 
-    def _find(self, what, rng_key, data):
-        return self._program(what, (rng_key, self.data, self._arrays), data)
+    def _find(self, what, rng_key, data, **options):
+        return self._program(what, (rng_key, self.data, self._arrays), data, **options)
 
     def check_arguments(self) -> None:
         """Raise if the model calculates with the values of its arguments in Python."""

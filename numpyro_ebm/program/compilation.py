@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from numpyro_ebm._compat import Tracer
 from numpyro_ebm.program.on_cpu import as_parts, eval_on_cpu
@@ -119,7 +118,7 @@ def constants_as_arguments(fn: Callable[..., Any], *args: Any) -> tuple[Callable
 def is_traced(*trees: Any) -> bool:
     """Whether a function is being traced, or one of the arrays given is traced."""
     # Inside of a `jit` new arrays are traced, whatever the arguments are.
-    return any(isinstance(x, Tracer) for x in jax.tree.leaves((trees, jnp.zeros(()))))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves((trees, jax.device_put(0))))
 
 
 def compiler_options(*, convolutions: bool = False) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ebm._compat import Tracer
-from numpyro_ebm.program.jaxprs import applied
+from numpyro_ebm.program.jaxprs import applied, interpret
 
-__all__ = ["Constant", "evaluate_now", "evaluate_later", "keep_known", "known"]
+__all__ = ["Constant", "evaluate_known", "evaluate_later", "evaluate_now", "keep_known", "known"]
 
 
 class Constant:
@@ -46,6 +46,21 @@ def evaluate_now(eqn: Any, arguments: Sequence[Any]) -> list[np.ndarray]:
     """The results of one operation at these values, as NumPy arrays."""
     with jax.ensure_compile_time_eval():  # concrete inside of `jit` too
         return [np.asarray(x) for x in applied(eqn, [*map(jnp.asarray, arguments)])]
+
+
+def evaluate_known(closed: Any, arguments: Sequence[Any]) -> list[Any]:
+    """The results of a program at known inputs, which are known inside of `jit` too.
+
+    Indices are counted on the host: JAX would compile a program for each number of them.
+    """
+
+    def apply(eqn, operands):
+        if eqn.primitive.name == "iota" and eqn.outvars[0].aval.ndim == 1:
+            return [jax.device_put(np.arange(*eqn.params["shape"], dtype=eqn.params["dtype"]))]
+        return applied(eqn, operands)
+
+    with jax.ensure_compile_time_eval():
+        return interpret(closed, apply, arguments)
 
 
 def evaluate_later(eqn: Any, operands: Sequence[Constant]) -> list[Constant]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from numpyro_ebm._compat import ClosedJaxpr, Literal, eval_jaxpr
+from numpyro_ebm.program.constants import evaluate_known
 from numpyro_ebm.program.convolutions import has_convolutions
 from numpyro_ebm.program.jaxprs import needed, renamed, variables
 
@@ -135,16 +136,22 @@ class MarkedProgram:
         """The arrays that the function closes over."""
         return self._closed.consts
 
-    def __call__(self, what: str, args: tuple[Any, ...], replaced: dict[str, Any]) -> Any:
+    def __call__(
+        self, what: str, args: tuple[Any, ...], replaced: dict[str, Any], *, known: bool = False
+    ) -> Any:
         """A part of the result.
 
         :param str what: the part, a key of the function's result.
         :param tuple args: the arguments; those that the part does not read may be of any shape.
         :param dict replaced: values by name to put in the places of marked ones.
+        :param bool known: whether the result is known inside of `jit`, too.
         """
-        others = jax.tree.leaves([replaced[name] for name in sorted(replaced)])
+        leaves = jax.tree.leaves((args, [replaced[name] for name in sorted(replaced)]))
         part = self.part(what, replaced)
-        leaves = eval_jaxpr(part.jaxpr, part.consts, *jax.tree.leaves(args), *others)
+        if known:
+            leaves = evaluate_known(part, leaves)
+        else:
+            leaves = eval_jaxpr(part.jaxpr, part.consts, *leaves)
         return jax.tree.unflatten(jax.tree.structure(self._shapes[what]), leaves)
 
     def part(self, what: str, replaced: Iterable[str]) -> ClosedJaxpr:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from numpyro.distributions import biject_to
 from numpyro.infer import SVI
@@ -416,7 +417,8 @@ class EnergySVI(SVI):
         of_energy, of_guide, of_networks = start.optim_states
         if self.guide is None:
             self._check_guide_options()
-        state = EnergySVIState(of_energy, of_guide, start.rng_key, jnp.array(0), of_networks)
+        step = jax.device_put(np.zeros((), jnp.result_type(int)))
+        state = EnergySVIState(of_energy, of_guide, start.rng_key, step, of_networks)
         self._shapes = shapes_of(state)
         return state
 

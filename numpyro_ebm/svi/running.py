@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -197,7 +196,7 @@ class Run:
 
     def _result(self, state, losses):
         svi = self._svi
-        result = EnergySVIRunResult(svi.get_params(state), state, jnp.asarray(losses))
+        result = EnergySVIRunResult(svi.get_params(state), state, jax.device_put(losses))
         averages = svi._round().ema_params(state)
         result.ema_params = None if averages is None else svi._stated(averages)
         result.objective = type(svi.loss).__name__

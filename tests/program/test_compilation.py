@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from numpyro_ebm.program.compilation import constants_as_arguments, run_compiled
+from numpyro_ebm.program.constants import evaluate_known
 
 TABLE = jnp.arange(12.0).reshape(3, 4)
 KEY = jax.random.key(7)
@@ -49,13 +50,22 @@ def test_it_may_be_a_part_of_what_is_traced(transform):
     np.testing.assert_allclose(transform(of_rows)(x), plain(x), rtol=1e-6)
 
 
-def compilations(caplog, fn):
+def compilations(caplog, fn, name="jit(program)"):
     """What ``fn`` returns, and the names of the programs that were compiled for it."""
     with caplog.at_level("WARNING"), jax.log_compiles():
         caplog.clear()
         result = fn()
     lines = [x.getMessage() for x in caplog.records]
-    return result, [x for x in lines if x.startswith("Finished XLA compilation of jit(program)")]
+    return result, [x for x in lines if x.startswith("Finished XLA compilation of " + name)]
+
+
+def test_indices_are_counted_without_a_program(caplog):
+    closed = jax.make_jaxpr(lambda: jnp.arange(237))()
+    found, compiled = compilations(caplog, lambda: evaluate_known(closed, []), "")
+    assert not compiled
+    np.testing.assert_array_equal(found[0], np.arange(237))
+    assert found[0].dtype == jnp.result_type(int)
+    jax.make_jaxpr(lambda: np.asarray(evaluate_known(closed, [])[0]))()  # known there as well
 
 
 def line(slope, name="y"):
