@@ -34,6 +34,7 @@ from numpyro_ebm.model.reading import read_fixed_model
 from numpyro_ebm.posteriors import simulated_rows
 from numpyro_ebm.posteriors.calibrated import _at_same_data
 from numpyro_ebm.posteriors.calibration import _over_data_sets
+from numpyro_ebm.posteriors.minimum import polish
 
 
 def linear_model(data):
@@ -330,3 +331,19 @@ def test_data_sets_of_a_model_have_its_rows_and_types(monkeypatch):
     found = simulated_rows.simulate_rows(KEY, model, {"w": 3.0}, 4, (data,), {"scale": 2.0})
     assert found.keys() == {"s"} and found["s"].dtype == data.dtype
     np.testing.assert_array_equal(found["s"], np.full((4, 3, 2), 6))
+
+
+def test_a_minimum_is_polished_by_newtons_method():
+    """From beside it; a coordinate that the loss does not read stays, and one that falls raises."""
+    curvature = np.array([[2.0, 0.5], [0.5, 1.0]])
+
+    def at(x):
+        gap = np.asarray(x)[:2] - np.array([1.0, -2.0])
+        return 0.5 * gap @ curvature @ gap, np.append(curvature @ gap, 0.0)
+
+    x, hessian, informed = polish(at, np.array([3.0, 0.5, 7.0], np.float32))
+    np.testing.assert_allclose(x, [1.0, -2.0, 7.0], atol=1e-3)
+    np.testing.assert_allclose(hessian[:2, :2], curvature, rtol=1e-2)
+    assert informed.tolist() == [True, True, False]
+    with pytest.raises(ModelError, match="falls further and further"):
+        polish(lambda x: (np.exp(-x[0]), -np.exp(-np.asarray(x))), np.array([3.0], np.float32))
