@@ -143,9 +143,9 @@ def test_an_auxiliary_chain_takes_its_steps_and_hands_on_what_it_adapts():
     np.testing.assert_allclose(moved["v"], data * 2.0)  # it adapts nothing
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
-    """Of data of two coordinates that double: all its figures follow."""
+@pytest.mark.parametrize(("by_row", "num_warmup", "factor"), [(False, 0, 2.0), (True, 3, 1.5)])
+def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row, num_warmup, factor):
+    """Of data of two coordinates that double, or grow by half: all its figures follow."""
 
     def model(data):
         with numpyro.plate("groups", len(data)) if by_row else numpyro.handlers.mask(mask=True):
@@ -157,7 +157,7 @@ def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
     x = np.array([[0.3, -0.6], [0.15, 0.1], [0.9, 0.03]])
     data = jnp.asarray(x)
     target = ExchangeTarget(model, (data,), {}, by_row)
-    adaptation = ExchangeAdaptation(0, 0, 0.4, False, False, 0.3)
+    adaptation = ExchangeAdaptation(num_warmup, 0, 0.4, False, False, 0.3)
     simulator = ChainSimulator(Doubling, 2)
     z = {"theta": jnp.full(3 if by_row else (), 0.2)}
 
@@ -168,7 +168,7 @@ def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
         return step_chain(state, target, adaptation, simulator, 0)
 
     state = two_steps(KEY)
-    told, halfway, end = state.auxiliary, 2.0 * x, 4.0 * x
+    told, halfway, end = state.auxiliary, factor * x, factor**2 * x
     apart = x - x.mean(0)
     mean = (lambda a: a.mean(1)) if by_row else np.mean
     close = np.testing.assert_allclose
@@ -180,6 +180,7 @@ def test_the_trace_of_an_auxiliary_chain_is_what_it_did(by_row):
         (told.spread, mean((end - x - 1) ** 2)),
         (told.accept_prob, 0.25),
         (state.fictitious, end),
+        (state.auxiliary_adapt_state, 2 * num_warmup + (2 if num_warmup else 0)),
     ):
         close(found, expected, rtol=1e-5)
     new, old = np.exp(np.asarray(told.proposal)), np.exp(0.2)

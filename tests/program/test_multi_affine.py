@@ -63,14 +63,20 @@ def test_a_site_that_meets_itself_is_found(name):
 
 
 def test_changes_of_a_site_that_meets_itself():
-    """(Σ x)² from 3 to 3, 4 and 5."""
+    """(Σ x)² from 3 to 3, 4 and 5, and a field of ½ beside it."""
     x = jnp.array([[0, 2, 1]])
-    fn = lambda p, rows: p * jnp.sum((rows["x"] @ jnp.ones((3, 3))) * rows["x"], -1)  # noqa: E731
-    form = multi_affine(fn, jnp.array(1.0), {"x": x}, {"x": (0, 1, 2)}, in_pairs=True)
-    assert form is not None
-    slopes = form.secants(jnp.array(1.0), form.indicators(x))
-    assert slopes is not None
-    np.testing.assert_allclose(slopes[0, 0] - slopes[0, 0, 0], [0.0, 7.0, 16.0], atol=1e-4)
+    for field in (0.0, 0.5):
+
+        def fn(p, rows, field=field):
+            x = rows["x"]
+            return p * jnp.sum((x @ jnp.ones((3, 3))) * x + field * x, -1)
+
+        form = multi_affine(fn, jnp.array(1.0), {"x": x}, {"x": (0, 1, 2)}, in_pairs=True)
+        assert form is not None
+        slopes = form.secants(jnp.array(1.0), form.indicators(x))
+        assert slopes is not None
+        expected = np.array([0.0, 7.0, 16.0]) + field * np.arange(3)
+        np.testing.assert_allclose(slopes[0, 0] - slopes[0, 0, 0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NOT_TAKEN)
