@@ -12,12 +12,18 @@ at 560 x 400. Three programs, in turn, on one core:
   what a program for a single model can reach.
 
     taskset -c 0 python benchmarks/training.py
+    taskset -c 0 python benchmarks/training.py --first-calls 7
+
+The second command times first calls alone: from data in memory to the end of 100 steps, parameters
+and state set up, in a process of its own each; medians of processor time, and of ratios.
 """
 
 import argparse
 import contextlib
 import io
 import os
+import subprocess
+import sys
 import time
 
 os.environ.setdefault(
@@ -35,6 +41,7 @@ from jax.flatten_util import ravel_pytree
 import numpyro_ebm as ebm
 from numpyro_ebm.models import grbm, grbm_guide
 
+LEVELS = {"plain loop, default compiler": None, "plain loop, level 1": 1}
 BATCH, PARTICLES, GUIDE_STEPS, BETAS, EPSILON = 100, 2, 5, (0.9, 0.95), 1e-8
 
 
@@ -129,7 +136,7 @@ class PlainLoop:
         return taken / (time.perf_counter() - start), compile_seconds
 
 
-def library(data, num_hidden, noise_scale, learning_rate, variance_reduction):
+def library(data, num_hidden, noise_scale, learning_rate, variance_reduction, warm=True):
     """A warm `EnergySVI` and what it took to get there."""
     adam = optax.adam(learning_rate, b1=BETAS[0], b2=BETAS[1], eps=EPSILON)
     objective = ebm.DenoisingScoreMatching(
@@ -152,7 +159,8 @@ def library(data, num_hidden, noise_scale, learning_rate, variance_reduction):
             )
         return num_steps / (time.perf_counter() - start)
 
-    measure(num_steps=2_000 if num_hidden < 100 else 10)  # let the chunks find their length
+    if warm:
+        measure(num_steps=2_000 if num_hidden < 100 else 10)  # let the chunks find their length
     return measure, compile_seconds
 
 
@@ -161,7 +169,7 @@ def compare(name, data, num_hidden, noise_scale, learning_rate, num_steps, chunk
     contestants, seconds = {}, {}
     for label, reduction in (("library", False), ("library, variance reduction", True)):
         contestants[label], seconds[label] = library(*settings, reduction)
-    for label, level in (("plain loop, default compiler", None), ("plain loop, level 1", 1)):
+    for label, level in LEVELS.items():
         loop = PlainLoop(jnp.asarray(data), *settings[1:], chunk, level)
         seconds[label] = loop.measure(chunk)[1]
         contestants[label] = lambda n, loop=loop: loop.measure(n)[0]
@@ -179,10 +187,45 @@ def compare(name, data, num_hidden, noise_scale, learning_rate, num_steps, chunk
         print(f"{label:<32}{np.median(values):>10.0f}{ratio:>16.2f}{seconds[label]:>14.1f}")
 
 
+FIRST_CALLS = ("library", "library, variance reduction", *LEVELS)
+
+
+def first_call(label):
+    """Processor seconds from the checkerboard to the end of 100 steps of one contestant."""
+    data = jax.block_until_ready(ebm.datasets.checkerboard(jax.random.key(0), 50_000))
+    start = time.process_time()
+    if label in LEVELS:
+        loop = PlainLoop(data, 4, 0.05, 1e-3, 100, LEVELS[label])
+        jax.block_until_ready(loop.chunk(loop.state, jax.random.key(1)))
+    else:
+        library(data, 4, 0.05, 1e-3, "reduction" in label, warm=False)
+    return time.process_time() - start
+
+
+def compare_first_calls(rounds):
+    command = [sys.executable, __file__, "--first-call-of"]
+    taken = []
+    for _ in range(rounds):
+        runs = [subprocess.check_output([*command, label]) for label in FIRST_CALLS]
+        taken.append([float(out) for out in runs])
+    taken = np.array(taken)
+    print(f"{'checkerboard, first call':<32}{'s':>6}" + "".join(f"{x.split(", ")[1]:>20}" for x in LEVELS))
+    for label, column in zip(FIRST_CALLS, taken.T, strict=True):
+        ratios = np.median(column[:, None] / taken[:, -len(LEVELS) :], 0)
+        print(f"{label:<32}{np.median(column):>6.1f}" + "".join(f"{x:>20.2f}" for x in ratios))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--first-calls", type=int, default=0, help="time first calls, so often")
+    parser.add_argument("--first-call-of", choices=FIRST_CALLS, help="time one, in this process")
+    options = parser.parse_args()
+    if options.first_call_of:
+        sys.exit(print(first_call(options.first_call_of)))
+    if options.first_calls:
+        sys.exit(compare_first_calls(options.first_calls))
+    rounds = options.rounds
     toy = ebm.datasets.checkerboard(jax.random.key(0), 50_000)
     compare("checkerboard, 2 x 4", toy, 4, 0.05, 1e-3, 20_000, 1_000, rounds)
     faces = jax.random.normal(jax.random.key(0), (1_400, 560))
