@@ -209,7 +209,8 @@ def compare_first_calls(rounds):
         runs = [subprocess.check_output([*command, label]) for label in FIRST_CALLS]
         taken.append([float(out) for out in runs])
     taken = np.array(taken)
-    print(f"{'checkerboard, first call':<32}{'s':>6}" + "".join(f"{x.split(", ")[1]:>20}" for x in LEVELS))
+    names = [label.split(", ")[1] for label in LEVELS]
+    print(f"{'checkerboard, first call':<32}{'s':>6}" + "".join(f"{x:>20}" for x in names))
     for label, column in zip(FIRST_CALLS, taken.T, strict=True):
         ratios = np.median(column[:, None] / taken[:, -len(LEVELS) :], 0)
         print(f"{label:<32}{np.median(column):>6.1f}" + "".join(f"{x:>20.2f}" for x in ratios))
